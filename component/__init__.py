@@ -1,0 +1,1 @@
+"""Library of LongQLoRA. Imports run one way only: see docs/architecture.md."""

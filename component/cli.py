@@ -1,0 +1,56 @@
+"""What every command line of this repository shares: how bad input ends.
+
+    if __name__ == "__main__":
+        run_main(main)
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+USER_ERRORS = (ValueError, OSError)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run `main`; turn a user's mistake into one line on stderr and exit code 2.
+
+    `ValueError` and `OSError` are the user's to mend (a bad value, a missing file, a full disk). Any
+    other exception is our defect and keeps its traceback. LONGQLORA_TRACEBACK=1 keeps it always.
+    Under a launcher only rank 0 prints, since every rank meets the same bad input.
+    """
+    try:
+        main()
+    except USER_ERRORS as error:
+        if os.environ.get("LONGQLORA_TRACEBACK") == "1":
+            raise
+        if os.environ.get("RANK", "0") == "0" or getattr(error, "from_one_rank", False):
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        # A plain sys.exit would wait for the other ranks in a collective that will never come.
+        sys.stdout.flush()
+        os._exit(2) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of `error` on one line; an `OSError` with its path."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def require_file(path: str | os.PathLike, flag: str) -> Path:
+    """Return `path` if it is a file; `flag` names the option or YAML key that gave it."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{flag}: no file at {str(path)!r}; give the path of an existing file")
+    return path
+
+
+def require_folder(path: str | os.PathLike, flag: str) -> Path:
+    """Return `path` if it is a folder; `flag` names the option or YAML key that gave it."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{flag}: no folder at {str(path)!r}; give the path of an existing folder")
+    return path

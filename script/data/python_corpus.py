@@ -1,0 +1,106 @@
+"""Write the Python source found on this machine as train / validation jsonl.
+
+    python script/data/python_corpus.py --output_dir output/corpus [--packages]
+
+Sources are the standard library and, with --packages, every installed package whose licence is
+permissive. A file belongs to the validation split by a hash of its path below its root
+("json/decoder.py"), so the split is the same on every machine and Python version, and a text that
+stands in both splits is kept in validation only. Output: train.jsonl and validation.jsonl, rows
+{"text", "path"}, and sources.json with the name, version, licence and size of what was read.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+VALIDATION_PERCENT = 5
+MIN_BYTES, MAX_BYTES, MAX_MEAN_LINE = 512, 1_000_000, 120
+PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|HPND|Zlib|Unlicense|0BSD)\b", re.I)
+RESTRICTED = re.compile(r"\b(L?GPL|AGPL|MPL|Mozilla|EPL|CDDL|Proprietary)", re.I)
+
+
+def is_validation(path: str) -> bool:
+    """Decide the split of a file from its POSIX path below its root."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") % 100 < VALIDATION_PERCENT
+
+
+def read_source(file: Path) -> str | None:
+    """Text of one file; None when it is no UTF-8 or looks generated (tables, minified data)."""
+    try:
+        if not MIN_BYTES <= file.stat().st_size <= MAX_BYTES:
+            return None
+        text = file.read_text(encoding="utf-8").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if len(text) / (text.count("\n") + 1) <= MAX_MEAN_LINE else None
+
+
+def stdlib_files() -> list[tuple[str, Path]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "encodings", "__pycache__", "lib-dynload"}
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - skip)
+        found += [(Path(folder, n).relative_to(root).as_posix(), Path(folder, n)) for n in names if n.endswith(".py")]
+    return sorted(found)
+
+
+def licence_of(dist: metadata.Distribution) -> str:
+    meta = dist.metadata
+    parts = [meta.get("License-Expression") or "", (meta.get("License") or "").split("\n")[0][:80]]
+    parts += [c.split("::")[-1].strip() for c in meta.get_all("Classifier") or [] if c.startswith("License")]
+    return "; ".join(dict.fromkeys(p for p in parts if p and p != "OSI Approved"))
+
+
+def package_files(dist: metadata.Distribution) -> list[tuple[str, Path]]:
+    files = sorted(str(f) for f in dist.files or [] if f.suffix == ".py" and ".." not in f.parts)
+    return [(f, Path(str(dist.locate_file(f)))) for f in files]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--packages", action="store_true", help="also read the installed packages")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    origins = [("python", sysconfig.get_python_version(), "PSF-2.0", stdlib_files())]
+    if args.packages:
+        for dist in sorted(metadata.distributions(), key=lambda d: d.metadata["Name"].lower()):
+            licence = licence_of(dist)
+            if PERMISSIVE.search(licence) and not RESTRICTED.search(licence):
+                origins.append((dist.metadata["Name"], dist.version, licence, package_files(dist)))
+
+    rows, sources, seen = {"train": [], "validation": []}, [], set()
+    for name, version, licence, files in origins:
+        num_files = num_bytes = 0
+        for path, file in files:
+            text = read_source(file)
+            if text is None:
+                continue
+            rows["validation" if is_validation(path) else "train"].append({"text": text, "path": path})
+            num_files, num_bytes = num_files + 1, num_bytes + len(text.encode())
+        if num_files:
+            sources.append({"name": name, "version": version, "licence": licence, "files": num_files, "bytes": num_bytes})
+    for split in ("validation", "train"):
+        kept = []
+        for row in rows[split]:
+            digest = hashlib.sha256(row["text"].encode()).digest()
+            if digest not in seen:
+                seen.add(digest)
+                kept.append(json.dumps(row, ensure_ascii=False))
+        partial = args.output_dir / f"{split}.jsonl.partial"
+        partial.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        partial.replace(args.output_dir / f"{split}.jsonl")
+        size = (args.output_dir / f"{split}.jsonl").stat().st_size
+        print(f"{split}: {len(kept)} files, {size / 1e6:.1f} MB")
+    (args.output_dir / "sources.json").write_text(json.dumps(sources, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

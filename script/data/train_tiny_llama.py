@@ -1,0 +1,167 @@
+"""Train the small base model that ships in data/tiny-llama (2.4M parameters, 256 tokens of context).
+
+    python script/data/python_corpus.py --output_dir output/base_corpus --packages
+    python script/data/train_tiny_llama.py --corpus_dir output/base_corpus --output_dir data/tiny-llama
+
+Trains a byte-level BPE tokenizer (Llama's BOS and EOS, a pad token of its own) and a Llama from
+random weights: Muon for the matrices of the layers, AdamW for the rest, bf16 autocast, learning
+rate constant and then linear to zero. The run ends at --num_tokens or --max_minutes, whichever is
+first; the schedule follows the nearer of the two. Writes bf16 safetensors, tokenizer and
+training.json (figures for the model card, loss by position on unseen files).
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CONTEXT, VOCAB_SIZE, BATCH_SIZE = 256, 2048, 16
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
+
+
+def read_texts(file: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in file.open(encoding="utf-8")]
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
+    """All documents as one array of ids, each from BOS to EOS."""
+    ids = []
+    for start in tqdm(range(0, len(texts), 256), desc="tokenize"):
+        for row in tokenizer(texts[start : start + 256])["input_ids"]:
+            ids.append(np.array(row + [tokenizer.eos_token_id], dtype=np.uint16))
+    return np.concatenate(ids)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def split_parameters(model: LlamaForCausalLM) -> tuple[list, list]:
+    matrices = [p for n, p in model.named_parameters() if "layers" in n and p.ndim == 2]
+    return matrices, [p for n, p in model.named_parameters() if not ("layers" in n and p.ndim == 2)]
+
+
+@torch.no_grad()
+def loss_by_position(model: LlamaForCausalLM, ids: np.ndarray, length: int, num_windows: int = 128) -> torch.Tensor:
+    """Mean loss of each predicted position over windows spread evenly through unseen text."""
+    model.eval()
+    starts = np.linspace(0, len(ids) - length - 1, num_windows).astype(int)
+    total = torch.zeros(length - 1)
+    for start in starts:
+        row = torch.from_numpy(ids[start : start + length].astype(np.int64))[None]
+        logits = model(row).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none")
+    model.train()
+    return total / num_windows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--num_tokens", type=float, default=60e6)
+    parser.add_argument("--max_minutes", type=float, default=240)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    generator = np.random.default_rng(args.seed)
+
+    texts = read_texts(args.corpus_dir / "train.jsonl")
+    tokenizer = train_tokenizer([texts[i] for i in generator.permutation(len(texts))[:3000]])
+    ids = tokenize(tokenizer, texts)
+    unseen = tokenize(tokenizer, read_texts(args.corpus_dir / "validation.jsonl"))
+    model = build_model(tokenizer)
+    matrices, rest = split_parameters(model)
+    optimizers = [
+        torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(ids)} training tokens")
+
+    def save(final_figures: dict) -> None:
+        partial = args.output_dir.with_name(args.output_dir.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict()).to(
+            torch.bfloat16
+        ).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "training.json").write_text(json.dumps(final_figures, indent=1) + "\n")
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for file in partial.iterdir():
+            file.replace(args.output_dir / file.name)
+        partial.rmdir()
+
+    def figures() -> dict:
+        inside = loss_by_position(model, unseen, CONTEXT)
+        beyond = loss_by_position(model, unseen, 4 * CONTEXT)
+        return {
+            "tokens_seen": step * BATCH_SIZE * CONTEXT, "minutes": round((time.monotonic() - start) / 60, 1),
+            "seed": args.seed, "learning_rate": args.learning_rate, "validation_loss_256": inside.mean().item(),
+            "validation_loss_1024": beyond.mean().item(), "loss_by_32_positions_256": block_means(inside),
+            "loss_by_128_positions_1024": block_means(beyond, 128),
+        }  # fmt: skip
+
+    def block_means(losses: torch.Tensor, size: int = 32) -> list[float]:
+        return [round(block.mean().item(), 3) for block in losses.split(size)]
+
+    start, step, last_report, bar = time.monotonic(), 0, time.monotonic(), tqdm(total=int(args.num_tokens), unit="tok")
+    while True:
+        elapsed = (time.monotonic() - start) / 60
+        progress = max(step * BATCH_SIZE * CONTEXT / args.num_tokens, elapsed / args.max_minutes)
+        if progress >= 1:
+            break
+        factor = min(1.0, (step + 1) / 100, (1 - progress) / 0.5)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * factor
+        starts = generator.integers(0, len(ids) - CONTEXT, BATCH_SIZE)
+        rows = torch.from_numpy(np.stack([ids[s : s + CONTEXT] for s in starts]).astype(np.int64))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(rows, labels=rows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        bar.update(BATCH_SIZE * CONTEXT)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{args.learning_rate * factor:.1e}")
+        if time.monotonic() - last_report > 600:
+            save(figures())
+            last_report = time.monotonic()
+            tqdm.write(json.dumps(figures()))
+    save(figures())
+    print(json.dumps(figures(), indent=1))
+
+
+if __name__ == "__main__":
+    main()
