@@ -1,7 +1,7 @@
 """What every command line of this repository shares: how bad input ends.
 
-    if __name__ == "__main__":
-        run_main(main)
+if __name__ == "__main__":
+    run_main(main)
 """
 
 import os

@@ -86,7 +86,9 @@ def main() -> None:
             rows["validation" if is_validation(path) else "train"].append({"text": text, "path": path})
             num_files, num_bytes = num_files + 1, num_bytes + len(text.encode())
         if num_files:
-            sources.append({"name": name, "version": version, "licence": licence, "files": num_files, "bytes": num_bytes})
+            sources.append(
+                {"name": name, "version": version, "licence": licence, "files": num_files, "bytes": num_bytes}
+            )
     for split in ("validation", "train"):
         kept = []
         for row in rows[split]:

@@ -1,0 +1,134 @@
+"""What is trained on top of the base model: LoRA matrices, and embedding and norm weights where asked.
+
+Embedding and norm layers are trained through PEFT's `modules_to_save`, so that they are saved and
+restored with the adapter; `requires_grad` alone would leave them out of every checkpoint.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import PreTrainedModel
+
+MODULE_KINDS = {"LoRA": ["lora_"], "norm": ["norm"], "embedding": ["embed", "lm_head"]}
+FINETUNING_TYPES = ("qlora", "lora", "full")
+
+
+@dataclass
+class AdapterConfig:
+    """Which weights are trained."""
+
+    finetuning_type: str = field(
+        default="qlora",
+        metadata={"help": "qlora (4-bit base), lora (16-bit base) or full", "choices": FINETUNING_TYPES},
+    )
+    lora_rank: int = field(default=64, metadata={"help": "rank of the LoRA matrices"})
+    lora_alpha: float = field(default=16, metadata={"help": "LoRA scale numerator: the update is alpha / rank * B A"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the input of the LoRA matrices"})
+    target_modules: str | None = field(
+        default=None, metadata={"help": "comma-separated names of linear layers; default: all but the output layer"}
+    )
+    train_embedding: bool = field(default=False, metadata={"help": "train input and output embeddings in full"})
+    train_norm: bool = field(default=False, metadata={"help": "train the norm layers in full"})
+
+    def __post_init__(self) -> None:
+        if self.finetuning_type not in FINETUNING_TYPES:
+            raise ValueError(f"finetuning_type: {self.finetuning_type!r} is not one of {', '.join(FINETUNING_TYPES)}")
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank: must be at least 1, got {self.lora_rank}")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha: must be positive, got {self.lora_alpha}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: must lie in [0, 1), got {self.lora_dropout}")
+
+
+def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> PreTrainedModel | PeftModel:
+    """Freeze the base and add what is trained. Trained weights are fp32: an optimizer step of 1e-4 of a
+    weight's size is lost in 16 bit."""
+    if config.finetuning_type == "full":
+        return model.float().requires_grad_(True)
+    if config.finetuning_type == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    modules_to_save = trained_module_names(model, embedding=config.train_embedding, norm=config.train_norm)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=target_module_names(model, config.target_modules),
+        modules_to_save=modules_to_save or None,
+        ensure_weight_tying=config.train_embedding and bool(model.config.tie_word_embeddings),
+    )
+    peft_model = get_peft_model(model, lora)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return peft_model
+
+
+def linear_module_names(model: PreTrainedModel) -> list[str]:
+    """Last name parts of all linear layers except the output layer."""
+    head = model.get_output_embeddings()
+    names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    return sorted(names)
+
+
+def target_module_names(model: PreTrainedModel, requested: str | None) -> list[str]:
+    """The LoRA targets: the requested ones, each checked against the model, or all linear layers."""
+    available = linear_module_names(model)
+    if not requested:
+        return available
+    names = [name.strip() for name in requested.split(",") if name.strip()]
+    unknown = [name for name in names if name not in available]
+    if unknown:
+        raise ValueError(
+            f"target_modules: no linear layer named {', '.join(unknown)}; choose from {', '.join(available)}"
+        )
+    return names
+
+
+def trained_module_names(model: PreTrainedModel, *, embedding: bool, norm: bool) -> list[str]:
+    """Last name parts of the modules that are trained in full. A tied output embedding is left out: it
+    follows the input embedding."""
+    wanted = []
+    if embedding:
+        wanted.append(model.get_input_embeddings())
+        if not model.config.tie_word_embeddings:
+            wanted.append(model.get_output_embeddings())
+    if norm:
+        wanted += [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))]
+    identities = {id(module) for module in wanted}
+    return sorted({name.split(".")[-1] for name, module in model.named_modules() if id(module) in identities})
+
+
+def trainable_table(model: torch.nn.Module) -> str:
+    """Text table of parameter counts by module kind and dtype, trained against all.
+
+    4-bit weights count as the numbers they stand for, not as the bytes that hold them. A module that
+    PEFT trains as a copy counts once: the frozen twin is no part of the model.
+    """
+    rows: dict[tuple[str, str], list[int]] = {}
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue
+        kind = next((kind for kind, marks in MODULE_KINDS.items() if any(mark in name for mark in marks)), "linear")
+        quant_state = getattr(parameter, "quant_state", None)
+        count = quant_state.shape.numel() if quant_state is not None else parameter.numel()
+        dtype = "nf4" if quant_state is not None else str(parameter.dtype).removeprefix("torch.")
+        row = rows.setdefault((kind, dtype), [0, 0])
+        row[0] += count if parameter.requires_grad else 0
+        row[1] += count
+    trained, total = (sum(row[i] for row in rows.values()) for i in (0, 1))
+    lines = [f"{'kind':<10} {'dtype':<9} {'trained':>15} {'all':>16} {'share':>8}"]
+    for (kind, dtype), (part, whole) in sorted(rows.items()):
+        lines.append(f"{kind:<10} {dtype:<9} {part:>15,} {whole:>16,} {100 * part / whole:>7.2f}%")
+    lines.append(f"{'total':<10} {'':<9} {trained:>15,} {total:>16,} {100 * trained / total:>7.2f}%")
+    return "\n".join(lines)
+
+
+def __getattr__(name):
+    if name in ("load_for_inference", "LoadedModel"):
+        import component.inference
+
+        return getattr(component.inference, name)
+    raise AttributeError(name)

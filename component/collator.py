@@ -1,0 +1,47 @@
+"""Batches of rows of unequal length. B batch, S sequence (the longest row of the batch)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from component.prompt import IGNORE_INDEX
+
+
+class DataCollator:
+    """Pads rows on the right to the longest of the batch.
+
+    Padding is known from the lengths of the rows, never from ids: where a tokenizer pads with its EOS, the EOS that
+    ends a row stays a label and stays visible.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        pad, unk = tokenizer.pad_token_id, tokenizer.unk_token_id
+        # Any id does, since no label and no attention reaches padding.
+        self.pad_token_id = pad if pad is not None else unk if unk is not None else 0
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return int64 [B, S] tensors.
+
+        Rows with input_ids and labels give input_ids, labels and attention_mask (1 token, 0 padding). Packed rows,
+        which also have position_ids, give those and no attention_mask: documents are told apart by positions that
+        restart at 0, and the padding is one more document.
+        """
+        lengths = [len(row["input_ids"]) for row in rows]
+        shape = (len(rows), max(lengths))
+        packed = "position_ids" in rows[0]
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "labels": torch.full(shape, IGNORE_INDEX),
+        }
+        if packed:
+            batch["position_ids"] = torch.zeros(shape, dtype=torch.long)
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            assert ("position_ids" in row) == packed, "packed and other rows in one batch"
+            for name, values in batch.items():
+                values[index, :length] = torch.as_tensor(row[name])
+            if packed:
+                batch["position_ids"][index, length:] = torch.arange(shape[1] - length)
+        if not packed:
+            batch["attention_mask"] = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+        return batch

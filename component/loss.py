@@ -1,0 +1,80 @@
+"""Next-token cross-entropy from hidden states, without the logits of the whole sequence.
+
+At 8192 tokens and 32000 words fp32 logits, their shifted copy and their gradient take 3 GiB; here one
+chunk of tokens at a time is projected, reduced and turned into gradients. torch >= 2.13 has the
+operation; for older releases `ChunkedLinearCrossEntropy` does the same.
+
+Dimensions: T tokens, C hidden size, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+
+IGNORE_INDEX = -100
+CHUNK_BYTES = 128 * 2**20
+
+
+def next_token_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy of predicting labels[:, 1:] from hidden[:, :-1].
+
+    hidden [B, S, C]; weight [V, C], the output embedding; labels int [B, S], IGNORE_INDEX where
+    nothing is to be learned. The sum over tokens is divided by `num_items`, or by the number of
+    labels that count when it is None. Returns a scalar; zero when no label counts.
+    """
+    targets = labels[:, 1:].reshape(-1).to(hidden.device)
+    # Shifting the labels rather than the states spares a copy of the states at batch size one.
+    states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    total = linear_cross_entropy_sum(states, weight, targets)
+    if num_items is None:
+        num_items = (targets != IGNORE_INDEX).sum().clamp_min(1)
+    if torch.is_tensor(num_items):
+        num_items = num_items.to(total.device)
+    return total / num_items
+
+
+def linear_cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of cross_entropy(hidden @ weight.T, targets). hidden [T, C], weight [V, C], targets int [T]."""
+    if hasattr(F, "linear_cross_entropy") and hidden.dtype == weight.dtype:
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(
+            hidden, weight, targets, reduction="sum", ignore_index=IGNORE_INDEX, options=options
+        )
+    return ChunkedLinearCrossEntropy.apply(hidden, weight, targets)
+
+
+class ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """Gradients are computed chunk by chunk in the forward pass, while the chunk's logits exist.
+
+    Softmax in fp32 (fp64 for fp64 input); matrix products in the input dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=compute) if need_weight else None
+        total = torch.zeros((), dtype=compute, device=hidden.device)
+        for chunk in torch.arange(len(hidden)).split(max(1, CHUNK_BYTES // (weight.shape[0] * 4))):
+            rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
+            counted = (targets[rows] != IGNORE_INDEX)[:, None]
+            index = targets[rows].clamp_min(0)[:, None]
+            log_probs = (hidden[rows] @ weight.T.to(hidden.dtype)).to(compute).log_softmax(-1)
+            total -= (log_probs.gather(1, index) * counted).sum()
+            if not (need_hidden or need_weight):
+                continue
+            grad_logits = log_probs.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=compute)).mul_(counted)
+            grad_logits = grad_logits.to(hidden.dtype)
+            if need_hidden:
+                torch.matmul(grad_logits, weight.to(hidden.dtype), out=grad_hidden[rows])
+            if need_weight:
+                grad_weight += grad_logits.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        grads = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors]
+        return grads[0], grads[1], None

@@ -1,0 +1,50 @@
+"""Bind the chunked loss to a transformers model, for any model with a decoder and a plain output layer.
+
+Dimensions: B batch, S sequence.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from component.loss import next_token_loss
+
+
+def bind_chunked_loss(model: PreTrainedModel) -> str:
+    """Let `model(..., labels=...)` compute its loss without the logits of the whole sequence.
+
+    Changes nothing for models whose head is more than one matrix product (bias, soft-capped or scaled
+    logits). Returns a one-line description for the log.
+    """
+    head, config = model.get_output_embeddings(), model.config
+    extra = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    if head is None or getattr(head, "bias", None) is not None or any(getattr(config, name, None) for name in extra):
+        return f"stock loss: the output layer of {config.model_type} is more than one matrix product"
+    model.forward = partial(chunked_loss_forward, model, model.forward)
+    return "loss in chunks: the logits of the whole sequence are never held"
+
+
+def chunked_loss_forward(
+    model: PreTrainedModel,
+    stock_forward: Callable,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs,
+) -> CausalLMOutputWithPast:
+    """Forward pass of a causal language model; with labels int [B, S] it returns the loss and no logits."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+    head = model.get_output_embeddings()
+    # An adapter on the head itself makes it more than one product; leave that case to the stock path.
+    if labels is None or hasattr(head, "lora_A"):
+        return stock_forward(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
+    hidden, weight = model.get_decoder()(**inputs, use_cache=False).last_hidden_state, head.weight
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return CausalLMOutputWithPast(loss=next_token_loss(hidden, weight, labels, num_items=num_items_in_batch))

@@ -1,0 +1,205 @@
+"""Merge an adapter into its base model, shard by shard, and save a model that stock transformers loads.
+
+W' = W + scale * B @ A in fp32, rounded once; scale = alpha / r, or alpha / sqrt(r) with rsLoRA
+(arXiv 2106.09685 section 4.1, arXiv 2312.03732). Optionally W is first taken through NF4 with double
+quantisation, so that the adapter meets exactly the weights it was trained against.
+
+Every weight of the adapter is used exactly once, or the merge fails with its name. Tied embeddings
+stay tied where input and output embedding end up equal, and are untied where they do not.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from component.adapter_updates import AdapterUpdates, read_updates, updated
+from component.distributed import is_main_process
+from component.files import atomic_folder, read_json, write_json
+from component.inference import resolve_config
+from component.model import load_config, model_source
+from component.run_record import read_run_record, save_run_record, software_versions
+from component.weight_shards import SavedWeights, ShardWriter
+
+MERGE_RECORD = "merge.json"
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template*", "*.tiktoken", "spiece.model", "sentencepiece*.model",
+)  # fmt: skip
+
+
+def skeleton(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of `config` without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def quantized_names(model: PreTrainedModel) -> set[str]:
+    """Weights that a 4-bit base holds in 4 bit: those of the linear layers but the output layer."""
+    head = model.get_output_embeddings()
+    linear = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    return {f"{name}.weight" for name, module in linear.items() if module is not head}
+
+
+def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
+    """Names of the input and the output embedding weights; None for a model without the latter."""
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    return names[id(model.get_input_embeddings())], names.get(id(model.get_output_embeddings()))
+
+
+def stays_tied(updates: AdapterUpdates, embedding: str, head: str) -> bool:
+    """Whether tied embeddings are still equal after the merge.
+
+    PEFT trains a copy of an embedding in modules_to_save, and the other keeps the old weight unless tying
+    was ensured; weights trained in place, as in trainable_params.bin, move both.
+    """
+    if head in updates.matrices or embedding in updates.matrices:
+        return False
+    new_embedding, new_head = updates.replacements.get(embedding), updates.replacements.get(head)
+    if new_head is None:
+        return new_embedding is None or updates.keeps_tie
+    return new_embedding is not None and torch.equal(new_embedding, new_head)
+
+
+def merge(
+    model_name_or_path: str | None,
+    adapter_name_or_path: str,
+    save_path: str | Path,
+    *,
+    context_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    load_in_4bit: bool = False,
+    max_shard_size: int = 4 * 10**9,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict:
+    """Merge and save to the folder `save_path`; returns the record written there as merge.json.
+
+    context_size: in tokens, for an adapter folder without config.json. dtype: of the saved weights, None
+    for the base's. load_in_4bit: merge into the NF4 weights. max_shard_size: in bytes. Nothing that stood
+    at `save_path` is touched before the merge is complete. Raises ValueError for whatever does not fit.
+    """
+    base, config = resolve_config(
+        model_name_or_path, adapter_name_or_path, context_size, trust_remote_code=trust_remote_code
+    )
+    if context_size is None and not (Path(adapter_name_or_path) / "config.json").is_file():
+        raise ValueError(
+            f"--context_size: {str(adapter_name_or_path)!r} has no config.json, so give the context it was trained for, in "
+            f"tokens (the base model has {config.max_position_embeddings})"
+        )
+    check_save_path(Path(save_path), [Path(base), Path(adapter_name_or_path)], overwrite=overwrite)
+    if getattr(load_config(base, trust_remote_code=trust_remote_code), "quantization_config", None):
+        raise ValueError(f"model_name_or_path: {base!r} is saved quantised; give the 16-bit base model")
+    updates = read_updates(adapter_name_or_path)
+    folder = base_folder(base)
+    weights = SavedWeights(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = skeleton(config, trust_remote_code=trust_remote_code)
+    embedding, head = embedding_names(model)
+    is_tied = bool(getattr(config, "tie_word_embeddings", False)) and head is not None
+    is_untied_now = is_tied and not stays_tied(updates, embedding, head)
+    check_names(updates, set(weights.file_of), embedding, head if is_tied else None)
+    check_complete(set(weights.file_of), model, head if is_tied else None)
+    dtype = dtype or weights.read(embedding).dtype
+    in_nf4 = quantized_names(model) if load_in_4bit else set()
+
+    with atomic_folder(save_path) as output:
+        writer = ShardWriter(output, max_shard_size)
+        progress = tqdm(
+            weights.tensors(), total=len(weights.file_of), desc="merge", disable=not is_main_process(), unit="tensor"
+        )
+        for name, weight in progress:
+            # Old checkpoints store the RoPE frequencies, which follow from the config.
+            if name.endswith("rotary_emb.inv_freq") or (is_tied and name == head):
+                continue
+            writer.add(name, updated(name, weight, updates, dtype=dtype, in_nf4=name in in_nf4))
+        if is_untied_now:
+            old = weights.read(embedding)
+            writer.add(head, updated(head, old, updates, dtype=dtype, in_nf4=False).clone())
+        writer.finish()
+        config.tie_word_embeddings = is_tied and not is_untied_now
+        config.dtype = dtype
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(output)
+        copy_companions(folder, Path(adapter_name_or_path), output, config, with_code=trust_remote_code)
+        record = {
+            "base_model_name_or_path": base,
+            "adapter_name_or_path": str(adapter_name_or_path),
+            "merged_into": "nf4" if load_in_4bit else "base weights",
+            "dtype": str(dtype).removeprefix("torch."),
+            "context_size": config.max_position_embeddings,
+            "rope_parameters": config.rope_parameters,
+            "num_lora_weights": len(updates.matrices),
+            "replaced_weights": sorted(updates.replacements),
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "versions": software_versions(),
+        }
+        write_json(output / MERGE_RECORD, record)
+    return record
+
+
+def check_names(updates: AdapterUpdates, base_names: set[str], embedding: str, tied_head: str | None) -> None:
+    """Raise ValueError for an update of a weight that the base does not have."""
+    unmatched = sorted(updates.names - base_names - ({tied_head} if tied_head and embedding in base_names else set()))
+    if unmatched:
+        raise ValueError(
+            f"adapter_name_or_path: the adapter changes {unmatched[0]!r}, which the base model does not have "
+            f"({len(unmatched)} such weights); give the base model of the adapter"
+        )
+
+
+def check_complete(base_names: set[str], model: PreTrainedModel, tied_head: str | None) -> None:
+    """Raise ValueError for a base that lacks weights, unless its names are of another form (fused experts)."""
+    expected = set(model.state_dict()) - {tied_head}
+    missing = sorted(expected - base_names)
+    unknown = {name for name in base_names - expected - {tied_head} if not name.endswith("rotary_emb.inv_freq")}
+    if missing and not unknown:
+        raise ValueError(f"model_name_or_path: the base model lacks {missing[0]!r} ({len(missing)} weights); incomplete?")
+
+
+def check_save_path(save_path: Path, sources: list[Path], *, overwrite: bool) -> None:
+    """Raise ValueError where saving at `save_path` would lose something."""
+    target = save_path.expanduser().resolve()
+    for source in (source.expanduser().resolve() for source in sources if source.expanduser().exists()):
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            raise ValueError(f"--save_path: {str(save_path)!r} overlaps {str(source)!r}, which is read; choose another")
+    if save_path.exists() and not save_path.is_dir():
+        raise ValueError(f"--save_path: {str(save_path)!r} is a file; give the path of a folder")
+    if save_path.is_dir() and any(save_path.iterdir()) and not overwrite:
+        raise ValueError(f"--save_path: {str(save_path)!r} is not empty; choose another folder or pass --overwrite")
+
+
+def base_folder(base: str) -> Path:
+    """Folder with the files of the base model; a hub name is downloaded, .bin weights only where there are no others."""
+    source = model_source(base)
+    if Path(source).is_dir():
+        return Path(source)
+    others = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+    folder = Path(snapshot_download(source, allow_patterns=["model*.safetensors", *others]))
+    if not list(folder.glob("model*.safetensors")):
+        folder = Path(snapshot_download(source, allow_patterns=["pytorch_model*.bin", *others]))
+    return folder
+
+
+def copy_companions(base: Path, adapter: Path, output: Path, config: PretrainedConfig, *, with_code: bool) -> None:
+    """Copy tokenizer (the adapter's where it has one), generation config and run record beside the weights."""
+    tokenizer_source = adapter if (adapter / "tokenizer_config.json").is_file() else base
+    files = [file for pattern in TOKENIZER_FILES for file in tokenizer_source.glob(pattern)]
+    files.append(base / "generation_config.json")
+    if with_code and getattr(config, "auto_map", None):
+        files += base.glob("*.py")
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, output / file.name)
+    run_record = read_run_record(adapter)
+    if run_record is not None:
+        save_run_record(output, run_record)
+    tokenizer_config = output / "tokenizer_config.json"
+    if tokenizer_config.is_file():
+        write_json(
+            tokenizer_config, {**read_json(tokenizer_config), "model_max_length": config.max_position_embeddings}
+        )

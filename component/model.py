@@ -1,0 +1,172 @@
+"""Load the base model, its config with the extended context, and its tokenizer."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from component.rope_scaling import ContextConfig, scale_rope
+
+
+@dataclass
+class ModelConfig:
+    """The base model."""
+
+    model_name_or_path: str = field(metadata={"help": "folder or hub name of the base model"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that comes with the model; only for sources you trust"}
+    )
+
+
+def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def default_dtype() -> torch.dtype:
+    """bf16 on Ampere or later, fp16 on older GPUs, fp32 on a CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def model_source(name_or_path: str, flag: str = "model_name_or_path") -> str:
+    """A local folder as an absolute path, a hub name as it is; a path that is not there is refused."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{flag}: {str(path)!r} has no config.json; give the folder of a saved model")
+        return str(path.resolve())
+    is_hub_name = name_or_path.count("/") <= 1 and not name_or_path.startswith((".", "/", "~", os.sep))
+    if not is_hub_name or path.is_file():
+        raise ValueError(f"{flag}: no model folder at {name_or_path!r}; give an existing folder or a hub name")
+    return name_or_path
+
+
+def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=trust_remote_code)
+    config.use_cache = True
+    return config
+
+
+def extend_context(config: PretrainedConfig, model_max_length: int | None, rope_type: str = "linear") -> str:
+    """Set RoPE for `model_max_length` tokens in `config`; returns a one-line description for the log.
+
+    The original length is remembered in `config.original_max_position_embeddings` and travels with
+    every saved config. None leaves the config as it is.
+    """
+    present = config.max_position_embeddings
+    if model_max_length is None:
+        return f"context of {present} tokens, RoPE unchanged"
+    rope_parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in rope_parameters:
+        raise ValueError(
+            f"model_max_length: cannot scale {config.model_type}, which has no single set of RoPE parameters"
+        )
+    decision = scale_rope(
+        rope_parameters,
+        max_position_embeddings=present,
+        original_max_position_embeddings=getattr(config, "original_max_position_embeddings", None),
+        model_max_length=model_max_length,
+        rope_type=rope_type,
+    )
+    if decision.max_position_embeddings == present and decision.rope_parameters == rope_parameters:
+        return f"context of {model_max_length} tokens fits the model's {present}, RoPE unchanged"
+    config.rope_parameters = decision.rope_parameters
+    config.original_max_position_embeddings = decision.original_max_position_embeddings
+    config.max_position_embeddings = decision.max_position_embeddings
+    factor = decision.rope_parameters.get("factor", 1.0)
+    return f"context {decision.original_max_position_embeddings} -> {model_max_length} tokens, RoPE {rope_type} x{factor:g}"
+
+
+def load_extended_config(model: ModelConfig, context: ContextConfig) -> tuple[PretrainedConfig, str]:
+    """Config of the base model with the context of the run, and a one-line description for the log."""
+    config = load_config(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+    return config, extend_context(config, context.model_max_length, context.rope_type)
+
+
+def training_dtype(arguments: TrainingArguments) -> torch.dtype:
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+
+
+def load_training_model(
+    model: ModelConfig, config: PretrainedConfig, arguments: TrainingArguments, *, load_in_4bit: bool
+) -> PreTrainedModel:
+    """The base model in the precision of the run, on this process's device."""
+    is_zero3 = bool(arguments.hf_deepspeed_config and arguments.hf_deepspeed_config.is_zero3())
+    return load_model(
+        model.model_name_or_path,
+        config,
+        dtype=training_dtype(arguments),
+        load_in_4bit=load_in_4bit,
+        device=None if is_zero3 else arguments.device,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def load_model(
+    name_or_path: str,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    load_in_4bit: bool,
+    device: torch.device | None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load the base weights onto `device` (None: where DeepSpeed ZeRO-3 places them).
+
+    `dtype` is that of the 16- or 32-bit weights, and of the products with the 4-bit ones.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        model_source(name_or_path),
+        config=config,
+        dtype=dtype,
+        quantization_config=quantization_config(dtype) if load_in_4bit else None,
+        device_map=None if device is None else {"": device},
+        trust_remote_code=trust_remote_code,
+        attn_implementation="sdpa",
+    )
+    if load_in_4bit:
+        keep_4bit_weights_trainable(model)
+    return model
+
+
+def keep_4bit_weights_trainable(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place on CPUs with avx512_bf16.
+
+    It does so at the first evaluation without gradient; gradients through repacked weights are then
+    silently lost (bitsandbytes 0.50.2, nn/modules.py, Linear4bit.forward).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_tokenizer(
+    name_or_path: str, *, model_max_length: int | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Tokenizer with right padding. A missing pad token becomes UNK or EOS, which is harmless here:
+    labels and masks come from lengths, never from comparing ids with the pad id."""
+    tokenizer = AutoTokenizer.from_pretrained(model_source(name_or_path), trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    if model_max_length is not None:
+        tokenizer.model_max_length = model_max_length
+    return tokenizer

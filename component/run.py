@@ -1,0 +1,116 @@
+"""Start and end of a training run: processes, seed, log, checkpoint to resume from, run record."""
+
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments, set_seed
+
+from component.arguments import Settings
+from component.checkpoint import check_resumable, checkpoint_to_resume, remove_checkpoints
+from component.distributed import barrier, is_main_process, set_single_process_environment, world_size
+from component.files import write_json
+from component.run_record import make_run_record, save_run_record
+
+logger = logging.getLogger("longqlora")
+
+
+@dataclass
+class Run:
+    """A run that has begun."""
+
+    arguments: TrainingArguments
+    checkpoint: str | None
+    record: dict
+    started: float
+
+    def log(self, text: str) -> None:
+        """Log on rank 0, each line of `text` on its own."""
+        for line in text.splitlines():
+            logger.info(line)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Log and save what the run took: wall time, steps, last loss, peak memory."""
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        result = {
+            "global_step": trainer.state.global_step,
+            "last_loss": losses[-1] if losses else None,
+            "minutes": round((time.time() - self.started) / 60, 2),
+            "peak_gpu_memory_gib": peak_memory_gib(),
+            "log_history": trainer.state.log_history,
+        }
+        if is_main_process():
+            write_json(Path(self.arguments.output_dir) / "train_results.json", result)
+        shown = {key: value for key, value in result.items() if key != "log_history" and value is not None}
+        self.log("finished: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
+
+
+def start_run(settings: Settings, notices: list[str]) -> Run:
+    """Join the other processes, decide where to resume, open the log and write the run record."""
+    started = time.time()
+    uses_deepspeed = settings.training.get("deepspeed") is not None
+    checkpoint, decision = checkpoint_to_resume(
+        settings.training.get("resume_from_checkpoint"),
+        settings.training["output_dir"],
+        overwrite=settings.output.overwrite_output_dir,
+    )
+    if checkpoint:
+        notices += check_resumable(
+            checkpoint, settings.as_dict(), world_size=world_size(), uses_deepspeed=uses_deepspeed
+        )
+    prepare_environment(uses_deepspeed=uses_deepspeed, output_dir=settings.training["output_dir"])
+    arguments = settings.training_arguments()
+    set_seed(arguments.seed)
+    record = make_run_record(settings.as_dict(), world_size=world_size(), device=device_name())
+    if is_main_process():
+        if not checkpoint:
+            remove_checkpoints(arguments.output_dir)
+        save_run_record(arguments.output_dir, record)
+    barrier()
+    open_log(Path(arguments.output_dir) / "train.log")
+    run = Run(arguments, str(checkpoint) if checkpoint else None, record, started)
+    run.log("versions: " + json.dumps(record["versions"]))
+    for notice in notices:
+        logger.warning(notice) if "no effect" in notice or "becomes" in notice else logger.info(notice)
+    run.log(decision)
+    return run
+
+
+def prepare_environment(*, uses_deepspeed: bool, output_dir: str) -> None:
+    """What DeepSpeed and tensorboard read from the environment, set where the user did not."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output_dir) / "tensorboard"))
+    if not uses_deepspeed:
+        return
+    set_single_process_environment()
+    if not torch.cuda.is_available():
+        import deepspeed
+
+        # Its first use compiles for a minute and leaks 69 MB of shared memory per run; gloo does as well here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def open_log(path: Path) -> None:
+    """Log to stdout and `path` on rank 0; other ranks only warn."""
+    logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    logger.propagate = False
+    logger.handlers.clear()
+    handlers = [logging.StreamHandler(sys.stdout)]
+    if is_main_process():
+        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {os.cpu_count()}"
+
+
+def peak_memory_gib() -> float | None:
+    """Highest GPU memory reserved by this process in GiB; None without a GPU."""
+    return round(torch.cuda.max_memory_reserved() / 2**30, 2) if torch.cuda.is_available() else None

@@ -1,0 +1,54 @@
+"""What a run was: its resolved settings, software versions and commit, kept beside its weights.
+
+Later tools read it from the adapter folder instead of asking the user again.
+"""
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from component.files import read_json, write_json
+
+RECORD_NAME = "run_record.json"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "datasets", "tokenizers")
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of Python and the packages that decide a number, and this repository's commit."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {**versions, "commit": commit()}
+
+
+def commit() -> str:
+    """Commit of the checkout this file is in, "+dirty" with uncommitted changes, or "unknown"."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+dirty" if changed.stdout.strip() else "")
+
+
+def make_run_record(arguments: dict, **facts) -> dict:
+    """arguments: the resolved configuration, section by section; facts: what the run found out."""
+    return {"command": sys.argv, "arguments": arguments, **facts, "versions": software_versions()}
+
+
+def save_run_record(folder: str | Path, record: dict) -> None:
+    write_json(Path(folder) / RECORD_NAME, record)
+
+
+def read_run_record(folder: str | Path) -> dict | None:
+    """Record in `folder`, or in the run folder above a checkpoint; None where there is none."""
+    for place in (Path(folder), Path(folder).resolve().parent):
+        if (place / RECORD_NAME).is_file():
+            return read_json(place / RECORD_NAME, "run record")
+    return None

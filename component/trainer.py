@@ -1,0 +1,102 @@
+"""transformers' Trainer with atomic checkpoints, pickle-free adapters and a run record."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from component.checkpoint import FINAL, STAGING, clear_staging, list_checkpoints, publish, rotate
+from component.distributed import barrier, is_main_process
+from component.files import atomic_folder
+from component.plot import plot_loss_curve
+from component.run_record import save_run_record
+
+logger = logging.getLogger("longqlora")
+
+
+class LongContextTrainer(Trainer):
+    """Trains with next-token loss; everything trained, the extended config and the tokenizer go into
+    each checkpoint folder, which appears under its name only when it is complete."""
+
+    def __init__(self, *args, run_record: dict[str, Any], **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.run_record = run_record
+        self.is_saving = False
+        self.add_callback(LossCurve())
+
+    def _get_output_dir(self, trial) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return str(Path(run_dir) / STAGING) if self.is_saving else run_dir
+
+    def _save_checkpoint(self, model, trial) -> None:
+        output_dir, name = self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        best = self.state.best_global_step
+        if best:
+            self.state.best_model_checkpoint = str(Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{best}")
+        self._write(lambda: clear_staging(output_dir), everywhere=False)
+        self.is_saving = True
+        try:
+            self._write(lambda: super(LongContextTrainer, self)._save_checkpoint(model, trial), everywhere=True)
+        finally:
+            self.is_saving = False
+        self._write(lambda: publish(output_dir, name), everywhere=False)
+        if is_main_process():
+            rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _write(self, write: Callable[[], Any], *, everywhere: bool) -> None:
+        """Run `write` on rank 0 or on every rank, then wait for all; a failure names what is still good."""
+        try:
+            if everywhere or is_main_process():
+                write()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error.__cause__ or error.__context__ or error).splitlines()[0]
+            good = list_checkpoints(self.args.output_dir)
+            clear = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
+            failure = OSError(f"output_dir: could not write a checkpoint to {self.args.output_dir!r} ({reason}); {clear}")
+            failure.from_one_rank = True
+            raise failure from error
+        barrier()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights as safetensors, config, tokenizer and run record; no pickled training arguments."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+            model.get_base_model().config.save_pretrained(folder)
+            (folder / "README.md").unlink(missing_ok=True)
+        else:
+            model.save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+        save_run_record(folder, self.run_record)
+
+    def save_final(self) -> Path:
+        """Write what was trained to output_dir/final."""
+        target = Path(self.args.output_dir) / FINAL
+        if is_main_process():
+            with atomic_folder(target) as folder:
+                self.save_model(str(folder), _internal_call=True)
+        else:
+            self.save_model(None, _internal_call=True)
+        barrier()
+        return target
+
+
+class LossCurve(TrainerCallback):
+    """Writes every logged line to the log and, at the end, the loss curve as PNG."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero and logs:
+            logger.info("step %d: %s", state.global_step, ", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items()))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        points = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
+        if state.is_world_process_zero and points:
+            plot_loss_curve(*zip(*points, strict=True), Path(args.output_dir) / "loss.png")

@@ -1,0 +1,252 @@
+"""Measure the perplexity of a base, merged or adapter model on a file of token ids.
+
+    python script/evaluate/evaluate.py --base_model MODEL --peft_model ADAPTER --seq_len 2048 8192 \
+        --sliding_window 2048 --data_path pg19-validation.bin --output_file perplexity.json --plot perplexity.png
+    torchrun --nproc_per_node 2 script/evaluate/evaluate.py ...        # the same numbers from two processes
+
+Attention is always dense here, whatever the model was trained with. The default protocol is LongLoRA's;
+component/perplexity.py defines both. With --output_file a killed run goes on where it stopped when it is
+started again with the same arguments. Token files are made by script/data/tokenize_corpus.py.
+"""
+
+import argparse
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.cli import run_main  # noqa: E402
+from component.files import write_json  # noqa: E402
+from component.perplexity import PROTOCOLS, WindowPlan, batches, json_safe, plan_windows, summarize  # noqa: E402
+from component.plot import plot_evaluation, require_matplotlib  # noqa: E402
+from component.token_file import DTYPES, TokenFile, open_token_file  # noqa: E402
+
+DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+FILES_THAT_DECIDE = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+PACKAGES_THAT_DECIDE = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    boolean = argparse.BooleanOptionalAction
+    parser.add_argument("--base_model", help="folder or hub name of a base or merged model (default: the base that "
+                        "the adapter names)")  # fmt: skip
+    parser.add_argument("--peft_model", help="folder of a trained adapter")
+    parser.add_argument("--data_path", required=True, help="file of token ids (.bin)")
+    parser.add_argument("--data_dtype", choices=list(DTYPES), help="id type of --data_path (default: what its "
+                        "sidecar says, or uint16)")  # fmt: skip
+    parser.add_argument("--seq_len", type=int, nargs="+", help="window lengths in tokens, one or more (default: the "
+                        "model's context)")  # fmt: skip
+    parser.add_argument("--sliding_window", type=int, default=256, help="stride between window starts in tokens "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--context_size", type=int, help="context in tokens to set RoPE for, by position interpolation "
+                        "where it is longer than the model's (default, also for -1: what the configs say)")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=1, help="windows per forward pass (default: %(default)s)")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="longlora", help="which tokens are scored and how "
+                        "they are averaged (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--max_windows", type=int, help="measure only this many windows, evenly spread (default: all)")
+    parser.add_argument("--load_in_4bit", action=boolean, default=False, help="quantise the base to NF4, as in "
+                        "training (default: no)")  # fmt: skip
+    parser.add_argument("--dtype", choices=["auto", *DTYPE_NAMES], default="auto", help="dtype of the weights "
+                        "(default: auto: bf16 or fp16 on a GPU, fp32 on a CPU)")  # fmt: skip
+    parser.add_argument("--flash_attn", action=boolean, default=False, help="use the flash_attn package, if installed, "
+                        "for the dense attention (default: PyTorch's own)")  # fmt: skip
+    parser.add_argument("--output_file", type=Path, help="JSON file for the results; also makes the run resumable")
+    parser.add_argument("--plot", help="image (.png, .pdf or .svg) of perplexity by length and loss by position")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    return parser.parse_args()
+
+
+def check_args(args: argparse.Namespace) -> None:
+    if not args.base_model and not args.peft_model:
+        raise ValueError("--base_model: give a model, or --peft_model with an adapter that names one")
+    if args.context_size == -1:
+        args.context_size = None
+    if args.context_size is not None and args.context_size < 1:
+        raise ValueError(f"--context_size: must be at least 1 token, got {args.context_size}")
+    if args.output_file and args.output_file.is_dir():
+        raise ValueError(f"--output_file: {str(args.output_file)!r} is a folder; give the path of a file")
+    if args.plot:
+        require_matplotlib(args.plot)
+    if args.flash_attn and importlib.util.find_spec("flash_attn") is None:
+        raise ValueError("--flash_attn: the flash_attn package is not installed; install it, or leave the flag out: "
+                         "PyTorch's own attention gives the same numbers")  # fmt: skip
+    batches((), args.batch_size)
+
+
+def make_plans(args: argparse.Namespace, num_tokens: int, seq_lens: list[int]) -> list[WindowPlan]:
+    options = {"stride": args.sliding_window, "protocol": args.protocol, "max_windows": args.max_windows}
+    return [plan_windows(num_tokens, seq_len=seq_len, **options) for seq_len in dict.fromkeys(seq_lens)]
+
+
+def source_state(name_or_path: str | None) -> list:
+    """What tells one state of a model folder from another: names, sizes and times of the files that decide."""
+    if name_or_path is None or not Path(name_or_path).is_dir():
+        return [name_or_path]
+    paths = sorted({path for pattern in FILES_THAT_DECIDE for path in Path(name_or_path).glob(pattern)})
+    stats = [(path.name, path.stat()) for path in paths]
+    return [str(Path(name_or_path).resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
+
+
+def load(args: argparse.Namespace, dtype):
+    """The model on this process's device, with the dense attention that was asked for."""
+    from component.distributed import local_device, print_main
+    from component.inference import load_for_inference
+
+    device = local_device()
+    if str(dtype) == "torch.float16" and device.type == "cpu":
+        print_main("warning: fp16 on a CPU is some hundred times slower than fp32 or bf16")
+    if args.flash_attn and (device.type != "cuda" or dtype.itemsize != 2):
+        raise ValueError("--flash_attn works on a GPU with --dtype fp16 or bf16 only; leave the flag out")
+    loaded = load_for_inference(
+        args.base_model,
+        adapter_name_or_path=args.peft_model,
+        context_size=args.context_size,
+        load_in_4bit=args.load_in_4bit,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.flash_attn:
+        loaded.model.set_attn_implementation("flash_attention_2")
+    return loaded
+
+
+def describe_run(args: argparse.Namespace, loaded, data: TokenFile, dtype_name: str) -> dict:
+    """What every result of this run says about itself."""
+    import torch
+
+    from component.run_record import software_versions
+
+    attention = f"dense causal ({loaded.model.config._attn_implementation})"
+    if getattr(loaded.config, "sliding_window", None):
+        attention += f", with the model's own sliding window of {loaded.config.sliding_window}"
+    return {
+        "sliding_window": args.sliding_window,
+        "context_size": loaded.context_size,
+        "dtype": dtype_name,
+        "load_in_4bit": args.load_in_4bit,
+        "attention": attention,
+        "batch_size": args.batch_size,
+        "base_model": loaded.base_model_name_or_path,
+        "peft_model": args.peft_model,
+        "rope_parameters": getattr(loaded.config, "rope_parameters", None),
+        "data_file": data.path.name,
+        "data_sha256": data.sha256,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": software_versions(),
+    }
+
+
+def start_ledger(args: argparse.Namespace, facts: dict):
+    """The record of finished windows, valid for runs that agree in everything that decides the number."""
+    from component.distributed import print_main
+    from component.evaluation import WindowLedger
+
+    decisive = {
+        **{name: value for name, value in facts.items() if name not in ("versions", "data_file")},
+        "versions": {name: facts["versions"].get(name) for name in PACKAGES_THAT_DECIDE},
+        "models": [source_state(facts["base_model"]), source_state(args.peft_model)],
+        "protocol": args.protocol,
+        "max_windows": args.max_windows,
+    }
+    ledger = WindowLedger(args.output_file, decisive)
+    ledger.start()
+    if ledger.num_foreign:
+        print_main("partial results of other arguments found; starting anew")
+    if ledger.done:
+        print_main(f"resuming: {len(ledger.done)} windows already measured")
+    return ledger
+
+
+def measure_length(plan: WindowPlan, facts: dict, losses_of) -> dict:
+    """Measure one window length with `losses_of` and report it; the result is the same on every rank."""
+    import torch
+
+    from component.distributed import print_main
+
+    if plan.seq_len > facts["context_size"]:
+        print_main(f"warning: seq_len {plan.seq_len} is beyond the model's context of {facts['context_size']} tokens")
+    weights = f"4-bit NF4 base, {facts['dtype']} products" if facts["load_in_4bit"] else f"{facts['dtype']} weights"
+    protocol = f"{plan.describe()}; {weights}, losses in float32; attention {facts['attention']}"
+    print_main(f"protocol: {protocol}")
+    num_left_out = plan.num_windows_dropped + plan.num_windows_skipped
+    print_main(f"left out: {num_left_out} windows; {plan.num_uncovered_tokens} tokens of the file are in no window")
+    try:
+        losses = losses_of(plan)
+    except torch.OutOfMemoryError:
+        failure = ValueError(
+            f"out of GPU memory at seq_len {plan.seq_len}, batch_size {facts['batch_size']}; lower --batch_size or "
+            "--seq_len, or pass --load_in_4bit"
+        )
+        failure.from_one_rank = True
+        raise failure from None
+    result = {"seq_len": plan.seq_len, "protocol": protocol, **summarize(plan, losses), **facts}
+    print_main(
+        f"seq_len {plan.seq_len}: perplexity {result['perplexity']:.4f}, loss {result['loss']:.6f} "
+        f"({result['num_windows']} windows, {result['num_tokens']} tokens scored)"
+    )
+    if result["num_windows_nonfinite"]:
+        print_main(f"warning: the loss of {result['num_windows_nonfinite']} windows is inf or nan")
+    return result
+
+
+def evaluate(args: argparse.Namespace, data: TokenFile) -> None:
+    """Load the model, measure every window length and write the results."""
+    import torch
+
+    from component.distributed import init_process_group, local_device
+    from component.evaluation import TokenScorer, measure
+    from component.inference import resolve_config
+    from component.model import default_dtype
+
+    _, config = resolve_config(
+        args.base_model, args.peft_model, args.context_size, trust_remote_code=args.trust_remote_code
+    )
+    data.check_ids(config.get_text_config().vocab_size)
+    plans = make_plans(args, data.num_tokens, args.seq_len or [config.max_position_embeddings])
+    init_process_group()
+    dtype = default_dtype() if args.dtype == "auto" else getattr(torch, DTYPE_NAMES[args.dtype])
+    loaded = load(args, dtype)
+    facts = describe_run(args, loaded, data, str(dtype).removeprefix("torch."))
+    ledger = start_ledger(args, facts)
+    losses_of = partial(
+        measure,
+        TokenScorer(loaded.model),
+        data.tokens,
+        batch_size=args.batch_size,
+        device=local_device(),
+        ledger=ledger,
+    )
+    finish(args, [measure_length(plan, facts, losses_of) for plan in plans], ledger)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def finish(args: argparse.Namespace, results: list[dict], ledger) -> None:
+    """Write the results on rank 0, then drop the record of single windows."""
+    from component.distributed import is_main_process, print_main
+
+    if is_main_process():
+        if args.output_file:
+            single = results[0] if len(results) == 1 else {}
+            write_json(args.output_file, json_safe({**single, "results": results}))
+            print_main(f"wrote {args.output_file}")
+        if args.plot:
+            plot_evaluation(results, args.peft_model or args.base_model, args.plot)
+            print_main(f"wrote {args.plot}")
+    ledger.remove()
+
+
+def main() -> None:
+    args = parse_args()
+    check_args(args)
+    data = open_token_file(args.data_path, dtype=args.data_dtype)
+    make_plans(args, data.num_tokens, args.seq_len or [])
+    evaluate(args, data)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,160 @@
+"""Chat with a model in the terminal, or through a pipe: one line is one message.
+
+    python script/inference/chat.py --adapter_name_or_path output/run/checkpoint-1000
+    printf 'Hello\\n/save chat.json\\n' | python script/inference/chat.py --model_name_or_path output/merged
+
+Answers are streamed. The whole conversation is sent each time, in the template the model was tuned
+with; when the context is full the oldest turns are left out, which is said. Answers go to stdout,
+everything else to stderr. Ctrl-C ends an answer; at the prompt, twice, the chat. Commands:
+
+    /file PATH   read a UTF-8 text file into the conversation
+    /clear       forget the conversation and its files
+    /save PATH   write the conversation as JSON
+    /help        list the commands
+    /exit        leave (so does Ctrl-D)
+"""
+
+import argparse
+import contextlib
+import signal
+import sys
+import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.chat_session import ChatSession  # noqa: E402
+from component.cli import one_line, run_main  # noqa: E402
+from component.generation import GenerationOptions, generate_text, known_template  # noqa: E402
+from component.generation_arguments import (  # noqa: E402
+    add_generation_arguments,
+    add_model_arguments,
+    check_model_arguments,
+    generation_options,
+    load_from_arguments,
+)
+from component.prompt import PROMPT_TEMPLATES, encode_conversation, prompt_template_for  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--prompt_template", choices=("auto", *PROMPT_TEMPLATES), default="auto",
+                        help="auto is the template the model was tuned with, as far as its run record or tokenizer "
+                        "tell, and else vicuna_v1.1 (default: auto)")  # fmt: skip
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
+    add_generation_arguments(parser)
+    return parser.parse_args()
+
+
+class AnswerInterrupt:
+    """While entered, Ctrl-C sets `event`, which ends the answer after the current token; a second one raises
+    KeyboardInterrupt, which ends it within a long prompt too."""
+
+    def __enter__(self) -> "AnswerInterrupt":
+        self.event = threading.Event()
+        self.previous = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+
+    def _interrupt(self, signum, frame) -> None:
+        if self.event.is_set():
+            raise KeyboardInterrupt
+        self.event.set()
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def read_lines(is_terminal: bool):
+    """Yield the user's lines until the end of input, or until a second Ctrl-C in a row at the prompt."""
+    num_interrupts = 0
+    while num_interrupts < 2:
+        try:
+            line = input("> ") if is_terminal else sys.stdin.readline()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            num_interrupts += 1
+            note("\n(Ctrl-C again, or /exit, to leave)" if num_interrupts == 1 else "")
+            continue
+        if not is_terminal and not line:
+            break
+        num_interrupts = 0
+        yield line.rstrip("\r\n")
+
+
+def answer(session: ChatSession, loaded, template: str, options: GenerationOptions, question: str) -> None:
+    """Ask, stream the answer and add both to the history; what was answered before Ctrl-C is kept."""
+    pieces = []
+
+    def on_text(text: str) -> None:
+        pieces.append(text)
+        show(text)
+
+    with AnswerInterrupt() as interrupt:
+        try:
+            prompt = session.prompt(question)
+            if prompt.notice:
+                note(f"({prompt.notice})")
+            ids = encode_conversation(loaded.tokenizer, prompt.messages, template=template, add_generation_prompt=True)
+            fitted = GenerationOptions(**{**vars(options), "max_new_tokens": prompt.max_new_tokens})
+            generate_text(loaded.model, loaded.tokenizer, ids, fitted, on_text=on_text, stop_event=interrupt.event)
+        except KeyboardInterrupt:
+            interrupt.event.set()
+    show("\n")
+    if interrupt.event.is_set():
+        note("(interrupted)")
+    if pieces or not interrupt.event.is_set():
+        session.add_turn(question, "".join(pieces).strip())
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_model_arguments(args)
+    options = generation_options(args)
+    loaded = load_from_arguments(args)
+    requested = None if args.prompt_template == "auto" else args.prompt_template
+    folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
+    template = prompt_template_for(loaded.tokenizer, requested or known_template(loaded.tokenizer, folders))
+
+    def count_tokens(messages: list[dict[str, str]]) -> int:
+        ids = encode_conversation(loaded.tokenizer, messages, template=template, add_generation_prompt=True)
+        return len(ids)
+
+    session = ChatSession(
+        count_tokens, context_size=loaded.context_size, max_new_tokens=options.max_new_tokens, system=args.system
+    )
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() line editing and history
+        note(f"template {template}, context of {loaded.context_size} tokens; /help lists the commands")
+    import torch
+
+    for line in read_lines(is_terminal):
+        if line.startswith("/"):
+            result = session.run_command(line)
+            if result.text:
+                note(result.text)
+            if result.is_exit:
+                break
+        elif line.strip():
+            try:
+                answer(session, loaded, template, options, line.strip())
+            except ValueError as error:
+                note(f"error: {one_line(error)}")
+            except torch.OutOfMemoryError:
+                note("error: out of GPU memory; /clear, a shorter file or --load_in_4bit help")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,148 @@
+"""Generate once from one prompt or from a file of prompts.
+
+    python script/inference/inference.py --model_name_or_path output/merged --prompt "Once upon a time"
+    python script/inference/inference.py --adapter_name_or_path output/run/checkpoint-1000 --prompt_file paper.txt
+    python script/inference/inference.py --model_name_or_path output/merged \\
+        --input_file prompts.jsonl --output_file answers.jsonl
+
+A prompt is continued as raw text behind the BOS token, as in pretraining, or put as one user message
+into the template that the model was tuned with (--prompt_template). Text goes to stdout, everything
+else to stderr.
+
+--input_file holds one JSON object with "prompt" per line; each line of --output_file is that object
+with "output", "finish_reason", "num_prompt_tokens" and "num_new_tokens" added. An interrupted run
+leaves OUTPUT_FILE.partial and is continued by the same command.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.batch_generation import partial_path, read_prompts, write_answers  # noqa: E402
+from component.cli import require_file, run_main  # noqa: E402
+from component.generation import NO_TEMPLATE, encode_prompt, fit_prompt, generate_text, known_template  # noqa: E402
+from component.generation_arguments import (  # noqa: E402
+    TEMPLATE_NAMES,
+    add_generation_arguments,
+    add_model_arguments,
+    check_model_arguments,
+    generation_options,
+    load_from_arguments,
+)
+from component.text_stream import decode_utf8  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
+    source.add_argument("--prompt_file", metavar="PATH", help="UTF-8 text file with the prompt, - for stdin")
+    source.add_argument("--input_file", metavar="PATH", help="jsonl file of prompts; needs --output_file")
+    parser.add_argument("--output_file", metavar="PATH", help="jsonl file for the answers to --input_file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an --output_file that is there")
+    parser.add_argument("--prompt_template", choices=TEMPLATE_NAMES, default="auto",
+                        help="none continues raw text; auto is the template the model was tuned with, as far as its "
+                        "run record or tokenizer tell, and else none (default: auto)")  # fmt: skip
+    parser.add_argument("--raw", action="store_true", help="short for --prompt_template none")
+    parser.add_argument("--system", metavar="TEXT", help="system message, for a template")
+    parser.add_argument("--truncate_prompt", action="store_true",
+                        help="keep the end of a prompt longer than the context, instead of refusing it")  # fmt: skip
+    parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True,
+                        help="print the text as it is generated (default: yes)")  # fmt: skip
+    add_generation_arguments(parser)
+    return parser.parse_args()
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    check_model_arguments(args)
+    if bool(args.input_file) != bool(args.output_file):
+        raise ValueError("--input_file and --output_file go together; give both or neither")
+    if args.raw and args.prompt_template not in ("auto", NO_TEMPLATE):
+        raise ValueError(f"--raw and --prompt_template {args.prompt_template} contradict each other; give one")
+    if args.output_file and Path(args.output_file).is_dir():
+        raise ValueError(f"--output_file: {args.output_file!r} is a folder; give the path of a file")
+    if args.output_file and Path(args.output_file).exists():
+        if not args.overwrite:
+            raise ValueError(f"--output_file: {args.output_file!r} exists; choose another or pass --overwrite")
+        if Path(args.output_file).samefile(args.input_file):
+            raise ValueError("--output_file: is the --input_file itself; choose another")
+
+
+def requested_prompts(args: argparse.Namespace) -> list[dict]:
+    """The prompts of whichever source was given, as objects with "prompt"."""
+    if args.input_file:
+        return read_prompts(args.input_file, "--input_file")
+    if args.prompt_file is None:
+        return [{"prompt": args.prompt}]
+    flag = "--prompt_file"
+    data = sys.stdin.buffer.read() if args.prompt_file == "-" else require_file(args.prompt_file, flag).read_bytes()
+    return [{"prompt": decode_utf8(data, flag, args.prompt_file)}]
+
+
+def fitted_prompts(args: argparse.Namespace, loaded, prompts: list[dict]) -> list[list[int]]:
+    """Ids of every prompt, fitted to the context; a prompt at fault is named by its number."""
+    template = NO_TEMPLATE if args.raw else args.prompt_template
+    if template == "auto":
+        folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
+        template = known_template(loaded.tokenizer, folders) or NO_TEMPLATE
+    if template == NO_TEMPLATE and args.system:
+        raise ValueError("--system: a raw prompt has no system message; give a --prompt_template too")
+    rows = []
+    for number, record in enumerate(prompts, start=1):
+        where = f"prompt {number}: " if args.input_file else ""
+        try:
+            ids = encode_prompt(loaded.tokenizer, record["prompt"], template=template, system=args.system)
+            fitted = fit_prompt(
+                ids,
+                context_size=loaded.context_size,
+                max_new_tokens=args.max_new_tokens,
+                truncate=args.truncate_prompt,
+            )
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+        if len(fitted) < len(ids):
+            warn(f"{where}kept {len(fitted)} of {len(ids)} tokens of the prompt")
+        if len(fitted) + args.max_new_tokens > loaded.context_size:
+            warn(
+                f"{where}{len(fitted)} prompt tokens and --max_new_tokens {args.max_new_tokens} go beyond the context "
+                f"of {loaded.context_size} tokens; an answer that long may be poor at its end"
+            )
+        rows.append(fitted)
+    return rows
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_arguments(args)
+    options = generation_options(args)
+    prompts = requested_prompts(args)
+    loaded = load_from_arguments(args)
+    rows = fitted_prompts(args, loaded, prompts)
+
+    def answer(position: int, on_text=None):
+        return generate_text(loaded.model, loaded.tokenizer, rows[position], options, on_text=on_text)
+
+    if args.input_file:
+        if args.overwrite and Path(args.output_file).exists():
+            partial_path(Path(args.output_file)).unlink(missing_ok=True)
+        write_answers(Path(args.output_file), prompts, answer)
+    elif args.stream:
+        answer(0, on_text=show)
+        show("\n")
+    else:
+        show(answer(0).text + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

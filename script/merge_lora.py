@@ -1,0 +1,67 @@
+"""Merge a trained adapter into its base model and save a model that stock transformers loads.
+
+    python script/merge_lora.py --adapter_name_or_path output/run/checkpoint-1000 --save_path output/merged
+
+Works through the base weights shard by shard on the CPU: memory holds the adapter and one shard of the
+result, whatever the size of the model. The base model is the one the adapter names unless
+--model_name_or_path gives another; context and RoPE come from the adapter's config.json, or from
+--context_size where the adapter has none (released LongQLoRA and LongLoRA adapters).
+
+With --load_in_4bit the adapter is merged into the dequantised NF4 weights, which are what a QLoRA
+adapter was trained against; then give as --dtype the dtype that training loaded the base in.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from component.cli import require_folder, run_main  # noqa: E402
+from component.generation_arguments import DTYPES, dtype_of  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="base model (default: the one that the adapter names)")
+    parser.add_argument("--adapter_name_or_path", required=True, help="folder of the trained adapter")
+    parser.add_argument("--save_path", required=True, help="folder for the merged model")
+    parser.add_argument("--context_size", type=int, help="context in tokens, where the adapter has no config.json")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto",
+                        help="dtype of the saved weights (default: auto, that of the base weights)")  # fmt: skip
+    parser.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
+                        help="merge into the dequantised NF4 weights (default: no)")  # fmt: skip
+    parser.add_argument("--max_shard_size", default="4GB", help="largest weight file (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a --save_path that is not empty")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    require_folder(args.adapter_name_or_path, "--adapter_name_or_path")
+    if args.context_size is not None and args.context_size < 1:
+        raise ValueError(f"--context_size: must be at least 1 token, got {args.context_size}")
+
+    from component.merge import merge
+    from component.weight_shards import parse_size
+
+    record = merge(
+        args.model_name_or_path,
+        args.adapter_name_or_path,
+        args.save_path,
+        context_size=args.context_size,
+        dtype=dtype_of(args.dtype),
+        load_in_4bit=args.load_in_4bit,
+        max_shard_size=parse_size(args.max_shard_size, "--max_shard_size"),
+        overwrite=args.overwrite,
+        trust_remote_code=args.trust_remote_code,
+    )
+    print(
+        f"merged {record['num_lora_weights']} LoRA weights and {len(record['replaced_weights'])} whole weights into "
+        f"{args.save_path} ({record['dtype']}, context of {record['context_size']} tokens)"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,115 @@
+"""Fixtures shared by the tests: a tiny tokenizer and model made here, and a runner for the scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+SHARED = REPO.parent / "shared"
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box quietly in the long dark river night".split()
+
+
+def sentences(num_words: int, seed: int = 0) -> str:
+    """Deterministic text of `num_words` words."""
+    state, out = seed * 7919 + 1, []
+    for _ in range(num_words):
+        state = (state * 1103515245 + 12345) % 2**31
+        out.append(WORDS[(state >> 8) % len(WORDS)])
+    return " ".join(out)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data beside the checkout; tests that need it skip where it is absent."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("no ../shared/data beside the checkout: real-data test skipped")
+    return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([sentences(2000)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def tiny_config(model_type: str = "llama", **overrides):
+    """Config of a random model small enough for a test; `overrides` replace single values."""
+    from transformers import AutoConfig
+
+    values = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 64, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 3, "tie_word_embeddings": False,
+    }  # fmt: skip
+    if model_type == "mistral":
+        values["sliding_window"] = None
+    if model_type == "qwen3":
+        values["head_dim"] = 16
+    return AutoConfig.for_model(model_type, **{**values, **overrides})
+
+
+def save_tiny_model(folder: Path, tokenizer, config=None, seed: int = 0) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config or tiny_config())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model", tiny_tokenizer)
+
+
+def run_script(script: str, *args, cwd=None, input=None, timeout=120, env=None, check=False):
+    """Run a script of the repository in a process of its own, quietly, on one thread."""
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    outcome = subprocess.run(
+        [sys.executable, str(REPO / script), *map(str, args)],
+        cwd=cwd, timeout=timeout, capture_output=True, text=True,
+        env={**os.environ, **quiet, **(env or {})}, input=input if input is not None else "",
+    )  # fmt: skip
+    if check and outcome.returncode != 0:
+        raise AssertionError(
+            f"{script} ended with {outcome.returncode}\n{outcome.stdout[-3000:]}\n{outcome.stderr[-3000:]}"
+        )
+    return outcome
+
+
+@pytest.fixture(scope="session", name="run_script")
+def run_script_fixture():
+    return run_script

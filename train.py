@@ -1,0 +1,86 @@
+"""Extend the context of a Llama-family model: S2-Attn, RoPE interpolation and QLoRA.
+
+    deepspeed train.py --train_args_file train_args/tiny-llama-pretrain.yaml [--key value ...]
+    torchrun --nproc_per_node 2 train.py --train_args_file F
+    python train.py --train_args_file F --dry_run
+
+Settings come from the YAML; `--key value` overrides single ones. --dry_run checks everything but the
+weights. Writes into output_dir: checkpoints, the final adapter (final/), the run record, a log,
+tensorboard events and a loss curve.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from component.cli import run_main
+
+
+def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Every setting of the YAML is listed in docs/settings.md.",
+    )
+    parser.add_argument("--train_args_file", required=True, help="YAML with the settings of the run")
+    parser.add_argument("--dry_run", action="store_true", help="check settings, data and model config, then stop")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    args, overrides = parse_command_line()
+
+    from component.adapter import attach_adapter, trainable_table
+    from component.arguments import read_settings
+    from component.attention import bind_attention
+    from component.collator import DataCollator
+    from component.dataset import build_datasets
+    from component.dry_run import dry_run
+    from component.loss_binding import bind_chunked_loss
+    from component.model import load_extended_config, load_tokenizer, load_training_model
+    from component.run import start_run
+    from component.run_checks import check_against_model, check_data, check_settings
+    from component.trainer import LongContextTrainer
+
+    settings, notices = read_settings(args.train_args_file, overrides)
+    notices += check_settings(settings)
+    config, context = load_extended_config(settings.model, settings.context)
+    check_against_model(settings, config)
+    tokenizer = load_tokenizer(
+        settings.model.model_name_or_path,
+        model_max_length=config.max_position_embeddings,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+    check_data(settings)
+    if args.dry_run:
+        return dry_run(settings, config, tokenizer, [*notices, context])
+
+    run = start_run(settings, [*notices, context])
+    is_quantized = settings.adapter.finetuning_type == "qlora"
+    model = load_training_model(settings.model, config, run.arguments, load_in_4bit=is_quantized)
+    run.log(bind_attention(model, settings.attention, settings.data.max_seq_length))
+    run.log(bind_chunked_loss(model))
+    model = attach_adapter(model, settings.adapter)
+    run.log(trainable_table(model))
+    train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log)
+
+    trainer = LongContextTrainer(
+        model=model,
+        args=run.arguments,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=DataCollator(tokenizer),
+        processing_class=tokenizer,
+        run_record=run.record,
+    )
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    run.log(f"saved {trainer.save_final()}")
+    run.finish(trainer)
+
+
+if __name__ == "__main__":
+    run_main(main)
