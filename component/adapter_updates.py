@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft.utils import get_pattern_key
+from peft.utils.other import get_pattern_key
 
 from component.adapter_folder import read_adapter_config, read_adapter_weights, read_extra_weights
 from component.distributed import local_device
@@ -70,7 +70,8 @@ def read_updates(folder: str | Path) -> AdapterUpdates:
     config = read_adapter_config(folder)
     check_plain_lora(config)
     extra = read_extra_weights(folder)
-    updates = AdapterUpdates(config, replacements=extra, keeps_tie=bool(extra) or bool(config.get("ensure_weight_tying")))
+    keeps_tie = bool(extra) or bool(config.get("ensure_weight_tying"))
+    updates = AdapterUpdates(config, replacements=extra, keeps_tie=keeps_tie)
     for key, tensor in read_adapter_weights(folder).items():
         name = key.removeprefix(PEFT_PREFIX)
         lora = LORA_KEY.fullmatch(name)

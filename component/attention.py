@@ -64,7 +64,8 @@ def bind_attention(model: PreTrainedModel, config: AttentionConfig, max_seq_leng
         return f"full causal attention ({'flash-attn' if config.use_flash_attn else 'SDPA'})"
     group_size = config.group_size(max_seq_length)
     check_model_supports_shift_short(model, group_size)
-    name = f"s2_{'flash' if config.use_flash_attn else 'sdpa'}_g{group_size}"
+    # transformers takes any name with "flash" in it for its own flash-attn integration.
+    name = f"s2_{'fa' if config.use_flash_attn else 'sdpa'}_g{group_size}"
     AttentionInterface.register(name, partial(shift_short_forward, group_size=group_size, kernel=kernel))
     AttentionMaskInterface.register(name, shift_short_mask)
     model.set_attn_implementation(name)

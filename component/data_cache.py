@@ -8,7 +8,7 @@ import inspect
 import json
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,12 +67,14 @@ def load_cache(folder: Path) -> tuple[datasets.Dataset, dict[str, Any]] | None:
         return None
 
 
-def write_cache(folder: Path, rows: Iterable[dict[str, np.ndarray]], columns: list[str], report: Any) -> None:
+def write_cache(
+    folder: Path, rows: Iterable[dict[str, np.ndarray]], columns: list[str], report: Callable[[], dict[str, Any]]
+) -> None:
     """Write int32 `rows` and then `report()`, a dict, as `folder`, which appears whole or not at all.
 
+    The report is asked for last, since rows may be counted while they are made. The parent folder must exist.
     Several processes may write the same folder at once: the first to finish wins.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own for each writer, since two runs may start on one file.
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir()

@@ -105,8 +105,7 @@ def build_dataset(
     prompt.eos_id(tokenizer)
     if config.sft:
         prompt.prompt_template_for(tokenizer, config.prompt_template)
-    root = Path(config.data_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "longqlora").expanduser()
-    folder = root / f"{path.stem[:80]}-{dataset_key(path, tokenizer, config)}"
+    folder = cache_root(config) / f"{path.stem[:80]}-{dataset_key(path, tokenizer, config)}"
     cached = load_cache(folder)
     was_cached = cached is not None
     if cached is None and local_rank() == 0:
@@ -128,6 +127,18 @@ def build_dataset(
             f"{flag}: no row is left to train on ({report.summary()}); raise max_seq_length or mend the file"
         )
     return dataset, report
+
+
+def cache_root(config: DataConfig) -> Path:
+    """The folder of all caches, made where it is missing."""
+    root = Path(config.data_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "longqlora").expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"data_cache_dir: no folder can be made at {str(root)!r} ({error.strerror}); give one that can be written"
+        ) from None
+    return root
 
 
 def dataset_key(path: Path, tokenizer: Any, config: DataConfig) -> str:

@@ -204,7 +204,7 @@ def fit_prompt(prompt_ids: list[int], *, context_size: int, max_new_tokens: int,
         return prompt_ids
     if not truncate:
         raise ValueError(
-            f"the prompt has {len(prompt_ids)} tokens and the context {context_size}; shorten it, raise --context_size, "
+            f"the prompt has {len(prompt_ids)} tokens and the context {context_size}; shorten it, raise --context_size "
             "or pass --truncate_prompt to keep its end"
         )
     room = context_size - min(max_new_tokens, context_size // 2)

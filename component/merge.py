@@ -87,8 +87,8 @@ def merge(
     )
     if context_size is None and not (Path(adapter_name_or_path) / "config.json").is_file():
         raise ValueError(
-            f"--context_size: {str(adapter_name_or_path)!r} has no config.json, so give the context it was trained for, in "
-            f"tokens (the base model has {config.max_position_embeddings})"
+            f"--context_size: {str(adapter_name_or_path)!r} has no config.json, so give the context of its training, "
+            f"in tokens (the base model has {config.max_position_embeddings})"
         )
     check_save_path(Path(save_path), [Path(base), Path(adapter_name_or_path)], overwrite=overwrite)
     if getattr(load_config(base, trust_remote_code=trust_remote_code), "quantization_config", None):
@@ -158,7 +158,7 @@ def check_complete(base_names: set[str], model: PreTrainedModel, tied_head: str 
     missing = sorted(expected - base_names)
     unknown = {name for name in base_names - expected - {tied_head} if not name.endswith("rotary_emb.inv_freq")}
     if missing and not unknown:
-        raise ValueError(f"model_name_or_path: the base model lacks {missing[0]!r} ({len(missing)} weights); incomplete?")
+        raise ValueError(f"model_name_or_path: the base lacks {missing[0]!r} ({len(missing)} weights); incomplete?")
 
 
 def check_save_path(save_path: Path, sources: list[Path], *, overwrite: bool) -> None:
@@ -174,7 +174,7 @@ def check_save_path(save_path: Path, sources: list[Path], *, overwrite: bool) ->
 
 
 def base_folder(base: str) -> Path:
-    """Folder with the files of the base model; a hub name is downloaded, .bin weights only where there are no others."""
+    """Folder with the files of the base; a hub name is downloaded, .bin weights only where there are no others."""
     source = model_source(base)
     if Path(source).is_dir():
         return Path(source)

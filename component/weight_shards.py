@@ -59,7 +59,7 @@ def find_weight_files(folder: Path) -> dict[str, Path]:
             index = read_json(folder / index_name, "model_name_or_path")
             weight_map = index.get("weight_map") if isinstance(index, dict) else None
             if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"model_name_or_path: {str(folder / index_name)!r} lists no weights; download it again")
+                raise ValueError(f"model_name_or_path: {str(folder / index_name)!r} lists no weights; is it whole?")
             missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
             if missing:
                 raise ValueError(f"model_name_or_path: {str(folder)!r} lacks {missing[0]}; download the model again")

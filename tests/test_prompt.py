@@ -150,6 +150,12 @@ def test_encoding_leaves_the_tokenizer_as_it_was(tokenizer):
     assert tokenizer("a </s>").input_ids == before
 
 
+def test_generation_marks_decide_what_is_learned(tokenizer):
+    tokenizer.chat_template = MARKED.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}")
+    _, labels = encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
+    assert learned(tokenizer, labels) == ["jumps over", "box quietly"]
+
+
 def test_chat_template_that_writes_earlier_answers_otherwise(tokenizer):
     # As Qwen3: only the last answer has its thoughts.
     tokenizer.chat_template = (

@@ -1,0 +1,37 @@
+# make demo   stretch the small Llama in data/tiny-llama from 256 to 1024 tokens, measure, merge, generate
+# make test   run the tests
+# make lint   check style
+# Each creates .venv and installs requirements.txt when that is missing or has changed.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
+# Idle threads that spin take the cores from threads that work.
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint benchmark clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(VENV)/bin/python script/demo.py
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+benchmark: $(STAMP)
+	$(VENV)/bin/python benchmark/attention.py
+
+$(STAMP): requirements.txt
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 2; }
+	@rm -f $(VENV)/.installed-*
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) output

@@ -1,0 +1,194 @@
+"""The main job on a small model, start to end, with the scripts a user would run: `make demo`.
+
+    python script/demo.py [--train_args_file train_args/tiny-llama-pretrain.yaml] [--output_dir output/demo]
+
+Writes Python source of this machine's standard library as training data and unseen validation ids,
+stretches data/tiny-llama from 256 to 1024 tokens with `deepspeed train.py`, measures the base, the
+base with untrained position interpolation, the adapter and two merged models at 256, 512 and 1024
+tokens, and generates once. Ends with a table, a plot and report.json, and fails if the method did not
+do what it claims.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from component.cli import run_main  # noqa: E402
+from component.distributed import print_main  # noqa: E402
+from component.files import read_json, write_json  # noqa: E402
+from component.plot import plot_loss_by_position, plot_perplexity  # noqa: E402
+
+BASE = REPO / "data" / "tiny-llama"
+LENGTHS = (256, 512, 1024)
+NUM_WINDOWS = 128
+PROMPT = "def read_lines(path):\n"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_args_file", type=Path, default=REPO / "train_args" / "tiny-llama-pretrain.yaml")
+    parser.add_argument("--output_dir", type=Path, default=REPO / "output" / "demo")
+    return parser.parse_args()
+
+
+class Steps:
+    """Runs the commands of the demo one after the other, showing each and the seconds it took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, *command: object) -> str:
+        words = [str(word) for word in command]
+        print_main(f"\n== {name}\n$ {' '.join(words)}")
+        started = time.monotonic()
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        process = subprocess.Popen(words, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
+        lines = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+        if process.wait() != 0:
+            raise ValueError(f"the step {name!r} failed with exit code {process.returncode}; its output is above")
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        return "".join(lines)
+
+    def script(self, name: str, script: str, *arguments: object) -> str:
+        return self.run(name, sys.executable, REPO / "script" / script, *arguments)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train(steps: Steps, args: argparse.Namespace, corpus: Path, adapter: Path) -> None:
+    overrides = ["--train_file", corpus / "train.jsonl", "--output_dir", adapter, "--overwrite_output_dir", "true"]
+    launcher = Path(sys.executable).parent / "deepspeed"
+    launch = [launcher, "--num_gpus", 1, "--master_port", free_port(), REPO / "train.py"]
+    steps.run("train", *launch, "--train_args_file", args.train_args_file, *overrides)
+
+
+def evaluate(steps: Steps, name: str, ids: Path, output_dir: Path, *arguments: object) -> dict[int, dict]:
+    """Results of one model by window length; every model is measured on the same windows."""
+    output = output_dir / f"{name.replace(' ', '-')}.json"
+    steps.script(
+        f"evaluate {name}", "evaluate/evaluate.py", *arguments, "--data_path", ids, "--seq_len", *LENGTHS,
+        "--sliding_window", LENGTHS[-1], "--max_windows", NUM_WINDOWS, "--batch_size", 4, "--dtype", "fp32",
+        "--output_file", output,
+    )  # fmt: skip
+    return {result["seq_len"]: result for result in read_json(output)["results"]}
+
+
+def loss_beyond(result: dict, position: int) -> float:
+    """Mean loss over the positions from `position` on."""
+    blocks = [block for block in result["loss_by_position"] if block["start"] >= position]
+    weights = [block["end"] - block["start"] for block in blocks]
+    return sum(block["loss"] * weight for block, weight in zip(blocks, weights, strict=True)) / sum(weights)
+
+
+def check(report: dict) -> list[str]:
+    """The claims of the demo; returns those that do not hold."""
+    longest, gain = report["perplexity"], report["loss_beyond_256"]
+    claims = {
+        "adapter at 1024: at most half of the base's perplexity": longest["adapter"]["1024"] <= longest["base"]["1024"] / 2,
+        "adapter at 1024: at most half of untrained PI's perplexity": longest["adapter"]["1024"]
+        <= longest["base + PI"]["1024"] / 2,
+        "adapter past position 256: at least 0.5 nat below the base": gain["adapter"] <= gain["base"] - 0.5,
+        "merged into NF4 weights: loss equals the adapter's to 1e-3": report["merge_difference_nf4"] <= 1e-3,
+    }
+    for claim, holds in claims.items():
+        print_main(f"{'ok    ' if holds else 'FAILED'} {claim}")
+    return [claim for claim, holds in claims.items() if not holds]
+
+
+def table(report: dict) -> str:
+    lines = [f"{'perplexity':<24}" + "".join(f"{length:>10}" for length in LENGTHS) + f"{'loss past 256':>16}"]
+    for name, row in report["perplexity"].items():
+        values = "".join(f"{row[str(length)]:>10.2f}" for length in LENGTHS)
+        lines.append(f"{name:<24}{values}{report['loss_beyond_256'][name]:>16.3f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    started, steps, out = time.monotonic(), Steps(), args.output_dir.resolve()
+    corpus, ids, adapter = out / "corpus", out / "validation.bin", out / "adapter"
+    final, merged, merged_nf4 = adapter / "final", out / "merged", out / "merged-nf4"
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in (merged, merged_nf4):
+        shutil.rmtree(folder, ignore_errors=True)
+
+    steps.script("corpus", "data/python_corpus.py", "--output_dir", corpus)
+    steps.script(
+        "tokenise", "data/tokenize_corpus.py", "--input", corpus / "validation.jsonl", "--tokenizer", BASE,
+        "--output_file", ids, "--min_tokens", LENGTHS[-1],
+    )  # fmt: skip
+    train(steps, args, corpus, adapter)
+
+    nf4 = ("--load_in_4bit",)
+    results = {
+        "base": evaluate(steps, "base", ids, out, "--base_model", BASE, *nf4),
+        "base + PI": evaluate(steps, "base PI", ids, out, "--base_model", BASE, "--context_size", LENGTHS[-1], *nf4),
+        "adapter": evaluate(steps, "adapter", ids, out, "--base_model", BASE, "--peft_model", final, *nf4),
+    }
+    merge = ("merge_lora.py", "--adapter_name_or_path", final, "--model_name_or_path", BASE)
+    steps.script("merge into NF4 weights", *merge, "--save_path", merged_nf4, *nf4)
+    steps.script("merge into 16-bit weights", *merge, "--save_path", merged)
+    results["merged, NF4 weights"] = evaluate(steps, "merged nf4", ids, out, "--base_model", merged_nf4)
+    results["merged, 16-bit weights"] = evaluate(steps, "merged", ids, out, "--base_model", merged)
+    text = steps.script(
+        "generate", "inference/inference.py", "--model_name_or_path", merged, "--prompt", PROMPT,
+        "--max_new_tokens", 48, "--temperature", 0,
+    )  # fmt: skip
+
+    longest = {name: by_length[LENGTHS[-1]] for name, by_length in results.items()}
+    report = {
+        "perplexity": {
+            name: {str(length): result["perplexity"] for length, result in by_length.items()}
+            for name, by_length in results.items()
+        },
+        "loss_beyond_256": {name: loss_beyond(result, 256) for name, result in longest.items()},
+        "merge_difference_nf4": max_difference(results["merged, NF4 weights"], results["adapter"]),
+        "merge_difference_16bit": max_difference(results["merged, 16-bit weights"], results["adapter"]),
+        "protocol": {name: result["protocol"] for name, result in longest.items()},
+        "generated": text,
+        "training": {key: v for key, v in read_json(adapter / "train_results.json").items() if key != "log_history"},
+        "run_record": read_json(final / "run_record.json"),
+        "seconds": steps.seconds,
+        "total_seconds": round(time.monotonic() - started, 1),
+    }
+    write_json(out / "report.json", report)
+    plot_perplexity(
+        {name: [(length, r["perplexity"]) for length, r in by_length.items()] for name, by_length in results.items()},
+        out / "perplexity.png",
+    )
+    plot_loss_by_position({name: result["loss_by_position"] for name, result in longest.items()}, out / "position.png")
+
+    print_main(f"\n{table(report)}\n\n{longest['adapter']['protocol']}\n")
+    print_main(f"merging changed the loss by {report['merge_difference_nf4']:.1e} (NF4 weights) and "
+               f"{report['merge_difference_16bit']:.1e} (16-bit weights: the adapter never saw these)")  # fmt: skip
+    print_main(f"seconds: {json.dumps(steps.seconds)}, {report['total_seconds']} in all")
+    print_main(f"wrote {out / 'report.json'}, perplexity.png and position.png")
+    failed = check(report)
+    if failed:
+        raise ValueError(f"the demo did not reach: {'; '.join(failed)}")
+
+
+def max_difference(ours: dict[int, dict], theirs: dict[int, dict]) -> float:
+    """Largest difference in loss over the window lengths."""
+    return max(math.fabs(ours[length]["loss"] - theirs[length]["loss"]) for length in LENGTHS)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,127 @@
+"""The chunked loss against stock cross-entropy. Tolerance: 1e-6 relative in fp64 asked, 1e-12 reached."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config
+from transformers import AutoModelForCausalLM
+
+import component.loss as loss_module
+from component.loss import ChunkedLinearCrossEntropy, next_token_loss
+from component.loss_binding import bind_chunked_loss
+
+
+def make(batch=2, length=37, hidden=24, vocab=50, dtype=torch.float64, num_ignored=9):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(batch, length, hidden, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocab, hidden, generator=generator, dtype=dtype).requires_grad_()
+    labels = torch.randint(0, vocab, (batch, length), generator=generator)
+    labels.view(-1)[torch.randperm(labels.numel(), generator=generator)[:num_ignored]] = -100
+    return states, weight, labels
+
+
+def stock(states, weight, labels, num_items=None):
+    logits = (states @ weight.T)[:, :-1].flatten(0, 1)
+    total = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return total / (num_items or (labels[:, 1:] != -100).sum())
+
+
+@pytest.fixture(params=["library", "own"])
+def implementation(request, monkeypatch):
+    """Both ways to the same number: torch's operation where it exists, and ours."""
+    if request.param == "own":
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+        monkeypatch.setattr(loss_module, "CHUNK_BYTES", 50 * 4 * 7)
+    elif not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("torch older than 2.13 has no linear_cross_entropy")
+    return request.param
+
+
+@pytest.mark.parametrize("num_items", [None, 123])
+def test_equals_stock(implementation, num_items):
+    ours, theirs = make(), make()
+    value, expected = next_token_loss(*ours, num_items=num_items), stock(*theirs, num_items)
+    assert abs(value - expected) < 1e-12
+    (3 * value).backward()
+    (3 * expected).backward()
+    for x, y in zip(ours[:2], theirs[:2], strict=True):
+        assert torch.allclose(x.grad, y.grad, rtol=0, atol=1e-12)
+
+
+def test_frozen_head_gets_no_gradient(implementation):
+    states, weight, labels = make()
+    weight.requires_grad_(False)
+    next_token_loss(states, weight, labels).backward()
+    assert weight.grad is None and states.grad is not None
+
+
+def test_without_gradient(implementation):
+    with torch.no_grad():
+        assert abs(next_token_loss(*make()) - stock(*make())) < 1e-12
+
+
+def test_no_label_counts(implementation):
+    states, weight, labels = make()
+    value = next_token_loss(states, weight, torch.full_like(labels, -100))
+    value.backward()
+    assert value == 0 and not states.grad.any()
+
+
+def test_bf16_is_close_to_fp32(implementation):
+    states, weight, labels = make(dtype=torch.float32)
+    value = next_token_loss(states.bfloat16(), weight.bfloat16(), labels)
+    assert abs(value - stock(states, weight, labels)) < 5e-2
+
+
+def test_own_implementation_passes_gradcheck():
+    states, weight, labels = make(1, 6, 4, 5)
+    function = lambda s, w: ChunkedLinearCrossEntropy.apply(s, w, labels[0])  # noqa: E731
+    assert torch.autograd.gradcheck(function, (states[0].detach().requires_grad_(), weight))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_bound_model_equals_stock_model(model_type):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type)).double()
+    ids = torch.randint(4, 320, (2, 30))
+    labels = ids.masked_fill(torch.rand(2, 30) < 0.3, -100)
+    # Stock transformers rounds the logits to fp32 even here, so the reference takes them before its loss.
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / 77
+    expected.backward()
+    expected_gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    stock_loss = model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(77)).loss
+    model.zero_grad()
+    assert "chunks" in bind_chunked_loss(model)
+    output = model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(77))
+    output.loss.backward()
+    assert output.logits is None
+    assert abs(output.loss - expected) < 1e-12 and abs(output.loss - stock_loss) < 1e-6
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, expected_gradients[name], rtol=0, atol=1e-12)
+    assert model(input_ids=ids).logits.shape == (2, 30, 320)
+
+
+def test_logits_of_the_whole_sequence_are_never_held():
+    """Largest tensor made in forward and backward: below half of the logits, for both implementations."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            for x in output if isinstance(output, (tuple, list)) else [output]:
+                if isinstance(x, torch.Tensor):
+                    Largest.numel = max(Largest.numel, x.untyped_storage().nbytes() // x.element_size())
+            return output
+
+    states, weight, labels = make(1, 2048, 16, 512, torch.float32)
+    loss_module_bytes = loss_module.CHUNK_BYTES
+    try:
+        loss_module.CHUNK_BYTES = 512 * 4 * 128
+        with Largest():
+            ChunkedLinearCrossEntropy.apply(states[0], weight, labels[0]).backward()
+    finally:
+        loss_module.CHUNK_BYTES = loss_module_bytes
+    assert Largest.numel <= 2048 * 512 // 2
