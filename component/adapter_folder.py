@@ -1,4 +1,4 @@
-"""Read a saved adapter folder strictly: every weight in it finds its place, or the load fails.
+"""Save an adapter folder, and read one strictly: every weight in it finds its place, or the load fails.
 
 Ours is a PEFT folder that holds everything trained (LoRA matrices and, as `modules_to_save`, the
 embedding and norm weights) with the extended config.json and the tokenizer beside it. Folders of
@@ -6,6 +6,7 @@ LongQLoRA and LongLoRA keep the embedding and norm weights in trainable_params.b
 the base model's names with or without PEFT's prefix.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -21,6 +22,20 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 UPSTREAM_EXTRA_WEIGHTS = "trainable_params.bin"
 FLAG = "adapter_name_or_path"
+
+
+def save_adapter(model: PeftModel, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Write everything trained and the extended config.json; `state_dict` as DeepSpeed gathers it.
+
+    The config describes the base model in 16 bit: a quantization_config in it would make transformers
+    take the base checkpoint for one that is stored in 4 bit.
+    """
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    (Path(folder) / "README.md").unlink(missing_ok=True)
+    config = copy.deepcopy(model.get_base_model().config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
 
 
 def read_adapter_config(folder: str | Path) -> dict:

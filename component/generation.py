@@ -81,7 +81,14 @@ def known_template(tokenizer, folders: Sequence[str | None]) -> str | None:
 
 
 def encode_prompt(tokenizer, text: str, *, template: str, system: str | None = None) -> list[int]:
-    """Ids of a prompt: with template "none" raw text behind BOS, as in pretraining; else one user message."""
+    """Ids of a prompt: with template "none" raw text behind BOS, as in pretraining; else one user message.
+
+    Raises ValueError for text that is no Unicode (half a surrogate pair, from JSON or the command line).
+    """
+    try:
+        f"{text}{system or ''}".encode()
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is not valid Unicode text (it holds half a surrogate pair)") from None
     if template == NO_TEMPLATE:
         return [*bos_ids(tokenizer), *encode_text(tokenizer, text)]
     messages = [{"role": "system", "content": system}] if system else []

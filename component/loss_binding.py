@@ -39,11 +39,15 @@ def chunked_loss_forward(
 ) -> CausalLMOutputWithPast:
     """Forward pass of a causal language model; with labels int [B, S] it returns the loss and no logits."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+    if labels is None:
+        return stock_forward(**inputs)
+    # With a cache transformers no longer sees from the position ids that rows are packed.
+    inputs["use_cache"] = False
     head = model.get_output_embeddings()
     # An adapter on the head itself makes it more than one product; leave that case to the stock path.
-    if labels is None or hasattr(head, "lora_A"):
+    if hasattr(head, "lora_A"):
         return stock_forward(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
-    hidden, weight = model.get_decoder()(**inputs, use_cache=False).last_hidden_state, head.weight
+    hidden, weight = model.get_decoder()(**inputs).last_hidden_state, head.weight
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

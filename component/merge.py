@@ -82,6 +82,7 @@ def merge(
     for the base's. load_in_4bit: merge into the NF4 weights. max_shard_size: in bytes. Nothing that stood
     at `save_path` is touched before the merge is complete. Raises ValueError for whatever does not fit.
     """
+    save_path = Path(save_path).expanduser()
     base, config = resolve_config(
         model_name_or_path, adapter_name_or_path, context_size, trust_remote_code=trust_remote_code
     )
@@ -90,7 +91,7 @@ def merge(
             f"--context_size: {str(adapter_name_or_path)!r} has no config.json, so give the context of its training, "
             f"in tokens (the base model has {config.max_position_embeddings})"
         )
-    check_save_path(Path(save_path), [Path(base), Path(adapter_name_or_path)], overwrite=overwrite)
+    check_save_path(save_path, [Path(base), Path(adapter_name_or_path)], overwrite=overwrite)
     if getattr(load_config(base, trust_remote_code=trust_remote_code), "quantization_config", None):
         raise ValueError(f"model_name_or_path: {base!r} is saved quantised; give the 16-bit base model")
     updates = read_updates(adapter_name_or_path)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from component.adapter_folder import save_adapter
 from component.checkpoint import FINAL, STAGING, clear_staging, list_checkpoints, publish, rotate
 from component.distributed import barrier, is_main_process
 from component.files import atomic_folder
@@ -69,9 +70,7 @@ class LongContextTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if hasattr(model, "peft_config"):
-            model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-            model.get_base_model().config.save_pretrained(folder)
-            (folder / "README.md").unlink(missing_ok=True)
+            save_adapter(model, folder, state_dict=state_dict)
         else:
             model.save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)

@@ -149,7 +149,7 @@ def test_upstream_folder_with_trainable_params(tiny_tokenizer, tmp_path, prefix,
         str(base), adapter_name_or_path=str(adapter), context_size=CONTEXT, dtype=torch.float32
     ).model
     with torch.no_grad():
-        expected = live(IDS).logits
+        expected = live(IDS.to(live.device)).logits.cpu()
     torch.testing.assert_close(stock_logits(tmp_path / "out"), expected, atol=1e-6, rtol=1e-5)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is tied
 
@@ -158,7 +158,7 @@ def test_upstream_folder_with_trainable_params(tiny_tokenizer, tmp_path, prefix,
 def test_nf4_weights_are_those_of_the_loaded_4bit_model(tiny_model_dir, dtype):
     from bitsandbytes.functional import dequantize_4bit
 
-    live = load_for_inference(str(tiny_model_dir), load_in_4bit=True, dtype=dtype, device=torch.device("cpu")).model
+    live = load_for_inference(str(tiny_model_dir), load_in_4bit=True, dtype=dtype).model
     stored = load_file(tiny_model_dir / "model.safetensors")
     count = 0
     for name, module in live.named_modules():
@@ -173,11 +173,10 @@ def test_merge_into_nf4_equals_the_live_4bit_model(tiny_model_dir, tmp_path):
     adapter = make_adapter(tiny_model_dir, tmp_path / "adapter", modules_to_save=["norm", "embed_tokens"])
     merge(str(tiny_model_dir), str(adapter), tmp_path / "out", load_in_4bit=True)
     live = load_for_inference(
-        str(tiny_model_dir), adapter_name_or_path=str(adapter), load_in_4bit=True, dtype=torch.float32,
-        device=torch.device("cpu"),
+        str(tiny_model_dir), adapter_name_or_path=str(adapter), load_in_4bit=True, dtype=torch.float32
     ).model  # fmt: skip
     with torch.no_grad():
-        expected = live(IDS).logits
+        expected = live(IDS.to(live.device)).logits.cpu()
     found = stock_logits(tmp_path / "out")
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     merge(str(tiny_model_dir), str(adapter), tmp_path / "plain")

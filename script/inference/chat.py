@@ -96,8 +96,11 @@ def answer(session: ChatSession, loaded, template: str, options: GenerationOptio
     pieces = []
 
     def on_text(text: str) -> None:
-        pieces.append(text)
-        show(text)
+        # What stands between "ASSISTANT:" and the answer is the template's matter, not the reader's.
+        text = text if pieces else text.lstrip()
+        if text:
+            pieces.append(text)
+            show(text)
 
     with AnswerInterrupt() as interrupt:
         try:
@@ -133,6 +136,7 @@ def main() -> None:
         count_tokens, context_size=loaded.context_size, max_new_tokens=options.max_new_tokens, system=args.system
     )
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    sys.stdout.reconfigure(errors="replace")
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):
@@ -152,6 +156,8 @@ def main() -> None:
                 answer(session, loaded, template, options, line.strip())
             except ValueError as error:
                 note(f"error: {one_line(error)}")
+            except KeyboardInterrupt:
+                note("(interrupted)")
             except torch.OutOfMemoryError:
                 note("error: out of GPU memory; /clear, a shorter file or --load_in_4bit help")
 

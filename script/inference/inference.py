@@ -130,6 +130,8 @@ def main() -> None:
     loaded = load_from_arguments(args)
     rows = fitted_prompts(args, loaded, prompts)
 
+    sys.stdout.reconfigure(errors="replace")
+
     def answer(position: int, on_text=None):
         return generate_text(loaded.model, loaded.tokenizer, rows[position], options, on_text=on_text)
 
