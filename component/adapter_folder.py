@@ -43,7 +43,10 @@ def read_adapter_config(folder: str | Path) -> dict:
     path = require_folder(folder, FLAG) / ADAPTER_CONFIG
     if not path.is_file():
         raise ValueError(f"{FLAG}: {str(folder)!r} has no {ADAPTER_CONFIG}; give the folder of a saved adapter")
-    return read_json(path, FLAG)
+    config = read_json(path, FLAG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{FLAG}: {str(path)!r} holds no JSON object; give the folder of a saved adapter")
+    return config
 
 
 def base_model_of(folder: str | Path) -> str:
@@ -109,7 +112,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{FLAG}: the adapter does not fit the base model ({error})") from None
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    unplaced = sorted(saved.keys() - expected.keys())
+    # PEFT also writes the untrained embeddings of a model whose output layer has LoRA matrices.
+    unplaced = sorted(saved.keys() - expected.keys() - peft_model.state_dict().keys())
     missing = sorted(expected.keys() - saved.keys())
     if unplaced or missing:
         name, fault = (

@@ -1,4 +1,4 @@
-"""Read a training YAML and command-line overrides into checked settings.
+"""Read a training YAML and command-line overrides into settings.
 
 Defaults < YAML < `--key value`. Each dataclass stands beside the code it configures; this file only
 knows how to fill them. A key nobody owns, a value of the wrong type or a file that is not there is a
@@ -7,10 +7,10 @@ ValueError that names the key, the value and the fix.
 
 import dataclasses
 import difflib
-import enum
-import types
+import os
 import typing
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,13 @@ from component.checkpoint import OutputConfig
 from component.dataset import DataConfig
 from component.model import ModelConfig
 from component.rope_scaling import ContextConfig
+from component.setting_values import KIND_NAMES, coerce
 
-SECTIONS = {
-    "model": ModelConfig,
-    "context": ContextConfig,
-    "attention": AttentionConfig,
-    "adapter": AdapterConfig,
-    "data": DataConfig,
-    "output": OutputConfig,
-    "training": TrainingArguments,
-}
-TRAINING_DEFAULTS = {"per_device_train_batch_size": 1, "report_to": "tensorboard", "logging_steps": 10}
 REPO = Path(__file__).resolve().parents[1]
 PATH_KEYS = ("model_name_or_path", "train_file", "eval_file", "deepspeed")
-
-# Names that TrainingArguments dropped, and where their meaning lives now; None: it has no effect any more.
+REQUIRED_KEYS = ("model_name_or_path", "train_file", "output_dir")
+TRAINING_DEFAULTS = {"per_device_train_batch_size": 1, "report_to": "tensorboard", "logging_steps": 10}
+# Names that transformers dropped or is about to drop, and their successors.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",
@@ -47,14 +39,35 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "group_by_length": "train_sampling_strategy",
-    "save_safetensors": None,
-    "logging_dir": None,
+}
+# Names without a successor: what they switched is now always so, or decided by the machine.
+REMOVED = ("save_safetensors", "fp16_backend", "half_precision_backend", "fp16_opt_level", "use_mps_device", "use_ipex")
+
+
+@dataclass
+class LogConfig:
+    """Where the events go."""
+
+    logging_dir: str | None = field(
+        default=None, metadata={"help": "folder of the tensorboard events; default: tensorboard/ in output_dir"}
+    )
+
+
+SECTIONS = {
+    "model": ModelConfig,
+    "context": ContextConfig,
+    "attention": AttentionConfig,
+    "adapter": AdapterConfig,
+    "data": DataConfig,
+    "training": TrainingArguments,
+    "output": OutputConfig,
+    "log": LogConfig,
 }
 
 
-@dataclasses.dataclass
+@dataclass
 class Settings:
-    """All settings of a run, section by section, and where they came from."""
+    """All settings of a run, section by section, and those that the user gave."""
 
     model: ModelConfig
     context: ContextConfig
@@ -62,44 +75,59 @@ class Settings:
     adapter: AdapterConfig
     data: DataConfig
     output: OutputConfig
+    log: LogConfig
     training: dict[str, Any]
     given: dict[str, Any]
 
-    def training_arguments(self) -> TrainingArguments:
-        """Build transformers' TrainingArguments; this starts the process group under a launcher."""
+    def training_arguments(self, kind: type[TrainingArguments] = TrainingArguments) -> TrainingArguments:
+        """Build transformers' TrainingArguments; under a launcher this joins the process group."""
+        if self.log.logging_dir:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = self.log.logging_dir
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            return TrainingArguments(**self.training)
+            return kind(**self.training)
 
     def as_dict(self) -> dict[str, dict]:
+        """Sections as plain values for a record on disk, without the secret among them."""
         parts = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS if name != "training"}
-        return {**parts, "training": self.training}
+        return {**parts, "training": {key: value for key, value in self.training.items() if key != "hub_token"}}
 
 
 def fields_of(cls: type) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(cls) if f.init}
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """A key given twice is an error, where PyYAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Mapping of a YAML file; a key given twice is an error, where PyYAML would keep the last."""
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-        keys = [loader.construct_object(key) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise ValueError(f"{path}: key {twice!r} is given twice; keep one")
-        return loader.construct_mapping(node, deep=True)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    """The mapping in a YAML file. Raises ValueError with the file and, where known, the line."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({error})") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{path}: must be a list of `key: value` lines")
+        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: {error.problem}; mend the line") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid YAML ({error}); mend the file") from None
+    if values is None:
+        raise ValueError(f"{path}: is empty; give `key: value` lines as in train_args/")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds {KIND_NAMES.get(type(values), 'a single value')}; give `key: value` lines")
+    odd = next((key for key in values if not isinstance(key, str)), None)
+    if odd is not None:
+        raise ValueError(f"{path}: key {odd!r} is no name; give `key: value` lines")
     return values
 
 
@@ -107,98 +135,61 @@ def read_overrides(words: list[str]) -> dict[str, str]:
     """`--key value` and `--key=value` pairs; a key alone is true."""
     overrides, position = {}, 0
     while position < len(words):
-        word = words[position]
-        if not word.startswith("--") or len(word) == 2:
-            raise ValueError(f"unexpected argument {word!r}; settings are given as --key value")
-        key, equals, value = word[2:].partition("=")
+        key, equals, value = words[position].removeprefix("--").partition("=")
+        if not words[position].startswith("--") or not key:
+            raise ValueError(f"unexpected argument {words[position]!r}; settings are given as --key value")
         position += 1
         if not equals:
+            value = "true"
             if position < len(words) and not words[position].startswith("--"):
                 value, position = words[position], position + 1
-            else:
-                value = "true"
         overrides[key.replace("-", "_")] = value
     return overrides
 
 
 def rename(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values under the names of the installed transformers, and one notice for all that changed."""
-    training = fields_of(TrainingArguments)
-    renamed, notices = dict(values), []
-    aliases = {**RENAMED, **{new: old for old, new in RENAMED.items() if new and new not in training and old in training}}
-    for old, new in aliases.items():
-        if old not in renamed or (old in training and (new not in training or old not in RENAMED)):
+    """Values under the names that the installed transformers knows, and a notice for each that changed."""
+    known = fields_of(TrainingArguments)
+    successors = {**RENAMED, **{new: old for old, new in RENAMED.items() if new not in known}}
+    renamed, notices, given_as = {}, [], {}
+    for key, value in values.items():
+        if key in REMOVED:
+            notices.append(f"{key} has no effect in this version of transformers")
             continue
-        value = renamed.pop(old)
-        if new is None:
-            notices.append(f"{old} (no effect any more, ignored)")
-            continue
-        if new in renamed:
-            raise ValueError(f"{old} and {new} are two names of one setting; keep {new}")
-        if old == "group_by_length":
-            value = "group_by_length" if str(value).lower() == "true" else "random"
-        renamed[new] = value
-        notices.append(f"{old} -> {new}")
-    return renamed, [f"renamed settings: {', '.join(notices)}"] if notices else []
-
-
-def coerce(key: str, value: Any, hint: Any, choices: list | None = None) -> Any:
-    """`value` as the type of the field, or a ValueError naming key, value and what was expected."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-        if type(None) in options:
-            return None
-        raise ValueError(f"{key}: needs a value; leave the line out for the default")
-    names = []
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is type(None):
-            continue
-        names.append(getattr(origin, "__name__", str(origin)))
-        converted = convert(value, origin)
-        if converted is not None:
-            if choices and converted not in choices:
-                raise ValueError(f"{key}: {value!r} is not one of {', '.join(map(str, choices))}")
-            if isinstance(option, type) and issubclass(option, enum.Enum):
-                return converted.value
-            return converted
-        if isinstance(option, type) and issubclass(option, enum.Enum):
-            raise ValueError(f"{key}: {value!r} is not one of {', '.join(str(e.value) for e in option)}")
-    raise ValueError(f"{key}: {value!r} is no {' or '.join(dict.fromkeys(names))}")
-
-
-def convert(value: Any, kind: type) -> Any:
-    """`value` as `kind`, or None where it is not one. YAML reads 2e-4 as text, the command line everything."""
-    try:
-        if kind is bool:
-            words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-            return value if isinstance(value, bool) else words.get(value.lower()) if isinstance(value, str) else None
-        if isinstance(value, bool):
-            return None
-        if kind is int:
-            return int(float(value)) if float(value) == int(float(value)) else None
-        if kind is float:
-            return float(value) if float(value) == float(value) else None
-        if kind is str:
-            return value if isinstance(value, str) else None
-        if isinstance(kind, type) and issubclass(kind, enum.Enum):
-            return kind(value)
-        if kind in (dict, list):
-            parsed = yaml.safe_load(value) if isinstance(value, str) else value
-            return parsed if isinstance(parsed, kind) else None
-    except (ValueError, TypeError, OverflowError, yaml.YAMLError):
-        return None
-    return None
+        name = successors[key] if successors.get(key) in known else key
+        if name in renamed:
+            raise ValueError(f"{given_as[name]} and {key} are two names of one setting; keep {name}")
+        if name != key:
+            notices.append(f"renamed setting: {key} is now {name}")
+        if key == "warmup_ratio":
+            value = coerce(key, value, float)
+            if not 0 <= value < 1:
+                raise ValueError(f"warmup_ratio: must lie in [0, 1), got {value}; it is a part of all steps")
+        if key == "group_by_length":
+            value = "group_by_length" if coerce(key, value, bool) else "random"
+        renamed[name], given_as[name] = value, key
+    return renamed, notices
 
 
 def input_path(key: str, value: str) -> str:
     """An input path as given, or below the repository where it is not below the working directory."""
-    below_repo = REPO / Path(value)
-    if not Path(value).expanduser().exists() and not Path(value).is_absolute() and below_repo.exists():
-        return str(below_repo)
-    if key != "model_name_or_path" and not Path(value).expanduser().is_file():
+    path = Path(value).expanduser()
+    if value and not path.exists() and not path.is_absolute() and (REPO / path).exists():
+        return str(REPO / path)
+    if key != "model_name_or_path" and not path.is_file():
         raise ValueError(f"{key}: no file at {value!r}; give the path of an existing file")
-    return str(Path(value).expanduser()) if value.startswith("~") else value
+    return str(path) if value.startswith("~") else value
+
+
+def check_known(given: dict[str, Any], owners: dict[str, str]) -> None:
+    """Raise ValueError for keys that no section owns, each with the nearest known name."""
+    unknown = []
+    for key in given:
+        if key not in owners:
+            close = difflib.get_close_matches(key, owners, n=1)
+            unknown.append(f"{key!r} (value {given[key]!r}{f'; did you mean {close[0]!r}?' if close else ''})")
+    if unknown:
+        raise ValueError(f"unknown setting {', '.join(unknown)}; all settings are listed in docs/settings.md")
 
 
 def read_settings(train_args_file: str, words: list[str]) -> tuple[Settings, list[str]]:
@@ -206,17 +197,14 @@ def read_settings(train_args_file: str, words: list[str]) -> tuple[Settings, lis
 
     train_args_file: path of the YAML; words: the command line after it, `--key value` pairs.
     """
-    path = Path(train_args_file)
+    path = Path(train_args_file).expanduser()
     if not path.is_file():
         raise ValueError(f"--train_args_file: no file at {train_args_file!r}; give the path of a YAML in train_args/")
     # Renamed before they are laid over each other, so that an old name in the YAML gives way to the new one.
     (from_yaml, notices), (from_cli, cli_notices) = rename(read_yaml(path)), rename(read_overrides(words))
     given = {**from_yaml, **from_cli}
     owners = {key: name for name, cls in SECTIONS.items() for key in fields_of(cls)}
-    unknown = [key for key in given if key not in owners]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], owners, n=1)
-        raise ValueError(f"unknown setting {unknown[0]!r}" + (f"; did you mean {close[0]!r}?" if close else f" in {path}"))
+    check_known(given, owners)
     values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     values["training"].update(TRAINING_DEFAULTS)
     hints = {name: typing.get_type_hints(cls) for name, cls in SECTIONS.items()}
@@ -225,9 +213,10 @@ def read_settings(train_args_file: str, words: list[str]) -> tuple[Settings, lis
         choices = fields_of(SECTIONS[section])[key].metadata.get("choices")
         value = coerce(key, value, hints[section][key], choices)
         values[section][key] = input_path(key, value) if key in PATH_KEYS and isinstance(value, str) else value
-    for name, key in (("model", "model_name_or_path"), ("data", "train_file"), ("training", "output_dir")):
-        if not values[name].get(key):
+        given[key] = values[section][key]
+    for key in REQUIRED_KEYS:
+        if not values[owners[key]].get(key):
             raise ValueError(f"{key}: missing; add `{key}: ...` to {path}")
     parts = {name: cls(**values[name]) for name, cls in SECTIONS.items() if name != "training"}
     settings = Settings(**parts, training=values["training"], given=given)
-    return settings, notices + cli_notices
+    return settings, list(dict.fromkeys(notices + cli_notices))

@@ -24,6 +24,7 @@ def run_main(main: Callable[[], None]) -> None:
     except USER_ERRORS as error:
         if os.environ.get("LONGQLORA_TRACEBACK") == "1":
             raise
+        end_progress_bars()
         if os.environ.get("RANK", "0") == "0" or getattr(error, "from_one_rank", False):
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         # A plain sys.exit would wait for the other ranks in a collective that will never come.
@@ -32,6 +33,13 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def end_progress_bars() -> None:
+    """Close open progress bars, so that the error begins on a line of its own."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", [])):
+            bar.close()
 
 
 def one_line(error: BaseException) -> str:

@@ -1,28 +1,44 @@
 """Everything a run does before it needs weights: settings, data, tokenizer and the model's shape."""
 
-from contextlib import redirect_stdout
-from io import StringIO
+import warnings
+from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from component.adapter import attach_adapter, trainable_table
 from component.arguments import Settings
 from component.attention import bind_attention
+from component.checkpoint import checkpoint_to_resume
 from component.distributed import print_main
-from component.prompt import eos_id, prompt_template_for
+from component.run_checks import check_tokenizer, empty_model
 
 
 def dry_run(
     settings: Settings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, notices: list[str]
 ) -> None:
     """Build the model without memory, bind attention and adapter to it, and print what a run would do."""
-    eos_id(tokenizer)
-    if settings.data.sft:
-        prompt_template_for(tokenizer, settings.data.prompt_template)
-    with torch.device("meta"), redirect_stdout(StringIO()):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.model.trust_remote_code)
+    check_tokenizer(settings, config, tokenizer)
+    _, start = checkpoint_to_resume(
+        settings.training.get("resume_from_checkpoint"),
+        settings.training["output_dir"],
+        overwrite=settings.output.overwrite_output_dir,
+    )
+    model = empty_model(settings, config)
     attention = bind_attention(model, settings.attention, settings.data.max_seq_length)
-    model = attach_adapter(model, settings.adapter)
-    for line in [*notices, attention, trainable_table(model), "dry run: all settings are valid"]:
+    if settings.adapter.finetuning_type == "qlora":
+        mark_as_4bit(model)
+    with torch.device("meta"), warnings.catch_warnings():
+        # PEFT asks transformers for a property by its former name.
+        warnings.simplefilter("ignore", FutureWarning)
+        model = attach_adapter(model, settings.adapter)
+    for line in [*notices, attention, trainable_table(model), start, "dry run: all settings are valid"]:
         print_main(line)
+
+
+def mark_as_4bit(model: PreTrainedModel) -> None:
+    """Make `trainable_table` name the weights nf4 that a run would quantise: all linear layers but the output."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            module.weight.quant_state = SimpleNamespace(shape=module.weight.shape)

@@ -44,6 +44,9 @@ def resolve_config(
                     f"model_name_or_path: {base!r} has {name} {getattr(config, name, None)}, but the adapter was trained "
                     f"on {getattr(saved, name, None)}; give the base model of the adapter"
                 )
+        # Folders written by other tools may carry it; it describes their loading, not the base checkpoint.
+        if hasattr(saved, "quantization_config"):
+            del saved.quantization_config
         config = saved
     extend_context(config, context_size)
     return base, config

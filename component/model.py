@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from component.rope_scaling import ContextConfig, scale_rope
 
@@ -109,13 +110,12 @@ def load_training_model(
     model: ModelConfig, config: PretrainedConfig, arguments: TrainingArguments, *, load_in_4bit: bool
 ) -> PreTrainedModel:
     """The base model in the precision of the run, on this process's device."""
-    is_zero3 = bool(arguments.hf_deepspeed_config and arguments.hf_deepspeed_config.is_zero3())
     return load_model(
         model.model_name_or_path,
         config,
         dtype=training_dtype(arguments),
         load_in_4bit=load_in_4bit,
-        device=None if is_zero3 else arguments.device,
+        device=None if is_deepspeed_zero3_enabled() else arguments.device,
         trust_remote_code=model.trust_remote_code,
     )
 

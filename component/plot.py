@@ -103,12 +103,13 @@ def plot_loss_curve(steps: Sequence[float], losses: Sequence[float], path: str |
 def plot_length_histogram(lengths: Sequence[int], path: str | os.PathLike) -> None:
     """Documents by length in tokens, on a logarithmic length axis."""
     figure, (axis,) = _figure()
-    low, high = math.log2(max(1, min(lengths))), math.log2(max(2, max(lengths)))
-    num_bins = 40
-    edges = [2 ** (low + max(high - low, 1e-6) * index / num_bins) for index in range(num_bins + 1)]
-    edges[-1] = max(edges[-1], max(lengths)) + 1
+    first, last = math.floor(math.log2(max(1, min(lengths)))), math.floor(math.log2(max(1, max(lengths)))) + 1
+    bins_per_doubling = 4
+    num_bins = (last - first) * bins_per_doubling
+    edges = [2 ** (first + index / bins_per_doubling) for index in range(num_bins + 1)]
     axis.hist(lengths, bins=edges)
     axis.set_xscale("log", base=2)
+    axis.yaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("document length (tokens)")
     axis.set_ylabel("documents")
     _save(figure, path)

@@ -1,147 +1,185 @@
-"""Settings that contradict each other, the model or the machine: refused, mended or named as without effect."""
+"""Settings that contradict each other, the model or the machine: refused, mended or named as without effect.
+
+Everything here runs before weights are loaded and before anything is written.
+"""
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
+from transformers.integrations import get_available_reporting_integrations
 
+from component.adapter import target_module_names
 from component.arguments import Settings
-from component.cli import require_file
-from component.distributed import is_main_process
-from component.files import read_json
+from component.attention import check_model_supports_shift_short, flash_kernel
+from component.deepspeed_checks import check_deepspeed_agrees, complete_deepspeed
+from component.distributed import is_main_process, world_size
 from component.jsonl import check_data_file
+from component.machine_checks import check_optimizer, check_precision
+from component.model import training_dtype
+from component.prompt import eos_id, prompt_template_for
 
-PLAIN_OPTIMIZER = "adamw_torch"
+LEAST = {
+    "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1, "warmup_steps": 0, "weight_decay": 0, "dataloader_num_workers": 0,
+    "max_grad_norm": 0, "save_total_limit": 1, "logging_steps": 0, "save_steps": 0, "eval_steps": 0,
+    "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "seed": 0, "data_seed": 0,
+}  # fmt: skip
+UNSUPPORTED = {
+    "fsdp": "use deepspeed to shard",
+    "fsdp_config": "use deepspeed to shard",
+    "parallelism_config": "use deepspeed to shard",
+    "use_liger_kernel": "the loss is computed in chunks without it",
+}
+
+
+class DetachedArguments(TrainingArguments):
+    """TrainingArguments that apply their own checks without joining a process group."""
+
+    device = torch.device("cpu")
+
+    @property
+    def world_size(self) -> int:
+        return world_size()
 
 
 def check_settings(settings: Settings) -> list[str]:
-    """Check and mend `settings` in place, before anything is loaded; returns the warnings to log."""
-    return [
-        *check_lengths(settings),
-        *check_training_values(settings),
-        *check_deepspeed(settings),
-        *check_precision(settings),
-        *check_optimizer(settings),
-        *settings_without_effect(settings),
-    ]
+    """Check and mend `settings` in place; returns the notices to log."""
+    check_lengths(settings)
+    check_values(settings)
+    check_paths(settings)
+    notices = [*check_precision(settings), *complete_deepspeed(settings), *check_optimizer(settings)]
+    arguments = detached_arguments(settings)
+    check_buildable(arguments)
+    check_deepspeed_agrees(settings, arguments)
+    return [*notices, *settings_without_effect(settings)]
 
 
-def check_lengths(settings: Settings) -> list[str]:
+def check_lengths(settings: Settings) -> None:
     data, context = settings.data, settings.context
-    if data.max_seq_length < 2:
-        raise ValueError(f"max_seq_length: must be at least 2, got {data.max_seq_length}")
     if context.model_max_length is not None and data.max_seq_length > context.model_max_length:
         raise ValueError(
-            f"max_seq_length: {data.max_seq_length} is beyond model_max_length {context.model_max_length}; the model would "
-            "be trained on positions that its RoPE does not cover; lower one or raise the other"
+            f"max_seq_length: {data.max_seq_length} is beyond model_max_length {context.model_max_length}; the model "
+            "would be trained on positions that its RoPE does not cover; lower one or raise the other"
         )
     if settings.attention.attention == "s2":
         settings.attention.group_size(data.max_seq_length)
-    return []
 
 
-def check_training_values(settings: Settings) -> list[str]:
+def check_values(settings: Settings) -> None:
     training = settings.training
-    least = {
-        "learning_rate": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0,
-        "weight_decay": 0, "per_device_eval_batch_size": 1, "dataloader_num_workers": 0, "num_train_epochs": 0,
-        "max_grad_norm": 0, "save_total_limit": 1, "logging_steps": 0, "save_steps": 0,
-    }  # fmt: skip
-    for key, low in least.items():
+    for key, fix in UNSUPPORTED.items():
+        if training.get(key):
+            raise ValueError(f"{key}: {training[key]!r} is not supported by this trainer; leave it out ({fix})")
+    for key, low in LEAST.items():
         if training.get(key) is not None and training[key] < low:
             raise ValueError(f"{key}: must be at least {low}, got {training[key]}")
+    for key in ("adam_beta1", "adam_beta2"):
+        if training.get(key, 0) >= 1:
+            raise ValueError(f"{key}: must lie in [0, 1), got {training[key]}")
     if training.get("max_steps", -1) == 0 or training.get("max_steps", -1) < -1:
         raise ValueError(f"max_steps: must be positive, or -1 for whole epochs, got {training['max_steps']}")
-    if training.get("eval_strategy", "no") != "no" and not settings.data.eval_file:
-        raise ValueError("eval_strategy: there is nothing to evaluate on; add eval_file, or set eval_strategy: 'no'")
-    output_dir = Path(training["output_dir"])
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir: {str(output_dir)!r} is a file; give a folder")
-    resume = training.get("resume_from_checkpoint")
-    if isinstance(resume, str) and resume.lower() not in ("true", "false") and not Path(resume).is_dir():
-        raise ValueError(f"resume_from_checkpoint: no folder at {resume!r}; give a checkpoint folder, or true for the last")
-    return []
-
-
-def check_deepspeed(settings: Settings) -> list[str]:
-    """Read the DeepSpeed file and complete what upstream's leaves out."""
-    value, notices = settings.training.get("deepspeed"), []
-    if value is None:
-        return []
-    config: dict[str, Any] = copy.deepcopy(value) if isinstance(value, dict) else read_json(require_file(value, "deepspeed"), "deepspeed")
-    if not isinstance(config, dict):
-        raise ValueError(f"deepspeed: {value!r} must hold a JSON object")
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage") == 3 and settings.adapter.finetuning_type == "qlora":
+    if training.get("max_steps", -1) == -1 and training.get("num_train_epochs", 1) <= 0:
+        raise ValueError(f"num_train_epochs: must be positive, got {training['num_train_epochs']}; or set max_steps")
+    if evaluates(settings) and not settings.data.eval_file:
         raise ValueError(
-            "deepspeed: ZeRO-3 cannot shard 4-bit weights (bitsandbytes issue 1249, peft issue 2016); use a ZeRO-2 file, "
-            "or finetuning_type: lora"
+            f"eval_strategy: {training.get('eval_strategy', 'no')!r} has nothing to evaluate on; add eval_file, or "
+            "leave it out"
         )
-    if "gradient_clipping" not in config:
-        config["gradient_clipping"] = "auto"
-        notices.append("deepspeed: added gradient_clipping, without which max_grad_norm is ignored")
-    if offloads_optimizer(config) and "optimizer" not in config:
-        config.setdefault("zero_force_ds_cpu_optimizer", False)
-    settings.training["deepspeed"] = config
-    return notices
+    reporters = training.get("report_to") or []
+    for name in [reporters] if isinstance(reporters, str) else reporters:
+        available = [*get_available_reporting_integrations(), "all", "none"]
+        if name not in available:
+            raise ValueError(f"report_to: {name!r} is unknown or not installed; choose from {', '.join(available)}")
+    if settings.attention.use_flash_attn:
+        flash_kernel()
 
 
-def offloads_optimizer(deepspeed: dict | None) -> bool:
-    offload = ((deepspeed or {}).get("zero_optimization") or {}).get("offload_optimizer") or {}
-    return offload.get("device") not in (None, "none")
-
-
-def check_precision(settings: Settings) -> list[str]:
+def evaluates(settings: Settings) -> bool:
     training = settings.training
-    if training.get("fp16") and training.get("bf16"):
-        raise ValueError("fp16 and bf16 are both true; keep one (fp16 on V100, bf16 on A100 or later)")
-    if training.get("fp16") and not torch.cuda.is_available():
-        training["fp16"] = False
-        return ["fp16 needs a GPU; training in fp32 on this CPU"]
-    if training.get("bf16") and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        raise ValueError("bf16: this GPU has no bf16 arithmetic; set fp16: true and bf16: false")
-    return []
+    return training.get("eval_strategy", "no") != "no" or bool(training.get("eval_on_start"))
 
 
-def check_optimizer(settings: Settings) -> list[str]:
-    optimizer = settings.training.get("optim", "")
-    is_bitsandbytes = "paged" in optimizer or "bit" in optimizer or "bnb" in optimizer
-    if not is_bitsandbytes:
-        return []
-    if not torch.cuda.is_available():
-        reason = "it pages GPU memory and there is no GPU"
-    elif "paged" in optimizer and offloads_optimizer(settings.training.get("deepspeed")):
-        reason = "DeepSpeed already keeps the optimizer on the CPU"
-    else:
-        return []
-    settings.training["optim"] = PLAIN_OPTIMIZER
-    return [f"optim: {optimizer} becomes {PLAIN_OPTIMIZER}, since {reason}"]
+def check_paths(settings: Settings) -> None:
+    training = settings.training
+    for key, value in (("output_dir", training["output_dir"]), ("logging_dir", settings.log.logging_dir)):
+        path = Path(value or ".").expanduser()
+        file = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+        if file:
+            raise ValueError(f"{key}: {value!r} cannot be a folder, since {str(file)!r} is a file; give another")
+    resume = training.get("resume_from_checkpoint")
+    if resume and resume.lower() not in ("true", "false") and not Path(resume).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint: no folder at {resume!r}; give a checkpoint folder, or true for the last"
+        )
+
+
+def detached_arguments(settings: Settings) -> DetachedArguments:
+    """The settings as TrainingArguments; what they object to becomes a ValueError."""
+    detached = copy.copy(settings)
+    detached.training = {**settings.training, "deepspeed": None}
+    detached.log = type(settings.log)()
+    try:
+        return detached.training_arguments(DetachedArguments)
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        raise ValueError(f"training settings: {error}") from None
+
+
+def check_buildable(arguments: TrainingArguments) -> None:
+    """Refuse optimizers and schedules that transformers would fail to build after the model is loaded."""
+    needs_model = arguments.optim.split("_")[0] in ("galore", "apollo", "lomo", "adalomo")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ValueError, RuntimeError, ImportError) as error:
+        if isinstance(error, ImportError) or not needs_model:
+            raise ValueError(f"optim: {arguments.optim.value!r} cannot be used ({error}); use adamw_torch") from None
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule, extra = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
+    try:
+        get_scheduler(schedule, optimizer, 1, 10, scheduler_specific_kwargs=extra)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"lr_scheduler_type: {schedule.value!r} does not go with lr_scheduler_kwargs {extra!r} ({error})"
+        ) from None
 
 
 def settings_without_effect(settings: Settings) -> list[str]:
-    """A warning for each setting that was given but that nothing will read."""
+    """A notice for each setting that was given but that nothing will read."""
+    training, adapter = settings.training, settings.adapter
+    schedule = training.get("lr_scheduler_type", "linear")
+    own_optimizer = (training.get("deepspeed") or {}).get("optimizer")
+    lora = ["lora_rank", "lora_alpha", "lora_dropout", "target_modules", "train_embedding", "train_norm"]
     groups = {
         "attention: full": (settings.attention.attention == "full", ["group_size_ratio"]),
-        "finetuning_type: full": (
-            settings.adapter.finetuning_type == "full",
-            ["lora_rank", "lora_alpha", "lora_dropout", "target_modules", "train_embedding", "train_norm"],
-        ),
+        "finetuning_type: full": (adapter.finetuning_type == "full", lora),
         "sft: false": (not settings.data.sft, ["prompt_template"]),
         "no model_max_length": (settings.context.model_max_length is None, ["rope_type"]),
-        "no evaluation (eval_strategy)": (settings.training.get("eval_strategy", "no") == "no", ["eval_file", "eval_steps"]),
+        "no evaluation (eval_strategy)": (not evaluates(settings), ["eval_file", "eval_steps"]),
+        f"lr_scheduler_type: {schedule}": (schedule == "constant", ["warmup_steps"]),
+        "max_steps": (training.get("max_steps", -1) > 0, ["num_train_epochs"]),
+        "save_strategy: no": (training.get("save_strategy") == "no", ["save_steps", "save_total_limit"]),
+        "an optimizer in the DeepSpeed file": (bool(own_optimizer), ["optim"]),
     }
     return [
         f"{key} has no effect with {cause}"
         for cause, (holds, keys) in groups.items()
         for key in keys
-        if holds and key in settings.given
+        if holds and settings.given.get(key) not in (None, False)
     ]
 
 
 def check_data(settings: Settings) -> None:
-    """Check every row of the data files on the first process, before minutes go into loading a model."""
+    """Check every row of the data files, on the first process."""
     if is_main_process():
         for key in ("train_file", "eval_file"):
             path = getattr(settings.data, key)
@@ -149,10 +187,48 @@ def check_data(settings: Settings) -> None:
                 check_data_file(path, sft=settings.data.sft, flag=key)
 
 
+def empty_model(settings: Settings, config: PretrainedConfig) -> PreTrainedModel:
+    """The model without memory, on the meta device, in the dtype its 16- or 32-bit weights will have."""
+    dtype, trust_remote_code = training_dtype(detached_arguments(settings)), settings.model.trust_remote_code
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        name = settings.model.model_name_or_path
+        raise ValueError(f"model_name_or_path: config.json of {name!r} describes no model ({error}); mend it") from None
+
+
 def check_against_model(settings: Settings, config: PretrainedConfig) -> None:
-    """Refuse rows longer than the extended context. `config` is the one RoPE was set in."""
-    if settings.data.max_seq_length > config.max_position_embeddings:
+    """Refuse what does not go with the model's shape. `config` is the one RoPE was set in."""
+    name, context = settings.model.model_name_or_path, config.max_position_embeddings
+    if settings.data.max_seq_length > context:
         raise ValueError(
-            f"max_seq_length: {settings.data.max_seq_length} is beyond the model's context of "
-            f"{config.max_position_embeddings}; set model_max_length: {settings.data.max_seq_length}"
+            f"max_seq_length: {settings.data.max_seq_length} is beyond the model's context of {context}; "
+            f"set model_max_length: {settings.data.max_seq_length}"
         )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        raise ValueError(f"model_name_or_path: {name!r} is a {config.model_type}, no causal language model")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        raise ValueError(f"model_name_or_path: {name!r} is already quantised; give the model it was made from")
+    model = empty_model(settings, config)
+    if settings.attention.attention == "s2":
+        check_model_supports_shift_short(model, settings.attention.group_size(settings.data.max_seq_length))
+    if settings.adapter.finetuning_type != "full":
+        target_module_names(model, settings.adapter.target_modules)
+
+
+def check_tokenizer(settings: Settings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without EOS, without the chat template asked for, or made for another model."""
+    eos_id(tokenizer)
+    if settings.data.sft:
+        prompt_template_for(tokenizer, settings.data.prompt_template)
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = getattr(tokenizer, f"{name}_id")
+        if token is not None and token >= config.vocab_size:
+            raise ValueError(
+                f"model_name_or_path: {name} of the tokenizer has id {token}, beyond the model's {config.vocab_size} "
+                "embeddings; give a folder whose tokenizer belongs to the model"
+            )

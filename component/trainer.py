@@ -84,7 +84,6 @@ class LongContextTrainer(Trainer):
                 self.save_model(str(folder), _internal_call=True)
         else:
             self.save_model(None, _internal_call=True)
-        barrier()
         return target
 
 

@@ -10,7 +10,6 @@ Special tokens written out in a text are read as plain text.
 
 import argparse
 import gzip
-import json
 import sys
 import zlib
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import run_main  # noqa: E402
+from component.jsonl import UTF8_BOM, checked_text, found_keys, parse_line  # noqa: E402
 from component.plot import plot_length_histogram, require_matplotlib  # noqa: E402
 from component.token_file import sidecar_path, token_file_writer  # noqa: E402
 
@@ -80,6 +80,7 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             if kind_of(path) == JSON_SUFFIX:
                 for number, line in enumerate(file, start=1):
+                    line = line.removeprefix(UTF8_BOM) if number == 1 else line
                     if line.strip():
                         yield json_text(line, text_key, f"{path}, line {number}")
             else:
@@ -90,20 +91,12 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
 
 def json_text(line: bytes, text_key: str, place: str) -> str:
     try:
-        row = json.loads(decode(line, place))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON ({error})") from None
-    if not isinstance(row, dict) or text_key not in row:
-        keys = f"an object with keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise ValueError(f"{place}: expected an object with the key {text_key!r}, found {keys}; --text_key names it")
-    text = row[text_key]
-    if not isinstance(text, str):
-        raise ValueError(f"{place}: {text_key!r} is a {type(text).__name__}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{place}: {text_key!r} holds half of a surrogate pair, which is no character") from None
-    return text.replace("\r\n", "\n")
+        row = parse_line(line)
+        if text_key not in row:
+            raise ValueError(f"no key {text_key!r} (found {found_keys(row)}); name the key with --text_key")
+        return checked_text(row[text_key], repr(text_key)).replace("\r\n", "\n")
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def decode(data: bytes, place: str) -> str:

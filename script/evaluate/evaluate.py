@@ -1,4 +1,4 @@
-"""Measure the perplexity of a base, merged or adapter model on a file of token ids.
+r"""Measure the perplexity of a base, merged or adapter model on a file of token ids.
 
     python script/evaluate/evaluate.py --base_model MODEL --peft_model ADAPTER --seq_len 2048 8192 \
         --sliding_window 2048 --data_path pg19-validation.bin --output_file perplexity.json --plot perplexity.png
@@ -202,9 +202,13 @@ def evaluate(args: argparse.Namespace, data: TokenFile) -> None:
     from component.inference import resolve_config
     from component.model import default_dtype
 
-    _, config = resolve_config(
-        args.base_model, args.peft_model, args.context_size, trust_remote_code=args.trust_remote_code
-    )
+    try:
+        _, config = resolve_config(
+            args.base_model, args.peft_model, args.context_size, trust_remote_code=args.trust_remote_code
+        )
+    except OSError as error:
+        # The hub's own message need not say which name it could not find.
+        raise ValueError(f"cannot load {args.base_model or args.peft_model!r}: {error}") from None
     data.check_ids(config.get_text_config().vocab_size)
     plans = make_plans(args, data.num_tokens, args.seq_len or [config.max_position_embeddings])
     init_process_group()
@@ -235,7 +239,7 @@ def finish(args: argparse.Namespace, results: list[dict], ledger) -> None:
             write_json(args.output_file, json_safe({**single, "results": results}))
             print_main(f"wrote {args.output_file}")
         if args.plot:
-            plot_evaluation(results, args.peft_model or args.base_model, args.plot)
+            plot_evaluation(results, Path(args.peft_model or args.base_model).name, args.plot)
             print_main(f"wrote {args.plot}")
     ledger.remove()
 

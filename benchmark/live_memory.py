@@ -1,0 +1,90 @@
+"""Peak extra memory of a piece of code: exact tensor bytes on a CPU, the allocator's count on a GPU.
+
+    with PeakMemory(device) as memory:
+        loss.backward()
+    memory.peak_bytes
+
+On a CPU every storage that an operation returns is counted from then until it is freed, in the forward
+and in the backward pass. Scratch space inside a kernel is not seen there.
+"""
+
+import weakref
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveStorages(TorchDispatchMode):
+    """Bytes of the CPU storages made inside the block: `live_bytes` now, `peak_bytes` at the highest.
+
+    Views and in-place results share a storage and count once. Tensors made before the block do not count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.storages = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        known = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        outputs = function(*args, **(kwargs or {}))
+        for x in tree_leaves(outputs):
+            if isinstance(x, torch.Tensor) and id(x.untyped_storage()) not in known:
+                self.add(x.untyped_storage())
+        return outputs
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.storages:
+            return
+        self.storages.add(storage)
+        num_bytes = storage.nbytes()
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self.remove, num_bytes).atexit = False
+
+    def remove(self, num_bytes: int) -> None:
+        self.live_bytes -= num_bytes
+
+
+class PeakMemory:
+    """Context manager; `peak_bytes` is the most memory held at once above what was held at its start."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peak_bytes = 0
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        else:
+            self.tracker = LiveStorages().__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self.before
+        else:
+            self.tracker.__exit__(*error)
+            self.peak_bytes = self.tracker.peak_bytes
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a tensor found no memory, on a GPU or on a CPU."""
+    said = any(words in str(error) for words in ("allocate memory", "not enough memory"))
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def check_free_memory(num_bytes: int, device: torch.device) -> None:
+    """Raise MemoryError where a CPU has less free memory than `num_bytes`; a GPU refuses by itself."""
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.is_file():
+        return
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    if num_bytes > int(fields["MemAvailable"].split()[0]) * 1024:
+        raise MemoryError(f"{num_bytes} bytes are more than is free")

@@ -1,0 +1,155 @@
+"""Time and memory of one QLoRA training step of any Llama shape, with random weights and no checkpoint.
+
+    python benchmark/train_step.py --shape tiny --seq_len 512
+    python benchmark/train_step.py --shape llama2-7b --seq_len 8192 --memory_cap 32GiB --v100 --output_file step.json
+
+Forward, backward and optimizer step as train.py composes them: NF4 base with double quantisation, LoRA
+on all linear layers, S2-Attn, gradient checkpointing, loss in chunks. One step warms up, --steps are
+timed. --v100 makes a newer GPU take the way of a V100: fp16, memory-efficient SDPA only. Memory is
+what torch allocated and reserved on a GPU; on a CPU, the bytes of all tensors and the process's peak.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from component.cli import run_main  # noqa: E402
+
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+MIB = 2**20
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    boolean = argparse.BooleanOptionalAction
+    parser.add_argument("--shape", default="tiny", help="llama2-7b, llama2-13b, tiny, or the path of a config.json "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seq_len", type=int, default=8192, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=1, help="rows of a step (default: %(default)s)")
+    parser.add_argument("--attention", choices=["s2", "full"], default="s2", help="default: %(default)s")
+    parser.add_argument("--group_size_ratio", type=float, default=0.25, help="S2-Attn group size as a part of seq_len "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--dtype", choices=list(DTYPE_NAMES), help="precision of the products (default: what the "
+                        "device computes fast; fp16 with --v100)")  # fmt: skip
+    parser.add_argument("--lora_rank", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--train_embedding", action=boolean, default=False, help="train the embeddings (default: no)")
+    parser.add_argument("--train_norm", action=boolean, default=False, help="train the norms (default: no)")
+    parser.add_argument("--optim", choices=["adamw_torch", "paged_adamw_32bit"], help="default: paged_adamw_32bit on "
+                        "a GPU, adamw_torch on a CPU")  # fmt: skip
+    parser.add_argument("--gradient_checkpointing", action=boolean, default=True, help="default: yes")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--memory_cap", help="most memory to use, such as 32GiB; beyond it the run ends with exit "
+                        "code 2 (default: none)")  # fmt: skip
+    parser.add_argument("--v100", action="store_true", help="fp16, and no attention kernel that a V100 lacks")
+    parser.add_argument("--output_file", type=Path, help="JSON file for the result")
+    return parser.parse_args()
+
+
+def check_args(args: argparse.Namespace) -> int | None:
+    """Refuse what cannot be measured, before torch is imported; returns the memory cap in bytes."""
+    for name, least in (("seq_len", 2), ("batch_size", 1), ("lora_rank", 1), ("steps", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name}: must be at least {least}, got {getattr(args, name)}")
+    if args.v100 and args.dtype not in (None, "fp16"):
+        raise ValueError(f"--v100 computes in fp16; leave out --dtype {args.dtype}")
+    return parse_size(args.memory_cap) if args.memory_cap is not None else None
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as 32GiB, 500 MB or 1024."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
+        raise ValueError(f"--memory_cap: {text!r} is no size; write it as 32GiB, 32GB or 500MiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def choose_device(args: argparse.Namespace):
+    """The device; settles --dtype and --optim where they were left to it."""
+    import torch
+
+    from component.model import default_dtype
+
+    is_gpu = torch.cuda.is_available() if args.device is None else args.device == "cuda"
+    if is_gpu and not torch.cuda.is_available():
+        raise ValueError("--device: torch sees no CUDA device; use cpu")
+    if args.v100 and not is_gpu:
+        raise ValueError("--v100 needs a CUDA device; leave it out on a CPU")
+    names = {getattr(torch, value): name for name, value in DTYPE_NAMES.items()}
+    args.dtype = args.dtype or ("fp16" if args.v100 else names[default_dtype()] if is_gpu else "fp32")
+    if args.dtype == "fp16" and not is_gpu:
+        raise ValueError("--dtype: CPUs multiply fp16 hundreds of times slower than fp32; use bf16 or fp32")
+    args.optim = args.optim or ("paged_adamw_32bit" if is_gpu else "adamw_torch")
+    if args.optim == "paged_adamw_32bit" and not is_gpu:
+        raise ValueError("--optim: paged_adamw_32bit pages GPU memory; use adamw_torch on a CPU")
+    return torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
+
+
+def limit_memory(cap: int, device) -> None:
+    """Let allocations beyond `cap` bytes fail: torch's on a GPU, the whole process's on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
+    else:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (cap, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def use_v100_kernels() -> None:
+    """Leave SDPA only the memory-efficient kernel; the math one, which holds all scores, is no way out either."""
+    import torch
+
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_math_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+
+
+def main() -> None:
+    args = parse_args()
+    cap = check_args(args)
+
+    import torch
+
+    from benchmark.live_memory import is_out_of_memory
+    from benchmark.machine import describe_machine, machine_lines
+    from benchmark.training_step import measure
+    from component.files import write_json
+
+    device = choose_device(args)
+    machine = describe_machine(device)
+    print(machine_lines(machine), flush=True)
+    if args.v100:
+        use_v100_kernels()
+    if cap:
+        limit_memory(cap, device)
+    torch.manual_seed(0)
+    try:
+        result = measure(args, getattr(torch, DTYPE_NAMES[args.dtype]), device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        limit = f"within --memory_cap {args.memory_cap}" if cap else f"on this {device.type} device"
+        raise ValueError(
+            f"out of memory {limit}: {args.shape}, {args.batch_size} x {args.seq_len} tokens, {args.attention} "
+            f"attention, {args.dtype}; lower --seq_len, --batch_size or --lora_rank"
+        ) from None
+    speed = f"{result['tokens_per_second']:.1f} tokens/s, {result['median_seconds']:.3f} s a step"
+    print(f"\n{speed} (median of {args.steps})")
+    for name, value in result.items():
+        if name.endswith("_bytes"):
+            print(f"{name.removesuffix('_bytes').replace('_', ' '):<22}{value / MIB:>12,.1f} MiB")
+    if args.output_file:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        write_json(args.output_file, {"settings": settings, "machine": machine, **result})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,108 @@
+"""Training steps of a random NF4 model, timed, with their memory; `args` are those of train_step.py."""
+
+import argparse
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+
+from benchmark.live_memory import PeakMemory
+from benchmark.random_nf4_model import random_nf4_model, shape_config
+from component.adapter import AdapterConfig, attach_adapter, trainable_table
+from component.attention import AttentionConfig, bind_attention
+from component.loss_binding import bind_chunked_loss
+from component.model import extend_context
+
+
+def build(
+    args: argparse.Namespace, dtype: torch.dtype, device: torch.device
+) -> tuple[PeftModel, torch.optim.Optimizer]:
+    """The model as train.py puts it together, and its optimizer."""
+    config = shape_config(args.shape)
+    print(extend_context(config, args.seq_len))
+    model = random_nf4_model(config, dtype=dtype, device=device)
+    attention = AttentionConfig(attention=args.attention, group_size_ratio=args.group_size_ratio)
+    print(bind_attention(model, attention, args.seq_len))
+    print(bind_chunked_loss(model))
+    adapter = AdapterConfig(lora_rank=args.lora_rank, train_embedding=args.train_embedding, train_norm=args.train_norm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = attach_adapter(model, adapter).train()
+    if args.gradient_checkpointing:
+        base = model.get_base_model()
+        # transformers renamed it; the old name warns.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if args.optim == "adamw_torch":
+        return model, torch.optim.AdamW(trained, lr=1e-4)
+    import bitsandbytes as bnb
+
+    return model, bnb.optim.PagedAdamW32bit(trained, lr=1e-4)
+
+
+def make_step(
+    args: argparse.Namespace,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Callable[[], float]:
+    """A function that takes one optimizer step on a fixed random batch [B, S] and returns its loss."""
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (args.batch_size, args.seq_len), generator=generator).to(device)
+
+    def step() -> float:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=ids, labels=ids).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def held_bytes(model: PeftModel) -> int:
+    """Bytes of all weights and buffers, with the quantisation constants of the 4-bit ones."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in list(tensors):
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            tensors += [state.absmax, state.code]
+            state = state.state2
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def measure(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict:
+    """Build the model, take one step to warm up and count memory, then time `args.steps` steps."""
+    start = time.perf_counter()
+    model, optimizer = build(args, dtype, device)
+    print(f"{trainable_table(model)}\nbuilt in {time.perf_counter() - start:.1f} s", flush=True)
+    result = {"weight_bytes": held_bytes(model)}
+    if device.type == "cuda":
+        result["build_peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+    step, losses, seconds = make_step(args, model, optimizer, dtype, device), [], []
+    # The first step makes the optimizer's state. Counting tensors on a CPU takes time, hence not in a timed step.
+    with PeakMemory(device) as memory:
+        losses.append(step())
+    for _ in tqdm(range(args.steps), desc="timed steps", unit="step", leave=False):
+        start = time.perf_counter()
+        losses.append(step())
+        seconds.append(time.perf_counter() - start)
+    result["extra_bytes"] = memory.peak_bytes
+    if device.type == "cuda":
+        result["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+        result["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    else:
+        result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    median = statistics.median(seconds)
+    speed = {"tokens_per_second": args.batch_size * args.seq_len / median, "median_seconds": median}
+    return {**speed, **result, "seconds": seconds, "losses": losses}

@@ -1,0 +1,65 @@
+"""The DeepSpeed file of a run: read, completed, and held against the settings before anything is loaded."""
+
+import copy
+import importlib.util
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+from component.arguments import Settings
+from component.cli import require_file
+from component.files import read_json
+
+OBJECTS_OF_DEEPSPEED = ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler")
+
+
+def complete_deepspeed(settings: Settings) -> list[str]:
+    """Put the DeepSpeed file into the settings, completed by what upstream's leaves out."""
+    value, notices = settings.training.get("deepspeed"), []
+    if value is None:
+        return []
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("deepspeed: the package is not installed; pip install deepspeed, or leave the key out")
+    if isinstance(value, dict):
+        config: Any = copy.deepcopy(value)
+    else:
+        config = read_json(require_file(value, "deepspeed"), "deepspeed")
+    if not isinstance(config, dict):
+        raise ValueError(f"deepspeed: {value!r} must hold a JSON object")
+    for key in OBJECTS_OF_DEEPSPEED:
+        if not isinstance(config.get(key, {}), dict):
+            raise ValueError(f"deepspeed: {key} is {config[key]!r} in {value!r}; give a JSON object")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise ValueError(f"deepspeed: zero_optimization.stage is {stage!r}; give 0, 1, 2 or 3")
+    if stage == 3 and settings.adapter.finetuning_type == "qlora":
+        raise ValueError(
+            "deepspeed: ZeRO-3 cannot shard 4-bit weights (bitsandbytes issue 1249, peft issue 2016); use a ZeRO-2 "
+            "file, or finetuning_type: lora"
+        )
+    if "gradient_clipping" not in config:
+        config["gradient_clipping"] = "auto"
+        notices.append("deepspeed: added gradient_clipping, without which max_grad_norm is ignored")
+    if offloads_optimizer(config) and "optimizer" not in config:
+        # Its own CPU optimizer is compiled at the first start and takes the place of the one in the settings.
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    settings.training["deepspeed"] = config
+    return notices
+
+
+def offloads_optimizer(deepspeed: dict | None) -> bool:
+    offload = ((deepspeed or {}).get("zero_optimization") or {}).get("offload_optimizer") or {}
+    return isinstance(offload, dict) and offload.get("device") not in (None, "none")
+
+
+def check_deepspeed_agrees(settings: Settings, arguments: TrainingArguments) -> None:
+    """Refuse values of the DeepSpeed file that differ from the settings; transformers does so after loading."""
+    config = settings.training.get("deepspeed")
+    if config is None:
+        return
+    matched = HfTrainerDeepSpeedConfig(copy.deepcopy(config))
+    matched.trainer_config_process(arguments)
+    if matched.mismatches:
+        pairs = "; ".join(text.removeprefix("- ds ").replace(" vs hf ", " but ") for text in matched.mismatches)
+        raise ValueError(f'deepspeed: the file disagrees with the settings: {pairs}; write "auto" in the file')

@@ -1,0 +1,43 @@
+"""Training runs in processes of their own that start quickly: forked from a server with everything imported."""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["training_process_imports"])
+
+
+def run_main_of_train(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    """Body of the child: `python train.py ARGUMENTS`, output into `log`."""
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["train.py", *arguments]
+    import torch
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(REPO))
+    import train
+    from component.cli import run_main
+
+    run_main(train.main)
+
+
+def start(*arguments: object, log: Path, environment: dict[str, str] | None = None):
+    """Start a training run; the process has `exitcode`, `join` and `kill` (SIGKILL)."""
+    process = CONTEXT.Process(
+        target=run_main_of_train, args=([str(a) for a in arguments], str(log), environment or {}), daemon=True
+    )
+    process.start()
+    return process
+
+
+def finish(process, log: Path, timeout: float = 120) -> None:
+    """Wait for a run that must succeed."""
+    process.join(timeout)
+    text = log.read_text(errors="replace") if log.exists() else ""
+    assert process.exitcode == 0, f"training ended with {process.exitcode}\n{text[-4000:]}"

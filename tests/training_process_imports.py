@@ -1,0 +1,18 @@
+"""What the fork server imports once, so that each training run of a test starts in a fraction of a second."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import accelerate  # noqa: E402, F401
+import bitsandbytes  # noqa: E402, F401
+import datasets  # noqa: E402, F401
+import deepspeed  # noqa: E402, F401
+import matplotlib.figure  # noqa: E402, F401
+import peft  # noqa: E402, F401
+import torch.utils.tensorboard  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+from transformers import Trainer  # noqa: E402, F401
+
+import component.trainer  # noqa: E402, F401
