@@ -30,6 +30,9 @@ def complete_deepspeed(settings: Settings) -> list[str]:
     for key in OBJECTS_OF_DEEPSPEED:
         if not isinstance(config.get(key, {}), dict):
             raise ValueError(f"deepspeed: {key} is {config[key]!r} in {value!r}; give a JSON object")
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if not isinstance(offload, dict):
+        raise ValueError(f'deepspeed: offload_optimizer is {offload!r}; give an object as {{"device": "cpu"}}')
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"deepspeed: zero_optimization.stage is {stage!r}; give 0, 1, 2 or 3")
@@ -50,7 +53,7 @@ def complete_deepspeed(settings: Settings) -> list[str]:
 
 def offloads_optimizer(deepspeed: dict | None) -> bool:
     offload = ((deepspeed or {}).get("zero_optimization") or {}).get("offload_optimizer") or {}
-    return isinstance(offload, dict) and offload.get("device") not in (None, "none")
+    return offload.get("device") not in (None, "none")
 
 
 def check_deepspeed_agrees(settings: Settings, arguments: TrainingArguments) -> None:

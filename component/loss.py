@@ -2,7 +2,7 @@
 
 At 8192 tokens and 32000 words fp32 logits, their shifted copy and their gradient take 3 GiB; here one
 chunk of tokens at a time is projected, reduced and turned into gradients. torch >= 2.13 has the
-operation; for older releases `ChunkedLinearCrossEntropy` does the same.
+operation for full precision; `ChunkedLinearCrossEntropy` does the same elsewhere and in 16 bit.
 
 Dimensions: T tokens, C hidden size, V vocabulary.
 """
@@ -35,8 +35,13 @@ def next_token_loss(
 
 
 def linear_cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of cross_entropy(hidden @ weight.T, targets). hidden [T, C], weight [V, C], targets int [T]."""
-    if hasattr(F, "linear_cross_entropy") and hidden.dtype == weight.dtype:
+    """Sum of cross_entropy(hidden @ weight.T, targets). hidden [T, C], weight [V, C], targets int [T].
+
+    Returns a scalar in fp32, or fp64 for fp64 input.
+    """
+    # torch's operation returns the sum in the input's dtype: infinite in fp16 from some 5000 tokens on.
+    is_full_precision = hidden.dtype == weight.dtype and hidden.dtype in (torch.float32, torch.float64)
+    if hasattr(F, "linear_cross_entropy") and is_full_precision:
         options = torch.nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(
             hidden, weight, targets, reduction="sum", ignore_index=IGNORE_INDEX, options=options

@@ -87,6 +87,12 @@ def check_values(settings: Settings) -> None:
     for key in ("adam_beta1", "adam_beta2"):
         if training.get(key, 0) >= 1:
             raise ValueError(f"{key}: must lie in [0, 1), got {training[key]}")
+    for key in ("seed", "data_seed"):
+        if (training.get(key) or 0) >= 2**32:
+            raise ValueError(f"{key}: must be below 2**32, got {training[key]}")
+    for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
+        if isinstance(training.get(key), str):
+            raise ValueError(f"{key}: {training[key]!r} is not a mapping")
     if training.get("max_steps", -1) == 0 or training.get("max_steps", -1) < -1:
         raise ValueError(f"max_steps: must be positive, or -1 for whole epochs, got {training['max_steps']}")
     if training.get("max_steps", -1) == -1 and training.get("num_train_epochs", 1) <= 0:
@@ -96,6 +102,10 @@ def check_values(settings: Settings) -> None:
             f"eval_strategy: {training.get('eval_strategy', 'no')!r} has nothing to evaluate on; add eval_file, or "
             "leave it out"
         )
+    if training.get("metric_for_best_model") not in (None, "loss", "eval_loss"):
+        raise ValueError(f"metric_for_best_model: {training['metric_for_best_model']!r} is not measured; use eval_loss")
+    if training.get("save_strategy") == "best" and not evaluates(settings):
+        raise ValueError("save_strategy: 'best' needs an evaluation; set eval_strategy and eval_file")
     reporters = training.get("report_to") or []
     for name in [reporters] if isinstance(reporters, str) else reporters:
         available = [*get_available_reporting_integrations(), "all", "none"]
@@ -112,7 +122,12 @@ def evaluates(settings: Settings) -> bool:
 
 def check_paths(settings: Settings) -> None:
     training = settings.training
-    for key, value in (("output_dir", training["output_dir"]), ("logging_dir", settings.log.logging_dir)):
+    folders = {
+        "output_dir": training["output_dir"],
+        "logging_dir": settings.log.logging_dir,
+        "data_cache_dir": settings.data.data_cache_dir,
+    }
+    for key, value in folders.items():
         path = Path(value or ".").expanduser()
         file = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
         if file:
@@ -131,7 +146,7 @@ def detached_arguments(settings: Settings) -> DetachedArguments:
     detached.log = type(settings.log)()
     try:
         return detached.training_arguments(DetachedArguments)
-    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError, OSError) as error:
         raise ValueError(f"training settings: {error}") from None
 
 
@@ -142,7 +157,9 @@ def check_buildable(arguments: TrainingArguments) -> None:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     except (ValueError, RuntimeError, ImportError) as error:
         if isinstance(error, ImportError) or not needs_model:
-            raise ValueError(f"optim: {arguments.optim.value!r} cannot be used ({error}); use adamw_torch") from None
+            extra = f" with optim_args {arguments.optim_args!r}" if arguments.optim_args else ""
+            name = f"{arguments.optim.value!r}{extra}"
+            raise ValueError(f"optim: {name} cannot be used ({error}); use adamw_torch") from None
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule, extra = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
     try:
@@ -217,7 +234,10 @@ def check_against_model(settings: Settings, config: PretrainedConfig) -> None:
     if settings.attention.attention == "s2":
         check_model_supports_shift_short(model, settings.attention.group_size(settings.data.max_seq_length))
     if settings.adapter.finetuning_type != "full":
-        target_module_names(model, settings.adapter.target_modules)
+        if not target_module_names(model, settings.adapter.target_modules):
+            raise ValueError(
+                f"target_modules: {settings.adapter.target_modules!r} names no layer; leave it out for all"
+            )
 
 
 def check_tokenizer(settings: Settings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

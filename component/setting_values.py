@@ -25,6 +25,8 @@ def coerce(key: str, value: Any, hint: Any, choices: typing.Sequence | None = No
             raise ValueError(f"{key}: has no value; give one, or leave the key out for its default")
         # transformers takes no reporting at all from the word, not from None.
         return "none" if key == "report_to" else None
+    if key == "resume_from_checkpoint" and isinstance(value, bool):
+        return str(value).lower()
     # Text last: it would take what an option before it reads better.
     kinds = sorted((typing.get_origin(o) or o for o in options if o is not type(None)), key=lambda kind: kind is str)
     for kind in kinds:

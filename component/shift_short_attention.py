@@ -59,8 +59,8 @@ def has_gqa_kernel(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """
     if query.device.type != "cuda":
         return True
-    ampere = torch.cuda.get_device_capability(query.device) >= (8, 0)
-    return ampere and mask is None and query.element_size() == 2 and query.shape[-1] <= 256
+    has_flash = torch.cuda.get_device_capability(query.device) >= (8, 0) and torch.backends.cuda.flash_sdp_enabled()
+    return has_flash and mask is None and query.element_size() == 2 and query.shape[-1] <= 256
 
 
 def group_sizes(length: int, group_size: int, *, shifted: bool) -> list[int]:

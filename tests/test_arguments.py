@@ -114,6 +114,12 @@ def test_an_unquoted_no_is_a_strategy(read):
     assert settings.training["eval_strategy"] == settings.training["save_strategy"] == "no"
 
 
+@pytest.mark.parametrize("value", [True, False, "true", "false"])
+def test_resuming_from_the_last_checkpoint_may_be_a_boolean(value, checked):
+    settings, _ = checked({"resume_from_checkpoint": value})
+    assert settings.training["resume_from_checkpoint"] == str(value).lower()
+
+
 @pytest.mark.parametrize("word", ["none", None, "None"])
 def test_no_reporting(word, checked):
     settings, _ = checked({"report_to": word})

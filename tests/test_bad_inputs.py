@@ -72,6 +72,16 @@ CHANGES = {
     "attention": ({"attention": "none-such"}, ["attention", "none-such", "s2, full"]),
     "rope": ({"rope_type": "spiral"}, ["rope_type", "spiral", "linear"]),
     "target": ({"target_modules": "q_proj,x_proj"}, ["target_modules", "x_proj", "q_proj"]),
+    "no target": ({"target_modules": ","}, ["target_modules", "','"]),
+    "target list": ({"target_modules": ["q_proj"]}, ["target_modules", "['q_proj']", "text"]),
+    "great seed": ({"seed": 2**70}, ["seed", "2**32"]),
+    "keywords": ({"gradient_checkpointing_kwargs": "x"}, ["_checkpointing_kwargs", "'x'", "mapping"]),
+    "metric": ({"metric_for_best_model": "bleu"}, ["metric_for_best_model", "'bleu'", "eval_loss"]),
+    "best without evaluation": ({"save_strategy": "best"}, ["save_strategy", "best", "eval_file"]),
+    "cache": ({"data_cache_dir": "/dev/null/x"}, ["data_cache_dir", "/dev/null"]),
+    "optimizer arguments": ({"optim_args": "a"}, ["optim", "optim_args 'a'"]),
+    "accelerator file": ({"accelerator_config": "no.json"}, ["training settings", "no.json"]),
+    "log level": ({"log_level": "loud"}, ["log_level", "'loud'", "warning"]),
     "template": ({"prompt_template": "alpaca", "sft": True}, ["prompt_template", "alpaca", "vicuna_v1.1"]),
     "best": ({"load_best_model_at_end": True}, ["load_best_model_at_end"]),
     "best of steps": (
@@ -95,6 +105,9 @@ CHANGES = {
     "deepspeed boolean": ({"deepspeed": True}, ["deepspeed", "True"]),
     "deepspeed sections": ({"deepspeed": {"zero_optimization": 2}}, ["deepspeed", "zero_optimization", "2"]),
     "deepspeed stage": ({"deepspeed": {"zero_optimization": {"stage": 7}}}, ["deepspeed", "stage", "7"]),
+    "offload": (
+        {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}}, ["offload_optimizer", "'cpu'"]
+    ),
     "ZeRO-3": ({"deepspeed": {"zero_optimization": {"stage": 3}}}, ["deepspeed", "ZeRO-3", "finetuning_type: lora"]),
     "deepspeed disagrees": (
         {"deepspeed": {**ZERO2, "train_micro_batch_size_per_gpu": 4}},
@@ -267,6 +280,11 @@ def test_a_yaml_that_is_not_there(tmp_path, refused):
 )
 def test_a_bad_model(model, words, folder, write, refused):
     refused(write({"model_name_or_path": str(folder / model)}), words_of_error=words)
+
+
+def test_a_model_that_is_no_causal_language_model(folder, write, refused):
+    changes = {"model_name_or_path": str(folder / "t5"), "model_max_length": REMOVE}
+    refused(write(changes), words_of_error=["model_name_or_path", "t5", "no causal language model"])
 
 
 @pytest.mark.parametrize(("model", "words"), [("endless", ["EOS", "eos_token"]), ("small", ["pad_token", "3"])])

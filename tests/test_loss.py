@@ -67,10 +67,23 @@ def test_no_label_counts(implementation):
     assert value == 0 and not states.grad.any()
 
 
-def test_bf16_is_close_to_fp32(implementation):
+@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 3e-3), (torch.float16, 5e-4)])
+def test_16_bit_loses_nothing_beyond_its_logits(dtype, tolerance):
+    """The reference takes the same 16-bit logits to fp32, as stock transformers does; tolerance relative."""
     states, weight, labels = make(dtype=torch.float32)
-    value = next_token_loss(states.bfloat16(), weight.bfloat16(), labels)
-    assert abs(value - stock(states, weight, labels)) < 5e-2
+    states, weight = states.detach().to(dtype).requires_grad_(), weight.detach().to(dtype)
+    value = next_token_loss(states, weight, labels)
+    logits = (states.detach() @ weight.T).float()[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten())
+    value.backward()
+    assert value.dtype == torch.float32 and abs(value - expected) < tolerance * expected
+    assert torch.isfinite(states.grad).all() and states.grad.any()
+
+
+def test_a_long_row_stays_finite_in_fp16():
+    states, weight, labels = make(1, 9000, 16, 64, torch.float16)
+    assert stock(states.float(), weight.float(), labels) * 9000 > torch.finfo(torch.float16).max / 2
+    assert torch.isfinite(next_token_loss(states, weight * 4, labels))
 
 
 def test_own_implementation_passes_gradcheck():

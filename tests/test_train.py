@@ -195,8 +195,6 @@ def test_two_processes_equal_one_with_doubled_accumulation(write_yaml, free_port
     first, second = losses(one), losses(two)
     assert len(first) == len(second) == 5
     assert all(abs(first[step] - second[step]) < 1e-5 for step in first)
-    ours, theirs = weights(one), weights(two)
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
 
 
 def test_loss_does_not_depend_on_how_a_batch_is_accumulated(write_yaml):
