@@ -26,7 +26,9 @@ def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
         epilog="Every setting of the YAML is listed in docs/settings.md.",
     )
     parser.add_argument("--train_args_file", required=True, help="YAML with the settings of the run")
-    parser.add_argument("--dry_run", action="store_true", help="check settings, data and model config, then stop")
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="check settings, data and model config, then stop"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_known_args()
 
@@ -43,7 +45,7 @@ def main() -> None:
     from component.loss_binding import bind_chunked_loss
     from component.model import load_extended_config, load_tokenizer, load_training_model
     from component.run import start_run
-    from component.run_checks import check_against_model, check_data, check_settings
+    from component.run_checks import check_against_model, check_data, check_settings, check_tokenizer
     from component.trainer import LongContextTrainer
 
     settings, notices = read_settings(args.train_args_file, overrides)
@@ -55,6 +57,7 @@ def main() -> None:
         model_max_length=config.max_position_embeddings,
         trust_remote_code=settings.model.trust_remote_code,
     )
+    check_tokenizer(settings, config, tokenizer)
     check_data(settings)
     if args.dry_run:
         return dry_run(settings, config, tokenizer, [*notices, context])

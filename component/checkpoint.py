@@ -17,9 +17,9 @@ FINAL = "final"
 MARK_OF_COMPLETENESS = "trainer_state.json"
 # Settings that may differ between a run and its continuation without changing a loss.
 HARMLESS = {
-    "resume_from_checkpoint", "overwrite_output_dir", "save_steps", "save_total_limit", "save_strategy", "logging_steps",
-    "disable_tqdm", "report_to", "dataloader_num_workers", "local_rank", "data_cache_dir", "preprocessing_num_workers",
-    "output_dir",
+    "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "save_strategy",
+    "logging_steps", "logging_dir", "disable_tqdm", "report_to", "dataloader_num_workers", "dataloader_pin_memory",
+    "local_rank", "data_cache_dir", "preprocessing_num_workers",
 }  # fmt: skip
 
 
@@ -57,12 +57,14 @@ def checkpoint_to_resume(requested: str | None, output_dir: str | Path, *, overw
     if word != "false":
         path = Path(requested)
         if not (path / MARK_OF_COMPLETENESS).is_file():
-            raise ValueError(f"resume_from_checkpoint: {requested!r} has no {MARK_OF_COMPLETENESS}; it is no complete checkpoint")
+            raise ValueError(
+                f"resume_from_checkpoint: {requested!r} has no {MARK_OF_COMPLETENESS}; it is no complete checkpoint"
+            )
         return path, f"resuming from {path}"
     if existing and not overwrite:
         raise ValueError(
-            f"output_dir: {str(output_dir)!r} holds {existing[-1].name} of an earlier run; add --resume_from_checkpoint true "
-            "to go on, --overwrite_output_dir true to delete it, or choose another folder"
+            f"output_dir: {str(output_dir)!r} holds {existing[-1].name} of an earlier run; add "
+            "--resume_from_checkpoint true to go on, --overwrite_output_dir true to delete it, or choose another folder"
         )
     return None, "starting from the beginning"
 
@@ -83,8 +85,8 @@ def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, uses_
     before = record.get("world_size", world_size)
     if uses_deepspeed and before != world_size:
         raise ValueError(
-            f"resume_from_checkpoint: {checkpoint} was written by {before} processes and ZeRO cannot resume on {world_size}; "
-            f"start {before} processes"
+            f"resume_from_checkpoint: {checkpoint} was written by {before} processes and ZeRO cannot resume on "
+            f"{world_size}; start {before} processes"
         )
     old, new = (flatten(values) for values in (record["arguments"], arguments))
     changed = sorted(key for key in old.keys() | new.keys() if key not in HARMLESS and old.get(key) != new.get(key))

@@ -41,8 +41,8 @@ def resolve_config(
         for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
             if getattr(saved, name, None) != getattr(config, name, None):
                 raise ValueError(
-                    f"model_name_or_path: {base!r} has {name} {getattr(config, name, None)}, but the adapter was trained "
-                    f"on {getattr(saved, name, None)}; give the base model of the adapter"
+                    f"model_name_or_path: {base!r} has {name} {getattr(config, name, None)}, but the adapter was "
+                    f"trained on {getattr(saved, name, None)}; give the base model of the adapter"
                 )
         # Folders written by other tools may carry it; it describes their loading, not the base checkpoint.
         if hasattr(saved, "quantization_config"):

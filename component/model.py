@@ -61,7 +61,14 @@ def model_source(name_or_path: str, flag: str = "model_name_or_path") -> str:
 
 
 def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=trust_remote_code)
+    """Config of a model folder or hub name. Raises ValueError naming the model where it cannot be read."""
+    try:
+        config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("model_name_or_path") else f"model_name_or_path: {text}") from None
+    if getattr(config, "max_position_embeddings", None) is None:
+        raise ValueError(f"model_name_or_path: {config.model_type} says no max_position_embeddings in its config.json")
     config.use_cache = True
     return config
 
@@ -92,8 +99,8 @@ def extend_context(config: PretrainedConfig, model_max_length: int | None, rope_
     config.rope_parameters = decision.rope_parameters
     config.original_max_position_embeddings = decision.original_max_position_embeddings
     config.max_position_embeddings = decision.max_position_embeddings
-    factor = decision.rope_parameters.get("factor", 1.0)
-    return f"context {decision.original_max_position_embeddings} -> {model_max_length} tokens, RoPE {rope_type} x{factor:g}"
+    original, factor = decision.original_max_position_embeddings, decision.rope_parameters.get("factor", 1.0)
+    return f"context {original} -> {model_max_length} tokens, RoPE {rope_type} x{factor:g}"
 
 
 def load_extended_config(model: ModelConfig, context: ContextConfig) -> tuple[PretrainedConfig, str]:

@@ -78,8 +78,8 @@ def scale_rope(
         return RopeDecision(dict(rope_parameters), original, max_position_embeddings)
     if present_type not in ("default", rope_type):
         raise ValueError(
-            f"rope_type: the model's RoPE is already scaled by {present_type!r} to {max_position_embeddings} tokens and "
-            f"cannot be taken to {model_max_length} by {rope_type!r}; lower model_max_length to at most "
+            f"rope_type: the model's RoPE is already scaled by {present_type!r} to {max_position_embeddings} tokens "
+            f"and cannot be taken to {model_max_length} by {rope_type!r}; lower model_max_length to at most "
             f"{max_position_embeddings} or start from a model with unscaled RoPE"
         )
     scaled = ROPE_METHODS[rope_type](rope_parameters, original=original, target=model_max_length)

@@ -4,6 +4,7 @@ Later tools read it from the adapter folder instead of asking the user again.
 """
 
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -39,7 +40,15 @@ def commit() -> str:
 
 def make_run_record(arguments: dict, **facts) -> dict:
     """arguments: the resolved configuration, section by section; facts: what the run found out."""
-    return {"command": sys.argv, "arguments": arguments, **facts, "versions": software_versions()}
+    return {"command": command_line(), "arguments": arguments, **facts, "versions": software_versions()}
+
+
+def command_line() -> list[str]:
+    """The words this process was started with, without the value of a token."""
+    return [
+        "(left out)" if re.fullmatch(r"--hub[_-]token", before) else re.sub(r"(hub[_-]token=).*", r"\1(left out)", word)
+        for before, word in zip(["", *sys.argv], sys.argv, strict=False)
+    ]
 
 
 def save_run_record(folder: str | Path, record: dict) -> None:

@@ -57,7 +57,9 @@ class LongContextTrainer(Trainer):
             reason = str(error.__cause__ or error.__context__ or error).splitlines()[0]
             good = list_checkpoints(self.args.output_dir)
             clear = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
-            failure = OSError(f"output_dir: could not write a checkpoint to {self.args.output_dir!r} ({reason}); {clear}")
+            failure = OSError(
+                f"output_dir: could not write a checkpoint to {self.args.output_dir!r} ({reason}); {clear}"
+            )
             failure.from_one_rank = True
             raise failure from error
         barrier()
@@ -92,7 +94,11 @@ class LossCurve(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero and logs:
-            logger.info("step %d: %s", state.global_step, ", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items()))
+            logger.info(
+                "step %d: %s",
+                state.global_step,
+                ", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items()),
+            )
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         points = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]

@@ -70,7 +70,9 @@ def test_every_asked_for_weight_moves_and_no_other(tmp_path, tiny_tokenizer, tie
     base = save_tiny_model(tmp_path / "base", tiny_tokenizer, tiny_config(tie_word_embeddings=tied))
     model = load_base(base)
     bind_chunked_loss(model)
-    model = attach_adapter(model, AdapterConfig(finetuning_type="lora", lora_rank=4, train_embedding=True, train_norm=True))
+    model = attach_adapter(
+        model, AdapterConfig(finetuning_type="lora", lora_rank=4, train_embedding=True, train_norm=True)
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train_briefly(model)
     for name, parameter in model.named_parameters():
@@ -82,7 +84,9 @@ def test_every_asked_for_weight_moves_and_no_other(tmp_path, tiny_tokenizer, tie
 def test_qwen3_head_norms_are_norms(tmp_path, tiny_tokenizer):
     base = save_tiny_model(tmp_path / "base", tiny_tokenizer, tiny_config("qwen3"))
     model = attach_adapter(load_base(base), AdapterConfig(finetuning_type="lora", lora_rank=4, train_norm=True))
-    trained = {name.split(".modules_to_save")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+    trained = {
+        name.split(".modules_to_save")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad
+    }
     assert {"q_norm", "k_norm", "norm", "input_layernorm", "post_attention_layernorm"} <= trained
 
 
@@ -152,7 +156,10 @@ def upstream_folder(tmp_path, base, *, prefix="", extra=None):
         for name, parameter in AutoModelForCausalLM.from_pretrained(base).named_parameters()
         if "norm" in name or "embed" in name or "lm_head" in name
     }
-    torch.save({prefix + name: tensor for name, tensor in {**weights, **(extra or {})}.items()}, folder / "trainable_params.bin")
+    torch.save(
+        {prefix + name: tensor for name, tensor in {**weights, **(extra or {})}.items()},
+        folder / "trainable_params.bin",
+    )
     return folder, model, weights
 
 
@@ -169,7 +176,9 @@ def test_upstream_checkpoint_folder(tmp_path, tiny_model_dir, prefix):
 
 
 def test_upstream_folder_with_a_strange_weight_is_refused(tmp_path, tiny_model_dir):
-    folder, *_ = upstream_folder(tmp_path, tiny_model_dir, extra={"model.layers.9.input_layernorm.weight": torch.ones(64)})
+    folder, *_ = upstream_folder(
+        tmp_path, tiny_model_dir, extra={"model.layers.9.input_layernorm.weight": torch.ones(64)}
+    )
     with pytest.raises(ValueError, match="model.layers.9.input_layernorm.weight"):
         load_for_inference(str(tiny_model_dir), adapter_name_or_path=str(folder))
 
@@ -189,7 +198,9 @@ def test_upstream_file_with_code_in_it_is_not_run(tmp_path, tiny_model_dir):
 
 @pytest.fixture
 def adapter_folder(tmp_path, tiny_model_dir):
-    model = attach_adapter(load_base(tiny_model_dir), AdapterConfig(finetuning_type="lora", lora_rank=4, train_norm=True))
+    model = attach_adapter(
+        load_base(tiny_model_dir), AdapterConfig(finetuning_type="lora", lora_rank=4, train_norm=True)
+    )
     save_adapter(model, tmp_path / "adapter")
     return tmp_path / "adapter"
 

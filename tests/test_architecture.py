@@ -26,7 +26,9 @@ def imports_of(path: Path) -> set[str]:
 
 def local_imports(path: Path) -> set[str]:
     names = {path.stem for path in COMPONENTS}
-    return {name.split(".")[1] for name in imports_of(path) if name.startswith("component.") and name.split(".")[1] in names}
+    return {
+        name.split(".")[1] for name in imports_of(path) if name.startswith("component.") and name.split(".")[1] in names
+    }
 
 
 def test_component_imports_have_no_cycle():
@@ -51,7 +53,11 @@ def test_pure_maths_knows_nothing_of_hugging_face(name):
 
 
 def test_one_file_binds_attention_to_transformers():
-    users = [p.stem for p in SOURCES if {"transformers.AttentionInterface", "transformers.AttentionMaskInterface"} & imports_of(p)]
+    users = [
+        p.stem
+        for p in SOURCES
+        if {"transformers.AttentionInterface", "transformers.AttentionMaskInterface"} & imports_of(p)
+    ]
     assert users == ["attention"]
 
 
@@ -87,7 +93,14 @@ def test_nothing_is_pickled_or_left_undone(path):
 
 def test_every_requirement_is_used():
     text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES + sorted((REPO / "tests").glob("*.py")))
-    names = {"pyyaml": "yaml", "ruff": None, "pytest": "pytest", "protobuf": None, "sentencepiece": None, "accelerate": None}
+    names = {
+        "pyyaml": "yaml",
+        "ruff": None,
+        "pytest": "pytest",
+        "protobuf": None,
+        "sentencepiece": None,
+        "accelerate": None,
+    }
     for line in (REPO / "requirements.txt").read_text().splitlines():
         package = re.match(r"[a-zA-Z0-9_-]+", line)
         module = names.get(package[0], package[0]) if package else None

@@ -134,7 +134,13 @@ def test_generation_under_the_binding_equals_stock():
     ids = torch.randint(4, 320, (2, 20))
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 3, "eos_token_id": None}
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 3,
+        "eos_token_id": None,
+    }
     stock = model.generate(ids, **options)
     bind_attention(model, S2, 64)
     assert torch.equal(model.generate(ids, **options), stock)
@@ -194,7 +200,9 @@ def test_flash_attn_back_end_agrees(monkeypatch):
         assert causal and dropout_p == 0.0 and softmax_scale is not None
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=gqa).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=gqa).transpose(
+            1, 2
+        )
 
     stand_in = types.ModuleType("flash_attn")
     stand_in.__spec__ = types.SimpleNamespace(name="flash_attn")

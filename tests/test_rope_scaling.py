@@ -85,7 +85,13 @@ def test_keeps_a_partial_rotary_factor():
 
 def test_unknown_method_and_bad_length():
     with pytest.raises(ValueError, match="rope_type"):
-        scale_rope(DEFAULT, max_position_embeddings=8, original_max_position_embeddings=None, model_max_length=9, rope_type="magic")
+        scale_rope(
+            DEFAULT,
+            max_position_embeddings=8,
+            original_max_position_embeddings=None,
+            model_max_length=9,
+            rope_type="magic",
+        )
     with pytest.raises(ValueError, match="model_max_length"):
         decide(0)
 

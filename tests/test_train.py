@@ -103,7 +103,9 @@ def test_what_a_run_leaves(write_yaml, tiny_model_dir):
 
     config = AutoConfig.from_pretrained(out / "final")
     assert config.rope_parameters["factor"] == 2 and config.max_position_embeddings == 128
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir, config=config), out / "final")
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir, config=config), out / "final"
+    )
     assert any("modules_to_save" in name for name, _ in stock.named_parameters())
 
 
@@ -177,7 +179,13 @@ def test_resuming_with_other_settings_says_so(write_yaml):
 
 def test_two_processes_equal_one_with_doubled_accumulation(write_yaml, free_port):
     """2 ranks x 1 row against 1 rank x 2 accumulated rows: the same rows in each step, to 1e-5 in loss."""
-    shared = {"per_device_train_batch_size": 1, "lora_dropout": 0, "deepspeed": ZERO2, "save_strategy": "no", "max_steps": 5}
+    shared = {
+        "per_device_train_batch_size": 1,
+        "lora_dropout": 0,
+        "deepspeed": ZERO2,
+        "save_strategy": "no",
+        "max_steps": 5,
+    }
     path, one = write_yaml("one", gradient_accumulation_steps=2, **shared)
     train(path)
     path, two = write_yaml("two", gradient_accumulation_steps=1, **shared)
