@@ -20,9 +20,8 @@ def check_precision(settings: Settings) -> list[str]:
         return []
     # There is no device memory to copy into from pinned pages.
     training.setdefault("dataloader_pin_memory", False)
-    if training.get("bf16") or training.get("bf16_full_eval"):
-        # transformers wants to be told that the CPU is meant.
-        training["use_cpu"] = True
+    # Without it accelerate takes each of several CPU processes for a world of one.
+    training["use_cpu"] = True
     halved = [key for key in ("fp16", "fp16_full_eval") if training.get(key)]
     training.update(dict.fromkeys(halved, False))
     return [f"{key} becomes false: it needs a GPU, and this CPU computes in fp32" for key in halved]
