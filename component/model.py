@@ -66,7 +66,9 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
         config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         text = str(error)
-        raise ValueError(text if text.startswith("model_name_or_path") else f"model_name_or_path: {text}") from None
+        raise ValueError(
+            text if text.startswith("model_name_or_path") else f"model_name_or_path: {name_or_path!r}: {text}"
+        ) from None
     if getattr(config, "max_position_embeddings", None) is None:
         raise ValueError(f"model_name_or_path: {config.model_type} says no max_position_embeddings in its config.json")
     config.use_cache = True

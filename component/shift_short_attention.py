@@ -160,12 +160,11 @@ def unfold_groups(x: torch.Tensor, num_groups: int) -> torch.Tensor:
 
 
 def segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Bool mask [B, 1, S, S]: causal, within a segment, no key that is padding.
+    """Bool mask [B, 1, S, S]: causal and within a segment.
 
-    segment_ids: int [B, S], negative on padding. Padding sees itself, so that no row of the softmax
-    is empty (an empty row is NaN, and its gradient reaches real tokens).
+    segment_ids: int [B, S], negative on padding. Padding sees padding, so that no row of the softmax is
+    empty (an empty row is NaN, and its gradient reaches real tokens).
     """
     positions = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    real_key = (segment_ids >= 0)[:, None, :] | (positions[:, None] == positions[None, :])
-    return (same & real_key & (positions[:, None] >= positions[None, :]))[:, None]
+    return (same & (positions[:, None] >= positions[None, :]))[:, None]

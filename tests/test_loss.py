@@ -115,6 +115,21 @@ def test_bound_model_equals_stock_model(model_type):
     assert model(input_ids=ids).logits.shape == (2, 30, 320)
 
 
+def test_packed_rows_stay_apart_in_evaluation():
+    """With a cache transformers would no longer see from the position ids that a row holds two documents."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config()).double().eval()
+    ids = torch.randint(4, 320, (1, 30))
+    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    labels = ids.clone()
+    labels[0, 12] = -100
+    parts = [model(input_ids=part).logits[0, :-1] for part in (ids[:, :12], ids[:, 12:])]
+    targets = torch.cat([ids[0, 1:12], ids[0, 13:]])
+    expected = F.cross_entropy(torch.cat(parts), targets)
+    bind_chunked_loss(model)
+    assert abs(model(input_ids=ids, position_ids=positions, labels=labels).loss - expected) < 1e-10
+
+
 def test_logits_of_the_whole_sequence_are_never_held():
     """Largest tensor made in forward and backward: below half of the logits, for both implementations."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -26,8 +26,7 @@ def reference(query, key, value, group_size, segment_ids=None):
         allowed[:, head] = (group[:, None] == group[None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        real = (segment_ids >= 0)[:, None, :] | torch.eye(length, dtype=torch.bool)
-        allowed &= (same & real)[:, None]
+        allowed &= same[:, None]
     scores = query @ key.transpose(-1, -2) / math.sqrt(dim)
     return scores.masked_fill(~allowed, -math.inf).softmax(-1) @ value
 
