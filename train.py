@@ -60,7 +60,7 @@ def main() -> None:
     check_tokenizer(settings, config, tokenizer)
     check_data(settings)
     if args.dry_run:
-        return dry_run(settings, config, tokenizer, [*notices, context])
+        return dry_run(settings, config, [*notices, context])
 
     run = start_run(settings, [*notices, context])
     is_quantized = settings.adapter.finetuning_type == "qlora"

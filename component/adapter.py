@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import PreTrainedModel
 
+from component.model import linear_layers
+
 MODULE_KINDS = {"LoRA": ["lora_"], "norm": ["norm"], "embedding": ["embed", "lm_head"]}
 FINETUNING_TYPES = ("qlora", "lora", "full")
 
@@ -66,16 +68,9 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> PreTrainedM
     return peft_model
 
 
-def linear_module_names(model: PreTrainedModel) -> list[str]:
-    """Last name parts of all linear layers except the output layer."""
-    head = model.get_output_embeddings()
-    names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    return sorted(names)
-
-
 def target_module_names(model: PreTrainedModel, requested: str | None) -> list[str]:
     """The LoRA targets: the requested ones, each checked against the model, or all linear layers."""
-    available = linear_module_names(model)
+    available = sorted({name.split(".")[-1] for name in linear_layers(model)})
     if not requested:
         return available
     names = [name.strip() for name in requested.split(",") if name.strip()]
@@ -124,11 +119,3 @@ def trainable_table(model: torch.nn.Module) -> str:
         lines.append(f"{kind:<10} {dtype:<9} {part:>15,} {whole:>16,} {100 * part / whole:>7.2f}%")
     lines.append(f"{'total':<10} {'':<9} {trained:>15,} {total:>16,} {100 * trained / total:>7.2f}%")
     return "\n".join(lines)
-
-
-def __getattr__(name):
-    if name in ("load_for_inference", "LoadedModel"):
-        import component.inference
-
-        return getattr(component.inference, name)
-    raise AttributeError(name)

@@ -61,15 +61,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_ranks(values: list[float]) -> list[float]:
-    """Sum a list of float64 numbers over all ranks; the same list on every rank."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=local_device())
-    dist.all_reduce(total)
-    return total.tolist()
-
-
 def gather_objects(value: object) -> list[object]:
     """`value` of every rank, in rank order, on every rank."""
     if not dist.is_initialized():

@@ -1,24 +1,22 @@
-"""Everything a run does before it needs weights: settings, data, tokenizer and the model's shape."""
+"""The end of a dry run: where it would start, and the model's shape with attention and adapter, without weights."""
 
 import warnings
 from types import SimpleNamespace
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from component.adapter import attach_adapter, trainable_table
 from component.arguments import Settings
 from component.attention import bind_attention
 from component.checkpoint import checkpoint_to_resume
 from component.distributed import print_main
-from component.run_checks import check_tokenizer, empty_model
+from component.model import linear_layers
+from component.run_checks import empty_model
 
 
-def dry_run(
-    settings: Settings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, notices: list[str]
-) -> None:
+def dry_run(settings: Settings, config: PretrainedConfig, notices: list[str]) -> None:
     """Build the model without memory, bind attention and adapter to it, and print what a run would do."""
-    check_tokenizer(settings, config, tokenizer)
     _, start = checkpoint_to_resume(
         settings.training.get("resume_from_checkpoint"),
         settings.training["output_dir"],
@@ -38,7 +36,5 @@ def dry_run(
 
 def mark_as_4bit(model: PreTrainedModel) -> None:
     """Make `trainable_table` name the weights nf4 that a run would quantise: all linear layers but the output."""
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            module.weight.quant_state = SimpleNamespace(shape=module.weight.shape)
+    for module in linear_layers(model).values():
+        module.weight.quant_state = SimpleNamespace(shape=module.weight.shape)

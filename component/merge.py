@@ -20,7 +20,7 @@ from component.adapter_updates import AdapterUpdates, read_updates, updated
 from component.distributed import is_main_process
 from component.files import atomic_folder, read_json, write_json
 from component.inference import resolve_config
-from component.model import load_config, model_source
+from component.model import linear_layers, load_config, model_source
 from component.run_record import read_run_record, save_run_record, software_versions
 from component.weight_shards import SavedWeights, ShardWriter
 
@@ -35,13 +35,6 @@ def skeleton(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrained
     """The model of `config` without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-
-
-def quantized_names(model: PreTrainedModel) -> set[str]:
-    """Weights that a 4-bit base holds in 4 bit: those of the linear layers but the output layer."""
-    head = model.get_output_embeddings()
-    linear = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
-    return {f"{name}.weight" for name, module in linear.items() if module is not head}
 
 
 def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
@@ -106,7 +99,7 @@ def merge(
     check_names(updates, set(weights.file_of), embedding, head if is_tied else None)
     check_complete(set(weights.file_of), model, head if is_tied else None)
     dtype = dtype or weights.read(embedding).dtype
-    in_nf4 = quantized_names(model) if load_in_4bit else set()
+    in_nf4 = {f"{name}.weight" for name in linear_layers(model)} if load_in_4bit else set()
 
     with atomic_folder(save_path) as output:
         writer = ShardWriter(output, max_shard_size)

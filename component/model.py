@@ -156,6 +156,13 @@ def load_model(
     return model
 
 
+def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    """Linear layers but the output layer, by name: those that a 4-bit base quantises and LoRA adapts."""
+    head = model.get_output_embeddings()
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, torch.nn.Linear) and module is not head}
+
+
 def keep_4bit_weights_trainable(model: PreTrainedModel) -> None:
     """Stop bitsandbytes from repacking 4-bit weights in place on CPUs with avx512_bf16.
 

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from component.adapter_folder import save_adapter
 from component.checkpoint import FINAL, STAGING, clear_staging, list_checkpoints, publish, rotate
+from component.cli import one_line
 from component.distributed import barrier, is_main_process
 from component.files import atomic_folder
 from component.plot import plot_loss_curve
@@ -54,7 +55,7 @@ class LongContextTrainer(Trainer):
             if everywhere or is_main_process():
                 write()
         except (OSError, SafetensorError, RuntimeError) as error:
-            reason = str(error.__cause__ or error.__context__ or error).splitlines()[0]
+            reason = one_line(error.__cause__ or error.__context__ or error)
             good = list_checkpoints(self.args.output_dir)
             clear = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
             failure = OSError(
