@@ -40,21 +40,22 @@ def main() -> None:
     from component.arguments import read_settings
     from component.attention import bind_attention
     from component.collator import DataCollator
+    from component.context import context_length, load_extended_config
     from component.dataset import build_datasets
     from component.dry_run import dry_run
     from component.loss_binding import bind_chunked_loss
-    from component.model import load_extended_config, load_tokenizer, load_training_model
+    from component.model import load_tokenizer, load_training_model
     from component.run import start_run
     from component.run_checks import check_against_model, check_data, check_settings, check_tokenizer
     from component.trainer import LongContextTrainer
 
     settings, notices = read_settings(args.train_args_file, overrides)
     notices += check_settings(settings)
-    config, context = load_extended_config(settings.model, settings.context)
+    config, context = load_extended_config(settings.model, settings.context, settings.attention)
     check_against_model(settings, config)
     tokenizer = load_tokenizer(
         settings.model.model_name_or_path,
-        model_max_length=config.max_position_embeddings,
+        model_max_length=context_length(config),
         trust_remote_code=settings.model.trust_remote_code,
     )
     check_tokenizer(settings, config, tokenizer)

@@ -15,8 +15,8 @@ from benchmark.live_memory import PeakMemory
 from benchmark.random_nf4_model import random_nf4_model, shape_config
 from component.adapter import AdapterConfig, attach_adapter, trainable_table
 from component.attention import AttentionConfig, bind_attention
+from component.context import extend_rope
 from component.loss_binding import bind_chunked_loss
-from component.model import extend_context
 
 
 def build(
@@ -24,7 +24,7 @@ def build(
 ) -> tuple[PeftModel, torch.optim.Optimizer]:
     """The model as train.py puts it together, and its optimizer."""
     config = shape_config(args.shape)
-    print(extend_context(config, args.seq_len))
+    print(extend_rope(config, args.seq_len))
     model = random_nf4_model(config, dtype=dtype, device=device)
     attention = AttentionConfig(attention=args.attention, group_size_ratio=args.group_size_ratio)
     print(bind_attention(model, attention, args.seq_len))

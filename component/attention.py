@@ -2,16 +2,16 @@
 
 transformers calls the function registered under `config._attn_implementation` in every attention
 layer of every model type that uses its AttentionInterface, and builds the mask with the function of
-the same name in AttentionMaskInterface. `bind_attention` registers S2-Attn there under a name that
-carries its group size; no forward method is copied or replaced, and `unbind_attention` undoes it.
+the same name in AttentionMaskInterface. What is registered here carries its sizes in its name; no
+forward method is copied or replaced, and `unbind_attention` undoes it.
 
-Sparse while `module.training`, dense otherwise (LongLoRA section 3.2: trained sparse, tested dense).
+`bind_attention` is for training: S2-Attn, full, or dual chunk attention. `bind_inference_attention` is
+for use afterwards: dense, or dual chunk attention where the config names it.
 
-Dimensions: B batch, H query heads, K key/value heads, S sequence, D head dim.
+Dimensions: B batch, H query heads, K key/value heads, Q queries, S keys, D head dim.
 """
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,29 +20,51 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from component.shift_short_attention import (
-    AttentionKernel,
-    causal_attention,
-    check_shift_short,
-    segment_mask,
-    shift_short_attention,
+from component.dual_chunk_binding import (
+    add_chunk_positions,
+    dual_chunk_forward,
+    dual_chunk_mask,
+    dual_chunk_sizes,
+    has_mscale,
+    remove_chunk_positions,
 )
+from component.merged_attention import causal_attention_with_past
+from component.shift_short_attention import AttentionKernel, causal_attention, check_shift_short
+from component.shift_short_binding import shift_short_forward, shift_short_mask
 
 DENSE = "sdpa"
+DENSE_CHUNKED = "sdpa_with_past"
+DENSE_DESCRIPTION = "dense causal (sdpa)"
 
 
 @dataclass
 class AttentionConfig:
-    """Attention during training; evaluation is always dense."""
+    """Attention during training; evaluation is dense after s2 and full, and dual chunk attention after dca."""
 
     attention: str = field(
-        default="s2", metadata={"help": "s2 (shift-short attention) or full", "choices": ["s2", "full"]}
+        default="s2",
+        metadata={
+            "help": "s2 (shift-short attention), full, or dca (dual chunk attention, also after training)",
+            "choices": ["s2", "full", "dca"],
+        },
     )
     group_size_ratio: float = field(
         default=0.25, metadata={"help": "S2-Attn group size as a part of max_seq_length (the papers use 1/4)"}
     )
     use_flash_attn: bool = field(
         default=False, metadata={"help": "use the flash-attn package, which must be installed; else torch's SDPA"}
+    )
+    pretraining_length: int | None = field(
+        default=None, metadata={"help": "dca: tokens that RoPE covers; default: the model's context"}
+    )
+    dca_chunk_size: int | None = field(
+        default=None, metadata={"help": "dca: largest distance within chunks; default: 3/4 of pretraining_length"}
+    )
+    dca_local_window: int | None = field(
+        default=None, metadata={"help": "dca: overlap of chunks in tokens; default: 1/8 of pretraining_length"}
+    )
+    dca_mscale: bool = field(
+        default=False, metadata={"help": "dca: scale the logits with the logarithm of the length, as its authors can"}
     )
 
     def group_size(self, max_seq_length: int) -> int:
@@ -58,6 +80,8 @@ def bind_attention(model: PreTrainedModel, config: AttentionConfig, max_seq_leng
     Raises ValueError, naming the model type and what is wrong, where S2-Attn is not defined:
     sliding-window layers, an odd number of heads, or a model that bypasses AttentionInterface.
     """
+    if config.attention == "dca":
+        return bind_inference_attention(model)
     kernel = flash_kernel() if config.use_flash_attn else causal_attention
     if config.attention == "full":
         model.set_attn_implementation("flash_attention_2" if config.use_flash_attn else DENSE)
@@ -74,12 +98,47 @@ def bind_attention(model: PreTrainedModel, config: AttentionConfig, max_seq_leng
     )
 
 
+def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False) -> str:
+    """Set the attention that the model's config names, for use after training; returns a description.
+
+    Dual chunk attention where the config carries its sizes, else dense. is_chunked: long inputs come in
+    blocks against a KV cache, for which dense attention needs no mask then.
+    """
+    sizes = dual_chunk_sizes(model.config)
+    if sizes is None:
+        unbind_attention(model)
+        if is_chunked:
+            AttentionInterface.register(DENSE_CHUNKED, dense_with_past_forward)
+            AttentionMaskInterface.register(DENSE_CHUNKED, dense_with_past_mask)
+            model.set_attn_implementation(DENSE_CHUNKED)
+        return DENSE_DESCRIPTION
+    check_model_supports(model, "dual chunk attention")
+    with_mscale = has_mscale(model.config)
+    add_chunk_positions(model, sizes)
+    name = f"dca_c{sizes.chunk_size}_w{sizes.local_window}{'_mscale' if with_mscale else ''}"
+    AttentionInterface.register(name, partial(dual_chunk_forward, with_mscale=with_mscale))
+    AttentionMaskInterface.register(name, dual_chunk_mask)
+    model.set_attn_implementation(name)
+    return (
+        f"dual chunk attention (chunk {sizes.chunk_size}, local window {sizes.local_window}, pretraining length "
+        f"{sizes.pretraining_length}{', mscale' if with_mscale else ''})"
+    )
+
+
 def unbind_attention(model: PreTrainedModel) -> None:
     """Give the model stock dense attention back."""
+    remove_chunk_positions(model)
     model.set_attn_implementation(DENSE)
 
 
 def check_model_supports_shift_short(model: PreTrainedModel, group_size: int) -> None:
+    """Raise ValueError where S2-Attn is not defined for `model`."""
+    check_model_supports(model, "S2-Attn")
+    check_shift_short(model.config.num_attention_heads, group_size)
+
+
+def check_model_supports(model: PreTrainedModel, method: str) -> None:
+    """Raise ValueError for a model that bypasses AttentionInterface or has sliding-window layers."""
     config = model.config
     if not model._supports_attention_backend:
         raise ValueError(
@@ -88,9 +147,8 @@ def check_model_supports_shift_short(model: PreTrainedModel, group_size: int) ->
     if has_sliding_window(config):
         raise ValueError(
             f"attention: {config.model_type} has sliding-window layers (sliding_window={config.sliding_window}), which "
-            "S2-Attn does not define; set sliding_window to null in its config.json, or use attention: full"
+            f"{method} does not define; set sliding_window to null in its config.json, or use attention: full"
         )
-    check_shift_short(config.num_attention_heads, group_size)
 
 
 def has_sliding_window(config: PretrainedConfig) -> bool:
@@ -100,7 +158,7 @@ def has_sliding_window(config: PretrainedConfig) -> bool:
     )
 
 
-def shift_short_forward(
+def dense_with_past_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -108,66 +166,34 @@ def shift_short_forward(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    *,
-    group_size: int,
-    kernel: AttentionKernel,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function of transformers' interface.
-
-    query [B, H, S, D]; key and value [B, K, S', D]; attention_mask as `shift_short_mask` makes it.
-    Returns ([B, S, H, D], None).
-    """
-    if not module.training:
-        if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = segment_mask(attention_mask)
+    """Dense causal attention of query [B, H, Q, D], the last Q of S positions, without a mask [Q, S]."""
+    if attention_mask is not None or dropout > 0 or query.shape[2] == key.shape[2]:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if query.shape[2] != key.shape[2] or (attention_mask is not None and attention_mask.ndim != 2):
-        raise ValueError(
-            "S2-Attn trains on whole sequences with a 2-D padding mask or position ids that restart; "
-            "pass no key/value cache and no 4-D mask in training mode"
-        )
-    output = shift_short_attention(
-        query, key, value, group_size, scaling=scaling, dropout=dropout, segment_ids=attention_mask, kernel=kernel
-    )
-    return output.transpose(1, 2), None
+    return causal_attention_with_past(query, key, value, scaling=scaling).transpose(1, 2), None
 
 
-def shift_short_mask(
+def dense_with_past_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
+    mask_function=causal_mask_function,
     attention_mask: torch.Tensor | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
     **kwargs,
 ) -> torch.Tensor | None:
-    """Mask function of transformers' interface: segment ids [B, S] instead of a mask [B, 1, S, S].
-
-    Returns None where causality is enough: one sequence per row, padded at most on the right.
-    Decoding with a cache and masks of the user's own are left to the stock function.
-    """
-    if q_length != kv_length or use_vmap:
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
-            attention_mask=attention_mask, use_vmap=use_vmap, device=device, **kwargs,
-        )  # fmt: skip
-    is_packed = mask_function is not causal_mask_function
-    real = None if attention_mask is None else attention_mask[:, -kv_length:].to(device=device, dtype=torch.bool)
-    has_holes = real is not None and bool((real[:, 1:] & ~real[:, :-1]).any())
-    if not is_packed and not has_holes:
+    """Mask function of transformers' interface: none for plain rows, else the stock one."""
+    is_plain = mask_function is causal_mask_function and kv_offset == 0 and kv_length == int(q_offset) + q_length
+    if is_plain and (attention_mask is None or bool(attention_mask[:, -kv_length:].all())):
         return None
-    rows = torch.arange(batch_size, device=device)[:, None]
-    positions = torch.arange(q_length, device=device)[None]
-    # A segment starts wherever a token may not see the token right before it.
-    sees_previous = mask_function(rows, torch.zeros_like(rows), positions, (positions - 1).clamp_min(0))
-    segment_ids = (~sees_previous).expand(batch_size, q_length).long().cumsum(dim=1)
-    return segment_ids if real is None else segment_ids.masked_fill(~real, -1)
+    return sdpa_mask(
+        batch_size, q_length, kv_length, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
+        attention_mask=attention_mask, **kwargs,
+    )  # fmt: skip
 
 
 def flash_kernel() -> AttentionKernel:

@@ -11,8 +11,8 @@ from component.arguments import Settings
 from component.attention import bind_attention
 from component.checkpoint import checkpoint_to_resume
 from component.distributed import print_main
-from component.model import linear_layers
-from component.run_checks import empty_model
+from component.model import empty_model, linear_layers, training_dtype
+from component.run_checks import detached_arguments
 
 
 def dry_run(settings: Settings, config: PretrainedConfig, notices: list[str]) -> None:
@@ -22,7 +22,13 @@ def dry_run(settings: Settings, config: PretrainedConfig, notices: list[str]) ->
         settings.training["output_dir"],
         overwrite=settings.output.overwrite_output_dir,
     )
-    model = empty_model(settings, config)
+    arguments = detached_arguments(settings)
+    model = empty_model(
+        config,
+        name=settings.model.model_name_or_path,
+        dtype=training_dtype(arguments),
+        trust_remote_code=settings.model.trust_remote_code,
+    )
     attention = bind_attention(model, settings.attention, settings.data.max_seq_length)
     if settings.adapter.finetuning_type == "qlora":
         mark_as_4bit(model)

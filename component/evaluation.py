@@ -21,6 +21,7 @@ from tqdm import tqdm
 from component.distributed import barrier, gather_objects, is_main_process, rank, world_size
 from component.files import atomic_file
 from component.perplexity import WindowLoss, WindowPlan, batches, position_blocks
+from component.prefill import states_in_blocks
 
 CHUNK_FLOATS = 2**24
 PROBE_TOKENS = 16
@@ -31,13 +32,15 @@ Project = Callable[[torch.Tensor], torch.Tensor]
 class TokenScorer:
     """Gives the negative log-likelihood of every token of a window under `model`.
 
-    `model`: a causal language model of transformers, with or without PEFT. Where its logits are the
+    `model`: a causal language model of transformers, with or without PEFT. Windows longer than
+    prefill_chunk_size tokens are read in such blocks against a KV cache. Where its logits are the
     output embedding of its decoder's states, which a short forward pass decides, they are made chunk by
     chunk; a model that does more (soft-capping, scaling, prompts) is asked for its own logits.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, *, prefill_chunk_size: int | None = None):
         self.model = model
+        self.prefill_chunk_size = prefill_chunk_size
         self.split: tuple[torch.nn.Module, torch.nn.Module] | None = None
         self.probed = False
 
@@ -46,11 +49,30 @@ class TokenScorer:
         """input_ids int [B, S] -> fp32 [B, S - 1]: entry p is -log p(token p + 1 | tokens 0 .. p), in nats."""
         if not self.probed:
             self.split, self.probed = find_split(self.model, input_ids[:1, :PROBE_TOKENS]), True
+        if self.prefill_chunk_size and input_ids.shape[1] > self.prefill_chunk_size:
+            return self.score_in_blocks(input_ids)
         if self.split is None:
             logits = self.model(input_ids=input_ids, use_cache=False).logits
             return chunked_nll(logits, input_ids, lambda chunk: chunk)
         decoder, head = self.split
         return chunked_nll(decoder(input_ids=input_ids, use_cache=False)[0], input_ids, head)
+
+    def score_in_blocks(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """As `__call__`, in blocks of prefill_chunk_size tokens against a KV cache."""
+        module, head = self.split or (self.model, lambda chunk: chunk)
+        blocks = states_in_blocks(module, input_ids, config=self.model.config, block_size=self.prefill_chunk_size)
+        progress = tqdm(
+            blocks,
+            total=-(-input_ids.shape[1] // self.prefill_chunk_size),
+            desc="blocks",
+            leave=False,
+            disable=not is_main_process(),
+        )
+        # Each block also predicts the first token of the next; the last one has none to predict.
+        pieces = [
+            chunked_nll(states, input_ids[:, first : first + states.shape[1] + 1], head) for first, states in progress
+        ]
+        return torch.cat(pieces, dim=1)
 
 
 def find_split(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module] | None:

@@ -5,6 +5,7 @@ torch is imported where it is used, which keeps --help and bad input fast.
 
 import argparse
 
+from component.context_arguments import add_context_arguments, check_context_arguments, context_request
 from component.generation import NO_TEMPLATE, GenerationOptions
 from component.prompt import PROMPT_TEMPLATES
 
@@ -25,12 +26,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model_name_or_path", help="folder or hub name of a base or merged model (default: the base "
                        "that the adapter names)")  # fmt: skip
     group.add_argument("--adapter_name_or_path", help="folder of a trained adapter")
-    group.add_argument("--context_size", type=int, help="context in tokens; a longer one than the model's is reached "
-                       "by position interpolation (default: what the configs say)")  # fmt: skip
     group.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
                        help="quantise the base to NF4, as in training (default: no)")  # fmt: skip
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: auto)")
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add_context_arguments(parser)
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +62,7 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     """Refuse, before anything heavy is imported, what `add_model_arguments` cannot mean."""
     if not args.model_name_or_path and not args.adapter_name_or_path:
         raise ValueError("--model_name_or_path: give a model, or --adapter_name_or_path with an adapter that names one")
-    if args.context_size is not None and args.context_size < 1:
-        raise ValueError(f"--context_size: must be at least 1 token, got {args.context_size}")
+    check_context_arguments(args)
 
 
 def load_from_arguments(args: argparse.Namespace):
@@ -74,7 +73,7 @@ def load_from_arguments(args: argparse.Namespace):
     return load_for_inference(
         args.model_name_or_path,
         adapter_name_or_path=args.adapter_name_or_path,
-        context_size=args.context_size,
+        context=context_request(args),
         load_in_4bit=args.load_in_4bit,
         dtype=dtype_of(args.dtype),
         trust_remote_code=args.trust_remote_code,

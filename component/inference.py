@@ -8,29 +8,42 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from component.adapter_folder import base_model_of, load_adapter
+from component.attention import bind_inference_attention
+from component.context import ContextRequest, apply_context, context_length
 from component.distributed import local_device
-from component.model import default_dtype, extend_context, load_config, load_model, load_tokenizer
+from component.model import default_dtype, load_config, load_model, load_tokenizer
+from component.run_record import software_versions
+
+FILES_THAT_DECIDE = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+PACKAGES_THAT_DECIDE = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass
 class LoadedModel:
-    """A model ready for inference, with what its folders say about it."""
+    """A model ready for inference, with what its folders and the user say about it.
+
+    context_size: in tokens. attention: description of the attention that is bound.
+    """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     config: PretrainedConfig
     base_model_name_or_path: str
+    adapter_name_or_path: str | None
     context_size: int
+    attention: str
+    dtype: torch.dtype
+    load_in_4bit: bool
 
 
 def resolve_config(
     model_name_or_path: str | None,
     adapter_name_or_path: str | None = None,
-    context_size: int | None = None,
+    context: ContextRequest | None = None,
     *,
     trust_remote_code: bool = False,
 ) -> tuple[str, PretrainedConfig]:
-    """Base model and its config with the context of the adapter, or of `context_size` where that is given."""
+    """Base model and its config with the context of the adapter, changed as `context` asks."""
     named_base = base_model_of(adapter_name_or_path) if adapter_name_or_path else None
     base = model_name_or_path or named_base
     if not base:
@@ -48,7 +61,7 @@ def resolve_config(
         if hasattr(saved, "quantization_config"):
             del saved.quantization_config
         config = saved
-    extend_context(config, context_size)
+    apply_context(config, context or ContextRequest())
     return base, config
 
 
@@ -56,7 +69,7 @@ def load_for_inference(
     model_name_or_path: str | None,
     *,
     adapter_name_or_path: str | None = None,
-    context_size: int | None = None,
+    context: ContextRequest | None = None,
     load_in_4bit: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
@@ -64,25 +77,66 @@ def load_for_inference(
 ) -> LoadedModel:
     """Load a base or merged model, with or without an adapter, for generation or evaluation.
 
-    What the folders know need not be said: the base model from the adapter, RoPE and length from its
-    config.json. `context_size` (tokens) extends the context by position interpolation.
+    What the folders know need not be said: the base model from the adapter, RoPE, length and attention
+    from its config.json. `context` changes them.
     """
     base, config = resolve_config(
-        model_name_or_path, adapter_name_or_path, context_size, trust_remote_code=trust_remote_code
+        model_name_or_path, adapter_name_or_path, context, trust_remote_code=trust_remote_code
     )
+    dtype = dtype or default_dtype()
     model = load_model(
         base,
         config,
-        dtype=dtype or default_dtype(),
+        dtype=dtype,
         load_in_4bit=load_in_4bit,
         device=device or local_device(),
         trust_remote_code=trust_remote_code,
     )
+    attention = bind_inference_attention(model)
     tokenizer_source = base
     if adapter_name_or_path:
         model = load_adapter(model, adapter_name_or_path)
         if (Path(adapter_name_or_path) / "tokenizer_config.json").is_file():
             tokenizer_source = adapter_name_or_path
-    length = config.max_position_embeddings
+    length = context_length(config)
     tokenizer = load_tokenizer(tokenizer_source, model_max_length=length, trust_remote_code=trust_remote_code)
-    return LoadedModel(model.eval(), tokenizer, config, base, length)
+    return LoadedModel(
+        model.eval(), tokenizer, config, base, adapter_name_or_path, length, attention, dtype, load_in_4bit
+    )
+
+
+def model_facts(loaded: LoadedModel) -> dict:
+    """What a result file says about the model behind its numbers; ready for JSON."""
+    attention = loaded.attention
+    if getattr(loaded.config, "sliding_window", None):
+        attention += f", with the model's own sliding window of {loaded.config.sliding_window}"
+    return {
+        "base_model": loaded.base_model_name_or_path,
+        "peft_model": loaded.adapter_name_or_path,
+        "context_size": loaded.context_size,
+        "rope_parameters": getattr(loaded.config, "rope_parameters", None),
+        "attention": attention,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "load_in_4bit": loaded.load_in_4bit,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": software_versions(),
+    }
+
+
+def model_fingerprint(loaded: LoadedModel) -> dict:
+    """What decides a number, to tell whether partial results of an earlier run still hold."""
+    facts = model_facts(loaded)
+    return {
+        **facts,
+        "versions": {name: facts["versions"].get(name) for name in PACKAGES_THAT_DECIDE},
+        "models": [folder_state(loaded.base_model_name_or_path), folder_state(loaded.adapter_name_or_path)],
+    }
+
+
+def folder_state(name_or_path: str | None) -> list:
+    """What tells one state of a model folder from another: names, sizes and times of the files that decide."""
+    if name_or_path is None or not Path(name_or_path).is_dir():
+        return [name_or_path]
+    paths = sorted({path for pattern in FILES_THAT_DECIDE for path in Path(name_or_path).glob(pattern)})
+    stats = [(path.name, path.stat()) for path in paths]
+    return [str(Path(name_or_path).resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]

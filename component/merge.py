@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from component.adapter_updates import AdapterUpdates, read_updates, updated
+from component.context import ContextRequest, context_length
 from component.distributed import is_main_process
 from component.files import atomic_folder, read_json, write_json
 from component.inference import resolve_config
-from component.model import linear_layers, load_config, model_source
+from component.model import empty_model, linear_layers, load_config, model_source
 from component.run_record import read_run_record, save_run_record, software_versions
 from component.weight_shards import SavedWeights, ShardWriter
 
@@ -29,12 +30,6 @@ TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template*", "*.tiktoken", "spiece.model", "sentencepiece*.model",
 )  # fmt: skip
-
-
-def skeleton(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of `config` without weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
@@ -62,7 +57,7 @@ def merge(
     adapter_name_or_path: str,
     save_path: str | Path,
     *,
-    context_size: int | None = None,
+    context: ContextRequest | None = None,
     dtype: torch.dtype | None = None,
     load_in_4bit: bool = False,
     max_shard_size: int = 4 * 10**9,
@@ -71,18 +66,18 @@ def merge(
 ) -> dict:
     """Merge and save to the folder `save_path`; returns the record written there as merge.json.
 
-    context_size: in tokens, for an adapter folder without config.json. dtype: of the saved weights, None
+    context: for an adapter folder without config.json. dtype: of the saved weights, None
     for the base's. load_in_4bit: merge into the NF4 weights. max_shard_size: in bytes. Nothing that stood
     at `save_path` is touched before the merge is complete. Raises ValueError for whatever does not fit.
     """
     save_path = Path(save_path).expanduser()
     base, config = resolve_config(
-        model_name_or_path, adapter_name_or_path, context_size, trust_remote_code=trust_remote_code
+        model_name_or_path, adapter_name_or_path, context, trust_remote_code=trust_remote_code
     )
-    if context_size is None and not (Path(adapter_name_or_path) / "config.json").is_file():
+    if (context is None or context.context_size is None) and not (Path(adapter_name_or_path) / "config.json").is_file():
         raise ValueError(
             f"--context_size: {str(adapter_name_or_path)!r} has no config.json, so give the context of its training, "
-            f"in tokens (the base model has {config.max_position_embeddings})"
+            f"in tokens (the base model has {context_length(config)})"
         )
     check_save_path(save_path, [Path(base), Path(adapter_name_or_path)], overwrite=overwrite)
     if getattr(load_config(base, trust_remote_code=trust_remote_code), "quantization_config", None):
@@ -92,7 +87,7 @@ def merge(
     weights = SavedWeights(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = skeleton(config, trust_remote_code=trust_remote_code)
+    model = empty_model(config, name=base, trust_remote_code=trust_remote_code)
     embedding, head = embedding_names(model)
     is_tied = bool(getattr(config, "tie_word_embeddings", False)) and head is not None
     is_untied_now = is_tied and not stays_tied(updates, embedding, head)
@@ -125,7 +120,7 @@ def merge(
             "adapter_name_or_path": str(adapter_name_or_path),
             "merged_into": "nf4" if load_in_4bit else "base weights",
             "dtype": str(dtype).removeprefix("torch."),
-            "context_size": config.max_position_embeddings,
+            "context_size": context_length(config),
             "rope_parameters": config.rope_parameters,
             "num_lora_weights": len(updates.matrices),
             "replaced_weights": sorted(updates.replacements),
@@ -194,6 +189,4 @@ def copy_companions(base: Path, adapter: Path, output: Path, config: PretrainedC
         save_run_record(output, run_record)
     tokenizer_config = output / "tokenizer_config.json"
     if tokenizer_config.is_file():
-        write_json(
-            tokenizer_config, {**read_json(tokenizer_config), "model_max_length": config.max_position_embeddings}
-        )
+        write_json(tokenizer_config, {**read_json(tokenizer_config), "model_max_length": context_length(config)})

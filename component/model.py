@@ -1,5 +1,6 @@
-"""Load the base model, its config with the extended context, and its tokenizer."""
+"""Load the base model, its config and its tokenizer."""
 
+import copy
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-
-from component.rope_scaling import ContextConfig, scale_rope
 
 
 @dataclass
@@ -75,42 +74,6 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
     return config
 
 
-def extend_context(config: PretrainedConfig, model_max_length: int | None, rope_type: str = "linear") -> str:
-    """Set RoPE for `model_max_length` tokens in `config`; returns a one-line description for the log.
-
-    The original length is remembered in `config.original_max_position_embeddings` and travels with
-    every saved config. None leaves the config as it is.
-    """
-    present = config.max_position_embeddings
-    if model_max_length is None:
-        return f"context of {present} tokens, RoPE unchanged"
-    rope_parameters = getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" not in rope_parameters:
-        raise ValueError(
-            f"model_max_length: cannot scale {config.model_type}, which has no single set of RoPE parameters"
-        )
-    decision = scale_rope(
-        rope_parameters,
-        max_position_embeddings=present,
-        original_max_position_embeddings=getattr(config, "original_max_position_embeddings", None),
-        model_max_length=model_max_length,
-        rope_type=rope_type,
-    )
-    if decision.max_position_embeddings == present and decision.rope_parameters == rope_parameters:
-        return f"context of {model_max_length} tokens fits the model's {present}, RoPE unchanged"
-    config.rope_parameters = decision.rope_parameters
-    config.original_max_position_embeddings = decision.original_max_position_embeddings
-    config.max_position_embeddings = decision.max_position_embeddings
-    original, factor = decision.original_max_position_embeddings, decision.rope_parameters.get("factor", 1.0)
-    return f"context {original} -> {model_max_length} tokens, RoPE {rope_type} x{factor:g}"
-
-
-def load_extended_config(model: ModelConfig, context: ContextConfig) -> tuple[PretrainedConfig, str]:
-    """Config of the base model with the context of the run, and a one-line description for the log."""
-    config = load_config(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
-    return config, extend_context(config, context.model_max_length, context.rope_type)
-
-
 def training_dtype(arguments: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
 
@@ -154,6 +117,19 @@ def load_model(
     if load_in_4bit:
         keep_4bit_weights_trainable(model)
     return model
+
+
+def empty_model(
+    config: PretrainedConfig, *, name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of `config` on the meta device, without memory; ValueError, with `name`, where it describes none."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"model_name_or_path: config.json of {name!r} describes no model ({error}); mend it") from None
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:

@@ -9,9 +9,7 @@ from pathlib import Path
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -21,12 +19,13 @@ from transformers.integrations import get_available_reporting_integrations
 
 from component.adapter import target_module_names
 from component.arguments import Settings
-from component.attention import check_model_supports_shift_short, flash_kernel
+from component.attention import check_model_supports, check_model_supports_shift_short, flash_kernel
+from component.context import context_length
 from component.deepspeed_checks import check_deepspeed_agrees, complete_deepspeed
 from component.distributed import is_main_process, world_size
 from component.jsonl import check_data_file
 from component.machine_checks import check_optimizer, check_precision
-from component.model import training_dtype
+from component.model import empty_model
 from component.prompt import eos_id, prompt_template_for
 
 LEAST = {
@@ -177,10 +176,11 @@ def settings_without_effect(settings: Settings) -> list[str]:
     own_optimizer = (training.get("deepspeed") or {}).get("optimizer")
     lora = ["lora_rank", "lora_alpha", "lora_dropout", "target_modules", "train_embedding", "train_norm"]
     groups = {
-        "attention: full": (settings.attention.attention == "full", ["group_size_ratio"]),
+        f"attention: {settings.attention.attention}": (settings.attention.attention != "s2", ["group_size_ratio"]),
+        "attention: dca": (settings.attention.attention == "dca", ["use_flash_attn"]),
         "finetuning_type: full": (adapter.finetuning_type == "full", lora),
         "sft: false": (not settings.data.sft, ["prompt_template"]),
-        "no model_max_length": (settings.context.model_max_length is None, ["rope_type"]),
+        "no model_max_length": (settings.context.model_max_length is None, ["rope_type", "rope_theta"]),
         "no evaluation (eval_strategy)": (not evaluates(settings), ["eval_file", "eval_steps"]),
         f"lr_scheduler_type: {schedule}": (schedule == "constant", ["warmup_steps"]),
         "max_steps": (training.get("max_steps", -1) > 0, ["num_train_epochs"]),
@@ -204,22 +204,9 @@ def check_data(settings: Settings) -> None:
                 check_data_file(path, sft=settings.data.sft, flag=key)
 
 
-def empty_model(settings: Settings, config: PretrainedConfig) -> PreTrainedModel:
-    """The model without memory, on the meta device, in the dtype its 16- or 32-bit weights will have."""
-    dtype, trust_remote_code = training_dtype(detached_arguments(settings)), settings.model.trust_remote_code
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        name = settings.model.model_name_or_path
-        raise ValueError(f"model_name_or_path: config.json of {name!r} describes no model ({error}); mend it") from None
-
-
 def check_against_model(settings: Settings, config: PretrainedConfig) -> None:
     """Refuse what does not go with the model's shape. `config` is the one RoPE was set in."""
-    name, context = settings.model.model_name_or_path, config.max_position_embeddings
+    name, context = settings.model.model_name_or_path, context_length(config)
     if settings.data.max_seq_length > context:
         raise ValueError(
             f"max_seq_length: {settings.data.max_seq_length} is beyond the model's context of {context}; "
@@ -230,7 +217,9 @@ def check_against_model(settings: Settings, config: PretrainedConfig) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         raise ValueError(f"model_name_or_path: {name!r} is already quantised; give the model it was made from")
-    model = empty_model(settings, config)
+    model = empty_model(config, name=name, trust_remote_code=settings.model.trust_remote_code)
+    if settings.attention.attention == "dca":
+        check_model_supports(model, "dual chunk attention")
     if settings.attention.attention == "s2":
         check_model_supports_shift_short(model, settings.attention.group_size(settings.data.max_seq_length))
     if settings.adapter.finetuning_type != "full":

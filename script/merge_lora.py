@@ -18,6 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from component.cli import require_folder, run_main  # noqa: E402
+from component.context_arguments import (  # noqa: E402
+    add_context_arguments,
+    check_context_arguments,
+    context_request,
+)
 from component.generation_arguments import DTYPES, dtype_of  # noqa: E402
 
 
@@ -26,7 +31,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="base model (default: the one that the adapter names)")
     parser.add_argument("--adapter_name_or_path", required=True, help="folder of the trained adapter")
     parser.add_argument("--save_path", required=True, help="folder for the merged model")
-    parser.add_argument("--context_size", type=int, help="context in tokens, where the adapter has no config.json")
     parser.add_argument("--dtype", choices=DTYPES, default="auto",
                         help="dtype of the saved weights (default: auto, that of the base weights)")  # fmt: skip
     parser.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
@@ -34,14 +38,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_shard_size", default="4GB", help="largest weight file (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a --save_path that is not empty")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add_context_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
     require_folder(args.adapter_name_or_path, "--adapter_name_or_path")
-    if args.context_size is not None and args.context_size < 1:
-        raise ValueError(f"--context_size: must be at least 1 token, got {args.context_size}")
+    check_context_arguments(args)
 
     from component.merge import merge
     from component.weight_shards import parse_size
@@ -50,7 +54,7 @@ def main() -> None:
         args.model_name_or_path,
         args.adapter_name_or_path,
         args.save_path,
-        context_size=args.context_size,
+        context=context_request(args),
         dtype=dtype_of(args.dtype),
         load_in_4bit=args.load_in_4bit,
         max_shard_size=parse_size(args.max_shard_size, "--max_shard_size"),

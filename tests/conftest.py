@@ -76,6 +76,10 @@ def tiny_config(model_type: str = "llama", **overrides):
         values["sliding_window"] = None
     if model_type == "qwen3":
         values["head_dim"] = 16
+    if model_type == "mixtral":
+        values.update(num_local_experts=4, num_experts_per_tok=2)
+    if model_type == "gpt_neox":
+        del values["num_key_value_heads"]
     return AutoConfig.for_model(model_type, **{**values, **overrides})
 
 

@@ -10,7 +10,16 @@ REPO = Path(__file__).resolve().parents[1]
 COMPONENTS = sorted((REPO / "component").glob("*.py"))
 SCRIPTS = [REPO / "train.py", *sorted((REPO / "script").rglob("*.py")), *sorted((REPO / "benchmark").rglob("*.py"))]
 SOURCES = COMPONENTS + SCRIPTS
-PURE = ["shift_short_attention", "rope_scaling", "perplexity", "loss"]
+REQUIREMENTS = ("requirements.txt", "requirements-extras.txt")
+PURE = [
+    "attention_kernels",
+    "merged_attention",
+    "dual_chunk_attention",
+    "shift_short_attention",
+    "rope_scaling",
+    "perplexity",
+    "loss",
+]
 
 
 def imports_of(path: Path) -> set[str]:
@@ -68,6 +77,21 @@ def test_scripts_never_import_each_other():
         assert not (imports_of(path) & (stems - siblings - {"evaluation"})), path
 
 
+EXTRA_MODULES = {"lm_eval", "rouge_score", "pypdf", "bs4", "markdown_it", "gradio", "playwright"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPO)))
+def test_extra_packages_are_imported_inside_functions(path):
+    """Training and `import component.x` work without requirements-extras.txt."""
+    top = {
+        name.split(".")[0]
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    assert not top & EXTRA_MODULES
+
+
 def test_flash_attn_is_imported_in_one_place_inside_a_function():
     for path in SOURCES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -100,8 +124,13 @@ def test_every_requirement_is_used():
         "protobuf": None,
         "sentencepiece": None,
         "accelerate": None,
+        "lm-eval": "lm_eval",
+        "rouge-score": "rouge_score",
+        "beautifulsoup4": "bs4",
+        "markdown-it-py": "markdown_it",
     }
-    for line in (REPO / "requirements.txt").read_text().splitlines():
+    lines = [line for name in REQUIREMENTS for line in (REPO / name).read_text().splitlines()]
+    for line in lines:
         package = re.match(r"[a-zA-Z0-9_-]+", line)
         module = names.get(package[0], package[0]) if package else None
         assert module is None or re.search(rf"\b{module}\b", text), f"{package[0]} is pinned and not used"

@@ -26,9 +26,10 @@ import component.loss as loss_module
 from component.adapter import AdapterConfig, attach_adapter
 from component.adapter_folder import save_adapter
 from component.attention import AttentionConfig, bind_attention, flash_kernel
+from component.context import extend_rope
 from component.inference import load_for_inference
 from component.loss_binding import bind_chunked_loss
-from component.model import extend_context, load_config, load_model
+from component.model import load_config, load_model
 from component.shift_short_attention import causal_attention, shift_short_attention
 
 HAS_CUDA = torch.cuda.is_available()
@@ -178,7 +179,7 @@ def test_loss_of_a_long_row_is_finite(dtype):
 
 def nf4_model(folder, dtype):
     config = load_config(str(folder))
-    extend_context(config, 256)
+    extend_rope(config, 256)
     model = load_model(str(folder), config, dtype=dtype, load_in_4bit=True, device=DEVICE)
     bind_attention(model, AttentionConfig(attention="s2"), 256)
     bind_chunked_loss(model)

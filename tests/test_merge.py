@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from component.adapter_updates import through_nf4
+from component.context import ContextRequest, extend_rope
 from component.inference import load_for_inference
 from component.merge import check_save_path, merge
-from component.model import extend_context
 from component.weight_shards import parse_size
 
 CONTEXT = 256  # four times the 64 tokens of the tiny model
@@ -38,7 +38,7 @@ def make_adapter(base: Path, folder: Path, tokenizer=None, *, context=CONTEXT, *
     peft_model.save_pretrained(folder)
     if context:
         config = AutoModelForCausalLM.from_pretrained(base).config
-        extend_context(config, context)
+        extend_rope(config, context)
         config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -48,7 +48,7 @@ def make_adapter(base: Path, folder: Path, tokenizer=None, *, context=CONTEXT, *
 def peft_logits(base: Path, adapter: Path, *, merged: bool = True) -> torch.Tensor:
     """Logits by PEFT's own merge (or live adapter) with the extended RoPE."""
     config = AutoModelForCausalLM.from_pretrained(base).config
-    extend_context(config, CONTEXT)
+    extend_rope(config, CONTEXT)
     model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, adapter).eval()
     with torch.no_grad():
@@ -144,9 +144,9 @@ def test_upstream_folder_with_trainable_params(tiny_tokenizer, tmp_path, prefix,
     torch.save({prefix + name: weight for name, weight in extra.items()}, adapter / "trainable_params.bin")
     with pytest.raises(ValueError, match="context_size"):
         merge(str(base), str(adapter), tmp_path / "out")
-    merge(str(base), str(adapter), tmp_path / "out", context_size=CONTEXT)
+    merge(str(base), str(adapter), tmp_path / "out", context=ContextRequest(context_size=CONTEXT))
     live = load_for_inference(
-        str(base), adapter_name_or_path=str(adapter), context_size=CONTEXT, dtype=torch.float32
+        str(base), adapter_name_or_path=str(adapter), context=ContextRequest(context_size=CONTEXT), dtype=torch.float32
     ).model
     with torch.no_grad():
         expected = live(IDS.to(live.device)).logits.cpu()

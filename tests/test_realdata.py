@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from component.model import extend_context
+from component.context import extend_rope
 from component.prompt import encode_text
 
 pytestmark = pytest.mark.realdata
@@ -86,7 +86,7 @@ def test_rope_frequencies_equal_the_published_table(shared_data, factor):
     """transformers' own expected frequencies of a 4096-wide Llama, given to 5 significant digits."""
     tables = json.loads((shared_data / "reference_vectors" / "rope_inv_freq_transformers_tests.json").read_text())
     config = AutoConfig.for_model("llama", **tables["config"])
-    extend_context(config, factor * config.max_position_embeddings)
+    extend_rope(config, factor * config.max_position_embeddings)
     expected = torch.tensor(tables["default"]["inv_freq"]) / factor
     assert torch.allclose(LlamaRotaryEmbedding(config).inv_freq, expected, rtol=1e-4)
 

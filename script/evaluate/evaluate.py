@@ -4,9 +4,11 @@ r"""Measure the perplexity of a base, merged or adapter model on a file of token
         --sliding_window 2048 --data_path pg19-validation.bin --output_file perplexity.json --plot perplexity.png
     torchrun --nproc_per_node 2 script/evaluate/evaluate.py ...        # the same numbers from two processes
 
-Attention is always dense here, whatever the model was trained with. The default protocol is LongLoRA's;
-component/perplexity.py defines both. With --output_file a killed run goes on where it stopped when it is
-started again with the same arguments. Token files are made by script/data/tokenize_corpus.py.
+Attention is dense here, whatever the model was trained with, or dual chunk attention (--attention dca).
+The default protocol is LongLoRA's; component/perplexity.py defines both. A document of 100k tokens and more is
+one window read in blocks: --seq_len 100000 --max_windows 1 --prefill_chunk_size 2048. With --output_file a
+killed run goes on where it stopped when it is started again with the same arguments. Token files are made
+by script/data/tokenize_corpus.py.
 """
 
 import argparse
@@ -18,14 +20,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import run_main  # noqa: E402
+from component.context_arguments import (  # noqa: E402
+    add_context_arguments,
+    check_context_arguments,
+    context_request,
+)
 from component.files import write_json  # noqa: E402
 from component.perplexity import PROTOCOLS, WindowPlan, batches, json_safe, plan_windows, summarize  # noqa: E402
 from component.plot import plot_evaluation, require_matplotlib  # noqa: E402
 from component.token_file import DTYPES, TokenFile, open_token_file  # noqa: E402
 
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-FILES_THAT_DECIDE = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
-PACKAGES_THAT_DECIDE = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,8 +46,6 @@ def parse_args() -> argparse.Namespace:
                         "model's context)")  # fmt: skip
     parser.add_argument("--sliding_window", type=int, default=256, help="stride between window starts in tokens "
                         "(default: %(default)s)")  # fmt: skip
-    parser.add_argument("--context_size", type=int, help="context in tokens to set RoPE for, by position interpolation "
-                        "where it is longer than the model's (default, also for -1: what the configs say)")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=1, help="windows per forward pass (default: %(default)s)")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="longlora", help="which tokens are scored and how "
                         "they are averaged (default: %(default)s)")  # fmt: skip
@@ -53,9 +56,12 @@ def parse_args() -> argparse.Namespace:
                         "(default: auto: bf16 or fp16 on a GPU, fp32 on a CPU)")  # fmt: skip
     parser.add_argument("--flash_attn", action=boolean, default=False, help="use the flash_attn package, if installed, "
                         "for the dense attention (default: PyTorch's own)")  # fmt: skip
+    parser.add_argument("--prefill_chunk_size", type=int, help="read windows in blocks of so many tokens against a KV "
+                        "cache: beside it, memory does not grow with --seq_len (default: whole windows)")  # fmt: skip
     parser.add_argument("--output_file", type=Path, help="JSON file for the results; also makes the run resumable")
     parser.add_argument("--plot", help="image (.png, .pdf or .svg) of perplexity by length and loss by position")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add_context_arguments(parser)
     return parser.parse_args()
 
 
@@ -64,8 +70,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--base_model: give a model, or --peft_model with an adapter that names one")
     if args.context_size == -1:
         args.context_size = None
-    if args.context_size is not None and args.context_size < 1:
-        raise ValueError(f"--context_size: must be at least 1 token, got {args.context_size}")
+    check_context_arguments(args)
+    if args.prefill_chunk_size is not None and args.prefill_chunk_size < 1:
+        raise ValueError(f"--prefill_chunk_size: must be at least 1 token, got {args.prefill_chunk_size}")
     if args.output_file and args.output_file.is_dir():
         raise ValueError(f"--output_file: {str(args.output_file)!r} is a folder; give the path of a file")
     if args.plot:
@@ -81,17 +88,9 @@ def make_plans(args: argparse.Namespace, num_tokens: int, seq_lens: list[int]) -
     return [plan_windows(num_tokens, seq_len=seq_len, **options) for seq_len in dict.fromkeys(seq_lens)]
 
 
-def source_state(name_or_path: str | None) -> list:
-    """What tells one state of a model folder from another: names, sizes and times of the files that decide."""
-    if name_or_path is None or not Path(name_or_path).is_dir():
-        return [name_or_path]
-    paths = sorted({path for pattern in FILES_THAT_DECIDE for path in Path(name_or_path).glob(pattern)})
-    stats = [(path.name, path.stat()) for path in paths]
-    return [str(Path(name_or_path).resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
-
-
 def load(args: argparse.Namespace, dtype):
     """The model on this process's device, with the dense attention that was asked for."""
+    from component.attention import DENSE_DESCRIPTION, bind_inference_attention
     from component.distributed import local_device, print_main
     from component.inference import load_for_inference
 
@@ -103,52 +102,45 @@ def load(args: argparse.Namespace, dtype):
     loaded = load_for_inference(
         args.base_model,
         adapter_name_or_path=args.peft_model,
-        context_size=args.context_size,
+        context=context_request(args),
         load_in_4bit=args.load_in_4bit,
         dtype=dtype,
         device=device,
         trust_remote_code=args.trust_remote_code,
     )
     if args.flash_attn:
+        if loaded.attention != DENSE_DESCRIPTION:
+            raise ValueError("--flash_attn is for dense attention only; leave it out with --attention dca")
         loaded.model.set_attn_implementation("flash_attention_2")
+        loaded.attention = "dense causal (flash-attn)"
+    elif args.prefill_chunk_size:
+        bind_inference_attention(loaded.model, is_chunked=True)
     return loaded
 
 
-def describe_run(args: argparse.Namespace, loaded, data: TokenFile, dtype_name: str) -> dict:
+def describe_run(args: argparse.Namespace, loaded, data: TokenFile) -> dict:
     """What every result of this run says about itself."""
-    import torch
+    from component.inference import model_facts
 
-    from component.run_record import software_versions
-
-    attention = f"dense causal ({loaded.model.config._attn_implementation})"
-    if getattr(loaded.config, "sliding_window", None):
-        attention += f", with the model's own sliding window of {loaded.config.sliding_window}"
     return {
         "sliding_window": args.sliding_window,
-        "context_size": loaded.context_size,
-        "dtype": dtype_name,
-        "load_in_4bit": args.load_in_4bit,
-        "attention": attention,
         "batch_size": args.batch_size,
-        "base_model": loaded.base_model_name_or_path,
-        "peft_model": args.peft_model,
-        "rope_parameters": getattr(loaded.config, "rope_parameters", None),
+        "prefill_chunk_size": args.prefill_chunk_size,
         "data_file": data.path.name,
         "data_sha256": data.sha256,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": software_versions(),
+        **model_facts(loaded),
     }
 
 
-def start_ledger(args: argparse.Namespace, facts: dict):
+def start_ledger(args: argparse.Namespace, loaded, facts: dict):
     """The record of finished windows, valid for runs that agree in everything that decides the number."""
     from component.distributed import print_main
     from component.evaluation import WindowLedger
+    from component.inference import model_fingerprint
 
     decisive = {
         **{name: value for name, value in facts.items() if name not in ("versions", "data_file")},
-        "versions": {name: facts["versions"].get(name) for name in PACKAGES_THAT_DECIDE},
-        "models": [source_state(facts["base_model"]), source_state(args.peft_model)],
+        **model_fingerprint(loaded),
         "protocol": args.protocol,
         "max_windows": args.max_windows,
     }
@@ -197,6 +189,7 @@ def evaluate(args: argparse.Namespace, data: TokenFile) -> None:
     """Load the model, measure every window length and write the results."""
     import torch
 
+    from component.context import context_length
     from component.distributed import init_process_group, local_device
     from component.evaluation import TokenScorer, measure
     from component.inference import resolve_config
@@ -204,21 +197,21 @@ def evaluate(args: argparse.Namespace, data: TokenFile) -> None:
 
     try:
         _, config = resolve_config(
-            args.base_model, args.peft_model, args.context_size, trust_remote_code=args.trust_remote_code
+            args.base_model, args.peft_model, context_request(args), trust_remote_code=args.trust_remote_code
         )
     except OSError as error:
         # The hub's own message need not say which name it could not find.
         raise ValueError(f"cannot load {args.base_model or args.peft_model!r}: {error}") from None
     data.check_ids(config.get_text_config().vocab_size)
-    plans = make_plans(args, data.num_tokens, args.seq_len or [config.max_position_embeddings])
+    plans = make_plans(args, data.num_tokens, args.seq_len or [context_length(config)])
     init_process_group()
     dtype = default_dtype() if args.dtype == "auto" else getattr(torch, DTYPE_NAMES[args.dtype])
     loaded = load(args, dtype)
-    facts = describe_run(args, loaded, data, str(dtype).removeprefix("torch."))
-    ledger = start_ledger(args, facts)
+    facts = describe_run(args, loaded, data)
+    ledger = start_ledger(args, loaded, facts)
     losses_of = partial(
         measure,
-        TokenScorer(loaded.model),
+        TokenScorer(loaded.model, prefill_chunk_size=args.prefill_chunk_size),
         data.tokens,
         batch_size=args.batch_size,
         device=local_device(),

@@ -1,0 +1,172 @@
+"""Give a config the context that a run or a command line asks for: RoPE scaling, and dual chunk attention on top.
+
+Both are written into the config and travel with every saved model: RoPE in `rope_parameters`, dual chunk
+attention in `dual_chunk_attention_config`, the key and the names of Qwen2.5-1M's configs.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from component.attention import AttentionConfig
+from component.dual_chunk_attention import DualChunkSizes
+from component.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
+from component.model import ModelConfig, load_config
+from component.rope_scaling import ContextConfig, check_rope_request, context_of_rope, scale_rope
+
+
+@dataclass(frozen=True)
+class ContextRequest:
+    """What a user asks of a model's context; None and "auto" leave it to what the model's config says.
+
+    context_size: tokens to read. rope_type, rope_theta: how RoPE is scaled to them. attention: auto, full
+    or dca. With dca, RoPE is scaled to `pretraining_length` only, and only if rope_type is given; chunks
+    of dca_chunk_size tokens with dca_local_window of overlap (both in tokens) reach the rest.
+    """
+
+    context_size: int | None = None
+    rope_type: str | None = None
+    rope_theta: float | None = None
+    attention: str = "auto"
+    pretraining_length: int | None = None
+    dca_chunk_size: int | None = None
+    dca_local_window: int | None = None
+    dca_mscale: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("context_size", "pretraining_length", "dca_chunk_size", "dca_local_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: must be at least 1 token, got {value}")
+        check_rope_request(self.rope_type, self.rope_theta, None)
+        if self.attention == "full" and self.given_dual_chunk_settings:
+            raise ValueError(f"{self.given_dual_chunk_settings[0]}: has an effect with attention: dca only")
+
+    @property
+    def given_dual_chunk_settings(self) -> list[str]:
+        names = ("pretraining_length", "dca_chunk_size", "dca_local_window", "dca_mscale")
+        return [name for name in names if getattr(self, name)]
+
+    @classmethod
+    def of_run(cls, context: ContextConfig, attention: AttentionConfig) -> "ContextRequest":
+        """The request of a training run's settings."""
+        # Without a length to reach they have no effect, which run_checks says.
+        reaches = context.model_max_length is not None or attention.attention == "dca"
+        return cls(
+            context_size=context.model_max_length,
+            rope_type=context.rope_type if reaches else None,
+            rope_theta=context.rope_theta if reaches else None,
+            attention="dca" if attention.attention == "dca" else "full",
+            pretraining_length=attention.pretraining_length,
+            dca_chunk_size=attention.dca_chunk_size,
+            dca_local_window=attention.dca_local_window,
+            dca_mscale=attention.dca_mscale,
+        )
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Tokens that the model reads with the attention and RoPE its config names."""
+    dual_chunk = getattr(config, DUAL_CHUNK_KEY, None)
+    if dual_chunk and "max_position_embeddings" in dual_chunk:
+        return dual_chunk["max_position_embeddings"]
+    return context_of_rope(getattr(config, "rope_parameters", None) or {}, config.max_position_embeddings)
+
+
+def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
+    """Set RoPE and dual chunk attention in `config`; returns a one-line description for the log.
+
+    Twice is the same as once. Raises ValueError, naming the setting, for what the model cannot be given.
+    """
+    is_dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) is not None
+    if request.attention == "full" or (request.attention == "auto" and not is_dual_chunk):
+        if request.given_dual_chunk_settings:
+            raise ValueError(f"{request.given_dual_chunk_settings[0]}: has an effect with attention: dca only")
+        if is_dual_chunk:
+            delattr(config, DUAL_CHUNK_KEY)
+        return extend_rope(config, request.context_size, request.rope_type, request.rope_theta)
+    return apply_dual_chunk(config, request)
+
+
+def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:
+    known = getattr(config, DUAL_CHUNK_KEY, None) or {}
+    own_length = context_of_rope(getattr(config, "rope_parameters", None) or {}, config.max_position_embeddings)
+    pretraining = request.pretraining_length or known.get("original_max_position_embeddings") or own_length
+    if request.rope_type is None and pretraining > own_length:
+        raise ValueError(
+            f"pretraining_length: the model reads {own_length} tokens, not {pretraining}; lower it, or name the "
+            "rope_type that takes RoPE there first"
+        )
+    if request.rope_type is not None and not request.pretraining_length:
+        raise ValueError(
+            "pretraining_length: with attention: dca and a rope_type, say how far RoPE is scaled; chunks reach the rest"
+        )
+    text = extend_rope(config, pretraining, request.rope_type, request.rope_theta) if request.rope_type else "RoPE kept"
+    sizes = DualChunkSizes(
+        pretraining_length=pretraining,
+        chunk_size=request.dca_chunk_size or known.get("chunk_size"),
+        local_window=request.dca_local_window or known.get("local_size"),
+    )
+    values = {
+        "chunk_size": sizes.chunk_size,
+        "local_size": sizes.local_window,
+        "original_max_position_embeddings": pretraining,
+        "max_position_embeddings": request.context_size or known.get("max_position_embeddings") or pretraining,
+    }
+    if request.dca_mscale or known.get("mscale"):
+        values["mscale"] = True
+    setattr(config, DUAL_CHUNK_KEY, values)
+    return f"context of {context_length(config)} tokens by dual chunk attention over {pretraining}; {text}"
+
+
+def extend_rope(
+    config: PretrainedConfig, target: int | None, rope_type: str | None = None, rope_theta: float | None = None
+) -> str:
+    """Set RoPE for `target` tokens in `config`; returns a one-line description for the log.
+
+    The original length and base are remembered in the config, as `original_max_position_embeddings` and
+    `original_rope_theta`, and travel with every saved config. None leaves the config as it is.
+    """
+    check_rope_request(rope_type, rope_theta, target)
+    present = context_of_rope(getattr(config, "rope_parameters", None) or {}, config.max_position_embeddings)
+    if target is None:
+        if rope_type is not None:
+            raise ValueError(f"rope_type: {rope_type} has no effect without a context to reach; give its length too")
+        return f"context of {present} tokens, RoPE unchanged"
+    rope_parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in rope_parameters:
+        raise ValueError(
+            f"model_max_length: cannot scale {config.model_type}, which has no single set of RoPE parameters"
+        )
+    decision = scale_rope(
+        rope_parameters,
+        max_position_embeddings=config.max_position_embeddings,
+        rotary_dim=rotary_dim(config),
+        model_max_length=target,
+        rope_type=rope_type,
+        rope_theta=rope_theta,
+        original_max_position_embeddings=getattr(config, "original_max_position_embeddings", None),
+        original_rope_theta=getattr(config, "original_rope_theta", None),
+    )
+    if decision.context_length == present and decision.rope_parameters == rope_parameters:
+        return f"context of {target} tokens fits the model's {present}, RoPE unchanged"
+    config.rope_parameters = decision.rope_parameters
+    config.original_max_position_embeddings = decision.original_max_position_embeddings
+    config.original_rope_theta = decision.original_rope_theta
+    config.max_position_embeddings = decision.max_position_embeddings
+    kind, factor = decision.rope_parameters["rope_type"], decision.rope_parameters.get("factor")
+    how = f"{kind} x{factor:g}" if factor else f"base {decision.rope_parameters['rope_theta']:g}"
+    return f"context {decision.original_max_position_embeddings} -> {target} tokens, RoPE {how}"
+
+
+def rotary_dim(config: PretrainedConfig) -> int:
+    """Dimensions of a head that RoPE turns."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+def load_extended_config(
+    model: ModelConfig, context: ContextConfig, attention: AttentionConfig
+) -> tuple[PretrainedConfig, str]:
+    """Config of the base model with the context of the run, and a one-line description for the log."""
+    config = load_config(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+    return config, apply_context(config, ContextRequest.of_run(context, attention))

@@ -1,0 +1,99 @@
+"""Shift-short attention (S2-Attn) as transformers' interfaces call it: attention function and mask function.
+
+component/attention.py registers both. Sparse while `module.training`, dense otherwise (LongLoRA section
+3.2: trained sparse, tested dense).
+
+Dimensions: B batch, H query heads, K key/value heads, S sequence, D head dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from component.shift_short_attention import AttentionKernel, segment_mask, shift_short_attention
+
+
+def shift_short_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    group_size: int,
+    kernel: AttentionKernel,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention function of transformers' interface.
+
+    query [B, H, S, D]; key and value [B, K, S', D]; attention_mask as `shift_short_mask` makes it.
+    Returns ([B, S, H, D], None).
+    """
+    if not module.training:
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = segment_mask(attention_mask)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if query.shape[2] != key.shape[2] or (attention_mask is not None and attention_mask.ndim != 2):
+        raise ValueError(
+            "S2-Attn trains on whole sequences with a 2-D padding mask or position ids that restart; "
+            "pass no key/value cache and no 4-D mask in training mode"
+        )
+    output = shift_short_attention(
+        query, key, value, group_size, scaling=scaling, dropout=dropout, segment_ids=attention_mask, kernel=kernel
+    )
+    return output.transpose(1, 2), None
+
+
+def shift_short_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> torch.Tensor | None:
+    """Mask function of transformers' interface: segment ids [B, S] instead of a mask [B, 1, S, S].
+
+    Returns None where causality is enough: one sequence per row, padded at most on the right.
+    Decoding with a cache and masks of the user's own are left to the stock function.
+    """
+    if q_length != kv_length or use_vmap:
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
+            attention_mask=attention_mask, use_vmap=use_vmap, device=device, **kwargs,
+        )  # fmt: skip
+    return segment_ids_of_rows(
+        batch_size, q_length, mask_function=mask_function, attention_mask=attention_mask, device=device
+    )
+
+
+def segment_ids_of_rows(
+    batch_size: int,
+    length: int,
+    *,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor | None:
+    """Segment ids int64 [B, S] of whole rows, -1 for padding; None where causality alone is enough."""
+    is_packed = mask_function is not causal_mask_function
+    real = None if attention_mask is None else attention_mask[:, -length:].to(device=device, dtype=torch.bool)
+    has_holes = real is not None and bool((real[:, 1:] & ~real[:, :-1]).any())
+    if not is_packed and not has_holes:
+        return None
+    rows = torch.arange(batch_size, device=device)[:, None]
+    positions = torch.arange(length, device=device)[None]
+    # A segment starts wherever a token may not see the token right before it.
+    sees_previous = mask_function(rows, torch.zeros_like(rows), positions, (positions - 1).clamp_min(0))
+    segment_ids = (~sees_previous).expand(batch_size, length).long().cumsum(dim=1)
+    return segment_ids if real is None else segment_ids.masked_fill(~real, -1)
