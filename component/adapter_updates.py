@@ -1,6 +1,7 @@
 """What a saved adapter does to the weights of its base model, weight by weight."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,21 +29,29 @@ class AdapterUpdates:
     """What an adapter does to the weights of its base model, by weight name.
 
     matrices: name -> {"A": [r, in], "B": [out, r]}. replacements: name -> the whole weight. keeps_tie: the
-    input embedding was trained together with the output embedding tied to it.
+    input embedding was trained together with the output embedding tied to it. former_names: new name -> the
+    model's, after `rename`.
     """
 
     lora_config: dict
     matrices: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     replacements: dict[str, torch.Tensor] = field(default_factory=dict)
     keeps_tie: bool = False
+    former_names: dict[str, str] = field(default_factory=dict)
 
     def scale(self, name: str) -> float:
         """Factor of B @ A for the weight `name`."""
-        module = name.removesuffix(".weight")
+        module = self.former_names.get(name, name).removesuffix(".weight")
         patterns = self.lora_config.get("alpha_pattern") or {}
         alpha = patterns.get(get_pattern_key(patterns.keys(), module), self.lora_config["lora_alpha"])
         rank = self.matrices[name]["A"].shape[0]
         return alpha / (rank**0.5 if self.lora_config.get("use_rslora") else rank)
+
+    def rename(self, new_name: Callable[[str], str]) -> None:
+        """Give every weight the name that `new_name` maps its name to."""
+        self.former_names = {new_name(name): name for name in self.matrices}
+        self.matrices = {new_name(name): pair for name, pair in self.matrices.items()}
+        self.replacements = {new_name(name): weight for name, weight in self.replacements.items()}
 
     @property
     def names(self) -> set[str]:

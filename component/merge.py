@@ -23,7 +23,7 @@ from component.files import atomic_folder, read_json, write_json
 from component.inference import resolve_config
 from component.model import empty_model, linear_layers, load_config, model_source
 from component.run_record import read_run_record, save_run_record, software_versions
-from component.weight_shards import SavedWeights, ShardWriter
+from component.weight_shards import CheckpointNames, SavedWeights, ShardWriter
 
 MERGE_RECORD = "merge.json"
 TOKENIZER_FILES = (
@@ -89,12 +89,15 @@ def merge(
         del config.quantization_config
     model = empty_model(config, name=base, trust_remote_code=trust_remote_code)
     embedding, head = embedding_names(model)
+    names = CheckpointNames(model, set(weights.file_of))
+    embedding, head = names.of(embedding), head and names.of(head)
+    updates.rename(names.of)
     is_tied = bool(getattr(config, "tie_word_embeddings", False)) and head is not None
     is_untied_now = is_tied and not stays_tied(updates, embedding, head)
     check_names(updates, set(weights.file_of), embedding, head if is_tied else None)
     check_complete(set(weights.file_of), model, head if is_tied else None)
     dtype = dtype or weights.read(embedding).dtype
-    in_nf4 = {f"{name}.weight" for name in linear_layers(model)} if load_in_4bit else set()
+    in_nf4 = {names.of(f"{name}.weight") for name in linear_layers(model)} if load_in_4bit else set()
 
     with atomic_folder(save_path) as output:
         writer = ShardWriter(output, max_shard_size)
@@ -143,7 +146,8 @@ def check_names(updates: AdapterUpdates, base_names: set[str], embedding: str, t
 
 def check_complete(base_names: set[str], model: PreTrainedModel, tied_head: str | None) -> None:
     """Raise ValueError for a base that lacks weights, unless its names are of another form (fused experts)."""
-    expected = set(model.state_dict()) - {tied_head}
+    names = CheckpointNames(model, base_names)
+    expected = {names.of(name) for name in model.state_dict()} - {tied_head}
     missing = sorted(expected - base_names)
     unknown = {name for name in base_names - expected - {tied_head} if not name.endswith("rotary_emb.inv_freq")}
     if missing and not unknown:

@@ -10,6 +10,8 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from component.files import read_json, write_json
 
@@ -80,6 +82,26 @@ def open_weights(file: Path):
         raise ValueError(f"{str(file)!r} cannot be read as weights ({error}); is the file complete?") from None
     with opened as weights:
         yield list(weights.keys()), weights.__getitem__ if isinstance(weights, dict) else weights.get_tensor
+
+
+class CheckpointNames:
+    """What a saved checkpoint calls the weights of a model, where transformers renames them on loading.
+
+    model: the model without weights; saved: the names in the checkpoint.
+    """
+
+    def __init__(self, model: PreTrainedModel, saved: set[str]):
+        self.model, self.saved, self.weights = model, saved, model.state_dict()
+
+    def of(self, name: str) -> str:
+        """The checkpoint's name of the weight `name`; `name` itself where it has none of its own."""
+        if name in self.saved:
+            return name
+        if name not in self.weights:
+            return name
+        renamed = revert_weight_conversion(self.model, {name: self.weights[name]})
+        others = [other for other in renamed if other in self.saved]
+        return others[0] if len(others) == 1 else name
 
 
 class ShardWriter:
