@@ -105,13 +105,14 @@ def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False
     blocks against a KV cache, for which dense attention needs no mask then.
     """
     sizes = dual_chunk_sizes(model.config)
+    description = describe_inference_attention(model.config)
     if sizes is None:
         unbind_attention(model)
         if is_chunked:
             AttentionInterface.register(DENSE_CHUNKED, dense_with_past_forward)
             AttentionMaskInterface.register(DENSE_CHUNKED, dense_with_past_mask)
             model.set_attn_implementation(DENSE_CHUNKED)
-        return DENSE_DESCRIPTION
+        return description
     check_model_supports(model, "dual chunk attention")
     with_mscale = has_mscale(model.config)
     add_chunk_positions(model, sizes)
@@ -119,9 +120,17 @@ def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False
     AttentionInterface.register(name, partial(dual_chunk_forward, with_mscale=with_mscale))
     AttentionMaskInterface.register(name, dual_chunk_mask)
     model.set_attn_implementation(name)
+    return description
+
+
+def describe_inference_attention(config: PretrainedConfig) -> str:
+    """One line on the attention that `bind_inference_attention` sets for `config`."""
+    sizes = dual_chunk_sizes(config)
+    if sizes is None:
+        return DENSE_DESCRIPTION
     return (
         f"dual chunk attention (chunk {sizes.chunk_size}, local window {sizes.local_window}, pretraining length "
-        f"{sizes.pretraining_length}{', mscale' if with_mscale else ''})"
+        f"{sizes.pretraining_length}{', mscale' if has_mscale(config) else ''})"
     )
 
 

@@ -158,6 +158,16 @@ def extend_rope(
     return f"context {decision.original_max_position_embeddings} -> {target} tokens, RoPE {how}"
 
 
+def copy_context(source: PretrainedConfig, target: PretrainedConfig) -> None:
+    """Give the config `target` all that says how far the model of `source` reads."""
+    names = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings", "original_rope_theta")
+    for name in (*names, DUAL_CHUNK_KEY):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+        elif hasattr(target, name):
+            delattr(target, name)
+
+
 def rotary_dim(config: PretrainedConfig) -> int:
     """Dimensions of a head that RoPE turns."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

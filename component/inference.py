@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from component.adapter_folder import base_model_of, load_adapter
 from component.attention import bind_inference_attention
-from component.context import ContextRequest, apply_context, context_length
+from component.context import ContextRequest, apply_context, context_length, copy_context
 from component.distributed import local_device
 from component.model import default_dtype, load_config, load_model, load_tokenizer
 from component.run_record import software_versions
@@ -103,6 +103,21 @@ def load_for_inference(
     return LoadedModel(
         model.eval(), tokenizer, config, base, adapter_name_or_path, length, attention, dtype, load_in_4bit
     )
+
+
+def set_context(loaded: LoadedModel, context: ContextRequest, *, is_chunked: bool = False) -> None:
+    """Give a loaded model another context, RoPE or attention, as if it had been loaded with `context`.
+
+    is_chunked: as for `bind_inference_attention`.
+    """
+    _, config = resolve_config(loaded.base_model_name_or_path, loaded.adapter_name_or_path, context)
+    model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
+    for live in (model.config, loaded.config):
+        copy_context(config, live)
+    decoder = model.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(model.device)
+    loaded.attention = bind_inference_attention(model, is_chunked=is_chunked)
+    loaded.context_size = loaded.tokenizer.model_max_length = context_length(model.config)
 
 
 def model_facts(loaded: LoadedModel) -> dict:

@@ -1,0 +1,130 @@
+"""The models of a comparison, and its measurements on them: one model in memory at a time, changed in place.
+
+Dimensions: B batch, S sequence.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from component.attention import describe_inference_attention
+from component.comparison import Comparison, passkey_trials, perplexity_trials, plans_of
+from component.context import context_length
+from component.distributed import local_device
+from component.evaluation import TokenScorer, window_loss
+from component.generation_arguments import dtype_of
+from component.inference import LoadedModel, folder_state, load_for_inference, resolve_config, set_context
+from component.passkey import accuracy_cells, answer_trial
+from component.perplexity import WindowLoss, WindowPlan, summarize
+from component.token_file import TokenFile
+from component.trials import run_trials
+
+
+def describe_models(settings: Comparison) -> dict[str, dict[int, dict]]:
+    """{method: {length: context, RoPE and attention}}, from the configs alone.
+
+    Raises ValueError, with the method's name, for one that the base model cannot be given.
+    """
+    found: dict[str, dict[int, dict]] = {}
+    for name, method in settings.methods.items():
+        for length in sorted(set(settings.lengths)):
+            try:
+                _, config = resolve_config(
+                    settings.base_model,
+                    method.peft_model,
+                    method.request(length),
+                    trust_remote_code=settings.trust_remote_code,
+                )
+            except (ValueError, OSError) as error:
+                raise ValueError(f"methods: {name}: {error}") from None
+            found.setdefault(name, {})[length] = {
+                "peft_model": method.peft_model,
+                "context_size": context_length(config),
+                "rope_parameters": getattr(config, "rope_parameters", None),
+                "attention": describe_inference_attention(config),
+                "vocab_size": config.get_text_config().vocab_size,
+            }
+    return found
+
+
+class MethodModels:
+    """Gives the model of a method, ready for a length; loads weights only when base or adapter change."""
+
+    def __init__(self, settings: Comparison):
+        self.settings = settings
+        self.loaded: LoadedModel | None = None
+        self.current: tuple[str, int] | None = None
+
+    def get(self, name: str, length: int) -> LoadedModel:
+        """The model of the method `name`, set up to read `length` tokens."""
+        if self.current == (name, length):
+            return self.loaded
+        method, settings = self.settings.methods[name], self.settings
+        if self.loaded is None or self.loaded.adapter_name_or_path != method.peft_model:
+            self.loaded = None  # two models at once may not fit
+            self.loaded = load_for_inference(
+                settings.base_model,
+                adapter_name_or_path=method.peft_model,
+                load_in_4bit=settings.load_in_4bit,
+                dtype=dtype_of(settings.dtype),
+                trust_remote_code=settings.trust_remote_code,
+            )
+        set_context(self.loaded, method.request(length), is_chunked=settings.prefill_chunk_size is not None)
+        self.current = (name, length)
+        return self.loaded
+
+    def fingerprint(self) -> dict:
+        """What decides a number and is not in the trials."""
+        adapters = {method.peft_model for method in self.settings.methods.values()} - {None}
+        return {
+            "settings": {name: str(value) for name, value in vars(self.settings).items() if name != "lengths"},
+            "models": [folder_state(self.settings.base_model), *(folder_state(name) for name in sorted(adapters))],
+            "torch": torch.__version__,
+        }
+
+
+def compare_perplexity(settings: Comparison, data: TokenFile, models: MethodModels, output_file) -> dict:
+    """{method: {length: result}}: perplexity, loss and protocol of every cell; the same on every rank."""
+    plans = plans_of(settings, data.num_tokens)
+
+    def run_one(trial: Mapping) -> dict:
+        loaded, plan = models.get(trial["method"], trial["length"]), plans[trial["length"]]
+        return {"losses": score(loaded, data.tokens, plan, trial["windows"], settings.prefill_chunk_size)}
+
+    trials = perplexity_trials(settings, plans)
+    fingerprint = {**models.fingerprint(), "data": data.sha256}
+    done = run_trials(trials, run_one, output_file=output_file, fingerprint=fingerprint, desc="compare")
+    losses: dict[tuple[str, int], dict[int, WindowLoss]] = {}
+    for trial, result in zip(trials, done, strict=True):
+        cell = losses.setdefault((trial["method"], trial["length"]), {})
+        for index, (total, blocks) in zip(trial["windows"], result["losses"], strict=True):
+            cell[index] = WindowLoss(total, tuple(blocks))
+    cells: dict[str, dict[int, dict]] = {}
+    for (name, length), by_index in losses.items():
+        summary = summarize(plans[length], [by_index[index] for index in range(len(by_index))])
+        cells.setdefault(name, {})[length] = {"protocol": plans[length].describe(), **summary}
+    return cells
+
+
+def score(
+    loaded: LoadedModel, tokens: np.ndarray, plan: WindowPlan, indices: list[int], prefill_chunk_size: int | None
+) -> list:
+    """[sum of losses, sums by position] of each of these windows of `plan`."""
+    windows = [plan.windows[index] for index in indices]
+    rows = np.stack([tokens[window.start : window.start + window.length] for window in windows])
+    scorer = TokenScorer(loaded.model, prefill_chunk_size=prefill_chunk_size)
+    nll = scorer(torch.from_numpy(rows.astype(np.int64)).to(local_device())).double().cpu().numpy()
+    losses = [window_loss(row, window.score_from, plan.seq_len) for row, window in zip(nll, windows, strict=True)]
+    return [[loss.total, list(loss.block_totals)] for loss in losses]
+
+
+def compare_passkey(settings: Comparison, models: MethodModels, output_file) -> dict:
+    """{method: [cell]}: passkey accuracy of every length and depth; the same on every rank."""
+
+    def run_one(trial: Mapping) -> dict:
+        return answer_trial(models.get(trial["method"], trial["length"]), trial)
+
+    trials = passkey_trials(settings)
+    done = run_trials(trials, run_one, output_file=output_file, fingerprint=models.fingerprint(), desc="compare")
+    return {name: accuracy_cells([r for r in done if r["method"] == name]) for name in settings.methods}
