@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from component.cli import one_line, require_file
+from component.cli import one_line
+from component.documents import read_document, with_documents
 from component.files import write_json
-from component.text_stream import decode_utf8
 
 HELP = """\
-/file PATH   read a UTF-8 text file into the conversation
+/file PATH   read a document (pdf, epub, html, md, txt) into the conversation
 /clear       forget the conversation and its files
 /save PATH   write the conversation as JSON
 /help        show this
@@ -108,15 +108,11 @@ class ChatSession:
         self.num_dropped_turns = self.num_dropped_documents = 0
 
     def add_document(self, path: str) -> int:
-        """Read the text file at `path` into the conversation; returns its length in tokens, as part of a prompt.
+        """Read a document of any known format into the conversation; returns its length in tokens, as part of a prompt.
 
         A file read before is replaced. Raises ValueError or OSError for what cannot be read or is too long.
         """
-        data = require_file(Path(path).expanduser(), "/file").read_bytes()
-        text = decode_utf8(data, "/file", path).strip()
-        if not text or "\0" in text:
-            raise ValueError(f"/file: {path!r} {'is empty' if not text else 'is not a text file'}")
-        document = Document(str(path), text)
+        document = Document(str(path), read_document(path, flag="/file").text)
         num_tokens = self.count_tokens(self._compose([document], [], "")) - self.count_tokens(self._compose([], [], ""))
         if self.count_tokens(self._compose([document], [], "")) > self.room:
             raise ValueError(
@@ -169,10 +165,8 @@ class ChatSession:
         """Documents go before the first question there is: templates know no role for them."""
         messages = [message for turn in turns for message in _as_messages(turn.question, turn.answer)]
         messages.append({"role": "user", "content": question})
-        material = "".join(f"Below is the text of {document.path}.\n\n{document.text}\n\n" for document in documents)
-        if material:
-            material += "The text ends here.\n\n"
-            messages[0] = {"role": "user", "content": material + messages[0]["content"]}
+        material = [(document.path, document.text) for document in documents]
+        messages[0] = {"role": "user", "content": with_documents(messages[0]["content"], material)}
         return ([{"role": "system", "content": self.system}] if self.system else []) + messages
 
     def _notice(self, num_turns: int, num_documents: int) -> str | None:

@@ -60,12 +60,16 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer. finish_reason: eos, stop (a stop string), length (max_new_tokens) or interrupted."""
+    """One answer. finish_reason: eos, stop (a stop string), length (max_new_tokens) or interrupted.
+
+    new_ids: what the model wrote, with the end token or stop string that `text` leaves out.
+    """
 
     text: str
     num_prompt_tokens: int
     num_new_tokens: int
     finish_reason: str
+    new_ids: tuple[int, ...]
 
 
 def known_template(tokenizer, folders: Sequence[str | None]) -> str | None:
@@ -146,11 +150,15 @@ def generate_text(
     *,
     on_text: Callable[[str], None] | None = None,
     stop_event: threading.Event | None = None,
+    past_key_values=None,
 ) -> Generation:
     """Continue `prompt_ids`; `on_text` gets each piece of the text as soon as it is certain.
 
     Setting `stop_event`, from a signal handler or another thread, ends the answer after the current
     token; the text so far is returned. Raises ValueError for an empty prompt.
+
+    past_key_values: a transformers Cache that has seen the beginning of `prompt_ids`, not all of them. It then holds
+    all of `prompt_ids` and the new ids but the last.
     """
     import torch
     from transformers import GenerationConfig, StoppingCriteriaList
@@ -189,6 +197,7 @@ def generate_text(
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([criterion]),
+            past_key_values=past_key_values,
         )
     new_ids = output[0, len(prompt_ids) :].tolist()
     text = criterion.finish()
@@ -198,7 +207,7 @@ def generate_text(
         reason = "eos"
     else:
         reason = "interrupted" if stop_event.is_set() else "length"
-    return Generation(text, len(prompt_ids), len(new_ids), reason)
+    return Generation(text, len(prompt_ids), len(new_ids), reason, tuple(new_ids))
 
 
 def fit_prompt(prompt_ids: list[int], *, context_size: int, max_new_tokens: int, truncate: bool) -> list[int]:

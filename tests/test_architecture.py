@@ -124,6 +124,7 @@ def test_every_requirement_is_used():
         "protobuf": None,
         "sentencepiece": None,
         "accelerate": None,
+        "cryptography": None,
         "lm-eval": "lm_eval",
         "rouge-score": "rouge_score",
         "beautifulsoup4": "bs4",

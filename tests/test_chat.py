@@ -107,7 +107,7 @@ def test_file_command(tmp_path):
 def test_bad_commands_are_one_line_and_change_nothing(tmp_path):
     session = make_session()
     session.add_turn("one", "two")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
+    (tmp_path / "binary").write_bytes(b"\xff\xfd\x00\x01")
     (tmp_path / "nul").write_bytes(b"a\0b")
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "long").write_text("w " * 500)

@@ -2,12 +2,17 @@
 
     python script/inference/chat.py --adapter_name_or_path output/run/checkpoint-1000
     printf 'Hello\\n/save chat.json\\n' | python script/inference/chat.py --model_name_or_path output/merged
+    python script/inference/chat.py --model_name_or_path output/merged --streaming
 
 Answers are streamed. The whole conversation is sent each time, in the template the model was tuned
 with; when the context is full the oldest turns are left out, which is said. Answers go to stdout,
-everything else to stderr. Ctrl-C ends an answer; at the prompt, twice, the chat. Commands:
+everything else to stderr. Ctrl-C ends an answer; at the prompt, twice, the chat.
 
-    /file PATH   read a UTF-8 text file into the conversation
+With --streaming the model reads every token once, and memory does not grow however long conversation and
+files are (StreamingLLM, arXiv 2309.17453): it keeps the first tokens and the latest ones and forgets what
+lies between. That is no longer context, but a chat that never has to leave turns out. Commands:
+
+    /file PATH   read a document (pdf, epub, html, md, txt) into the conversation
     /clear       forget the conversation and its files
     /save PATH   write the conversation as JSON
     /help        list the commands
@@ -19,12 +24,15 @@ import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.chat_session import ChatSession  # noqa: E402
 from component.cli import one_line, run_main  # noqa: E402
+from component.context_arguments import context_request  # noqa: E402
 from component.generation import GenerationOptions, generate_text, known_template  # noqa: E402
 from component.generation_arguments import (  # noqa: E402
     add_generation_arguments,
@@ -44,7 +52,34 @@ def parse_arguments() -> argparse.Namespace:
                         "tell, and else vicuna_v1.1 (default: auto)")  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
     add_generation_arguments(parser)
+    group = parser.add_argument_group("streaming")
+    group.add_argument("--streaming", action="store_true", help="endless chat in constant memory: keep the first and "
+                       "the latest tokens only (default: no)")  # fmt: skip
+    group.add_argument("--streaming_window", type=int, metavar="N", help="tokens to keep, with --num_sinks among them; "
+                       "the rest of the context, at most 1024 tokens, is the block in which long inputs are read "
+                       "(default: 7/8 of the context, from 8192 tokens on all but 1024)")  # fmt: skip
+    group.add_argument("--num_sinks", type=int, metavar="N", help="first tokens to keep for good (default: 4)")
     return parser.parse_args()
+
+
+def check_streaming_arguments(args: argparse.Namespace) -> None:
+    """Refuse what the streaming flags cannot mean, by the config of the model and before its weights are read."""
+    if not args.streaming:
+        for name in ("streaming_window", "num_sinks"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name}: has an effect with --streaming only; add that, or leave it out")
+        return
+    from component.inference import resolve_config
+    from component.sink_cache import DEFAULT_NUM_SINKS, check_streaming
+
+    args.num_sinks = DEFAULT_NUM_SINKS if args.num_sinks is None else args.num_sinks
+    _, config = resolve_config(
+        args.model_name_or_path,
+        args.adapter_name_or_path,
+        context_request(args),
+        trust_remote_code=args.trust_remote_code,
+    )
+    args.streaming_window = check_streaming(config, args.streaming_window, args.num_sinks)
 
 
 class AnswerInterrupt:
@@ -91,8 +126,30 @@ def read_lines(is_terminal: bool):
         yield line.rstrip("\r\n")
 
 
-def answer(session: ChatSession, loaded, template: str, options: GenerationOptions, question: str) -> None:
-    """Ask, stream the answer and add both to the history; what was answered before Ctrl-C is kept."""
+def reply_in_context(
+    session: ChatSession,
+    loaded,
+    template: str,
+    options: GenerationOptions,
+    question: str,
+    on_text: Callable[[str], None],
+    stop_event: threading.Event,
+) -> bool:
+    """Send the whole conversation, as far as it fits; what was answered before Ctrl-C is kept."""
+    try:
+        prompt = session.prompt(question)
+        if prompt.notice:
+            note(f"({prompt.notice})")
+        ids = encode_conversation(loaded.tokenizer, prompt.messages, template=template, add_generation_prompt=True)
+        fitted = GenerationOptions(**{**vars(options), "max_new_tokens": prompt.max_new_tokens})
+        generate_text(loaded.model, loaded.tokenizer, ids, fitted, on_text=on_text, stop_event=stop_event)
+    except KeyboardInterrupt:
+        stop_event.set()
+    return True
+
+
+def answer(session: ChatSession, reply: Callable[..., bool], question: str) -> None:
+    """Ask, stream the answer and add both to the history, unless `reply` took the question back."""
     pieces = []
 
     def on_text(text: str) -> None:
@@ -103,30 +160,28 @@ def answer(session: ChatSession, loaded, template: str, options: GenerationOptio
             show(text)
 
     with AnswerInterrupt() as interrupt:
-        try:
-            prompt = session.prompt(question)
-            if prompt.notice:
-                note(f"({prompt.notice})")
-            ids = encode_conversation(loaded.tokenizer, prompt.messages, template=template, add_generation_prompt=True)
-            fitted = GenerationOptions(**{**vars(options), "max_new_tokens": prompt.max_new_tokens})
-            generate_text(loaded.model, loaded.tokenizer, ids, fitted, on_text=on_text, stop_event=interrupt.event)
-        except KeyboardInterrupt:
-            interrupt.event.set()
+        is_kept = reply(question, on_text, interrupt.event)
     show("\n")
     if interrupt.event.is_set():
-        note("(interrupted)")
-    if pieces or not interrupt.event.is_set():
+        note("(interrupted)" if is_kept else "(interrupted, as if it had not been asked)")
+    if is_kept and (pieces or not interrupt.event.is_set()):
         session.add_turn(question, "".join(pieces).strip())
 
 
-def main() -> None:
-    args = parse_arguments()
-    check_model_arguments(args)
-    options = generation_options(args)
-    loaded = load_from_arguments(args)
+def make_session(args: argparse.Namespace, loaded, options: GenerationOptions) -> tuple[ChatSession, Callable, str]:
+    """The conversation, how to reply in it, and a line that describes it."""
     requested = None if args.prompt_template == "auto" else args.prompt_template
     folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
     template = prompt_template_for(loaded.tokenizer, requested or known_template(loaded.tokenizer, folders))
+    if args.streaming:
+        from component.sink_cache import sink_cache
+        from component.streaming_session import StreamingSession
+
+        cache = sink_cache(loaded.model, window=args.streaming_window, num_sinks=args.num_sinks)
+        streaming = StreamingSession(
+            loaded.model, loaded.tokenizer, cache, template=template, options=options, system=args.system
+        )
+        return streaming, streaming.reply, f"template {template}, streaming with a window of {cache.window} tokens"
 
     def count_tokens(messages: list[dict[str, str]]) -> int:
         ids = encode_conversation(loaded.tokenizer, messages, template=template, add_generation_prompt=True)
@@ -135,13 +190,24 @@ def main() -> None:
     session = ChatSession(
         count_tokens, context_size=loaded.context_size, max_new_tokens=options.max_new_tokens, system=args.system
     )
+    reply = partial(reply_in_context, session, loaded, template, options)
+    return session, reply, f"template {template}, context of {loaded.context_size} tokens"
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_model_arguments(args)
+    options = generation_options(args)
+    check_streaming_arguments(args)
+    loaded = load_from_arguments(args)
+    session, reply, description = make_session(args, loaded, options)
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     sys.stdout.reconfigure(errors="replace")
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() line editing and history
-        note(f"template {template}, context of {loaded.context_size} tokens; /help lists the commands")
+        note(f"{description}; /help lists the commands")
     import torch
 
     for line in read_lines(is_terminal):
@@ -153,7 +219,7 @@ def main() -> None:
                 break
         elif line.strip():
             try:
-                answer(session, loaded, template, options, line.strip())
+                answer(session, reply, line.strip())
             except ValueError as error:
                 note(f"error: {one_line(error)}")
             except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
     python script/inference/inference.py --model_name_or_path output/merged --prompt "Once upon a time"
     python script/inference/inference.py --adapter_name_or_path output/run/checkpoint-1000 --prompt_file paper.txt
+    python script/inference/inference.py --model_name_or_path output/merged --file paper.pdf --prompt "Summarise it."
     python script/inference/inference.py --model_name_or_path output/merged \\
         --input_file prompts.jsonl --output_file answers.jsonl
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.batch_generation import partial_path, read_prompts, write_answers  # noqa: E402
 from component.cli import require_file, run_main  # noqa: E402
+from component.documents import FORMAT_LIST, read_document, with_documents  # noqa: E402
 from component.generation import NO_TEMPLATE, encode_prompt, fit_prompt, generate_text, known_template  # noqa: E402
 from component.generation_arguments import (  # noqa: E402
     TEMPLATE_NAMES,
@@ -41,6 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
     source.add_argument("--prompt_file", metavar="PATH", help="UTF-8 text file with the prompt, - for stdin")
     source.add_argument("--input_file", metavar="PATH", help="jsonl file of prompts; needs --output_file")
+    parser.add_argument("--file", metavar="PATH", action="append", default=[], help="document that goes before the "
+                        f"prompt ({FORMAT_LIST}); may be given several times")  # fmt: skip
     parser.add_argument("--output_file", metavar="PATH", help="jsonl file for the answers to --input_file")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output_file that is there")
     parser.add_argument("--prompt_template", choices=TEMPLATE_NAMES, default="auto",
@@ -60,6 +64,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_model_arguments(args)
     if bool(args.input_file) != bool(args.output_file):
         raise ValueError("--input_file and --output_file go together; give both or neither")
+    if args.file and args.input_file:
+        raise ValueError("--file goes with --prompt or --prompt_file; put the documents into the rows of --input_file")
     if args.raw and args.prompt_template not in ("auto", NO_TEMPLATE):
         raise ValueError(f"--raw and --prompt_template {args.prompt_template} contradict each other; give one")
     if args.output_file and Path(args.output_file).is_dir():
@@ -75,11 +81,12 @@ def requested_prompts(args: argparse.Namespace) -> list[dict]:
     """The prompts of whichever source was given, as objects with "prompt"."""
     if args.input_file:
         return read_prompts(args.input_file, "--input_file")
-    if args.prompt_file is None:
-        return [{"prompt": args.prompt}]
-    flag = "--prompt_file"
-    data = sys.stdin.buffer.read() if args.prompt_file == "-" else require_file(args.prompt_file, flag).read_bytes()
-    return [{"prompt": decode_utf8(data, flag, args.prompt_file)}]
+    prompt, flag = args.prompt, "--prompt_file"
+    if args.prompt_file is not None:
+        data = sys.stdin.buffer.read() if args.prompt_file == "-" else require_file(args.prompt_file, flag).read_bytes()
+        prompt = decode_utf8(data, flag, args.prompt_file)
+    documents = [(path, read_document(path, flag="--file").text) for path in args.file]
+    return [{"prompt": with_documents(prompt, documents)}]
 
 
 def fitted_prompts(args: argparse.Namespace, loaded, prompts: list[dict]) -> list[list[int]]:

@@ -1,0 +1,219 @@
+"""Train a tiny Llama that solves passkey retrieval within its context of 256 tokens, and only there.
+
+    python script/data/train_passkey_llama.py --output_dir output/passkey_llama
+    python script/evaluate/passkey.py --model_name_or_path output/passkey_llama --lengths 128 256 512 1024
+
+A subject for comparing context extension methods on a CPU: it finds the key at every depth of a prompt as
+long as its context, and what it does beyond is up to the method. Rows are passkey prompts (component/passkey.py)
+with their answer, of random length up to the context, with random keys, depths and filler; half of the rows
+have the test's own filler, half shuffled sentences. Lengths start short and grow (AdamW, warm-up and linear
+decay, fp32). Writes safetensors, a byte-level BPE tokenizer that keeps digits apart, and
+training.json with the accuracy by length.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.cli import run_main  # noqa: E402
+from component.files import atomic_folder, write_json  # noqa: E402
+from component.inference import load_for_inference  # noqa: E402
+from component.passkey import (  # noqa: E402
+    DESCRIPTION,
+    FILLER,
+    NEEDLE,
+    QUESTION,
+    PasskeyTemplate,
+    accuracy_cells,
+    accuracy_table,
+    answer_trial,
+    encode_after_newline,
+    make_trials,
+)
+
+CONTEXT, VOCAB_SIZE, BATCH_TOKENS = 256, 512, 2048
+NUM_TEST_TRIALS, TEST_SEED = 20, 12345
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
+OTHER_SENTENCES = [
+    "The river is long.", "The road is dry.", "The snow is cold.", "A cat sleeps on the chair.", "We walk home.",
+    "The moon is far away.", "It rains again.", "The tree is old.", "The bread is warm.", "They sing a song.",
+]  # fmt: skip
+# Share of a token's loss: the text is easy, the first mention of the key cannot be known, its copies are the task.
+TEXT_WEIGHT, COPY_WEIGHT = 0.1, 1.0
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which the words of the template are tokens and every digit is one."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    template = "\n".join([DESCRIPTION, FILLER, NEEDLE.format(key=12345), FILLER, QUESTION])
+    # The template counts double, so that its words become tokens before those of the other sentences.
+    tokenizer.train_from_iterator([template, template, " ".join(OTHER_SENTENCES)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        model_max_length=CONTEXT,
+    )  # fmt: skip
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+class RowMaker:
+    """Makes training rows: a passkey prompt and its answer, with the weight of each token in the loss."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, generator: np.random.Generator):
+        self.tokenizer, self.generator = tokenizer, generator
+        self.template = PasskeyTemplate(tokenizer)
+        texts = [f"{sentence}." for sentence in FILLER.rstrip(".").split(". ")] + OTHER_SENTENCES
+        self.sentences = [encode_after_newline(tokenizer, f" {text}") for text in texts]
+        self.digits = [encode_after_newline(tokenizer, str(digit))[0] for digit in range(10)]
+        self.min_length = self.template.min_length("12345") + len(self.answer("12345"))
+
+    def answer(self, key: str) -> list[int]:
+        return [*encode_after_newline(self.tokenizer, f" {key}."), self.tokenizer.eos_token_id]
+
+    def filler(self, num_tokens: int) -> list[int]:
+        """Shuffled sentences, cut to `num_tokens`."""
+        ids: list[int] = []
+        while len(ids) < num_tokens:
+            ids += self.sentences[self.generator.integers(len(self.sentences))]
+        return ids[:num_tokens]
+
+    def row(self, length: int) -> tuple[list[int], list[float]]:
+        """Ids and weights of one row of `length` tokens."""
+        random = self.generator
+        key = "".join(map(str, [random.integers(1, 10), *random.integers(0, 10, 4)]))
+        answer, parts = self.answer(key), self.template
+        needle = parts.needle(key)
+        num_filler = length - parts.min_length(key) - len(answer)
+        num_before = int(random.integers(0, num_filler + 1))
+        filler = parts.filler if random.random() < 0.5 else self.filler
+        lines = [
+            *(parts.opening, filler(num_before), parts.newline, needle, parts.newline),
+            *(filler(num_filler - num_before), parts.newline, parts.question, answer),
+        ]
+        ids = [token for line in lines for token in line]
+        weights = [TEXT_WEIGHT] * len(ids)
+        start = len(parts.opening) + num_before + len(parts.newline)
+        places = [start + index for index, token in enumerate(needle) if token in self.digits]
+        for place in places:
+            weights[place] = 0.0 if place in places[: len(key)] else COPY_WEIGHT
+        for place in range(length - len(answer), length):
+            weights[place] = COPY_WEIGHT
+        return ids, weights
+
+    def batch(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids int64 [B, S] and weights fp32 [B, S] of rows of one random length S, up to `longest` tokens."""
+        # The larger of two: far keys are the harder ones, and a short row has none.
+        length = int(self.generator.integers(self.min_length, longest + 1, 2).max())
+        rows = [self.row(length) for _ in range(max(1, BATCH_TOKENS // length))]
+        return torch.tensor([ids for ids, _ in rows]), torch.tensor([weights for _, weights in rows])
+
+
+def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss in nats, weighted; logits [B, S, V], ids int64 [B, S], weights [B, S]."""
+    nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (nll * weights).sum() / weights.sum()
+
+
+def ask(model_dir: Path) -> list[dict]:
+    """Results of the passkey test at five depths on the saved model, up to twice its context."""
+    loaded = load_for_inference(str(model_dir), dtype=torch.float32)
+    trials = make_trials([128, 192, CONTEXT, 2 * CONTEXT], [0, 0.25, 0.5, 0.75, 1], NUM_TEST_TRIALS, TEST_SEED)
+    return [answer_trial(loaded, trial) for trial in tqdm(trials, desc="passkey", unit="trial")]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for model, tokenizer and training.json")
+    parser.add_argument("--num_steps", type=int, default=2500, help="optimizer steps of 2048 tokens (default: "
+                        "%(default)s)")  # fmt: skip
+    parser.add_argument("--max_minutes", type=float, default=20, help="end earlier, with the rate decayed to zero by "
+                        "then (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and rows (default: %(default)s)")
+    return parser.parse_args()
+
+
+def train(model: LlamaForCausalLM, rows: RowMaker, args: argparse.Namespace) -> dict:
+    """Train until steps or minutes are used up; returns figures of the run."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    start, step, loss = time.monotonic(), 0, None
+    bar = tqdm(total=args.num_steps, unit="step", mininterval=1)
+    while True:
+        progress = max(step / args.num_steps, (time.monotonic() - start) / 60 / args.max_minutes)
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * min(1.0, (step + 1) / 100, 2 * (1 - progress))
+        # Short rows first, longer ones bit by bit until a third of the run: retrieval over few tokens forms first.
+        longest = rows.min_length + int((CONTEXT - rows.min_length) * min(1.0, 0.1 + 3 * progress))
+        ids, weights = rows.batch(min(longest, CONTEXT))
+        logits = model(ids).logits
+        loss = weighted_loss(logits, ids, weights)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        bar.update()
+        if step % 20 == 0:
+            is_right = logits.detach()[:, :-1].argmax(-1) == ids[:, 1:]
+            copied = is_right[weights[:, 1:] == COPY_WEIGHT].float().mean().item()
+            bar.set_postfix(loss=f"{loss.item():.3f}", copied=f"{copied:.3f}", longest=longest)
+    bar.close()
+    return {"num_steps": step, "minutes": round((time.monotonic() - start) / 60, 1), "last_loss": loss.item()}
+
+
+def main() -> None:
+    args = parse_args()
+    if args.num_steps < 1 or not args.max_minutes > 0 or not args.learning_rate > 0:
+        raise ValueError("--num_steps, --max_minutes and --learning_rate: must be above 0")
+    torch.manual_seed(args.seed)
+    tokenizer = train_tokenizer()
+    model = build_model(tokenizer)
+    rows = RowMaker(tokenizer, np.random.default_rng(args.seed))
+    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(tokenizer)} tokens; rows of "
+          f"{rows.min_length} to {CONTEXT} tokens")  # fmt: skip
+    figures = train(model, rows, args)
+    with atomic_folder(args.output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        results = ask(folder)
+        settings = {"context": CONTEXT, "learning_rate": args.learning_rate, "seed": args.seed}
+        test = {"passkey_seed": TEST_SEED, "passkey": accuracy_cells(results)}
+        write_json(folder / "training.json", {**settings, **figures, **test})
+    print(accuracy_table(results))
+    print(f"wrote {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run_main(main)
