@@ -25,7 +25,7 @@ from component.dual_chunk_binding import (
     dual_chunk_forward,
     dual_chunk_mask,
     dual_chunk_sizes,
-    has_mscale,
+    logit_scale,
     remove_chunk_positions,
 )
 from component.merged_attention import causal_attention_with_past
@@ -114,10 +114,10 @@ def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False
             model.set_attn_implementation(DENSE_CHUNKED)
         return description
     check_model_supports(model, "dual chunk attention")
-    with_mscale = has_mscale(model.config)
+    mscale = logit_scale(model.config)
     add_chunk_positions(model, sizes)
-    name = f"dca_c{sizes.chunk_size}_w{sizes.local_window}{'_mscale' if with_mscale else ''}"
-    AttentionInterface.register(name, partial(dual_chunk_forward, with_mscale=with_mscale))
+    name = f"dca_c{sizes.chunk_size}_w{sizes.local_window}{f'_m{mscale:.6f}' if mscale != 1 else ''}"
+    AttentionInterface.register(name, partial(dual_chunk_forward, mscale=mscale))
     AttentionMaskInterface.register(name, dual_chunk_mask)
     model.set_attn_implementation(name)
     return description
@@ -128,9 +128,10 @@ def describe_inference_attention(config: PretrainedConfig) -> str:
     sizes = dual_chunk_sizes(config)
     if sizes is None:
         return DENSE_DESCRIPTION
+    mscale = logit_scale(config)
     return (
         f"dual chunk attention (chunk {sizes.chunk_size}, local window {sizes.local_window}, pretraining length "
-        f"{sizes.pretraining_length}{', mscale' if has_mscale(config) else ''})"
+        f"{sizes.pretraining_length}{f', logits x {mscale:.4g}' if mscale != 1 else ''})"
     )
 
 

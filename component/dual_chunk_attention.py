@@ -7,10 +7,10 @@ no position ever exceeds what pretraining showed. A query has three positions, b
     the chunk before  min(i mod s + s, chunk_size): distances to the last local_window tokens stay exact
     earlier chunks    min(2 s - 1, chunk_size), the largest one
 
-as in the authors' code, https://github.com/HKUNLP/ChunkLlama/blob/15c5787c79ee726d6edeaae838f5d8cb5adb3187/
-chunkllama_attn_replace.py (section 3 of the paper counts one less at the upper end). Within one chunk it is plain
-causal attention. Each of the three is a plain attention of its own, merged by log-sum-exp: memory stays linear
-in the length, gradients are exact, and a key/value cache holds the same keys whatever is asked of it later.
+as in the authors' code (HKUNLP/ChunkLlama, chunkllama_attn_replace.py, commit 15c5787c79ee726d6edeaae838f5d8cb5adb3187;
+section 3 of the paper counts one less at the upper end). Within one chunk it is plain causal attention. Each of the
+three is an attention of its own, merged by log-sum-exp: memory is linear in the length, gradients are exact, and
+a key/value cache holds the same keys whatever is asked of it later.
 
 Query and key come rotated by RoPE at position mod s; the other two queries are that query rotated further.
 Pure torch; the binding to transformers is in attention.py.
@@ -101,7 +101,8 @@ def dual_chunk_attention(
     check_inputs(query, key, inv_freq, dropout)
     if num_keys <= sizes.stride:
         return causal_attention_with_past(query, key, value, scaling)
-    blocks = list(sequence_blocks(num_keys - num_queries, num_keys, sizes, inv_freq, sum_dtype(query)))
+    first, inv_freq = num_keys - num_queries, inv_freq.to(query.device)
+    blocks = list(sequence_blocks(first, num_keys, sizes, inv_freq, sum_dtype(query), query_shift=-first))
     return merged_attention(query, key, value, blocks, scaling=scaling)
 
 
@@ -125,8 +126,7 @@ def segment_dual_chunk_attention(
     check_inputs(query, key, inv_freq, dropout)
     if segment_ids.shape != (key.shape[0], key.shape[2]):
         raise ValueError(f"segment_ids: must be {[key.shape[0], key.shape[2]]}, got {list(segment_ids.shape)}")
-    past = key.shape[2] - query.shape[2]
-    blocks = []
+    past, inv_freq, blocks = key.shape[2] - query.shape[2], inv_freq.to(query.device), []
     for row, ids in enumerate(segment_ids.cpu()):
         values, lengths = torch.unique_consecutive(ids, return_counts=True)
         starts = lengths.cumsum(0) - lengths
@@ -156,12 +156,10 @@ def sequence_blocks(
     dtype: torch.dtype,
     *,
     batch: slice = slice(None),
-    query_shift: int | None = None,
+    query_shift: int,
     key_shift: int = 0,
 ) -> Iterator[Block]:
-    """Blocks for the positions [first, end) of one sequence; position p has the query row p + query_shift (by
-    default p - first) and the key p + key_shift. A run of whole chunks is one block and shares kernel calls."""
-    query_shift = -first if query_shift is None else query_shift
+    """Blocks for positions [first, end) of a sequence; p has query row p + query_shift and key p + key_shift."""
     s, start = sizes.stride, first
     # Tells the cache of turns that frequencies were changed in place; inference tensors do not count changes.
     version = None if inv_freq.is_inference() else inv_freq._version
@@ -172,9 +170,8 @@ def sequence_blocks(
 
     while start < end:
         chunk, offset = divmod(start, s)
-        num_whole = 0 if offset else min((end - start) // s, max(1, ROWS_PER_BLOCK // s))
-        num_rows = s if num_whole else min(s - offset, end - start)  # of each chunk
-        num_chunks = max(1, num_whole)
+        num_rows = min(s - offset, end - start)  # of each chunk
+        num_chunks = max(1, min((end - start) // s, ROWS_PER_BLOCK // s)) if offset == 0 else 1
         stop, next_chunk = start + num_chunks * num_rows, chunk + num_chunks
         if num_rows == 1 and offset:
             parts = [part((start, stop), (chunk * s, stop))]
@@ -230,7 +227,7 @@ def rotary_turn(delta_positions: torch.Tensor, inv_freq: torch.Tensor, dtype: to
     return RotaryTurn(angles.cos(), angles.sin())
 
 
-# Every layer asks for the same two or four: those of whole chunks, and those of a ragged end or a decoded token.
+# Every layer asks for the same few: those of whole chunks, and those of a ragged end or a decoded token.
 @lru_cache(maxsize=4)
 def query_turn(sizes: DualChunkSizes, offset, num_rows, inv_freq, version, dtype, keys: str) -> RotaryTurn:
     """From the positions offset, ..., offset + num_rows - 1 in a chunk to those towards `keys` (previous, earlier)."""

@@ -50,8 +50,17 @@ def dual_chunk_sizes(config: PretrainedConfig) -> DualChunkSizes | None:
     )
 
 
-def has_mscale(config: PretrainedConfig) -> bool:
-    return bool((getattr(config, CONFIG_KEY, None) or {}).get("mscale", False))
+def logit_scale(config: PretrainedConfig) -> float:
+    """Factor of the logits: 1, or where `config` asks for mscale, that of its context.
+
+    One number for a model: with that of the tokens so far, reading in blocks and decoding would disagree
+    with reading at once.
+    """
+    values = getattr(config, CONFIG_KEY, None) or {}
+    if not values.get("mscale"):
+        return 1.0
+    pretraining = values.get("original_max_position_embeddings") or config.max_position_embeddings
+    return attention_mscale(values.get("max_position_embeddings") or config.max_position_embeddings, pretraining)
 
 
 def add_chunk_positions(model: PreTrainedModel, sizes: DualChunkSizes) -> None:
@@ -120,13 +129,14 @@ def dual_chunk_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     *,
-    with_mscale: bool,
+    mscale: float = 1.0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention function of transformers' interface; the same in training and evaluation.
 
     query [B, H, Q, D], the last Q of S positions; key and value [B, K, S, D], turned by positions within
-    the chunk; attention_mask as `dual_chunk_mask` makes it. Returns ([B, Q, H, D], None).
+    the chunk; attention_mask as `dual_chunk_mask` makes it; mscale: factor of the logits. Returns
+    ([B, Q, H, D], None).
     """
     rotary: DualChunkRotary | None = getattr(module, ATTRIBUTE, None)
     if rotary is None:
@@ -136,10 +146,7 @@ def dual_chunk_forward(
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError("attention: dca takes padding masks [batch, tokens] and packed rows, no 4-D mask")
     inv_freq = rotary.module.inv_freq.to(query.device)
-    if with_mscale:
-        scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * attention_mscale(
-            key.shape[2], rotary.sizes.pretraining_length
-        )
+    scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * mscale
     if attention_mask is None:
         output = dual_chunk_attention(query, key, value, inv_freq=inv_freq, sizes=rotary.sizes, scaling=scaling)
     else:

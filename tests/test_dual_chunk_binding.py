@@ -6,6 +6,8 @@ each query-key pair by the distance that the paper's table gives. RoPE is in flo
 """
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
@@ -227,10 +229,18 @@ def test_scoring_in_blocks_equals_scoring_whole_windows(block):
 def test_mscale_is_off_unless_asked():
     plain, _ = make_pair()
     ids = ids_of(60)
-    scaled, _ = make_pair(request=ContextRequest(attention="dca", pretraining_length=16, dca_mscale=True))
+    scaled, _ = make_pair(request=dataclasses.replace(DCA, dca_mscale=True))
+    assert "_m1.29" in scaled.config._attn_implementation and "_m" not in plain.config._attn_implementation
+    factor = (0.1 * math.log(64 / 16) + 1) ** 2
+    for module in plain.modules():
+        if hasattr(module, "layer_idx"):
+            module.scaling *= factor
     with torch.no_grad():
-        assert not torch.allclose(plain(ids).logits, scaled(ids).logits, atol=1e-4)
-        assert torch.allclose(plain(ids[:, :9]).logits, scaled(ids[:, :9]).logits, atol=1e-12)
+        expected = plain(ids).logits
+        assert torch.allclose(scaled(ids).logits, expected, atol=1e-12)
+        first = scaled(ids[:, :30], use_cache=True)
+        rest = scaled(ids[:, 30:], past_key_values=first.past_key_values)
+    assert torch.allclose(rest.logits, expected[:, 30:], atol=1e-10), "blocks and whole inputs agree"
 
 
 def test_the_config_carries_it(tmp_path):

@@ -1,0 +1,200 @@
+"""Time and memory of dual chunk attention (DCA), forward only, against full causal attention.
+
+    python benchmark/dual_chunk_attention.py
+    python benchmark/dual_chunk_attention.py --lengths 8192 65536 --dtype bf16 --output_file dca.json --plot dca.png
+
+One attention layer reads a prompt of each length, without gradients. The methods run in turns within one
+process, so that a change in the machine's load meets both; the time of the process on the CPU, all threads
+together, hardly feels it.
+  dca        component/dual_chunk_attention.py
+  full_sdpa  full causal attention, torch's SDPA
+Extra memory is what is held at once beside query, key and value, the output included; the table also gives it
+in units of query, key and value together.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from component.cli import run_main  # noqa: E402
+
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+METHODS = ("dca", "full_sdpa")
+MIB = 2**20
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384], help="tokens (default: 8192 16384)")
+    parser.add_argument("--batch", type=int, default=1, help="rows (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
+    parser.add_argument("--kv_heads", type=int, help="key/value heads (default: as many as query heads)")
+    parser.add_argument("--head_dim", type=int, default=64, help="numbers per head, even (default: %(default)s)")
+    parser.add_argument("--pretraining_length", type=int, default=4096, help="tokens (default: %(default)s)")
+    parser.add_argument("--chunk_size", type=int, help="tokens (default: 3/4 of --pretraining_length)")
+    parser.add_argument("--local_window", type=int, help="tokens (default: 1/8 of --pretraining_length)")
+    parser.add_argument("--dtype", choices=list(DTYPE_NAMES), default="fp32", help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--repeats", type=int, default=3, help="measured turns of each method (default: %(default)s)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: both")
+    parser.add_argument("--output_file", type=Path, help="JSON file for the results")
+    parser.add_argument("--plot", help="image (.png, .pdf or .svg) of time and memory by length")
+    return parser.parse_args()
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what cannot be measured, before torch is imported."""
+    args.kv_heads = args.heads if args.kv_heads is None else args.kv_heads
+    for name in ("batch", "heads", "kv_heads", "head_dim", "repeats", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: must be at least 1, got {value}")
+    if min(args.lengths) < 1:
+        raise ValueError(f"--lengths: must be at least 1, got {min(args.lengths)}")
+    if args.heads % args.kv_heads:
+        raise ValueError(f"--kv_heads: {args.kv_heads} does not divide --heads {args.heads}")
+    if args.head_dim % 2:
+        raise ValueError(f"--head_dim: RoPE turns pairs, so it must be even, got {args.head_dim}")
+    if args.device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device: must be cpu or cuda, got {args.device!r}")
+    if args.dtype == "fp16" and args.device == "cpu":
+        raise ValueError("--dtype: CPUs multiply fp16 hundreds of times slower than fp32; use bf16 or fp32")
+
+
+def make_methods(args: argparse.Namespace, sizes, device) -> dict:
+    import torch
+
+    from component.dual_chunk_attention import dual_chunk_attention
+    from component.shift_short_attention import causal_attention
+
+    inv_freq = 10000.0 ** -(torch.arange(0, args.head_dim, 2, device=device) / args.head_dim)
+    methods = {"dca": partial(dual_chunk_attention, inv_freq=inv_freq, sizes=sizes), "full_sdpa": causal_attention}
+    return {name: methods[name] for name in METHODS if name in args.methods}
+
+
+def make_inputs(args: argparse.Namespace, length: int, device) -> list:
+    """Query, key and value as in a model: projections [B, S, H * D], seen as [B, H, S, D]."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    options = {"dtype": getattr(torch, DTYPE_NAMES[args.dtype]), "device": device}
+    shapes = [(args.batch, length, heads, args.head_dim) for heads in (args.heads, args.kv_heads, args.kv_heads)]
+    return [torch.randn(shape, generator=generator).to(**options).transpose(1, 2) for shape in shapes]
+
+
+def measure(args: argparse.Namespace, length: int, sizes, device) -> dict:
+    """Facts of one length and the figures of each method; a method that runs out of memory says so."""
+    from tqdm import tqdm
+
+    from benchmark.live_memory import PeakMemory, is_out_of_memory
+
+    tensors = make_inputs(args, length, device)
+    qkv_bytes = sum(x.nbytes for x in tensors)
+    num_chunks = -(-length // sizes.stride)
+    methods, figures = make_methods(args, sizes, device), {}
+    with PeakMemory(device):
+        for method in methods.values():
+            # Three chunks, as short as can be, warm up: libraries load, those of the memory count too.
+            method(*make_inputs(args, 2 * sizes.stride + 1, device))
+    for _ in tqdm(range(args.repeats), desc=f"{length} tokens", unit="turn", leave=False):
+        for name in list(methods):
+            start, cpu_start = now(device), time.process_time()
+            try:
+                with PeakMemory(device) as memory:
+                    methods[name](*tensors)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                figures[name] = {"error": "out of memory"}
+                del methods[name]
+                continue
+            turn = figures.setdefault(name, {"extra_bytes": 0, "seconds": [], "cpu_seconds": []})
+            turn["extra_bytes"] = max(turn["extra_bytes"], memory.peak_bytes)
+            turn["seconds"].append(now(device) - start)
+            turn["cpu_seconds"].append(time.process_time() - cpu_start)
+    for name in methods:
+        seconds, cpu_seconds = figures[name]["seconds"], figures[name]["cpu_seconds"]
+        figures[name] |= {"min_seconds": min(seconds), "median_seconds": statistics.median(seconds)}
+        figures[name] |= {
+            "min_cpu_seconds": min(cpu_seconds),
+            "extra_per_qkv": figures[name]["extra_bytes"] / qkv_bytes,
+        }
+    facts = {"qkv_bytes": qkv_bytes, "num_chunks": num_chunks, "num_chunk_pairs": num_chunks * (num_chunks + 1) // 2}
+    return {**facts, "methods": figures}
+
+
+def now(device) -> float:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def table(length: int, result: dict, *, key: str) -> str:
+    """Figures of each method; ratios are of the time on the CPU, or of wall time on a GPU."""
+    own = result["methods"].get("dca", {})
+    lines = [
+        f"{length} tokens, {result['num_chunks']} chunks, {result['num_chunk_pairs']} pairs of chunks, "
+        f"q + k + v {result['qkv_bytes'] / MIB:.1f} MiB",
+        f"  {'method':<12}{'min ms':>11}{'median ms':>12}{'CPU ms':>11}{'times dca':>11}{'extra MiB':>12}"
+        f"{'of q+k+v':>10}",
+    ]
+    for name, figures in result["methods"].items():
+        if "error" in figures:
+            lines.append(f"  {name:<12}{figures['error']:>23}")
+            continue
+        line = f"  {name:<12}{1e3 * figures['min_seconds']:>11.1f}{1e3 * figures['median_seconds']:>12.1f}"
+        line += f"{1e3 * figures['min_cpu_seconds']:>11.1f}"
+        line += f"{figures[key] / max(own[key], 1e-12):>11.2f}" if key in own else f"{'':>11}"
+        line += f"{figures['extra_bytes'] / MIB:>12.1f}{figures['extra_per_qkv']:>10.2f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    check_args(args)
+    if args.plot:
+        from component.plot import require_matplotlib
+
+        require_matplotlib(args.plot)
+
+    import torch
+
+    from benchmark.dual_chunk_plot import plot_dual_chunk_attention
+    from benchmark.machine import describe_machine, machine_lines
+    from component.dual_chunk_attention import DualChunkSizes
+    from component.files import write_json
+
+    sizes = DualChunkSizes(args.pretraining_length, args.chunk_size, args.local_window)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: torch sees no CUDA device; use cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    machine = describe_machine(device)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings |= {"chunk_size": sizes.chunk_size, "local_window": sizes.local_window}
+    print(machine_lines(machine))
+    print(f"batch {args.batch}, heads {args.heads}/{args.kv_heads}, head dim {args.head_dim}, {args.dtype}, "
+          f"{args.device}, {args.repeats} turns; {sizes}\n")  # fmt: skip
+    results, key = {}, "min_seconds" if device.type == "cuda" else "min_cpu_seconds"
+    with torch.no_grad():
+        for length in args.lengths:
+            results[str(length)] = measure(args, length, sizes, device)
+            print(table(length, results[str(length)], key=key), flush=True)
+            if args.output_file:
+                write_json(args.output_file, {"settings": settings, "machine": machine, "results": results})
+    if args.plot:
+        plot_dual_chunk_attention(results, args.plot, key=key)
+
+
+if __name__ == "__main__":
+    run_main(main)
