@@ -101,11 +101,17 @@ def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:
             "pretraining_length: with attention: dca and a rope_type, say how far RoPE is scaled; chunks reach the rest"
         )
     text = extend_rope(config, pretraining, request.rope_type, request.rope_theta) if request.rope_type else "RoPE kept"
-    sizes = DualChunkSizes(
-        pretraining_length=pretraining,
-        chunk_size=request.dca_chunk_size or known.get("chunk_size"),
-        local_window=request.dca_local_window or known.get("local_size"),
-    )
+    # Sizes that a config names belong to its own pretraining length.
+    known_sizes = known if pretraining == known.get("original_max_position_embeddings", pretraining) else {}
+    try:
+        sizes = DualChunkSizes(
+            pretraining_length=pretraining,
+            chunk_size=request.dca_chunk_size or known_sizes.get("chunk_size"),
+            local_window=request.dca_local_window or known_sizes.get("local_size"),
+        )
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("pretraining_length") else f"dca_{text}") from None
     values = {
         "chunk_size": sizes.chunk_size,
         "local_size": sizes.local_window,

@@ -37,7 +37,7 @@ ROWS_PER_BLOCK = 8192
 class DualChunkSizes:
     """Sizes in tokens: chunk_size and local_window are 3/4 and 1/8 of pretraining_length unless given.
 
-    Raises ValueError, naming the setting, unless 0 < local_window < chunk_size < pretraining_length.
+    Raises ValueError, naming the setting, unless 0 < local_window < chunk_size <= pretraining_length.
     """
 
     pretraining_length: int
@@ -56,9 +56,9 @@ class DualChunkSizes:
             object.__setattr__(self, "chunk_size", self.pretraining_length * 3 // 4)
         if self.local_window is None:
             object.__setattr__(self, "local_window", self.pretraining_length // 8)
-        if not 0 < self.chunk_size < self.pretraining_length:
+        if not 0 < self.chunk_size <= self.pretraining_length:
             raise ValueError(
-                f"chunk_size: must be positive and less than pretraining_length {self.pretraining_length}, "
+                f"chunk_size: must be positive and at most pretraining_length {self.pretraining_length}, "
                 f"so that no distance is new to the model, got {self.chunk_size}; the authors use 3/4 of it"
             )
         if not 0 < self.local_window < self.chunk_size:

@@ -244,7 +244,7 @@ def test_default_sizes_are_the_authors():
     [
         ((4,), "pretraining_length"), ((0,), "pretraining_length"), ((-16,), "pretraining_length"),
         ((None,), "pretraining_length"), ((16.0,), "pretraining_length"), (("16",), "pretraining_length"),
-        ((True,), "pretraining_length"), ((16, 0), "chunk_size"), ((16, 16), "chunk_size"), ((16, 12.5), "chunk_size"),
+        ((True,), "pretraining_length"), ((16, 0), "chunk_size"), ((16, 17), "chunk_size"), ((16, 12.5), "chunk_size"),
         ((16, 12, 12), "local_window"), ((16, 12, 0), "local_window"), ((16, 2), "local_window"),
         ((16, 12, -1), "local_window"), ((16, 12, "2"), "local_window"),
     ],

@@ -255,11 +255,29 @@ def test_the_config_carries_it(tmp_path):
     assert dual_chunk_sizes(config) is None and context_length(config) == PRETRAINING
 
 
+def test_a_config_of_qwen_1m_is_read_as_it_is():
+    """The values of Qwen2.5-7B-Instruct-1M's config.json."""
+    config = tiny_config("qwen2", max_position_embeddings=1010000)
+    config.dual_chunk_attention_config = {
+        "chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144,
+    }  # fmt: skip
+    apply_context(config, ContextRequest())
+    assert dual_chunk_sizes(config).stride == 253952 and context_length(config) == 1010000
+    model = AutoModelForCausalLM.from_config(config)
+    assert "chunk 262144" in bind_inference_attention(model)
+    apply_context(model.config, ContextRequest(attention="full"))
+    assert bind_inference_attention(model) == "dense causal (sdpa)"
+
+
 def test_what_it_cannot_do_is_refused_by_name():
     with pytest.raises(ValueError, match="rope_type"):
         apply_context(tiny_config(), ContextRequest(attention="dca", pretraining_length=128))
     with pytest.raises(ValueError, match="pretraining_length"):
         apply_context(tiny_config(), ContextRequest(attention="dca", rope_type="linear"))
+    with pytest.raises(ValueError, match="^dca_chunk_size: "):
+        apply_context(tiny_config(), ContextRequest(attention="dca", dca_chunk_size=100))
+    with pytest.raises(ValueError, match="^dca_local_window: "):
+        apply_context(tiny_config(), ContextRequest(attention="dca", dca_local_window=60))
     with pytest.raises(ValueError, match="attention: dca only"):
         apply_context(tiny_config(), ContextRequest(pretraining_length=32))
     config = tiny_config("mistral", sliding_window=32)
