@@ -116,7 +116,7 @@ def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:
         "chunk_size": sizes.chunk_size,
         "local_size": sizes.local_window,
         "original_max_position_embeddings": pretraining,
-        "max_position_embeddings": request.context_size or known.get("max_position_embeddings") or pretraining,
+        "max_position_embeddings": request.context_size or (context_length(config) if known else pretraining),
     }
     if request.dca_mscale or known.get("mscale"):
         values["mscale"] = True
