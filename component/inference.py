@@ -65,6 +65,12 @@ def resolve_config(
     return base, config
 
 
+def tokenizer_source(base: str, adapter_name_or_path: str | None) -> str:
+    """Where the tokenizer is read from: the adapter folder where it has one, else the base."""
+    has_own = adapter_name_or_path and (Path(adapter_name_or_path) / "tokenizer_config.json").is_file()
+    return adapter_name_or_path if has_own else base
+
+
 def load_for_inference(
     model_name_or_path: str | None,
     *,
@@ -93,13 +99,11 @@ def load_for_inference(
         trust_remote_code=trust_remote_code,
     )
     attention = bind_inference_attention(model)
-    tokenizer_source = base
     if adapter_name_or_path:
         model = load_adapter(model, adapter_name_or_path)
-        if (Path(adapter_name_or_path) / "tokenizer_config.json").is_file():
-            tokenizer_source = adapter_name_or_path
     length = context_length(config)
-    tokenizer = load_tokenizer(tokenizer_source, model_max_length=length, trust_remote_code=trust_remote_code)
+    source = tokenizer_source(base, adapter_name_or_path)
+    tokenizer = load_tokenizer(source, model_max_length=length, trust_remote_code=trust_remote_code)
     return LoadedModel(
         model.eval(), tokenizer, config, base, adapter_name_or_path, length, attention, dtype, load_in_4bit
     )

@@ -26,7 +26,7 @@ def require_matplotlib(path: str | os.PathLike, flag: str = "--plot") -> Path:
     return path
 
 
-def _figure(num_panels: int = 1):
+def new_figure(num_panels: int = 1):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4 * num_panels, 4.2), dpi=120, layout="constrained")
@@ -36,7 +36,7 @@ def _figure(num_panels: int = 1):
     return figure, axes
 
 
-def _save(figure, path: str | os.PathLike) -> None:
+def save_figure(figure, path: str | os.PathLike) -> None:
     # Agg is the canvas of a bare Figure: no display is ever opened.
     with atomic_file(path, "wb") as file:
         figure.savefig(file, format=Path(path).suffix.lstrip(".").lower() or "png")
@@ -71,38 +71,38 @@ def _draw_loss_by_position(axis, curves: Mapping[str, Sequence[Mapping]]) -> Non
 
 def plot_perplexity(curves: Mapping[str, Sequence[tuple[int, float | None]]], path: str | os.PathLike) -> None:
     """Perplexity against window length: label -> [(seq_len, perplexity)]; None and inf are left out."""
-    figure, (axis,) = _figure()
+    figure, (axis,) = new_figure()
     _draw_perplexity(axis, curves)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_loss_by_position(curves: Mapping[str, Sequence[Mapping]], path: str | os.PathLike) -> None:
     """Loss against position: label -> blocks {"start", "end", "loss"} (end exclusive), as evaluation reports them."""
-    figure, (axis,) = _figure()
+    figure, (axis,) = new_figure()
     _draw_loss_by_position(axis, curves)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_evaluation(results: Sequence[Mapping], label: str, path: str | os.PathLike) -> None:
     """Both for the `results` of one evaluation: perplexity by length beside loss by position."""
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = new_figure(2)
     _draw_perplexity(left, {label: [(result["seq_len"], result["perplexity"]) for result in results]})
     _draw_loss_by_position(right, {f"{result['seq_len']} tokens": result["loss_by_position"] for result in results})
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_loss_curve(steps: Sequence[float], losses: Sequence[float], path: str | os.PathLike) -> None:
     """Training loss (nats per token) against optimizer step."""
-    figure, (axis,) = _figure()
+    figure, (axis,) = new_figure()
     axis.plot(steps, losses)
     axis.set_xlabel("step")
     axis.set_ylabel("training loss (nats per token)")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_length_histogram(lengths: Sequence[int], path: str | os.PathLike) -> None:
     """Documents by length in tokens, on a logarithmic length axis."""
-    figure, (axis,) = _figure()
+    figure, (axis,) = new_figure()
     first, last = math.floor(math.log2(max(1, min(lengths)))), math.floor(math.log2(max(1, max(lengths)))) + 1
     bins_per_doubling = 4
     num_bins = (last - first) * bins_per_doubling
@@ -112,4 +112,4 @@ def plot_length_histogram(lengths: Sequence[int], path: str | os.PathLike) -> No
     axis.yaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("document length (tokens)")
     axis.set_ylabel("documents")
-    _save(figure, path)
+    save_figure(figure, path)
