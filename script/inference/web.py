@@ -1,0 +1,111 @@
+"""Chat with a model in the browser, over documents too.
+
+    python script/inference/web.py --adapter_name_or_path output/run/checkpoint-1000
+    python script/inference/web.py --model_name_or_path output/merged --port 0 --max_new_tokens 512
+
+Prints the page's address when it is ready; Ctrl-C ends it. The page streams the answers, reads text,
+Markdown, HTML, PDF and EPUB files into the conversation and shows how much of the context is used.
+Every tab has a conversation of its own, and the model answers one at a time. Nothing is stored: uploads
+go when the page ends. Needs requirements-extras.txt.
+
+The page is for this machine alone unless --host or --share says otherwise, and it asks for no password:
+on a server, better forward the port (ssh -L 7860:127.0.0.1:7860 SERVER).
+"""
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.cli import run_main  # noqa: E402
+from component.extras import require_extra  # noqa: E402
+from component.generation import known_template  # noqa: E402
+from component.generation_arguments import (  # noqa: E402
+    add_generation_arguments,
+    add_model_arguments,
+    check_model_arguments,
+    generation_options,
+    load_from_arguments,
+)
+from component.prompt import PROMPT_TEMPLATES, prompt_template_for  # noqa: E402
+from component.web_chat import Conversations, SharedModel  # noqa: E402
+from component.web_page import STYLE, build_page, facts_line  # noqa: E402
+from component.web_server import available_port, serve, shut_down  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--prompt_template", choices=("auto", *PROMPT_TEMPLATES), default="auto",
+                        help="auto is the template the model was tuned with, as far as its run record or tokenizer "
+                        "tell, and else vicuna_v1.1 (default: auto)")  # fmt: skip
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
+    add_generation_arguments(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1",
+                       help="address to listen at; 0.0.0.0 lets the network in (default: %(default)s)")  # fmt: skip
+    group.add_argument("--port", type=int, default=7860, help="port to listen at, 0 for a free one (default: "
+                       "%(default)s)")  # fmt: skip
+    group.add_argument("--share", action="store_true",
+                       help="also give the page a public address through gradio's servers (default: no)")  # fmt: skip
+    group.add_argument("--max_upload_mb", type=int, default=50,
+                       help="largest file that is accepted, in MiB (default: %(default)s)")  # fmt: skip
+    return parser.parse_args()
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    check_model_arguments(args)
+    if args.max_upload_mb < 1:
+        raise ValueError(f"--max_upload_mb: must be at least 1 MiB, got {args.max_upload_mb}")
+    available_port(args.host, args.port)
+
+
+def set_environment(args: argparse.Namespace, upload_folder: str) -> None:
+    """What gradio reads from the environment, before it is imported."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = upload_folder
+    # gradio asks its own server whether it is up, and would ask a proxy for it.
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1", args.host]))
+
+
+def wait_for_signal() -> None:
+    """Return at the first Ctrl-C or SIGTERM; a second one then ends the process as usual."""
+    is_over = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda *_: is_over.set()) for number in signals]
+    is_over.wait()
+    for number, handler in zip(signals, previous, strict=True):
+        signal.signal(number, handler)
+
+
+def main() -> None:
+    args = parse_arguments()
+    require_extra("gradio", "gradio")
+    check_arguments(args)
+    options = generation_options(args)
+    loaded = load_from_arguments(args)
+    from component.inference import model_facts
+
+    requested = None if args.prompt_template == "auto" else args.prompt_template
+    folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
+    template = prompt_template_for(loaded.tokenizer, requested or known_template(loaded.tokenizer, folders))
+    conversations = Conversations(SharedModel(loaded, template), options, args.system)
+    with tempfile.TemporaryDirectory(prefix="longqlora-web-", ignore_cleanup_errors=True) as upload_folder:
+        set_environment(args, upload_folder)
+        page = build_page(conversations, facts_line(model_facts(loaded), template))
+        port = available_port(args.host, args.port)
+        url = serve(page, STYLE, host=args.host, port=port, share=args.share, max_upload_mb=args.max_upload_mb)
+        print(f"chat page at {url} (Ctrl-C ends it)", flush=True)
+        wait_for_signal()
+        conversations.stop_all()
+        shut_down(page)
+
+
+if __name__ == "__main__":
+    run_main(main)
