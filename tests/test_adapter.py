@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from component.adapter import AdapterConfig, attach_adapter, trainable_table
 from component.adapter_folder import save_adapter
+from component.context import extend_rope
 from component.inference import load_for_inference
 from component.loss_binding import bind_chunked_loss
-from component.model import extend_context, keep_4bit_weights_trainable, load_config, load_model
+from component.model import keep_4bit_weights_trainable, load_config, load_model
 
 CPU = torch.device("cpu")
 IDS = torch.randint(4, 320, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -21,7 +22,7 @@ IDS = torch.randint(4, 320, (2, 24), generator=torch.Generator().manual_seed(0))
 
 def load_base(folder, *, load_in_4bit=False, context=128):
     config = load_config(str(folder))
-    extend_context(config, context)
+    extend_rope(config, context)
     return load_model(str(folder), config, dtype=torch.float32, load_in_4bit=load_in_4bit, device=CPU)
 
 
