@@ -107,16 +107,16 @@ class ChatSession:
         self.turns, self.documents = [], []
         self.num_dropped_turns = self.num_dropped_documents = 0
 
-    def add_document(self, path: str) -> int:
+    def add_document(self, path: str, *, flag: str = "/file") -> int:
         """Read a document of any known format into the conversation; returns its length in tokens, as part of a prompt.
 
         A file read before is replaced. Raises ValueError or OSError for what cannot be read or is too long.
         """
-        document = Document(str(path), read_document(path, flag="/file").text)
+        document = Document(str(path), read_document(path, flag=flag).text)
         num_tokens = self.count_tokens(self._compose([document], [], "")) - self.count_tokens(self._compose([], [], ""))
         if self.count_tokens(self._compose([document], [], "")) > self.room:
             raise ValueError(
-                f"/file: {path!r} has {num_tokens} tokens, too many for a context of {self.context_size} with an "
+                f"{flag}: {path!r} has {num_tokens} tokens, too many for a context of {self.context_size} with an "
                 f"answer of up to {self.context_size - self.room}; split the file or raise --context_size"
             )
         kept = self.documents[self.num_dropped_documents :]

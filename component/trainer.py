@@ -30,6 +30,14 @@ class LongContextTrainer(Trainer):
         self.is_saving = False
         self.add_callback(LossCurve())
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # transformers looks at max_steps after a step only: a run that was killed when its last checkpoint
+        # was written would train one step too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial) -> str:
         run_dir = super()._get_output_dir(trial)
         return str(Path(run_dir) / STAGING) if self.is_saving else run_dir

@@ -36,8 +36,10 @@ PROMPT = "def read_lines(path):\n"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_args_file", type=Path, default=REPO / "train_args" / "tiny-llama-pretrain.yaml")
-    parser.add_argument("--output_dir", type=Path, default=REPO / "output" / "demo")
+    parser.add_argument("--train_args_file", type=Path, default=REPO / "train_args" / "tiny-llama-pretrain.yaml",
+                        help="YAML of the training run (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--output_dir", type=Path, default=REPO / "output" / "demo",
+                        help="folder for all that it writes (default: %(default)s)")  # fmt: skip
     return parser.parse_args()
 
 

@@ -126,6 +126,18 @@ def test_same_seed_same_run_other_seed_other_run(write_yaml):
     assert runs[0] == runs[1] != runs[2]
 
 
+@pytest.mark.parametrize("epochs", [None, 1], ids=["steps", "epochs"])
+def test_resuming_a_finished_run_adds_no_step(write_yaml, epochs):
+    """As after a kill between the last checkpoint and the final save."""
+    path, out = write_yaml(num_train_epochs=epochs, max_steps=None if epochs else NUM_STEPS)
+    train(path)
+    expected, final = losses(out), weights(out)
+    shutil.rmtree(out / "final")
+    train(path, "--resume_from_checkpoint", "true")
+    assert losses(out) == expected
+    assert all(torch.equal(final[name], tensor) for name, tensor in weights(out).items())
+
+
 @pytest.mark.parametrize("deepspeed,num_kills", [(ZERO2, 5), (None, 2)], ids=["zero2", "plain"])
 def test_killed_at_any_moment_resumes_to_the_same_losses(write_yaml, deepspeed, num_kills):
     """Each kill -9 comes at a random moment of a new run; after resuming every loss equals the whole run's bits."""

@@ -91,8 +91,13 @@ def server(tiny_tokenizer, tmp_path_factory):
         assert found, "".join(lines)
         yield found[1], process, lines
     finally:
-        process.kill()
-        process.wait()
+        # Not killed at once: it takes its folder of uploads with it.
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         reader.join(timeout=10)
 
 

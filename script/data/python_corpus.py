@@ -64,7 +64,7 @@ def package_files(dist: metadata.Distribution) -> list[tuple[str, Path]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for train.jsonl and validation.jsonl")
     parser.add_argument("--packages", action="store_true", help="also read the installed packages")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)

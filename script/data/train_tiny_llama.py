@@ -85,12 +85,14 @@ def loss_by_position(model: LlamaForCausalLM, ids: np.ndarray, length: int, num_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus_dir", type=Path, required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_tokens", type=float, default=60e6)
-    parser.add_argument("--max_minutes", type=float, default=240)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--corpus_dir", type=Path, required=True, help="folder with train.jsonl and validation.jsonl")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--num_tokens", type=float, default=60e6, help="tokens to train on (default: %(default)s)")
+    parser.add_argument(
+        "--max_minutes", type=float, default=240, help="end sooner after so many minutes (default: %(default)s)"
+    )
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="of Muon and AdamW (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     generator = np.random.default_rng(args.seed)

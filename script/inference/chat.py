@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from component.chat_session import ChatSession  # noqa: E402
 from component.cli import one_line, run_main  # noqa: E402
 from component.context_arguments import context_request  # noqa: E402
+from component.documents import FORMAT_LIST, read_document  # noqa: E402
 from component.generation import GenerationOptions, generate_text, known_template  # noqa: E402
 from component.generation_arguments import (  # noqa: E402
     add_generation_arguments,
@@ -50,6 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt_template", choices=("auto", *PROMPT_TEMPLATES), default="auto",
                         help="auto is the template the model was tuned with, as far as its run record or tokenizer "
                         "tell, and else vicuna_v1.1 (default: auto)")  # fmt: skip
+    parser.add_argument("--file", metavar="PATH", action="append", default=[], help="document to begin with, as /file "
+                        f"reads it ({FORMAT_LIST}); may be given several times")  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
     add_generation_arguments(parser)
     group = parser.add_argument_group("streaming")
@@ -199,6 +202,8 @@ def main() -> None:
     check_model_arguments(args)
     options = generation_options(args)
     check_streaming_arguments(args)
+    for path in args.file:
+        read_document(path, flag="--file")
     loaded = load_from_arguments(args)
     session, reply, description = make_session(args, loaded, options)
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
@@ -208,6 +213,8 @@ def main() -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() line editing and history
         note(f"{description}; /help lists the commands")
+    for path in args.file:
+        note(f"read {path}: {session.add_document(path, flag='--file')} tokens")
     import torch
 
     for line in read_lines(is_terminal):
