@@ -6,8 +6,8 @@ torch is imported where it is used, which keeps --help and bad input fast.
 import argparse
 
 from component.context_arguments import add_context_arguments, check_context_arguments, context_request
-from component.generation import NO_TEMPLATE, GenerationOptions
-from component.prompt import PROMPT_TEMPLATES
+from component.generation import NO_TEMPLATE, GenerationOptions, known_template
+from component.prompt import PROMPT_TEMPLATES, prompt_template_for
 
 DTYPES = {"auto": None, "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 TEMPLATE_NAMES = ("auto", NO_TEMPLATE, *PROMPT_TEMPLATES)
@@ -50,6 +50,29 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
                        help="sample, or take the most likely token (default: sample)")  # fmt: skip
     group.add_argument("--seed", type=int, help="makes every answer reproducible (default: none)")
     group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end the answer before any of these")
+
+
+def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a chat needs to know of the model's training."""
+    parser.add_argument("--prompt_template", choices=("auto", *PROMPT_TEMPLATES), default="auto",
+                        help="auto is the template the model was tuned with, as far as its run record or tokenizer "
+                        "tell, and else vicuna_v1.1 (default: auto)")  # fmt: skip
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
+
+
+def conversation_template(args: argparse.Namespace, loaded) -> str:
+    """The template that --prompt_template means for `loaded`, a component.inference.LoadedModel."""
+    requested = None if args.prompt_template == "auto" else args.prompt_template
+    folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
+    return prompt_template_for(loaded.tokenizer, requested or known_template(loaded.tokenizer, folders))
+
+
+def text_template(args: argparse.Namespace, loaded) -> str:
+    """As `conversation_template`, for single prompts: raw text where no template is known."""
+    if args.prompt_template != "auto":
+        return args.prompt_template
+    folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
+    return known_template(loaded.tokenizer, folders) or NO_TEMPLATE
 
 
 def generation_options(args: argparse.Namespace) -> GenerationOptions:

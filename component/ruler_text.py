@@ -1,7 +1,7 @@
 """What RULER's tasks are written with: the prompts, words for keys and lists, and a user's text as a haystack.
 
-The prompts are the benchmark's protocol (arXiv 2404.06654, appendix on task templates) and quoted to the letter, so
-that a model meets the same question; the words are ours. Pure Python.
+The prompts are the protocol of RULER (arXiv 2404.06654), quoted to the letter as lm-evaluation-harness 0.4.13 has
+them (lm_eval/tasks/ruler), so that a model meets the same question; the words are ours. Pure Python.
 """
 
 import re

@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from component.answer_scores import METRICS, require_rouge  # noqa: E402
 from component.cli import run_main  # noqa: E402
 from component.files import write_json  # noqa: E402
-from component.generation import NO_TEMPLATE, GenerationOptions, generate_text, known_template  # noqa: E402
+from component.generation import NO_TEMPLATE, GenerationOptions, generate_text  # noqa: E402
 from component.generation_arguments import (  # noqa: E402
     TEMPLATE_NAMES,
     add_model_arguments,
     check_model_arguments,
     load_from_arguments,
+    text_template,
 )
 from component.long_task_prompts import (  # noqa: E402
     QUESTION_LEAD,
@@ -100,10 +101,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[LongTask], list[Long
 
 def prompt_form(args: argparse.Namespace, loaded, shots: list[LongTask], tasks: list[LongTask]) -> PromptForm:
     """The form of all prompts, checked against every question."""
-    template = args.prompt_template
-    if template == "auto":
-        folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
-        template = known_template(loaded.tokenizer, folders) or NO_TEMPLATE
+    template = text_template(args, loaded)
     if args.max_new_tokens >= loaded.context_size:
         raise ValueError(
             f"--max_new_tokens: {args.max_new_tokens} leave no room for a prompt in the context of "

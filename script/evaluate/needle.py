@@ -19,12 +19,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import run_main  # noqa: E402
-from component.generation import NO_TEMPLATE, known_template  # noqa: E402
+from component.generation import NO_TEMPLATE  # noqa: E402
 from component.generation_arguments import (  # noqa: E402
     TEMPLATE_NAMES,
     add_model_arguments,
     check_model_arguments,
     load_from_arguments,
+    text_template,
 )
 from component.haystack import read_haystack  # noqa: E402
 from component.needle import ANSWER, MAX_NEW_TOKENS, NEEDLE, QUESTION, NeedleTask, contains  # noqa: E402
@@ -88,10 +89,7 @@ def evaluate(args: argparse.Namespace, depths: list[float], text: str) -> None:
     check_output_file(args.plot, "--plot")
     init_process_group()
     loaded = load_from_arguments(args)
-    template = args.prompt_template
-    if template == "auto":
-        folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
-        template = known_template(loaded.tokenizer, folders) or NO_TEMPLATE
+    template = text_template(args, loaded)
     task = needle_task(args, template)
     lengths = grid_lengths(args, loaded.context_size)
     for warning in context_warnings(lengths, loaded.context_size):

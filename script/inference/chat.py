@@ -34,26 +34,25 @@ from component.chat_session import ChatSession  # noqa: E402
 from component.cli import one_line, run_main  # noqa: E402
 from component.context_arguments import context_request  # noqa: E402
 from component.documents import FORMAT_LIST, read_document  # noqa: E402
-from component.generation import GenerationOptions, generate_text, known_template  # noqa: E402
+from component.generation import GenerationOptions, generate_text  # noqa: E402
 from component.generation_arguments import (  # noqa: E402
+    add_conversation_arguments,
     add_generation_arguments,
     add_model_arguments,
     check_model_arguments,
+    conversation_template,
     generation_options,
     load_from_arguments,
 )
-from component.prompt import PROMPT_TEMPLATES, encode_conversation, prompt_template_for  # noqa: E402
+from component.prompt import encode_conversation  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument("--prompt_template", choices=("auto", *PROMPT_TEMPLATES), default="auto",
-                        help="auto is the template the model was tuned with, as far as its run record or tokenizer "
-                        "tell, and else vicuna_v1.1 (default: auto)")  # fmt: skip
+    add_conversation_arguments(parser)
     parser.add_argument("--file", metavar="PATH", action="append", default=[], help="document to begin with, as /file "
                         f"reads it ({FORMAT_LIST}); may be given several times")  # fmt: skip
-    parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
     add_generation_arguments(parser)
     group = parser.add_argument_group("streaming")
     group.add_argument("--streaming", action="store_true", help="endless chat in constant memory: keep the first and "
@@ -173,9 +172,7 @@ def answer(session: ChatSession, reply: Callable[..., bool], question: str) -> N
 
 def make_session(args: argparse.Namespace, loaded, options: GenerationOptions) -> tuple[ChatSession, Callable, str]:
     """The conversation, how to reply in it, and a line that describes it."""
-    requested = None if args.prompt_template == "auto" else args.prompt_template
-    folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
-    template = prompt_template_for(loaded.tokenizer, requested or known_template(loaded.tokenizer, folders))
+    template = conversation_template(args, loaded)
     if args.streaming:
         from component.sink_cache import sink_cache
         from component.streaming_session import StreamingSession

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from component.batch_generation import partial_path, read_prompts, write_answers  # noqa: E402
 from component.cli import require_file, run_main  # noqa: E402
 from component.documents import FORMAT_LIST, read_document, with_documents  # noqa: E402
-from component.generation import NO_TEMPLATE, encode_prompt, fit_prompt, generate_text, known_template  # noqa: E402
+from component.generation import NO_TEMPLATE, encode_prompt, fit_prompt, generate_text  # noqa: E402
 from component.generation_arguments import (  # noqa: E402
     TEMPLATE_NAMES,
     add_generation_arguments,
@@ -32,6 +32,7 @@ from component.generation_arguments import (  # noqa: E402
     check_model_arguments,
     generation_options,
     load_from_arguments,
+    text_template,
 )
 from component.text_stream import decode_utf8  # noqa: E402
 
@@ -91,10 +92,7 @@ def requested_prompts(args: argparse.Namespace) -> list[dict]:
 
 def fitted_prompts(args: argparse.Namespace, loaded, prompts: list[dict]) -> list[list[int]]:
     """Ids of every prompt, fitted to the context; a prompt at fault is named by its number."""
-    template = NO_TEMPLATE if args.raw else args.prompt_template
-    if template == "auto":
-        folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
-        template = known_template(loaded.tokenizer, folders) or NO_TEMPLATE
+    template = NO_TEMPLATE if args.raw else text_template(args, loaded)
     if template == NO_TEMPLATE and args.system:
         raise ValueError("--system: a raw prompt has no system message; give a --prompt_template too")
     rows = []

@@ -24,15 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import run_main  # noqa: E402
 from component.extras import require_extra  # noqa: E402
-from component.generation import known_template  # noqa: E402
 from component.generation_arguments import (  # noqa: E402
+    add_conversation_arguments,
     add_generation_arguments,
     add_model_arguments,
     check_model_arguments,
+    conversation_template,
     generation_options,
     load_from_arguments,
 )
-from component.prompt import PROMPT_TEMPLATES, prompt_template_for  # noqa: E402
 from component.web_chat import Conversations, SharedModel  # noqa: E402
 from component.web_page import STYLE, build_page, facts_line  # noqa: E402
 from component.web_server import available_port, serve, shut_down  # noqa: E402
@@ -41,10 +41,7 @@ from component.web_server import available_port, serve, shut_down  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument("--prompt_template", choices=("auto", *PROMPT_TEMPLATES), default="auto",
-                        help="auto is the template the model was tuned with, as far as its run record or tokenizer "
-                        "tell, and else vicuna_v1.1 (default: auto)")  # fmt: skip
-    parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
+    add_conversation_arguments(parser)
     add_generation_arguments(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1",
@@ -92,9 +89,7 @@ def main() -> None:
     loaded = load_from_arguments(args)
     from component.inference import model_facts
 
-    requested = None if args.prompt_template == "auto" else args.prompt_template
-    folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
-    template = prompt_template_for(loaded.tokenizer, requested or known_template(loaded.tokenizer, folders))
+    template = conversation_template(args, loaded)
     conversations = Conversations(SharedModel(loaded, template), options, args.system)
     with tempfile.TemporaryDirectory(prefix="longqlora-web-", ignore_cleanup_errors=True) as upload_folder:
         set_environment(args, upload_folder)
