@@ -167,3 +167,23 @@ def test_inference_refuses_bad_files_before_the_model_loads(args, words, library
     code, out, err = run(INFERENCE, "--model_name_or_path", "no-such-model", *args)
     assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1, err
     assert all(word in err for word in words)
+
+
+def test_chat_begins_with_its_files(library, run, tiny_model_dir, tmp_path, monkeypatch):
+    saved, script = tmp_path / "chat.json", tmp_path / "lines"
+    script.write_text(f"/save {saved}\n")
+    # A real file, since the chat sets the encoding of its input.
+    with script.open() as lines:
+        monkeypatch.setattr(sys, "stdin", lines)
+        args = ["--model_name_or_path", tiny_model_dir, "--context_size", 512, "--max_new_tokens", 8]
+        code, _, err = run("script/inference/chat.py", *args, "--file", library / "a.md", "--file", library / "b.pdf")
+    assert code == 0 and f"read {library / 'b.pdf'}: " in err
+    texts = [document["text"] for document in json.loads(saved.read_text())["documents"]]
+    assert texts == ["Text of the notes", "Text of the PDF."]
+
+
+@pytest.mark.parametrize("name,word", [("broken.pdf", "broken.pdf"), ("nothing.txt", "no file"), ("sub", "folder")])
+def test_chat_refuses_bad_files_before_the_model_loads(name, word, library, run, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr("component.inference.load_for_inference", lambda *args, **kwargs: pytest.fail("loaded"))
+    code, _, err = run("script/inference/chat.py", "--model_name_or_path", tiny_model_dir, "--file", library / name)
+    assert code == 2 and err.startswith("error: --file: ") and word in err and err.count("\n") == 1
