@@ -152,6 +152,20 @@ def test_padded_batches_equal_single_rows(model_type, side):
             assert torch.allclose(logits[row][mask[row].bool()], expected, atol=1e-10, rtol=0)
 
 
+def test_a_padded_batch_read_in_blocks_equals_it_at_once():
+    """Without position ids, which are counted from the mask of all tokens so far."""
+    ours, _ = make_pair()
+    ids, mask = ids_of(41, batch=2), torch.ones(2, 41, dtype=torch.long)
+    mask[1, :13] = 0
+    with torch.no_grad():
+        expected, cache, pieces = ours(ids, attention_mask=mask).logits, None, []
+        for first, end in [(0, 17), (17, 18), (18, 41)]:
+            block = ours(ids[:, first:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            cache, pieces = block.past_key_values, [*pieces, block.logits]
+    found = torch.cat(pieces, dim=1)
+    assert torch.allclose(found[mask.bool()], expected[mask.bool()], atol=1e-10, rtol=0)
+
+
 def test_generation_of_a_padded_batch_equals_single_rows():
     ours, _ = make_pair()
     rows = [ids_of(length, seed=length) for length in (33, 9)]
@@ -177,6 +191,7 @@ def test_within_a_chunk_it_is_plain_attention():
     unbind_attention(plain)
     assert torch.equal(longer, plain(ids_of(40)).logits)
     assert not any(hasattr(module, "dual_chunk_rotary") for module in ours.modules())
+    assert not any(module._forward_pre_hooks for module in ours.modules())
 
 
 def test_training_gradients_equal_the_dense_reference():

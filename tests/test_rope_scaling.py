@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from transformers import AutoConfig
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from component.context import context_length, extend_rope
@@ -113,6 +114,21 @@ def test_ntk_interpolates_the_slowest_pair_by_s_and_keeps_the_fastest():
     extend_rope(config, 4 * 64, "ntk")
     ratio = plain / LlamaRotaryEmbedding(config).inv_freq
     assert ratio[0] == 1 and ratio[-1].item() == pytest.approx(4, rel=1e-5)
+
+
+def test_ntk_counts_rotated_dimensions_only():
+    config = tiny_config("gpt_neox", hidden_size=128)
+    assert config.rope_parameters["partial_rotary_factor"] == 0.25
+    plain = GPTNeoXRotaryEmbedding(config).inv_freq
+    extend_rope(config, 4 * 64, "ntk")
+    ratio = plain / GPTNeoXRotaryEmbedding(config).inv_freq
+    assert len(ratio) == 4 and ratio[0] == 1 and ratio[-1].item() == pytest.approx(4, rel=1e-5)
+
+
+def test_theta_is_set_within_the_context_too():
+    config = tiny_config()
+    extend_rope(config, 64, "theta", 5e5)
+    assert config.rope_parameters["rope_theta"] == 5e5 and context_length(config) == 64
 
 
 def test_dynamic_leaves_short_inputs_alone():
