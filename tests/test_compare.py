@@ -122,6 +122,13 @@ def test_weights_are_loaded_once_for_all_rope_methods(base, data, tmp_path, monk
     assert len(loads) == 1
 
 
+def test_blocks_need_no_mask_in_any_method(base, data, tmp_path):
+    settings = read_comparison(str(write_yaml(tmp_path, base, data, prefill_chunk_size=32)), {})
+    models = MethodModels(settings)
+    names = {name: models.get(name, 160).model.config._attn_implementation for name in ("none", "DCA", "YaRN")}
+    assert names["none"] == names["YaRN"] == "sdpa_with_past" and names["DCA"].startswith("dca_")
+
+
 BAD = {
     "unknown key": ({"lengthes": "[3]"}, METHODS, "lengthes: unknown setting"),
     "unknown method key": ({}, "\n  PI: {rope: linear}", "methods: PI: rope: unknown setting"),

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from component.adapter_updates import through_nf4
+from component.adapter_updates import AdapterUpdates, through_nf4
 from component.context import ContextRequest, extend_rope
 from component.inference import load_for_inference
 from component.merge import check_save_path, merge
@@ -352,3 +352,10 @@ def test_script(tiny_model_dir, tmp_path, run_script):
     assert "merged 6 LoRA weights" in outcome.stdout and "float16" in outcome.stdout
     again = run_script("script/merge_lora.py", *arguments, cwd=tmp_path)
     assert again.returncode == 2 and "--overwrite" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_a_renamed_weight_keeps_its_own_scale():
+    config = {"lora_alpha": 16, "alpha_pattern": {"lm_head": 8}}
+    updates = AdapterUpdates(config, {"lm_head.weight": {"A": torch.zeros(4, 8)}, "q.weight": {"A": torch.zeros(4, 8)}})
+    updates.rename(lambda name: name.replace("lm_head", "embed_out"))
+    assert (updates.scale("embed_out.weight"), updates.scale("q.weight")) == (2, 4)
