@@ -77,8 +77,9 @@ class SinkLayer(DynamicLayer):
         return -1
 
     def reset(self) -> None:
-        super().reset()
-        self.num_seen, self.sink_keys = 0, None
+        # Dropped, not zeroed as transformers 5.17 does: they may be inference tensors.
+        self.keys = self.values = self.sink_keys = None
+        self.is_initialized, self.num_seen = False, 0
 
     def rebase(self) -> None:
         """Let the kept tokens have the positions 0 to num_kept - 1: one rotation of the latest keys."""
