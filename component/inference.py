@@ -1,5 +1,6 @@
 """Load a base or merged model, with or without an adapter, for generation, evaluation and merging."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from component.adapter_folder import base_model_of, load_adapter
 from component.attention import bind_inference_attention
 from component.context import ContextRequest, apply_context, context_length, copy_context
 from component.distributed import local_device
+from component.dual_chunk_binding import dual_chunk_sizes
 from component.model import default_dtype, load_config, load_model, load_tokenizer
 from component.run_record import software_versions
 
@@ -34,6 +36,11 @@ class LoadedModel:
     attention: str
     dtype: torch.dtype
     load_in_4bit: bool
+
+    @property
+    def longest_input(self) -> float:
+        """Tokens that the model is meant to read: its context, or any number with dual chunk attention."""
+        return self.context_size if dual_chunk_sizes(self.config) is None else math.inf
 
 
 def resolve_config(

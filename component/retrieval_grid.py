@@ -53,7 +53,7 @@ def even_depths(num_depths: int) -> list[float]:
     return [round(index / (num_depths - 1), 4) for index in range(num_depths)] if num_depths > 1 else [0.5]
 
 
-def context_warnings(lengths: Sequence[int], context_size: int) -> list[str]:
+def context_warnings(lengths: Sequence[int], context_size: float) -> list[str]:
     """A line for each length that is beyond the model's context; both in tokens."""
     return [
         f"warning: length {length} is beyond the model's context of {context_size} tokens"

@@ -88,6 +88,7 @@ def test_every_cell_equals_evaluate(base, data, tmp_path, run_script):
                    "--sliding_window", 200, "--max_windows", 4, "--output_file", single, *context, *options,
                    check=True)  # fmt: skip
         expected = json.loads(single.read_text())["results"][0]
+        assert expected["context_size"] == 160
         found = result["results"][name]["160"]
         assert found["loss"] == expected["loss"] and found["num_windows"] == expected["num_windows"]
         assert result["models"][name]["160"]["attention"] == expected["attention"]

@@ -18,6 +18,7 @@ from component.attention import AttentionConfig, bind_attention, bind_inference_
 from component.context import ContextRequest, apply_context, context_length
 from component.dual_chunk_binding import dual_chunk_sizes
 from component.evaluation import TokenScorer
+from component.inference import load_for_inference
 
 PRETRAINING = 16  # chunk 12, window 2, so chunks of 10 tokens
 MODEL_TYPES = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gpt_neox"]
@@ -315,3 +316,9 @@ def test_training_binds_it_too():
     apply_context(config, DCA)
     model = AutoModelForCausalLM.from_config(config)
     assert "dual chunk" in bind_attention(model, AttentionConfig(attention="dca"), 64)
+
+
+def test_any_length_suits_a_model_with_dual_chunk_attention(tiny_model_dir):
+    request = ContextRequest(attention="dca", pretraining_length=32)
+    assert load_for_inference(str(tiny_model_dir), context=request).longest_input == math.inf
+    assert load_for_inference(str(tiny_model_dir)).longest_input == 64

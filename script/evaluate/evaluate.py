@@ -153,13 +153,13 @@ def start_ledger(args: argparse.Namespace, loaded, facts: dict):
     return ledger
 
 
-def measure_length(plan: WindowPlan, facts: dict, losses_of) -> dict:
+def measure_length(plan: WindowPlan, facts: dict, losses_of, longest_input: float) -> dict:
     """Measure one window length with `losses_of` and report it; the result is the same on every rank."""
     import torch
 
     from component.distributed import print_main
 
-    if plan.seq_len > facts["context_size"]:
+    if plan.seq_len > longest_input:
         print_main(f"warning: seq_len {plan.seq_len} is beyond the model's context of {facts['context_size']} tokens")
     weights = f"4-bit NF4 base, {facts['dtype']} products" if facts["load_in_4bit"] else f"{facts['dtype']} weights"
     protocol = f"{plan.describe()}; {weights}, losses in float32; attention {facts['attention']}"
@@ -217,7 +217,7 @@ def evaluate(args: argparse.Namespace, data: TokenFile) -> None:
         device=local_device(),
         ledger=ledger,
     )
-    finish(args, [measure_length(plan, facts, losses_of) for plan in plans], ledger)
+    finish(args, [measure_length(plan, facts, losses_of, loaded.longest_input) for plan in plans], ledger)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -92,7 +92,7 @@ def evaluate(args: argparse.Namespace, depths: list[float], text: str) -> None:
     template = text_template(args, loaded)
     task = needle_task(args, template)
     lengths = grid_lengths(args, loaded.context_size)
-    for warning in context_warnings(lengths, loaded.context_size):
+    for warning in context_warnings(lengths, loaded.longest_input):
         print_main(warning)
     if contains(task.answer, text):
         print_main("warning: the haystack itself contains the answer, so that finding it says little")

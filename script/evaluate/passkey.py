@@ -69,7 +69,7 @@ def evaluate(args: argparse.Namespace, depths: list[float]) -> None:
     init_process_group()
     loaded = load_from_arguments(args)
     lengths = grid_lengths(args, loaded.context_size)
-    for warning in context_warnings(lengths, loaded.context_size):
+    for warning in context_warnings(lengths, loaded.longest_input):
         print_main(warning)
     result = evaluate_passkey(
         loaded,
