@@ -74,12 +74,18 @@ class MethodModels:
         self.current = (name, length)
         return self.loaded
 
+    def identified(self, trials: list[dict]) -> list[dict]:
+        """The trials with all that their method decides, so that adding or changing one leaves the others done."""
+        methods = self.settings.methods
+        known = {name: {**vars(of), "adapter": folder_state(of.peft_model)} for name, of in methods.items()}
+        return [{**trial, "settings": known[trial["method"]]} for trial in trials]
+
     def fingerprint(self) -> dict:
         """What decides a number and is not in the trials."""
-        adapters = {method.peft_model for method in self.settings.methods.values()} - {None}
+        in_trials = ("lengths", "methods")
         return {
-            "settings": {name: str(value) for name, value in vars(self.settings).items() if name != "lengths"},
-            "models": [folder_state(self.settings.base_model), *(folder_state(name) for name in sorted(adapters))],
+            "settings": {name: str(value) for name, value in vars(self.settings).items() if name not in in_trials},
+            "base_model": folder_state(self.settings.base_model),
             "torch": torch.__version__,
         }
 
@@ -92,7 +98,7 @@ def compare_perplexity(settings: Comparison, data: TokenFile, models: MethodMode
         loaded, plan = models.get(trial["method"], trial["length"]), plans[trial["length"]]
         return {"losses": score(loaded, data.tokens, plan, trial["windows"], settings.prefill_chunk_size)}
 
-    trials = perplexity_trials(settings, plans)
+    trials = models.identified(perplexity_trials(settings, plans))
     fingerprint = {**models.fingerprint(), "data": data.sha256}
     done = run_trials(trials, run_one, output_file=output_file, fingerprint=fingerprint, desc="compare")
     losses: dict[tuple[str, int], dict[int, WindowLoss]] = {}
@@ -125,6 +131,6 @@ def compare_passkey(settings: Comparison, models: MethodModels, output_file) -> 
     def run_one(trial: Mapping) -> dict:
         return answer_trial(models.get(trial["method"], trial["length"]), trial)
 
-    trials = passkey_trials(settings)
+    trials = models.identified(passkey_trials(settings))
     done = run_trials(trials, run_one, output_file=output_file, fingerprint=models.fingerprint(), desc="compare")
     return {name: accuracy_cells([r for r in done if r["method"] == name]) for name in settings.methods}

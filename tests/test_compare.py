@@ -11,7 +11,8 @@ from component.comparison import read_comparison
 from component.context import ContextRequest
 from component.evaluation import TokenScorer
 from component.inference import load_for_inference, set_context
-from component.method_models import MethodModels
+from component.method_models import MethodModels, compare_perplexity
+from component.token_file import open_token_file
 
 METHODS = """
   none: {}
@@ -123,6 +124,31 @@ def test_weights_are_loaded_once_for_all_rope_methods(base, data, tmp_path, monk
     assert len(loads) == 1
 
 
+def test_a_killed_comparison_goes_on_and_takes_up_new_methods(base, data, tmp_path, monkeypatch):
+    output, scored = tmp_path / "out.json", []
+    import component.method_models as module
+
+    original = module.score
+
+    def score(loaded, tokens, plan, indices, prefill_chunk_size):
+        if len(scored) == 5:
+            scored.append(None)
+            raise KeyboardInterrupt
+        scored.append(indices)
+        return original(loaded, tokens, plan, indices, prefill_chunk_size)
+
+    monkeypatch.setattr(module, "score", score)
+    tokens = open_token_file(str(data))
+    old = read_comparison(str(write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: linear}")), {})
+    with pytest.raises(KeyboardInterrupt):
+        compare_perplexity(old, tokens, MethodModels(old), output)
+    more = "\n  none: {}\n  PI: {rope_type: linear}\n  NTK: {rope_type: ntk}"
+    new = read_comparison(str(write_yaml(tmp_path, base, data, more)), {})
+    found = compare_perplexity(new, tokens, MethodModels(new), output)
+    assert len(scored) - 1 == 3 * 2 * 4, "no window was scored twice"
+    assert found == compare_perplexity(new, tokens, MethodModels(new), None)
+
+
 def test_blocks_need_no_mask_in_any_method(base, data, tmp_path):
     settings = read_comparison(str(write_yaml(tmp_path, base, data, prefill_chunk_size=32)), {})
     models = MethodModels(settings)
@@ -158,7 +184,6 @@ def test_bad_settings_are_one_line(name, base, data, tmp_path, monkeypatch):
     """Everything that the script does before weights are loaded."""
     from component.comparison import passkey_trials, plans_of
     from component.method_models import describe_models
-    from component.token_file import open_token_file
 
     settings, methods, text = BAD[name]
     path = write_yaml(tmp_path, base, data, methods, **settings)
