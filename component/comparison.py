@@ -16,6 +16,7 @@ from pathlib import Path
 from component.arguments import input_path, read_yaml
 from component.cli import require_folder
 from component.context_arguments import ATTENTIONS
+from component.context_request import ContextRequest
 from component.generation_arguments import DTYPES
 from component.passkey import make_trials
 from component.perplexity import PROTOCOLS, WindowPlan, batches, plan_windows
@@ -44,10 +45,8 @@ class Method:
     dca_local_window: int | None = None
     dca_mscale: bool = False
 
-    def request(self, length: int):
-        """`ContextRequest` for reading `length` tokens."""
-        from component.context import ContextRequest
-
+    def request(self, length: int) -> ContextRequest:
+        """What reading `length` tokens asks of the model."""
         values = {name: getattr(self, name) for name in ContextRequest.__dataclass_fields__}
         if self.context_size is None and (self.rope_type is not None or self.attention == "dca"):
             values["context_size"] = length

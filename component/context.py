@@ -4,64 +4,30 @@ Both are written into the config and travel with every saved model: RoPE in `rop
 attention in `dual_chunk_attention_config`, the key and the names of Qwen2.5-1M's configs.
 """
 
-from dataclasses import dataclass
-
 from transformers import PretrainedConfig
 
 from component.attention import AttentionConfig
+from component.context_request import ContextRequest
 from component.dual_chunk_attention import DualChunkSizes
 from component.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
 from component.model import ModelConfig, load_config
 from component.rope_scaling import ContextConfig, check_rope_request, context_of_rope, scale_rope
 
 
-@dataclass(frozen=True)
-class ContextRequest:
-    """What a user asks of a model's context; None and "auto" leave it to what the model's config says.
-
-    context_size: tokens to read. rope_type, rope_theta: how RoPE is scaled to them. attention: auto, full
-    or dca. With dca, RoPE is scaled to `pretraining_length` only, and only if rope_type is given; chunks
-    of dca_chunk_size tokens with dca_local_window of overlap (both in tokens) reach the rest.
-    """
-
-    context_size: int | None = None
-    rope_type: str | None = None
-    rope_theta: float | None = None
-    attention: str = "auto"
-    pretraining_length: int | None = None
-    dca_chunk_size: int | None = None
-    dca_local_window: int | None = None
-    dca_mscale: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("context_size", "pretraining_length", "dca_chunk_size", "dca_local_window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1 token, got {value}")
-        check_rope_request(self.rope_type, self.rope_theta, None)
-        if self.attention == "full" and self.given_dual_chunk_settings:
-            raise ValueError(f"{self.given_dual_chunk_settings[0]}: has an effect with attention: dca only")
-
-    @property
-    def given_dual_chunk_settings(self) -> list[str]:
-        names = ("pretraining_length", "dca_chunk_size", "dca_local_window", "dca_mscale")
-        return [name for name in names if getattr(self, name)]
-
-    @classmethod
-    def of_run(cls, context: ContextConfig, attention: AttentionConfig) -> "ContextRequest":
-        """The request of a training run's settings."""
-        # Without a length to reach they have no effect, which run_checks says.
-        reaches = context.model_max_length is not None or attention.attention == "dca"
-        return cls(
-            context_size=context.model_max_length,
-            rope_type=context.rope_type if reaches else None,
-            rope_theta=context.rope_theta if reaches else None,
-            attention="dca" if attention.attention == "dca" else "full",
-            pretraining_length=attention.pretraining_length,
-            dca_chunk_size=attention.dca_chunk_size,
-            dca_local_window=attention.dca_local_window,
-            dca_mscale=attention.dca_mscale,
-        )
+def request_of_run(context: ContextConfig, attention: AttentionConfig) -> ContextRequest:
+    """The request of a training run's settings."""
+    # Without a length to reach they have no effect, which run_checks says.
+    reaches = context.model_max_length is not None or attention.attention == "dca"
+    return ContextRequest(
+        context_size=context.model_max_length,
+        rope_type=context.rope_type if reaches else None,
+        rope_theta=context.rope_theta if reaches else None,
+        attention="dca" if attention.attention == "dca" else "full",
+        pretraining_length=attention.pretraining_length,
+        dca_chunk_size=attention.dca_chunk_size,
+        dca_local_window=attention.dca_local_window,
+        dca_mscale=attention.dca_mscale,
+    )
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -185,4 +151,4 @@ def load_extended_config(
 ) -> tuple[PretrainedConfig, str]:
     """Config of the base model with the context of the run, and a one-line description for the log."""
     config = load_config(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
-    return config, apply_context(config, ContextRequest.of_run(context, attention))
+    return config, apply_context(config, request_of_run(context, attention))

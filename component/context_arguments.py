@@ -2,13 +2,14 @@
 
 import argparse
 
+from component.context_request import ContextRequest
 from component.rope_scaling import ROPE_METHODS
 
 ATTENTIONS = ("auto", "full", "dca")
 
 
 def add_context_arguments(parser: argparse.ArgumentParser) -> None:
-    """One argument for each field of `component.context.ContextRequest`."""
+    """One argument for each field of `ContextRequest`."""
     group = parser.add_argument_group("context and attention")
     group.add_argument("--context_size", type=int, help="context in tokens; a longer one than the model's is reached "
                        "by --rope_type or --attention dca (default: what the configs say)")  # fmt: skip
@@ -29,17 +30,12 @@ def add_context_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_context_arguments(args: argparse.Namespace) -> None:
     """Refuse, before anything heavy is imported, what the arguments cannot mean."""
-    from component.rope_scaling import check_rope_request
-
-    for name in ("context_size", "pretraining_length", "dca_chunk_size", "dca_local_window"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}: must be at least 1 token, got {value}")
-    check_rope_request(args.rope_type, args.rope_theta, None)
+    try:
+        context_request(args)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
 
 
-def context_request(args: argparse.Namespace):
-    """What `add_context_arguments` parsed, as `component.context.ContextRequest`."""
-    from component.context import ContextRequest
-
+def context_request(args: argparse.Namespace) -> ContextRequest:
+    """What `add_context_arguments` parsed."""
     return ContextRequest(**{name: getattr(args, name) for name in ContextRequest.__dataclass_fields__})

@@ -206,15 +206,22 @@ def measure(
     finished: dict[int, WindowLoss] = {}
     own = todo[rank() :: world_size()]
     for batch in tqdm(own, desc=f"seq_len {plan.seq_len}", unit="batch", disable=not is_main_process()):
-        windows = [plan.windows[index] for index in batch]
-        rows = np.stack([tokens[window.start : window.start + window.length] for window in windows])
-        nll = scorer(torch.from_numpy(rows.astype(np.int64)).to(device)).double().cpu().numpy()
-        losses = [window_loss(row, window.score_from, plan.seq_len) for row, window in zip(nll, windows, strict=True)]
+        losses = score_windows(scorer, tokens, plan, batch, device)
         ledger.add(plan.seq_len, batch, losses)
         finished.update(zip(batch, losses, strict=True))
     for part in gather_objects(finished):
         done.update(part)
     return [done[index] for index in range(len(plan.windows))]
+
+
+def score_windows(
+    scorer: TokenScorer, tokens: np.ndarray, plan: WindowPlan, indices: Sequence[int], device: torch.device
+) -> list[WindowLoss]:
+    """Losses of the windows `indices` of `plan`, in one forward pass; tokens: int [num_tokens]."""
+    windows = [plan.windows[index] for index in indices]
+    rows = np.stack([tokens[window.start : window.start + window.length] for window in windows])
+    nll = scorer(torch.from_numpy(rows.astype(np.int64)).to(device)).double().cpu().numpy()
+    return [window_loss(row, window.score_from, plan.seq_len) for row, window in zip(nll, windows, strict=True)]
 
 
 def window_loss(nll: np.ndarray, score_from: int, seq_len: int) -> WindowLoss:

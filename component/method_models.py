@@ -1,22 +1,18 @@
-"""The models of a comparison, and its measurements on them: one model in memory at a time, changed in place.
-
-Dimensions: B batch, S sequence.
-"""
+"""The models of a comparison, and its measurements on them: one model in memory at a time, changed in place."""
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 
 from component.attention import describe_inference_attention
 from component.comparison import Comparison, passkey_trials, perplexity_trials, plans_of
 from component.context import context_length
 from component.distributed import local_device
-from component.evaluation import TokenScorer, window_loss
+from component.evaluation import TokenScorer, score_windows
 from component.generation_arguments import dtype_of
 from component.inference import LoadedModel, folder_state, load_for_inference, resolve_config, set_context
 from component.passkey import accuracy_cells, answer_trial
-from component.perplexity import WindowLoss, WindowPlan, summarize
+from component.perplexity import WindowLoss, summarize
 from component.token_file import TokenFile
 from component.trials import run_trials
 
@@ -54,6 +50,7 @@ class MethodModels:
     def __init__(self, settings: Comparison):
         self.settings = settings
         self.loaded: LoadedModel | None = None
+        self.scorer: TokenScorer | None = None
         self.current: tuple[str, int] | None = None
 
     def get(self, name: str, length: int) -> LoadedModel:
@@ -62,7 +59,7 @@ class MethodModels:
             return self.loaded
         method, settings = self.settings.methods[name], self.settings
         if self.loaded is None or self.loaded.adapter_name_or_path != method.peft_model:
-            self.loaded = None  # two models at once may not fit
+            self.loaded = self.scorer = None  # two models at once may not fit
             self.loaded = load_for_inference(
                 settings.base_model,
                 adapter_name_or_path=method.peft_model,
@@ -70,6 +67,7 @@ class MethodModels:
                 dtype=dtype_of(settings.dtype),
                 trust_remote_code=settings.trust_remote_code,
             )
+            self.scorer = TokenScorer(self.loaded.model, prefill_chunk_size=settings.prefill_chunk_size)
         set_context(self.loaded, method.request(length), is_chunked=settings.prefill_chunk_size is not None)
         self.current = (name, length)
         return self.loaded
@@ -95,8 +93,10 @@ def compare_perplexity(settings: Comparison, data: TokenFile, models: MethodMode
     plans = plans_of(settings, data.num_tokens)
 
     def run_one(trial: Mapping) -> dict:
-        loaded, plan = models.get(trial["method"], trial["length"]), plans[trial["length"]]
-        return {"losses": score(loaded, data.tokens, plan, trial["windows"], settings.prefill_chunk_size)}
+        models.get(trial["method"], trial["length"])
+        plan = plans[trial["length"]]
+        losses = score_windows(models.scorer, data.tokens, plan, trial["windows"], local_device())
+        return {"losses": [[loss.total, list(loss.block_totals)] for loss in losses]}
 
     trials = models.identified(perplexity_trials(settings, plans))
     fingerprint = {**models.fingerprint(), "data": data.sha256}
@@ -111,18 +111,6 @@ def compare_perplexity(settings: Comparison, data: TokenFile, models: MethodMode
         summary = summarize(plans[length], [by_index[index] for index in range(len(by_index))])
         cells.setdefault(name, {})[length] = {"protocol": plans[length].describe(), **summary}
     return cells
-
-
-def score(
-    loaded: LoadedModel, tokens: np.ndarray, plan: WindowPlan, indices: list[int], prefill_chunk_size: int | None
-) -> list:
-    """[sum of losses, sums by position] of each of these windows of `plan`."""
-    windows = [plan.windows[index] for index in indices]
-    rows = np.stack([tokens[window.start : window.start + window.length] for window in windows])
-    scorer = TokenScorer(loaded.model, prefill_chunk_size=prefill_chunk_size)
-    nll = scorer(torch.from_numpy(rows.astype(np.int64)).to(local_device())).double().cpu().numpy()
-    losses = [window_loss(row, window.score_from, plan.seq_len) for row, window in zip(nll, windows, strict=True)]
-    return [[loss.total, list(loss.block_totals)] for loss in losses]
 
 
 def compare_passkey(settings: Comparison, models: MethodModels, output_file) -> dict:

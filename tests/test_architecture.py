@@ -17,6 +17,7 @@ PURE = [
     "dual_chunk_attention",
     "shift_short_attention",
     "rope_scaling",
+    "context_request",
     "perplexity",
     "loss",
 ]

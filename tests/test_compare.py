@@ -128,16 +128,16 @@ def test_a_killed_comparison_goes_on_and_takes_up_new_methods(base, data, tmp_pa
     output, scored = tmp_path / "out.json", []
     import component.method_models as module
 
-    original = module.score
+    original = module.score_windows
 
-    def score(loaded, tokens, plan, indices, prefill_chunk_size):
+    def score(scorer, tokens, plan, indices, device):
         if len(scored) == 5:
             scored.append(None)
             raise KeyboardInterrupt
         scored.append(indices)
-        return original(loaded, tokens, plan, indices, prefill_chunk_size)
+        return original(scorer, tokens, plan, indices, device)
 
-    monkeypatch.setattr(module, "score", score)
+    monkeypatch.setattr(module, "score_windows", score)
     tokens = open_token_file(str(data))
     old = read_comparison(str(write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: linear}")), {})
     with pytest.raises(KeyboardInterrupt):
