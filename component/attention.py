@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from component.attention_pieces import CausalPattern
 from component.dual_chunk_binding import (
     add_chunk_positions,
     dual_chunk_forward,
@@ -33,6 +34,7 @@ from component.shift_short_attention import AttentionKernel, causal_attention, c
 from component.shift_short_binding import shift_short_forward, shift_short_mask
 
 DENSE = "sdpa"
+SHIFT_SHORT_PREFIX = "s2_sdpa_g"
 DENSE_CHUNKED = "sdpa_with_past"
 DENSE_DESCRIPTION = "dense causal (sdpa)"
 
@@ -89,7 +91,7 @@ def bind_attention(model: PreTrainedModel, config: AttentionConfig, max_seq_leng
     group_size = config.group_size(max_seq_length)
     check_model_supports_shift_short(model, group_size)
     # transformers takes any name with "flash" in it for its own flash-attn integration.
-    name = f"s2_{'fa' if config.use_flash_attn else 'sdpa'}_g{group_size}"
+    name = f"s2_fa_g{group_size}" if config.use_flash_attn else f"{SHIFT_SHORT_PREFIX}{group_size}"
     AttentionInterface.register(name, partial(shift_short_forward, group_size=group_size, kernel=kernel))
     AttentionMaskInterface.register(name, shift_short_mask)
     model.set_attn_implementation(name)
@@ -139,6 +141,33 @@ def unbind_attention(model: PreTrainedModel) -> None:
     """Give the model stock dense attention back."""
     remove_chunk_positions(model)
     model.set_attn_implementation(DENSE)
+
+
+def attention_pattern(module: torch.nn.Module, attention_mask: torch.Tensor | None) -> CausalPattern | None:
+    """What the kernels of attention_pieces.py compute in place of the attention bound to `module`, in training.
+
+    None where it is something else: a mask, a dropout, another attention or kernel package.
+    """
+    name, num_heads = module.config._attn_implementation, module.config.num_attention_heads
+    if attention_mask is not None or getattr(module, "attention_dropout", 0):
+        return None
+    if name == DENSE:
+        return None if has_sliding_window(module.config) else CausalPattern(None, num_heads)
+    group_size = name.removeprefix(SHIFT_SHORT_PREFIX)
+    return CausalPattern(int(group_size), num_heads) if group_size != name else None
+
+
+def call_attention(
+    module: torch.nn.Module,
+    attention_mask: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    **kwargs,
+) -> torch.Tensor:
+    """The attention bound to `module`, as its own forward pass would call it; returns [B, S, H, D]."""
+    function = AttentionInterface()[module.config._attn_implementation]
+    return function(module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **kwargs)[0]
 
 
 def check_model_supports_shift_short(model: PreTrainedModel, group_size: int) -> None:

@@ -1,0 +1,266 @@
+"""One decoder layer as one node of the graph, whose backward pass keeps and recomputes only what it must.
+
+Forward and backward walk over tiles of the sequence; only attention sees it whole. What is kept between them
+is chosen (KEPT); the rest is made again, each dropout mask from its seed. The products whose values no
+gradient needs (the down projection, queries, keys and values the second time) are not made again at all.
+
+In units of one [B, S, C] tensor, the backward pass of a layer with as many key/value heads as query heads
+holds: input, incoming and outgoing gradient, attention output and its gradient, queries, keys, values (in
+whose memory their gradients are written) = 8, 3/4 for the piece of attention at work, and one tile.
+
+Dimensions: B batch, S sequence, T tokens of a tile, C hidden size, H query heads, K key/value heads, D head dim.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from component.attention_pieces import CausalPattern, attention_backward, attention_forward, empty_lse
+from component.decoder_layer import MLP, PROJECTIONS, DecoderLayer, rotated, rotated_back
+
+KEPT = ("none", "attention", "projections", "all")
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """keep: what stays from the forward pass beside the layer's input, one of KEPT, each with those before it:
+    nothing, the attention's output and log-sum-exp, queries/keys/values, the products inside the MLP.
+
+    tile_size: tokens at a time; num_head_chunks: parts in which attention and its projections are computed.
+    """
+
+    keep: str = "attention"
+    tile_size: int = 1024
+    num_head_chunks: int = 1
+
+
+@dataclass
+class LayerCall:
+    """One call of a layer: what does not change between its forward and its backward pass.
+
+    cos, sin [B or 1, S, D]. pattern: None where attention is `attend(q, k, v)` on [B, H, S, D], through autograd.
+    seed: of all dropout masks.
+    """
+
+    layer: DecoderLayer
+    options: LayerOptions
+    dtype: torch.dtype
+    cos: torch.Tensor
+    sin: torch.Tensor
+    pattern: CausalPattern | None
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    seed: int
+    store: Any = None
+
+    def tiles(self, length: int) -> Iterator[tuple[slice, Callable[[str], int]]]:
+        """Tiles of the sequence, each with the seeds of its dropout masks."""
+        for start in range(0, length, self.options.tile_size):
+            yield (
+                slice(start, min(start + self.options.tile_size, length)),
+                lambda name, start=start: mask_seed(self.seed, name, start),
+            )
+
+    def rope(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cos[:, tile], self.sin[:, tile]
+
+    def head_chunks(self) -> list[tuple[slice, slice]]:
+        """Query heads and the key/value heads that they share, chunk by chunk."""
+        num_kv_heads, per_kv_head = self.layer.num_kv_heads, self.layer.num_heads // self.layer.num_kv_heads
+        size = -(-num_kv_heads // (self.options.num_head_chunks if self.pattern else 1))
+        bounds = [(low, min(low + size, num_kv_heads)) for low in range(0, num_kv_heads, size)]
+        return [(slice(low * per_kv_head, high * per_kv_head), slice(low, high)) for low, high in bounds]
+
+
+def mask_seed(seed: int, name: str, start: int) -> int:
+    """Seed of one dropout mask; mixed well, since torch's CPU generator uses the low 32 bits only."""
+    mixed = (seed + (sum(map(ord, name)) * 2**32 + start + 1) * 0x9E3779B97F4A7C15) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> shift)) * factor % 2**64
+    return (mixed ^ (mixed >> 31)) % 2**63
+
+
+class LayerFunction(torch.autograd.Function):
+    """layer(hidden [B, S, C]) -> [B, S, C] in the dtype of the call; `trained` are the layer's trained parameters."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, call: LayerCall, *trained: torch.nn.Parameter) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            x = hidden.to(call.dtype)
+            output, lse, projected = attention_of(call, x)
+            is_all = call.options.keep == "all"
+            result, products = finish(call, x, output, are_products_kept=is_all)
+        level = KEPT.index(call.options.keep)
+        kept = [x] + ([output, lse] if level >= 1 else []) + (projected if level >= 2 else []) + products
+        if call.pattern is None:
+            # Autograd runs through attention again whatever was kept of it.
+            kept = [x] + products
+        ctx.call, ctx.dtype, ctx.trained = call, hidden.dtype, trained
+        ctx.num_products = len(products)
+        if call.store is None:
+            ctx.save_for_backward(*kept)
+        else:
+            ctx.handles = [call.store.put(tensor) for tensor in kept]
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        call = ctx.call
+        kept = list(ctx.saved_tensors if call.store is None else map(call.store.get, ctx.handles))
+        products = [kept.pop() for _ in range(ctx.num_products)][::-1]
+        x, *kept = kept
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            gradient = gradient.to(call.dtype)
+            sums = GradientSums(ctx.trained)
+            if call.pattern is None:
+                grads = backward_through_autograd(call, x, gradient, products, sums)
+            else:
+                grads = backward_by_kernels(call, x, kept, gradient, products, sums)
+            grad_hidden = grads[0]
+            project_backward(call, x, grads[1:], grad_hidden if ctx.needs_input_grad[0] else None, sums)
+        return grad_hidden.to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, *sums.results()
+
+
+class GradientSums:
+    """Gradients of the trained parameters, summed over tiles in fp32 (fp64 for fp64)."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]):
+        self.parameters, self.sums = list(parameters), {}
+
+    def backward(self, outputs, gradients, inputs, parameters) -> list[torch.Tensor]:
+        """Gradients of `inputs`; those of `parameters` are added up."""
+        grads = torch.autograd.grad(outputs, [*inputs, *parameters], gradients, allow_unused=True)
+        for parameter, grad in zip(parameters, grads[len(inputs) :], strict=True):
+            if grad is None:
+                continue
+            known = self.sums.get(parameter)
+            exact = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            self.sums[parameter] = exact if known is None else known.add_(exact)
+        return list(grads[: len(inputs)])
+
+    def results(self) -> list[torch.Tensor | None]:
+        sums = [self.sums.get(parameter) for parameter in self.parameters]
+        return [x if x is None else x.to(p.dtype) for x, p in zip(sums, self.parameters, strict=True)]
+
+
+def attention_of(call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+    """Attention output [B, S, H, D], log-sum-exp [B, H, S] and the last chunk's queries, keys and values."""
+    layer, projected = call.layer, []
+    if call.pattern is None:
+        projected = project(call, x, *call.head_chunks()[0])
+        return call.attend(*(states.transpose(1, 2) for states in projected)), None, projected
+    output = x.new_empty(*x.shape[:2], layer.num_heads, layer.head_dim)
+    lse = empty_lse(output)
+    for heads, kv_heads in call.head_chunks():
+        projected.clear()
+        projected += project(call, x, heads, kv_heads)
+        options = {"pattern": call.pattern, "first_head": heads.start, "scaling": layer.scaling}
+        attention_forward(*projected, output[:, :, heads], lse[:, heads], **options)
+    return output, lse, projected
+
+
+def project(call: LayerCall, x: torch.Tensor, heads: slice, kv_heads: slice) -> list[torch.Tensor]:
+    """Queries, keys and values after RoPE, of some heads: [B, S, H, D], [B, S, K, D] twice."""
+    layer = call.layer
+    linears = chunk_of(layer.weights(*PROJECTIONS, dtype=call.dtype), layer.head_dim, heads, kv_heads)
+    counts = (heads.stop - heads.start, *[kv_heads.stop - kv_heads.start] * 2)
+    states = [x.new_empty(*x.shape[:2], count, layer.head_dim) for count in counts]
+    for tile, seed in call.tiles(x.shape[1]):
+        query, key, value = layer.project(x[:, tile], linears, seed, are_values_needed=True)
+        rope = call.rope(tile)
+        for target, source in zip(states, (rotated(query, *rope), rotated(key, *rope), value), strict=True):
+            target[:, tile] = source
+    return states
+
+
+def chunk_of(linears: dict, head_dim: int, heads: slice, kv_heads: slice) -> dict:
+    rows = [slice(part.start * head_dim, part.stop * head_dim) for part in (heads, kv_heads, kv_heads)]
+    return {name: linears[name].rows(part) for name, part in zip(PROJECTIONS, rows, strict=True)}
+
+
+def finish(
+    call: LayerCall, x: torch.Tensor, output: torch.Tensor, *, are_products_kept: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The layer's result from its input and its attention output, and what "all" keeps of the way there."""
+    layer, result = call.layer, torch.empty_like(x)
+    linears, kept = layer.weights("o_proj", *MLP, dtype=call.dtype), []
+    for tile, seed in call.tiles(x.shape[1]):
+        hidden = x[:, tile] + linears["o_proj"](output[:, tile].flatten(2), seed("o_proj"))
+        added, *products = layer.mlp(hidden, linears, seed)
+        result[:, tile] = hidden + added
+        if are_products_kept:
+            kept = kept or [p.new_empty(*x.shape[:2], p.shape[-1]) for p in (hidden, *products)]
+            for target, source in zip(kept, (hidden, *products), strict=True):
+                target[:, tile] = source
+    return result, kept
+
+
+def finish_backward(call, x, output, gradient, products, sums) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x, as far as it does not go through attention [B, S, C], and of the attention output [B, S, H, D]."""
+    layer, grad_x, grad_output = call.layer, torch.empty_like(x), torch.empty_like(output)
+    linears = layer.weights("o_proj", *MLP, dtype=call.dtype)
+    trained, trained_mlp = layer.trained("o_proj"), layer.trained(*MLP)
+    for tile, seed in call.tiles(x.shape[1]):
+        with torch.enable_grad():
+            attended = output[:, tile].flatten(2).detach().requires_grad_()
+            added = linears["o_proj"](attended, seed("o_proj"), is_output_needed=not products)
+            hidden = products[0][:, tile] if products else x[:, tile] + added.detach()
+            hidden = hidden.detach().requires_grad_()
+            known = tuple(p[:, tile] for p in products[1:]) or None
+            mlp_added, _, _ = layer.mlp(hidden, linears, seed, products=known, is_output_needed=False)
+        (grad_hidden,) = sums.backward([mlp_added], [gradient[:, tile]], [hidden], trained_mlp)
+        grad_x[:, tile] = grad_hidden + gradient[:, tile]
+        (grad_attended,) = sums.backward([added], [grad_x[:, tile]], [attended], trained)
+        grad_output[:, tile] = grad_attended.view_as(output[:, tile])
+    return grad_x, grad_output
+
+
+def backward_by_kernels(call, x, kept, gradient, products, sums) -> tuple[torch.Tensor, ...]:
+    """Gradients of x past attention, and of queries, keys and values after RoPE."""
+    layer, chunks = call.layer, call.head_chunks()
+    output, lse, *projected = kept or [None, None]
+    if output is None:
+        output, lse, projected = attention_of(call, x)
+    grad_x, grad_output = finish_backward(call, x, output, gradient, products, sums)
+    options = {"pattern": call.pattern, "scaling": layer.scaling}
+    if len(chunks) == 1:
+        projected = projected or project(call, x, *chunks[0])
+        return grad_x, *attention_backward(grad_output, *projected, output, lse, first_head=0, **options)
+    # What a chunk has used up takes its gradients: queries' in the output, keys' in the gradient of the output.
+    projected.clear()
+    grad_value = x.new_empty(*x.shape[:2], layer.num_kv_heads, layer.head_dim)
+    grad_key = grad_output if layer.num_kv_heads == layer.num_heads else torch.empty_like(grad_value)
+    for heads, kv_heads in chunks:
+        states = project(call, x, heads, kv_heads)
+        arguments = grad_output[:, :, heads], *states, output[:, :, heads], lse[:, heads]
+        grads = attention_backward(*arguments, first_head=heads.start, **options)
+        del states, arguments
+        output[:, :, heads], grad_key[:, :, kv_heads], grad_value[:, :, kv_heads] = grads
+    return grad_x, output, grad_key, grad_value
+
+
+def backward_through_autograd(call, x, gradient, products, sums) -> tuple[torch.Tensor, ...]:
+    """The same for attention of any kind."""
+    with torch.enable_grad():
+        projected = [states.requires_grad_() for states in project(call, x, *call.head_chunks()[0])]
+        output = call.attend(*(states.transpose(1, 2) for states in projected))
+    grad_x, grad_output = finish_backward(call, x, output.detach(), gradient, products, sums)
+    return grad_x, *torch.autograd.grad(output, projected, grad_output)
+
+
+def project_backward(call, x, grads, grad_x: torch.Tensor | None, sums) -> None:
+    """Add the gradient that reaches x through queries, keys and values to grad_x [B, S, C], where that is wanted."""
+    layer = call.layer
+    linears, trained = layer.weights(*PROJECTIONS, dtype=call.dtype), layer.trained(*PROJECTIONS)
+    for tile, seed in call.tiles(x.shape[1]):
+        with torch.enable_grad():
+            part = x[:, tile].detach().requires_grad_(grad_x is not None)
+            projected = layer.project(part, linears, seed, are_values_needed=False)
+        rope = call.rope(tile)
+        parts = [rotated_back(grad[:, tile], *rope) for grad in grads[:2]] + [grads[2][:, tile]]
+        got = sums.backward(projected, parts, [] if grad_x is None else [part], trained)
+        if grad_x is not None:
+            grad_x[:, tile] += got[0]

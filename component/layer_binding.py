@@ -1,0 +1,69 @@
+"""Bind the layer function to a transformers model: its decoder layers, in training, become single nodes.
+
+Any model type of `decoder_layer.MODEL_TYPES`; with an adapter or trained in full. In evaluation, in generation
+and with a key/value cache the layers are transformers' own. `unbind_layers` undoes it.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from component.attention import attention_pattern, call_attention
+from component.decoder_layer import DecoderLayer, reason_unsupported
+from component.layer_backward import LayerCall, LayerFunction, LayerOptions
+
+
+def bind_layers(model: nn.Module, options: LayerOptions, *, store: Any = None) -> None:
+    """Let every decoder layer of `model`, adapter attached, train through `LayerFunction`.
+
+    store: keeps tensors between forward and backward (`put`, `get`), or None for autograd's own keeping.
+    Raises ValueError where the model's layers are of another kind.
+    """
+    reason = reason_unsupported(model)
+    if reason:
+        raise ValueError(f"layer_function: not available, since {reason}; set layer_function: false")
+    for layer in decoder_layers(model):
+        layer.forward = partial(layer_forward, layer, DecoderLayer(layer), options, store)
+
+
+def unbind_layers(model: nn.Module) -> None:
+    """Give the model its own layers back."""
+    for layer in decoder_layers(model):
+        layer.__dict__.pop("forward", None)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return list(base.get_decoder().layers)
+
+
+def layer_forward(
+    layer: nn.Module,
+    parts: DecoderLayer,
+    options: LayerOptions,
+    store: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    past_key_values=None,
+    **kwargs,
+) -> torch.Tensor:
+    """Forward pass of a decoder layer, with transformers' arguments."""
+    if not layer.training or not torch.is_grad_enabled() or past_key_values is not None:
+        inputs = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+        return type(layer).forward(layer, hidden_states, **inputs, past_key_values=past_key_values, **kwargs)
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    cos, sin = (x.to(dtype) for x in position_embeddings)
+    call = LayerCall(
+        parts, options, dtype, cos, sin,
+        pattern=attention_pattern(parts.attention, attention_mask),
+        attend=partial(call_attention, parts.attention, attention_mask, **kwargs),
+        # From the CPU's generator: no wait for a GPU.
+        seed=int(torch.randint(2**62, ())),
+        store=store,
+    )  # fmt: skip
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    return LayerFunction.apply(hidden_states, call, *trained)
