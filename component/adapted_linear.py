@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 
 # Masks compare 16 random bits with a threshold: four elements from each 64-bit draw.
 MASK_LEVELS = 2**16
@@ -41,15 +42,13 @@ class AdaptedLinear:
     def __call__(
         self, x: torch.Tensor, seed: int, *, output: torch.Tensor | None = None, is_output_needed: bool = True
     ) -> torch.Tensor:
-        """Output [..., N] for x [..., C]; differentiable in x, lora_a and lora_b, or in the weights if they are trained.
+        """Output [..., N] for x [..., C]; differentiable in x and in what is trained: LoRA, or weight and bias.
 
         seed: of the dropout mask. output: the result where it is known; only its gradient is wanted then.
         is_output_needed: if not, the values that come back are meaningless, but gradients flow through them.
         """
         if self.weight.requires_grad:
-            return torch.nn.functional.linear(
-                x, self.weight.to(x.dtype), self.bias if self.bias is None else self.bias.to(x.dtype)
-            )
+            return F.linear(x, *(w if w is None else w.to(x.dtype) for w in (self.weight, self.bias)))
         if output is None and not is_output_needed:
             output = x.new_empty(()).expand(*x.shape[:-1], self.weight.shape[0])
         return AdaptedLinearFunction.apply(x, self.lora_a, self.lora_b, self, seed, Known(output))
