@@ -97,8 +97,13 @@ class LayerFunction(torch.autograd.Function):
         if call.pattern is None:
             # Autograd runs through attention again whatever was kept of it.
             kept = [x] + products
-        ctx.call, ctx.dtype, ctx.trained = call, hidden.dtype, trained
-        ctx.num_products = len(products)
+        ctx.call, ctx.dtype, ctx.trained, ctx.num_products, ctx.is_spent = (
+            call,
+            hidden.dtype,
+            trained,
+            len(products),
+            False,
+        )
         if call.store is None:
             ctx.save_for_backward(*kept)
         else:
@@ -108,7 +113,9 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
-        call = ctx.call
+        if ctx.is_spent:
+            raise RuntimeError("a layer's backward pass ran twice; gradients took the place of what it had kept")
+        ctx.is_spent, call = True, ctx.call
         kept = list(ctx.saved_tensors if call.store is None else map(call.store.get, ctx.handles))
         products = [kept.pop() for _ in range(ctx.num_products)][::-1]
         x, *kept = kept
@@ -199,7 +206,7 @@ def finish(
 
 
 def finish_backward(call, x, output, gradient, products, sums) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x, as far as it does not go through attention [B, S, C], and of the attention output [B, S, H, D]."""
+    """Gradients of x [B, S, C], as far as they do not pass attention, and of the attention output [B, S, H, D]."""
     layer, grad_x, grad_output = call.layer, torch.empty_like(x), torch.empty_like(output)
     linears = layer.weights("o_proj", *MLP, dtype=call.dtype)
     trained, trained_mlp = layer.trained("o_proj"), layer.trained(*MLP)

@@ -1,7 +1,7 @@
 """Bind the layer function to a transformers model: its decoder layers, in training, become single nodes.
 
 Any model type of `decoder_layer.MODEL_TYPES`; with an adapter or trained in full. In evaluation, in generation
-and with a key/value cache the layers are transformers' own. `unbind_layers` undoes it.
+and with a filled key/value cache the layers are transformers' own. `unbind_layers` undoes it.
 """
 
 from functools import partial
@@ -51,7 +51,9 @@ def layer_forward(
     **kwargs,
 ) -> torch.Tensor:
     """Forward pass of a decoder layer, with transformers' arguments."""
-    if not layer.training or not torch.is_grad_enabled() or past_key_values is not None:
+    # An empty cache is left empty, as gradient checkpointing does: transformers makes one in training as well.
+    has_past = past_key_values is not None and past_key_values.get_seq_length() > 0
+    if not layer.training or not torch.is_grad_enabled() or has_past:
         inputs = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
         return type(layer).forward(layer, hidden_states, **inputs, past_key_values=past_key_values, **kwargs)
     device = hidden_states.device.type
