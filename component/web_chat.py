@@ -7,7 +7,6 @@ import copy
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from component.cli import USER_ERRORS, one_line
 from component.generation import Generation, GenerationOptions, generate_text
 from component.prompt import encode_conversation
 
-# Seconds between two looks at a growing answer.
-STREAM_INTERVAL = 0.1
+# Seconds between two looks at whether a waiting answer was stopped.
+TURN_INTERVAL = 0.1
 # Conversations that are kept; the one that was quiet for longest is forgotten first.
 MAX_CONVERSATIONS = 256
 
@@ -42,7 +41,7 @@ class SharedModel:
     def wait_for_turn(self, stop_event: threading.Event) -> bool:
         """Take `turn`, which the caller releases; False where `stop_event` is set first."""
         while not stop_event.is_set():
-            if self.turn.acquire(timeout=STREAM_INTERVAL):
+            if self.turn.acquire(timeout=TURN_INTERVAL):
                 return True
         return False
 
@@ -131,41 +130,9 @@ class Conversation:
         except USER_ERRORS as error:
             self.tell(one_line(error).removeprefix("/file: ").replace(f"{path.parent}/", ""), is_error=True)
 
-    def ask(self, question: str, options: GenerationOptions, system: str | None = None) -> Iterator[None]:
-        """Write an answer in a thread of its own; yields at once and whenever there is more to show.
-
-        Closing the iterator stops the answer. Raises ValueError for what cannot be asked.
-        """
-        answer = self._begin(question.strip(), options, system)
-        shown = None
-        try:
-            while True:
-                state = (len(answer.text), answer.is_waiting, answer.stop_event.is_set())
-                if state != shown:
-                    shown = state
-                    yield
-                if self.answer is not answer:
-                    break
-                answer.is_done.wait(STREAM_INTERVAL)
-        finally:
-            answer.stop_event.set()
-
-    def stop(self) -> None:
-        """End the answer after its current token; what there is of it stays."""
-        with self.lock:
-            if self.answer:
-                self.answer.stop_event.set()
-                self.tell("stopping")
-
-    def reset(self) -> None:
-        """Forget turns and documents; an answer that is being written is dropped."""
-        self.stop()
-        with self.lock:
-            self.answer = None
-            self.session.clear()
-            self.tell("cleared")
-
-    def _begin(self, question: str, options: GenerationOptions, system: str | None) -> Answer:
+    def ask(self, question: str, options: GenerationOptions, system: str | None = None) -> Answer:
+        """Begin to write an answer, in a thread of its own; raises ValueError for what cannot be asked."""
+        question = question.strip()
         try:
             f"{question}{system or ''}".encode()
         except UnicodeEncodeError:
@@ -183,6 +150,21 @@ class Conversation:
         fitted = replace(options, max_new_tokens=prompt.max_new_tokens)
         threading.Thread(target=self._write, args=(answer, ids, fitted), daemon=True).start()
         return answer
+
+    def stop(self) -> None:
+        """End the answer after its current token; what there is of it stays."""
+        with self.lock:
+            if self.answer:
+                self.answer.stop_event.set()
+                self.tell("stopping")
+
+    def reset(self) -> None:
+        """Forget turns and documents; an answer that is being written is dropped."""
+        self.stop()
+        with self.lock:
+            self.answer = None
+            self.session.clear()
+            self.tell("cleared")
 
     def _write(self, answer: Answer, ids: list[int], options: GenerationOptions) -> None:
         """The thread of an answer: wait for the model, generate, add the turn."""

@@ -5,7 +5,6 @@ gradio is imported where it is used, since it is an extra.
 
 import html
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 
 from component.cli import one_line
@@ -34,6 +33,10 @@ STYLE = """
 #documents .left-out {opacity: .55}
 footer {display: none !important}
 """
+
+
+# Seconds between two looks at a growing answer.
+STREAM_INTERVAL = 0.2
 
 
 def grouped(count: int) -> str:
@@ -156,6 +159,7 @@ def build_page(conversations: Conversations, facts: str):
                     markdown = gr.Checkbox(False, label="Show Markdown as formatted text")
                 reset = gr.Button("Reset conversation", elem_id="reset", size="md")
 
+        clock = gr.Timer(STREAM_INTERVAL, active=False)
         margin = [status, meter, documents]
         view = [*margin, chatbot, send, stop]
 
@@ -188,20 +192,26 @@ def build_page(conversations: Conversations, facts: str):
             # Not the rest: an answer may be streaming into it.
             return show_margin(conversation)
 
-        def on_send(text, max_new_tokens, temperature, top_p, system, request: gr.Request) -> Iterator[list]:
+        def on_send(text, max_new_tokens, temperature, top_p, system, request: gr.Request) -> list:
             conversation = of(request)
             try:
                 options = page_options(defaults, max_new_tokens, temperature, top_p)
-                for position, _ in enumerate(conversation.ask(text or "", options, (system or "").strip() or None)):
-                    yield [gr.skip() if position else "", *show_answering(conversation)]
-                yield [gr.skip(), *show(conversation)]
+                conversation.ask(text or "", options, (system or "").strip() or None)
             # The message stays in its box, to be mended.
             except ValueError as error:
                 conversation.tell(one_line(error).removeprefix("--"), is_error=True)
-                yield [gr.skip(), *show(conversation)]
+                shown = show_answering(conversation) if conversation.answer else show(conversation)
+                return [gr.skip(), gr.skip(), *shown]
+            return ["", gr.Timer(active=True), *show_answering(conversation)]
+
+        def on_tick(request: gr.Request) -> list:
+            conversation = of(request)
+            if conversation.answer:
+                return [gr.skip(), *show_answering(conversation)]
+            return [gr.Timer(active=False), *show(conversation)]
 
         def on_stop(request: gr.Request) -> None:
-            # What comes of it is shown by on_send, which is still at it: two events may overtake each other.
+            # What comes of it is shown by the next tick: two events may overtake each other.
             of(request).stop()
 
         def on_reset(request: gr.Request) -> list:
@@ -219,8 +229,10 @@ def build_page(conversations: Conversations, facts: str):
         page.load(refresh, None, view, queue=False, **quiet)
         page.unload(on_stop)
         # Any number of tabs may ask: who writes is decided by the model's turn, where a waiting tab can be stopped.
-        asked = {"inputs": [question, max_new_tokens, temperature, top_p, system], "outputs": [question, *view]}
-        gr.on([question.submit, send.click], on_send, **asked, concurrency_limit=None, trigger_mode="once", **quiet)
+        asked = {"inputs": [question, max_new_tokens, temperature, top_p, system], "outputs": [question, clock, *view]}
+        gr.on([question.submit, send.click], on_send, **asked, queue=False, trigger_mode="once", **quiet)
+        # The browser asks for what is new when it has shown the last: one that is slow misses steps, not the end.
+        clock.tick(on_tick, None, [clock, *view], queue=False, trigger_mode="once", **quiet)
         stop.click(on_stop, None, None, queue=False, **quiet)
         reset.click(on_reset, None, view, queue=False, **quiet)
         upload.upload(on_upload, upload, margin, concurrency_limit=None, **quiet)

@@ -49,7 +49,7 @@ class Writer:
 
 @pytest.fixture
 def writer(monkeypatch):
-    monkeypatch.setattr(web_chat, "STREAM_INTERVAL", 0.01)
+    monkeypatch.setattr(web_chat, "TURN_INTERVAL", 0.01)
 
     def install(*pieces: str) -> Writer:
         writer = Writer(*pieces)
@@ -80,49 +80,41 @@ def contents(conversation) -> list[str]:
 
 
 def ask_all(conversation, question: str, options: GenerationOptions = OPTIONS, system: str | None = None) -> None:
+    finish(conversation.ask(question, options, system))
+
+
+def finish(answer) -> None:
     # An answer whose turn never comes is to fail, not to hang.
-    timer = threading.Timer(30, conversation.stop)
-    timer.start()
-    for _ in conversation.ask(question, options, system):
-        pass
-    timer.cancel()
+    assert answer.is_done.wait(30)
 
 
 def test_an_answer_streams_and_joins_the_history(conversations, writer):
     conversation = conversations().of("a")
     script = writer("  ", " one", " two")
-    views = conversation.ask(" hello ", OPTIONS)
-    next(views)
+    answer = conversation.ask(" hello ", OPTIONS)
     assert contents(conversation) == ["hello"]
     script.release(2)
-    next(views)
+    wait_until(lambda: len(contents(conversation)) == 2)
     assert contents(conversation) == ["hello", "one"], "no space before the answer"
     script.release()
-    list(views)
+    finish(answer)
     assert contents(conversation) == ["hello", "one two"] and conversation.answer is None and conversation.status == ""
     script.release(3)
     ask_all(conversation, "and now?")
     assert "USER: hello\nASSISTANT: one two</s>USER: and now?\nASSISTANT:" in script.prompts[1]
 
 
-@pytest.mark.parametrize("how", ["stop", "close"])
-def test_a_stopped_answer_is_kept(conversations, writer, how):
+def test_a_stopped_answer_is_kept(conversations, writer):
     conversation = conversations().of("a")
     script = writer("some", " more")
     script.release()
-    views = conversation.ask("hello", OPTIONS)
-    while contents(conversation) != ["hello", "some"]:
-        next(views)
-    if how == "stop":
-        conversation.stop()
-        assert conversation.status == "stopping"
-        list(views)
-    else:
-        # A tab that goes away.
-        views.close()
-    wait_until(lambda: conversation.answer is None)
+    answer = conversation.ask("hello", OPTIONS)
+    wait_until(lambda: contents(conversation) == ["hello", "some"])
+    conversation.stop()
+    assert conversation.status == "stopping"
+    finish(answer)
     assert contents(conversation) == ["hello", "some"] and conversation.status == "stopped"
-    assert not conversation.is_error
+    assert not conversation.is_error and conversation.answer is None
 
 
 def test_conversations_are_apart_and_the_model_answers_one_at_a_time(conversations, writer):
@@ -130,18 +122,17 @@ def test_conversations_are_apart_and_the_model_answers_one_at_a_time(conversatio
     first, second = both.of("a"), both.of("b")
     assert both.of("a") is first is not second
     script = writer("text")
-    views, others = first.ask("one", OPTIONS), second.ask("two", OPTIONS)
-    next(views)
+    answer = first.ask("one", OPTIONS)
     wait_until(lambda: script.num_writing == 1)
-    next(others)
+    other = second.ask("two", OPTIONS)
     wait_until(lambda: second.answer.is_waiting)
     assert "waiting for the model" in status_html(second) and "waiting" not in status_html(first)
     script.release()
-    list(views)
+    finish(answer)
     wait_until(lambda: len(script.prompts) == 2)
     assert "waiting" not in status_html(second)
     script.release()
-    list(others)
+    finish(other)
     assert (contents(first), contents(second)) == (["one", "text"], ["two", "text"])
     assert script.most_writing == 1
 
@@ -150,15 +141,14 @@ def test_a_waiting_conversation_can_be_stopped(conversations, writer):
     both = conversations()
     first, second = both.of("a"), both.of("b")
     script = writer("text")
-    views, others = first.ask("one", OPTIONS), second.ask("two", OPTIONS)
-    next(views)
+    answer = first.ask("one", OPTIONS)
     wait_until(lambda: script.num_writing == 1)
-    next(others)
+    other = second.ask("two", OPTIONS)
     second.stop()
-    list(others)
+    finish(other)
     assert contents(second) == [] and second.status == "stopped" and len(script.prompts) == 1
     script.release()
-    list(views)
+    finish(answer)
     assert contents(first) == ["one", "text"]
 
 
@@ -169,11 +159,10 @@ def test_reset_drops_the_answer_being_written_too(conversations, writer, tmp_pat
     conversation.add_document(str(tmp_path / "a.txt"))
     script = writer("some", " more")
     script.release()
-    views = conversation.ask("hello", OPTIONS)
-    while len(contents(conversation)) < 2:
-        next(views)
+    answer = conversation.ask("hello", OPTIONS)
+    wait_until(lambda: len(contents(conversation)) == 2)
     conversation.reset()
-    assert list(views) == []
+    finish(answer)
     assert contents(conversation) == [] == conversation.documents() and conversation.status == "cleared"
     assert conversation.num_tokens() == empty
     wait_until(lambda: script.num_writing == 0)
@@ -238,13 +227,12 @@ def test_what_cannot_be_asked_is_refused_and_changes_nothing(conversations, writ
     script = writer("text")
     for question, message in ((" \n", "is empty"), ("w " * 900, "shorten it"), ("\ud800", "not valid Unicode")):
         with pytest.raises(ValueError, match=message):
-            next(conversation.ask(question, OPTIONS))
-    views = conversation.ask("one", OPTIONS)
-    next(views)
+            conversation.ask(question, OPTIONS)
+    answer = conversation.ask("one", OPTIONS)
     with pytest.raises(ValueError, match="an answer is being written"):
-        next(conversation.ask("two", OPTIONS))
+        conversation.ask("two", OPTIONS)
     script.release()
-    list(views)
+    finish(answer)
     assert contents(conversation) == ["one", "text"]
 
 
