@@ -7,7 +7,8 @@ restored with the adapter; `requires_grad` alone would leave them out of every c
 from dataclasses import dataclass, field
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from component.model import linear_layers
@@ -46,11 +47,11 @@ class AdapterConfig:
 
 def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> PreTrainedModel | PeftModel:
     """Freeze the base and add what is trained. Trained weights are fp32: an optimizer step of 1e-4 of a
-    weight's size is lost in 16 bit."""
+    weight's size is lost in 16 bit. What flows between the layers stays in the dtype of the base."""
     if config.finetuning_type == "full":
         return model.float().requires_grad_(True)
-    if config.finetuning_type == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model.requires_grad_(False)
+    stream_dtype = model.get_input_embeddings().weight.dtype
     modules_to_save = trained_module_names(model, embedding=config.train_embedding, norm=config.train_norm)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -65,7 +66,41 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> PreTrainedM
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    keep_stream_dtype(peft_model, stream_dtype)
+    drop_frozen_twins(peft_model)
     return peft_model
+
+
+def keep_stream_dtype(model: PeftModel, dtype: torch.dtype) -> None:
+    """Let embeddings and norms that are trained in fp32 still return `dtype`, and a trained head take it."""
+    if dtype == torch.float32:
+        return
+    head = model.get_base_model().get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and module is head:
+            module.register_forward_pre_hook(cast_to_weight)
+        elif isinstance(module, ModulesToSaveWrapper):
+            module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+
+
+def cast_to_weight(module: ModulesToSaveWrapper, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (inputs[0].to(module.weight.dtype),)
+
+
+def drop_frozen_twins(model: PeftModel) -> None:
+    """Free the frozen original that PEFT keeps of each module trained as a copy: no training step reads it."""
+    names = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if ".original_module." not in name}
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for parameter in module.original_module.parameters():
+                # A tied original is the weight of another module too.
+                if id(parameter) not in names:
+                    parameter.data = parameter.data.new_empty(0)
+                    module.original_module.register_forward_pre_hook(refuse_without_adapter)
+
+
+def refuse_without_adapter(module: torch.nn.Module, inputs: tuple) -> None:
+    raise RuntimeError("a model in training cannot switch its adapter off: the originals of trained layers are freed")
 
 
 def target_module_names(model: PreTrainedModel, requested: str | None) -> list[str]:
