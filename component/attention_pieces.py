@@ -48,8 +48,8 @@ def attention_forward(query, key, value, output, lse, *, pattern: CausalPattern,
         pieces = query[:, :, piece.heads], key[:, :, piece.kv_heads], value[:, :, piece.kv_heads]
         for rows, size in runs_of(piece.sizes):
             part, part_lse = attend(*(grouped(x[:, rows], size) for x in pieces), is_causal=True, scaling=scaling)
-            output[:, rows, piece.heads] = ungrouped(part, query.shape[0])
-            lse[:, piece.heads, rows] = ungrouped(part_lse[..., None], query.shape[0])[..., 0].transpose(1, 2)
+            write_groups(output[:, rows, piece.heads], part, size)
+            write_groups(lse[:, piece.heads, rows].transpose(1, 2)[..., None], part_lse[..., None], size)
 
 
 def attention_backward(
@@ -72,13 +72,16 @@ def attention_backward(
             grads = attend_backward(
                 run_gradient, *(grouped(x, size) for x in inputs), run_lse, is_causal=True, scaling=scaling
             )
-            grads = [ungrouped(x, query.shape[0]) for x in grads]
-            query[:, rows, piece.heads] = grads[0]
+            write_groups(query[:, rows, piece.heads], grads[0], size)
             for target, grad in ((grad_key, grads[1]), (grad_value, grads[2])):
                 if is_shared:
-                    target[:, rows].index_add_(2, torch.tensor(piece.kv_heads, device=grad.device), grad)
+                    flat = torch.empty_like(inputs[0])
+                    write_groups(flat, grad, size)
+                    target[:, rows].index_add_(2, torch.tensor(piece.kv_heads, device=grad.device), flat)
                 else:
-                    target[:, rows, piece.kv_heads] = grad
+                    write_groups(target[:, rows, piece.kv_heads], grad, size)
+            # Not to be held while the next piece is at work.
+            del grads, grad
     return query, grad_key, grad_value
 
 
@@ -120,9 +123,9 @@ def grouped(x: torch.Tensor, size: int) -> torch.Tensor:
     return x.unflatten(1, (-1, size)).flatten(0, 1).transpose(1, 2)
 
 
-def ungrouped(x: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """[B * N, H, G, D] -> [B, N * G, H, D]."""
-    return x.transpose(1, 2).unflatten(0, (batch_size, -1)).flatten(1, 2)
+def write_groups(target: torch.Tensor, source: torch.Tensor, size: int) -> None:
+    """Copy source [B * N, H, G, D] into target [B, N * G, H, D], without a copy in between."""
+    target.unflatten(1, (-1, size)).copy_(source.unflatten(0, (target.shape[0], -1)).transpose(2, 3))
 
 
 def empty_lse(query: torch.Tensor) -> torch.Tensor:

@@ -231,21 +231,24 @@ def backward_by_kernels(call, x, kept, gradient, products, sums) -> tuple[torch.
     output, lse, *projected = kept or [None, None]
     if output is None:
         output, lse, projected = attention_of(call, x)
+    if len(chunks) > 1:
+        # The last chunk's only: they are made again when its turn comes.
+        projected = []
     grad_x, grad_output = finish_backward(call, x, output, gradient, products, sums)
     options = {"pattern": call.pattern, "scaling": layer.scaling}
     if len(chunks) == 1:
         projected = projected or project(call, x, *chunks[0])
         return grad_x, *attention_backward(grad_output, *projected, output, lse, first_head=0, **options)
     # What a chunk has used up takes its gradients: queries' in the output, keys' in the gradient of the output.
-    projected.clear()
     grad_value = x.new_empty(*x.shape[:2], layer.num_kv_heads, layer.head_dim)
     grad_key = grad_output if layer.num_kv_heads == layer.num_heads else torch.empty_like(grad_value)
     for heads, kv_heads in chunks:
         states = project(call, x, heads, kv_heads)
         arguments = grad_output[:, :, heads], *states, output[:, :, heads], lse[:, heads]
         grads = attention_backward(*arguments, first_head=heads.start, **options)
-        del states, arguments
         output[:, :, heads], grad_key[:, :, kv_heads], grad_value[:, :, kv_heads] = grads
+        # Not to be held while the next chunk is projected.
+        del states, arguments, grads
     return grad_x, output, grad_key, grad_value
 
 

@@ -1,4 +1,5 @@
-"""Bind the layer function to a transformers model: its decoder layers, in training, become single nodes.
+"""Bind the layer function to a transformers model: its decoder layers, in training, become single
+nodes, and its last norm works in tiles.
 
 Any model type of `decoder_layer.MODEL_TYPES`; with an adapter or trained in full. In evaluation, in generation
 and with a filled key/value cache the layers are transformers' own. `unbind_layers` undoes it.
@@ -13,6 +14,7 @@ from torch import nn
 from component.attention import attention_pattern, call_attention
 from component.decoder_layer import DecoderLayer, reason_unsupported
 from component.layer_backward import LayerCall, LayerFunction, LayerOptions
+from component.tiled_norm import tiled_norm
 
 
 def bind_layers(model: nn.Module, options: LayerOptions, *, store: Any = None) -> None:
@@ -26,17 +28,34 @@ def bind_layers(model: nn.Module, options: LayerOptions, *, store: Any = None) -
         raise ValueError(f"layer_function: not available, since {reason}; set layer_function: false")
     for layer in decoder_layers(model):
         layer.forward = partial(layer_forward, layer, DecoderLayer(layer), options, store)
+    norm = final_norm(model)
+    norm.forward = partial(norm_forward, norm, options.tile_size)
 
 
 def unbind_layers(model: nn.Module) -> None:
     """Give the model its own layers back."""
-    for layer in decoder_layers(model):
-        layer.__dict__.pop("forward", None)
+    for module in (*decoder_layers(model), final_norm(model)):
+        module.__dict__.pop("forward", None)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return list(base.get_decoder().layers)
+    return list(decoder(model).layers)
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    return decoder(model).norm
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
+
+
+def norm_forward(norm: nn.Module, tile_size: int, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Forward pass of the norm behind the last layer."""
+    stock = partial(type(norm).forward, norm)
+    if not norm.training or not torch.is_grad_enabled():
+        return stock(hidden_states)
+    return tiled_norm(stock, hidden_states, [p for p in norm.parameters() if p.requires_grad], tile_size=tile_size)
 
 
 def layer_forward(

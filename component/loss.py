@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 64 * 2**20
 
 
 def next_token_loss(
@@ -57,25 +57,16 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        compute = sum_dtype(hidden)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=compute) if need_weight else None
         total = torch.zeros((), dtype=compute, device=hidden.device)
-        for chunk in torch.arange(len(hidden)).split(max(1, CHUNK_BYTES // (weight.shape[0] * 4))):
-            rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
-            counted = (targets[rows] != IGNORE_INDEX)[:, None]
-            index = targets[rows].clamp_min(0)[:, None]
-            log_probs = (hidden[rows] @ weight.T.to(hidden.dtype)).to(compute).log_softmax(-1)
-            total -= (log_probs.gather(1, index) * counted).sum()
-            if not (need_hidden or need_weight):
-                continue
-            grad_logits = log_probs.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=compute)).mul_(counted)
-            grad_logits = grad_logits.to(hidden.dtype)
-            if need_hidden:
-                torch.matmul(grad_logits, weight.to(hidden.dtype), out=grad_hidden[rows])
-            if need_weight:
-                grad_weight += grad_logits.T @ hidden[rows]
+        num_rows = max(1, CHUNK_BYTES // (weight.shape[0] * 4))
+        for start in range(0, len(hidden), num_rows):
+            rows = slice(start, start + num_rows)
+            into = None if grad_hidden is None else grad_hidden[rows]
+            total += chunk_of_loss(hidden[rows], weight, targets[rows], into, grad_weight)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
@@ -83,3 +74,24 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         grads = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors]
         return grads[0], grads[1], None
+
+
+def chunk_of_loss(hidden, weight, targets, grad_hidden, grad_weight) -> torch.Tensor:
+    """Summed loss of some tokens; gradients are written into grad_hidden [T, C] and added to grad_weight [V, C]."""
+    compute = sum_dtype(hidden)
+    counted, index = (targets != IGNORE_INDEX)[:, None], targets.clamp_min(0)[:, None]
+    log_probs = (hidden @ weight.T.to(hidden.dtype)).to(compute).log_softmax(-1)
+    total = -(log_probs.gather(1, index) * counted).sum()
+    if grad_hidden is None and grad_weight is None:
+        return total
+    grad_logits = log_probs.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=compute)).mul_(counted)
+    grad_logits = grad_logits.to(hidden.dtype)
+    if grad_hidden is not None:
+        torch.matmul(grad_logits, weight.to(hidden.dtype), out=grad_hidden)
+    if grad_weight is not None:
+        grad_weight += grad_logits.T @ hidden
+    return total
+
+
+def sum_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
