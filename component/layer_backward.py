@@ -1,7 +1,7 @@
 """One decoder layer as one node of the graph, whose backward pass keeps and recomputes only what it must.
 
 Forward and backward walk over tiles of the sequence; only attention sees it whole. What is kept between them
-is chosen (KEPT); the rest is made again, each dropout mask from its seed. The products whose values no
+is chosen (layer_call.KEPT); the rest is made again, each dropout mask from its seed. The products whose values no
 gradient needs (the down projection, queries, keys and values the second time) are not made again at all.
 
 In units of one [B, S, C] tensor, the backward pass of a layer with as many key/value heads as query heads
@@ -11,75 +11,14 @@ whose memory their gradients are written) = 8, 3/4 for the piece of attention at
 Dimensions: B batch, S sequence, T tokens of a tile, C hidden size, H query heads, K key/value heads, D head dim.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from component.attention_pieces import CausalPattern, attention_backward, attention_forward, empty_lse
-from component.decoder_layer import MLP, PROJECTIONS, DecoderLayer, rotated, rotated_back
-
-KEPT = ("none", "attention", "projections", "all")
-
-
-@dataclass(frozen=True)
-class LayerOptions:
-    """keep: what stays from the forward pass beside the layer's input, one of KEPT, each with those before it:
-    nothing, the attention's output and log-sum-exp, queries/keys/values, the products inside the MLP.
-
-    tile_size: tokens at a time; num_head_chunks: parts in which attention and its projections are computed.
-    """
-
-    keep: str = "attention"
-    tile_size: int = 1024
-    num_head_chunks: int = 1
-
-
-@dataclass
-class LayerCall:
-    """One call of a layer: what does not change between its forward and its backward pass.
-
-    cos, sin [B or 1, S, D]. pattern: None where attention is `attend(q, k, v)` on [B, H, S, D], through autograd.
-    seed: of all dropout masks.
-    """
-
-    layer: DecoderLayer
-    options: LayerOptions
-    dtype: torch.dtype
-    cos: torch.Tensor
-    sin: torch.Tensor
-    pattern: CausalPattern | None
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    seed: int
-    store: Any = None
-
-    def tiles(self, length: int) -> Iterator[tuple[slice, Callable[[str], int]]]:
-        """Tiles of the sequence, each with the seeds of its dropout masks."""
-        for start in range(0, length, self.options.tile_size):
-            yield (
-                slice(start, min(start + self.options.tile_size, length)),
-                lambda name, start=start: mask_seed(self.seed, name, start),
-            )
-
-    def rope(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cos[:, tile], self.sin[:, tile]
-
-    def head_chunks(self) -> list[tuple[slice, slice]]:
-        """Query heads and the key/value heads that they share, chunk by chunk."""
-        num_kv_heads, per_kv_head = self.layer.num_kv_heads, self.layer.num_heads // self.layer.num_kv_heads
-        size = -(-num_kv_heads // (self.options.num_head_chunks if self.pattern else 1))
-        bounds = [(low, min(low + size, num_kv_heads)) for low in range(0, num_kv_heads, size)]
-        return [(slice(low * per_kv_head, high * per_kv_head), slice(low, high)) for low, high in bounds]
-
-
-def mask_seed(seed: int, name: str, start: int) -> int:
-    """Seed of one dropout mask; mixed well, since torch's CPU generator uses the low 32 bits only."""
-    mixed = (seed + (sum(map(ord, name)) * 2**32 + start + 1) * 0x9E3779B97F4A7C15) % 2**64
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> shift)) * factor % 2**64
-    return (mixed ^ (mixed >> 31)) % 2**63
+from component.attention_pieces import attention_backward, attention_forward, empty_lse
+from component.decoder_layer import MLP, PROJECTIONS, rotated, rotated_back
+from component.layer_call import KEPT, LayerCall
 
 
 class LayerFunction(torch.autograd.Function):
@@ -107,7 +46,7 @@ class LayerFunction(torch.autograd.Function):
         if call.store is None:
             ctx.save_for_backward(*kept)
         else:
-            ctx.handles = [call.store.put(tensor) for tensor in kept]
+            ctx.handle = call.store.put(kept)
         return result
 
     @staticmethod
@@ -116,7 +55,7 @@ class LayerFunction(torch.autograd.Function):
         if ctx.is_spent:
             raise RuntimeError("a layer's backward pass ran twice; gradients took the place of what it had kept")
         ctx.is_spent, call = True, ctx.call
-        kept = list(ctx.saved_tensors if call.store is None else map(call.store.get, ctx.handles))
+        kept = list(ctx.saved_tensors if call.store is None else call.store.get(ctx.handle))
         products = [kept.pop() for _ in range(ctx.num_products)][::-1]
         x, *kept = kept
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -13,7 +13,8 @@ from torch import nn
 
 from component.attention import attention_pattern, call_attention
 from component.decoder_layer import DecoderLayer, reason_unsupported
-from component.layer_backward import LayerCall, LayerFunction, LayerOptions
+from component.layer_backward import LayerFunction
+from component.layer_call import LayerCall, LayerOptions
 from component.tiled_norm import tiled_norm
 
 

@@ -14,7 +14,7 @@ overrules the policy.
 
 from dataclasses import dataclass, field, fields, replace
 
-from component.layer_backward import KEPT
+from component.layer_call import KEPT
 
 POLICY_NAMES = ("auto", "fast", "balanced", "max_length")
 

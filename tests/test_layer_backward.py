@@ -6,13 +6,13 @@ from conftest import tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from component import layer_backward
+from component import decoder_layer, layer_backward
 from component.adapted_linear import keep_mask
 from component.adapter import AdapterConfig, attach_adapter
 from component.attention import AttentionConfig, bind_attention
 from component.decoder_layer import LINEARS, MODEL_TYPES
-from component.layer_backward import KEPT, LayerOptions, mask_seed
 from component.layer_binding import bind_layers, decoder_layers, unbind_layers
+from component.layer_call import KEPT, LayerOptions, mask_seed
 from component.loss_binding import bind_chunked_loss
 
 LENGTH = 61
@@ -235,12 +235,12 @@ def test_evaluation_and_generation_use_the_models_own_layers(monkeypatch):
 def test_products_that_no_gradient_needs_are_not_made(monkeypatch):
     """Backward redoes three products for "projections" (o, gate, up) and none for "all"."""
     model, calls = build(trains_rest=False), []
-    forward = layer_backward.DecoderLayer.weights
+    forward = decoder_layer.DecoderLayer.weights
 
     def counted(self, *names, dtype):
         return {name: CountedLinear(linear, calls) for name, linear in forward(self, *names, dtype=dtype).items()}
 
-    monkeypatch.setattr(layer_backward.DecoderLayer, "weights", counted)
+    monkeypatch.setattr(decoder_layer.DecoderLayer, "weights", counted)
     for keep, expected in (("none", 6), ("attention", 6), ("projections", 3), ("all", 0)):
         bind_layers(model, LayerOptions(keep, tile_size=64))
         loss = model(**batch()).loss
@@ -296,8 +296,8 @@ class Store:
     def __init__(self):
         self.kept = []
 
-    def put(self, tensor):
-        self.kept.append(tensor.clone())
+    def put(self, tensors):
+        self.kept.append([tensor.clone() for tensor in tensors])
         return len(self.kept) - 1
 
     def get(self, handle):
@@ -313,7 +313,7 @@ def test_store_keeps_what_autograd_would(keep):
     bind_layers(model, LayerOptions(keep, 16), store=store)
     torch.manual_seed(3)
     assert_equal(loss_and_gradients(model, batch()), expected, 0.0)
-    assert len(store.kept) == 2 * (1, 3, 6, 9)[KEPT.index(keep)]
+    assert [len(tensors) for tensors in store.kept] == [(1, 3, 6, 9)[KEPT.index(keep)]] * 2
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape), lambda x: x):
         hidden = torch.zeros(1, 4, 64, dtype=torch.float64, requires_grad=True)

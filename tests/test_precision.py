@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from component.adapter import AdapterConfig, attach_adapter
 from component.attention import AttentionConfig, bind_attention
-from component.layer_backward import LayerOptions
 from component.layer_binding import bind_layers, decoder_layers
+from component.layer_call import LayerOptions
 from component.loss_binding import bind_chunked_loss
 
 
