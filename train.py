@@ -11,6 +11,7 @@ tensorboard events and a loss curve.
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -43,7 +44,9 @@ def main() -> None:
     from component.context import context_length, load_extended_config
     from component.dataset import build_datasets
     from component.dry_run import dry_run
+    from component.layer_binding import apply_mechanisms
     from component.loss_binding import bind_chunked_loss
+    from component.memory_plan import advice_on_out_of_memory, plan_memory
     from component.model import load_tokenizer, load_training_model
     from component.run import start_run
     from component.run_checks import check_against_model, check_data, check_settings, check_tokenizer
@@ -60,15 +63,18 @@ def main() -> None:
     )
     check_tokenizer(settings, config, tokenizer)
     check_data(settings)
+    plan = plan_memory(settings, config)
+    notices += [*plan.notices, context, plan.describe()]
     if args.dry_run:
-        return dry_run(settings, config, [*notices, context])
+        return dry_run(settings, config, notices)
 
-    run = start_run(settings, [*notices, context])
+    run = start_run(settings, notices, mechanisms=asdict(plan.mechanisms))
     is_quantized = settings.adapter.finetuning_type == "qlora"
     model = load_training_model(settings.model, config, run.arguments, load_in_4bit=is_quantized)
     run.log(bind_attention(model, settings.attention, settings.data.max_seq_length))
     run.log(bind_chunked_loss(model))
     model = attach_adapter(model, settings.adapter)
+    apply_mechanisms(model, plan.mechanisms, run.arguments.device)
     run.log(trainable_table(model))
     train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log)
 
@@ -81,9 +87,10 @@ def main() -> None:
         processing_class=tokenizer,
         run_record=run.record,
     )
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    with advice_on_out_of_memory(plan):
+        trainer.train(resume_from_checkpoint=run.checkpoint)
     run.log(f"saved {trainer.save_final()}")
-    run.finish(trainer)
+    run.finish(trainer, predicted_gib=plan.estimate.peak / 2**30)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,8 @@ def measure(args: argparse.Namespace, length: int, device) -> dict[str, dict]:
     """Seconds and extra bytes of each method at one length; a method that runs out of memory says so."""
     from tqdm import tqdm
 
-    from benchmark.live_memory import PeakMemory, check_free_memory, is_out_of_memory
+    from benchmark.live_memory import PeakMemory, check_free_memory
+    from component.device_memory import is_out_of_memory
 
     group_size = int(length * args.group_size_ratio) // 2 * 2
     leaves, gradient = make_inputs(args, length, device)

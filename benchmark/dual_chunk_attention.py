@@ -92,7 +92,8 @@ def measure(args: argparse.Namespace, length: int, sizes, device) -> dict:
     """Facts of one length and the figures of each method; a method that runs out of memory says so."""
     from tqdm import tqdm
 
-    from benchmark.live_memory import PeakMemory, is_out_of_memory
+    from benchmark.live_memory import PeakMemory
+    from component.device_memory import is_out_of_memory
 
     tensors = make_inputs(args, length, device)
     qkv_bytes = sum(x.nbytes for x in tensors)

@@ -9,11 +9,12 @@ and in the backward pass. Scratch space inside a kernel is not seen there.
 """
 
 import weakref
-from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from component.device_memory import free_host_memory
 
 
 class LiveStorages(TorchDispatchMode):
@@ -74,17 +75,8 @@ class PeakMemory:
             self.peak_bytes = self.tracker.peak_bytes
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a tensor found no memory, on a GPU or on a CPU."""
-    said = any(words in str(error) for words in ("allocate memory", "not enough memory"))
-    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
-
-
 def check_free_memory(num_bytes: int, device: torch.device) -> None:
     """Raise MemoryError where a CPU has less free memory than `num_bytes`; a GPU refuses by itself."""
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.is_file():
-        return
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    if num_bytes > int(fields["MemAvailable"].split()[0]) * 1024:
+    free = free_host_memory() if device.type == "cpu" else None
+    if free is not None and num_bytes > free:
         raise MemoryError(f"{num_bytes} bytes are more than is free")

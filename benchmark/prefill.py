@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark.train_step import DTYPE_NAMES, MIB, limit_memory, parse_size, use_v100_kernels  # noqa: E402
+from benchmark.train_step import DTYPE_NAMES, MIB, limit_memory, use_v100_kernels  # noqa: E402
 from component.cli import run_main  # noqa: E402
+from component.device_memory import parse_size  # noqa: E402
 
 METHODS = ("dca", "sdpa_with_past", "sdpa")
 
@@ -51,7 +52,7 @@ def check_args(args: argparse.Namespace) -> int | None:
             raise ValueError(f"--{name}: must be at least 1 token, got {value}")
     if args.v100 and args.dtype not in (None, "fp16"):
         raise ValueError(f"--v100 computes in fp16; leave out --dtype {args.dtype}")
-    return parse_size(args.memory_cap) if args.memory_cap is not None else None
+    return parse_size(args.memory_cap, "--memory_cap") if args.memory_cap is not None else None
 
 
 def choose_device(args: argparse.Namespace):
@@ -142,9 +143,9 @@ def main() -> None:
 
     import torch
 
-    from benchmark.live_memory import is_out_of_memory
     from benchmark.machine import describe_machine, machine_lines
     from benchmark.random_nf4_model import random_nf4_model, shape_config
+    from component.device_memory import is_out_of_memory
     from component.files import write_json
 
     device = choose_device(args)

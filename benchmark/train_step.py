@@ -10,16 +10,15 @@ what torch allocated and reserved on a GPU; on a CPU, the bytes of all tensors a
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from component.cli import run_main  # noqa: E402
+from component.device_memory import is_out_of_memory, parse_size  # noqa: E402
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 MIB = 2**20
 
 
@@ -57,15 +56,7 @@ def check_args(args: argparse.Namespace) -> int | None:
             raise ValueError(f"--{name}: must be at least {least}, got {getattr(args, name)}")
     if args.v100 and args.dtype not in (None, "fp16"):
         raise ValueError(f"--v100 computes in fp16; leave out --dtype {args.dtype}")
-    return parse_size(args.memory_cap) if args.memory_cap is not None else None
-
-
-def parse_size(text: str) -> int:
-    """Bytes in a size such as 32GiB, 500 MB or 1024."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
-        raise ValueError(f"--memory_cap: {text!r} is no size; write it as 32GiB, 32GB or 500MiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return parse_size(args.memory_cap, "--memory_cap") if args.memory_cap is not None else None
 
 
 def choose_device(args: argparse.Namespace):
@@ -118,7 +109,6 @@ def main() -> None:
 
     import torch
 
-    from benchmark.live_memory import is_out_of_memory
     from benchmark.machine import describe_machine, machine_lines
     from benchmark.training_step import measure
     from component.files import write_json

@@ -21,6 +21,7 @@ from component.adapter import AdapterConfig
 from component.attention import AttentionConfig
 from component.checkpoint import OutputConfig
 from component.dataset import DataConfig
+from component.memory import MemoryConfig
 from component.model import ModelConfig
 from component.rope_scaling import ContextConfig
 from component.setting_values import KIND_NAMES, coerce
@@ -58,6 +59,7 @@ SECTIONS = {
     "context": ContextConfig,
     "attention": AttentionConfig,
     "adapter": AdapterConfig,
+    "memory": MemoryConfig,
     "data": DataConfig,
     "training": TrainingArguments,
     "output": OutputConfig,
@@ -73,6 +75,7 @@ class Settings:
     context: ContextConfig
     attention: AttentionConfig
     adapter: AdapterConfig
+    memory: MemoryConfig
     data: DataConfig
     output: OutputConfig
     log: LogConfig
@@ -192,10 +195,11 @@ def check_known(given: dict[str, Any], owners: dict[str, str]) -> None:
         raise ValueError(f"unknown setting {', '.join(unknown)}; all settings are listed in docs/settings.md")
 
 
-def read_settings(train_args_file: str, words: list[str]) -> tuple[Settings, list[str]]:
+def read_settings(train_args_file: str, words: list[str], *, needs_data: bool = True) -> tuple[Settings, list[str]]:
     """Settings of a run and the notices to log.
 
-    train_args_file: path of the YAML; words: the command line after it, `--key value` pairs.
+    train_args_file: path of the YAML; words: the command line after it, `--key value` pairs. needs_data: if not,
+    data files need not exist.
     """
     path = Path(train_args_file).expanduser()
     if not path.is_file():
@@ -212,7 +216,8 @@ def read_settings(train_args_file: str, words: list[str]) -> tuple[Settings, lis
         section = owners[key]
         choices = fields_of(SECTIONS[section])[key].metadata.get("choices")
         value = coerce(key, value, hints[section][key], choices)
-        values[section][key] = input_path(key, value) if key in PATH_KEYS and isinstance(value, str) else value
+        is_path = key in PATH_KEYS and isinstance(value, str) and (needs_data or not key.endswith("_file"))
+        values[section][key] = input_path(key, value) if is_path else value
         given[key] = values[section][key]
     for key in REQUIRED_KEYS:
         if not values[owners[key]].get(key):

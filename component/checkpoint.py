@@ -19,7 +19,7 @@ MARK_OF_COMPLETENESS = "trainer_state.json"
 HARMLESS = {
     "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "save_strategy",
     "logging_steps", "logging_dir", "disable_tqdm", "report_to", "dataloader_num_workers", "dataloader_pin_memory",
-    "local_rank", "data_cache_dir", "preprocessing_num_workers",
+    "local_rank", "gpu_memory", "data_cache_dir", "preprocessing_num_workers",
 }  # fmt: skip
 
 

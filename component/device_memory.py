@@ -5,16 +5,17 @@ from pathlib import Path
 
 import torch
 
-UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 GIB = 2**30
+SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_size(text: str, flag: str) -> int:
-    """Bytes in a size such as 32GiB, 500 MB or 1024; ValueError names `flag`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
-        raise ValueError(f"{flag}: {text!r} is no size; write it as 32GiB, 32GB or 500MiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    """Bytes of a size such as "4GB", "500MB" or "2GiB"; `flag` names the option for the error."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|)\s*", text, flags=re.IGNORECASE)
+    num_bytes = int(float(match[1]) * SIZE_UNITS[match[2].upper()]) if match else 0
+    if num_bytes < 1:
+        raise ValueError(f"{flag}: {text!r} is not a size; write one such as 4GB or 500MB")
+    return num_bytes
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -90,7 +90,7 @@ class HostOffload:
         if free is not None and num_bytes > free:
             raise ValueError(
                 f"offload_activations: {num_bytes / GIB:.1f} GiB more of host memory are needed, {free / GIB:.1f} GiB "
-                "are free; lower max_seq_length, or set keep_activations: none"
+                "are free; lower max_seq_length, or set keep_activations: input"
             )
         block = torch.empty(num_bytes, dtype=torch.uint8)
         if self.is_pinned and not register(block):

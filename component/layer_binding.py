@@ -13,9 +13,18 @@ from torch import nn
 
 from component.attention import attention_pattern, call_attention
 from component.decoder_layer import DecoderLayer, reason_unsupported
+from component.host_offload import HostOffload
 from component.layer_backward import LayerFunction
 from component.layer_call import LayerCall, LayerOptions
+from component.memory import Mechanisms
 from component.tiled_norm import tiled_norm
+
+
+def apply_mechanisms(model: nn.Module, mechanisms: Mechanisms, device: torch.device) -> None:
+    """Bind the layer function as the memory plan says; gradient checkpointing is the trainer's to switch on."""
+    if mechanisms.layer_function:
+        options = LayerOptions(mechanisms.keep_activations, mechanisms.tile_size, mechanisms.num_head_chunks)
+        bind_layers(model, options, store=HostOffload(device) if mechanisms.offload_activations else None)
 
 
 def bind_layers(model: nn.Module, options: LayerOptions, *, store: Any = None) -> None:

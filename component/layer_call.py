@@ -12,13 +12,13 @@ import torch
 from component.attention_pieces import CausalPattern
 from component.decoder_layer import DecoderLayer
 
-KEPT = ("none", "attention", "projections", "all")
+KEPT = ("input", "attention", "projections", "all")
 
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """keep: what stays from the forward pass beside the layer's input, one of KEPT, each with those before it:
-    nothing, the attention's output and log-sum-exp, queries/keys/values, the products inside the MLP.
+    """keep: what stays from the forward pass, one of KEPT, each with those before it: the layer's input, the
+    attention's output and log-sum-exp, queries/keys/values, the products inside the MLP.
 
     tile_size: tokens at a time; num_head_chunks: parts in which attention and its projections are computed.
     """

@@ -38,8 +38,8 @@ class MemoryConfig:
     keep_activations: str | None = field(
         default=None,
         metadata={
-            "help": "layer_function: what is kept for the backward pass beside each layer's input: none, attention "
-            "(its output), projections (and queries, keys, values), all (and the MLP's inner products)",
+            "help": "layer_function: what is kept of each layer for the backward pass: input, attention "
+            "(and its output), projections (and queries, keys, values), all (and the MLP's inner products)",
             "choices": KEPT,
         },
     )
@@ -107,12 +107,12 @@ LADDER = (
     FAST,
     replace(FAST, keep_activations="projections"),
     BALANCED,
-    replace(BALANCED, keep_activations="none"),
+    replace(BALANCED, keep_activations="input"),
     replace(BALANCED, offload_activations=True),
-    replace(MAX_LENGTH, num_head_chunks=1, keep_activations="none"),
+    replace(MAX_LENGTH, num_head_chunks=1, keep_activations="input"),
     MAX_LENGTH,
-    replace(MAX_LENGTH, num_head_chunks=4, keep_activations="none"),
-    replace(MAX_LENGTH, num_head_chunks=8, keep_activations="none"),
+    replace(MAX_LENGTH, keep_activations="input"),
+    replace(MAX_LENGTH, num_head_chunks=8, keep_activations="input"),
 )
 # Models whose layers the layer function does not know.
 STOCK_LADDER = (STOCK, CHECKPOINTED)

@@ -16,8 +16,6 @@ GIB = 2**30
 # 4 bits, an 8-bit scale for 64 weights, an fp32 scale for 256 scales (QLoRA, arXiv 2305.14314, section 3).
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 CUDA_CONTEXT, CUDA_FRAGMENTATION = 0.6 * GIB, 0.05
-# Bytes that AdamW keeps for a trained parameter, by optimizer name; paged ones leave the GPU when it is full.
-OPTIMIZER_BYTES = {"8bit": 2, "paged": 0, "adafactor": 0.1, "sgd": 0}
 LOSS_CHUNK = 64 * 2**20
 
 
@@ -91,7 +89,6 @@ class RunShape:
     by_kernels: bool = True
     optimizer_bytes: float = 8
     gradient_bytes: float = 4
-    weight_copies: float = 4
     is_gpu: bool = True
 
 
@@ -127,6 +124,13 @@ STOCK_SAVED = {2: (24.7, 6.05, 2.04), 4: (16.1, 5.03, 2.02)}
 # The same of a token of the tile at work: in the MLP's backward pass (of C, of F), and in that of the projections.
 TILE_MLP = {2: (6.0, 7.2), 4: (3.0, 7.7)}
 TILE_PROJECT = {2: (14.0,), 4: (9.0,)}
+
+
+def optimizer_bytes(name: str) -> float:
+    """Bytes that an optimizer of transformers keeps on the device for each trained parameter; paged ones leave it."""
+    if "paged" in name or name in ("sgd", "adafactor"):
+        return 0
+    return 2 if "8bit" in name else 4 if name in ("adagrad", "rmsprop") or "lion" in name else 8
 
 
 def predict(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> MemoryEstimate:
@@ -180,7 +184,7 @@ def layer_memory(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> La
             return LayerMemory(c, peak + c + weights)
         return LayerMemory(saved, peak - saved + c + weights)
     lse = tokens * model.num_heads * 4
-    keep, level = mechanisms.keep_activations, ("none", "attention", "projections", "all").index
+    keep, level = mechanisms.keep_activations, ("input", "attention", "projections", "all").index
     kept = c
     if run.by_kernels:
         kept += (q + lse if level(keep) >= 1 else 0) + (q + 2 * k if level(keep) >= 2 else 0)
@@ -240,9 +244,9 @@ def step_work(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> float
         work += sum(linear.values()) + attention if mechanisms.gradient_checkpointing else 0
     else:
         projections = linear["q_proj"] + linear["k_proj"] + linear["v_proj"]
-        work += attention if keep == "none" or not run.by_kernels else 0
-        work += projections if keep in ("none", "attention") else 0
-        work += projections if keep == "none" and mechanisms.num_head_chunks > 1 else 0
+        work += attention if keep == "input" or not run.by_kernels else 0
+        work += projections if keep in ("input", "attention") else 0
+        work += projections if keep == "input" and mechanisms.num_head_chunks > 1 else 0
         work += 0 if keep == "all" else linear["o_proj"] + linear["gate_proj"] + linear["up_proj"]
         # Norms, masks and small kernel calls again for each chunk.
         work *= 1 + 0.02 * (mechanisms.num_head_chunks - 1) + (0.02 if mechanisms.offload_activations else 0)

@@ -34,14 +34,15 @@ class Run:
         for line in text.splitlines():
             logger.info(line)
 
-    def finish(self, trainer: Trainer) -> None:
-        """Log and save what the run took: wall time, steps, last loss, peak memory."""
+    def finish(self, trainer: Trainer, *, predicted_gib: float) -> None:
+        """Log and save what the run took: wall time, steps, last loss, peak memory beside the predicted one."""
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         result = {
             "global_step": trainer.state.global_step,
             "last_loss": losses[-1] if losses else None,
             "minutes": round((time.time() - self.started) / 60, 2),
             "peak_gpu_memory_gib": peak_memory_gib(),
+            "predicted_memory_gib": round(predicted_gib, 2),
             "log_history": trainer.state.log_history,
         }
         if is_main_process():
@@ -50,8 +51,8 @@ class Run:
         self.log("finished: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
 
 
-def start_run(settings: Settings, notices: list[str]) -> Run:
-    """Join the other processes, decide where to resume, open the log and write the run record."""
+def start_run(settings: Settings, notices: list[str], **facts) -> Run:
+    """Join the other processes, decide where to resume, open the log and write the run record with `facts`."""
     started = time.time()
     uses_deepspeed = settings.training.get("deepspeed") is not None
     checkpoint, decision = checkpoint_to_resume(
@@ -66,7 +67,7 @@ def start_run(settings: Settings, notices: list[str]) -> Run:
     prepare_environment(uses_deepspeed=uses_deepspeed, output_dir=settings.training["output_dir"])
     arguments = settings.training_arguments()
     set_seed(arguments.seed)
-    record = make_run_record(settings.as_dict(), world_size=world_size(), device=device_name())
+    record = make_run_record(settings.as_dict(), world_size=world_size(), device=device_name(), **facts)
     if is_main_process():
         if not checkpoint:
             remove_checkpoints(arguments.output_dir)

@@ -1,6 +1,5 @@
 """Read and write the weights of a saved model tensor by tensor, so that memory does not grow with the model."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,16 +19,6 @@ WEIGHT_LAYOUTS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
-SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str, flag: str) -> int:
-    """Bytes of a size such as "4GB", "500MB" or "2GiB"; `flag` names the option for the error."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|)\s*", text, flags=re.IGNORECASE)
-    num_bytes = int(float(match[1]) * SIZE_UNITS[match[2].upper()]) if match else 0
-    if num_bytes < 1:
-        raise ValueError(f"{flag}: {text!r} is not a size; write one such as 4GB or 500MB")
-    return num_bytes
 
 
 class SavedWeights:

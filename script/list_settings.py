@@ -29,8 +29,8 @@ before anything is loaded. `--dry_run` checks everything but the weights.
 This file is written by `python script/list_settings.py`.
 """
 TITLES = {
-    "model": "Model", "context": "Context", "attention": "Attention", "adapter": "What is trained", "data": "Data",
-    "output": "Output", "log": "Log",
+    "model": "Model", "context": "Context", "attention": "Attention", "adapter": "What is trained", "memory": "Memory",
+    "data": "Data", "output": "Output", "log": "Log",
 }  # fmt: skip
 
 

@@ -47,8 +47,8 @@ def main() -> None:
     require_folder(args.adapter_name_or_path, "--adapter_name_or_path")
     check_context_arguments(args)
 
+    from component.device_memory import parse_size
     from component.merge import merge
-    from component.weight_shards import parse_size
 
     record = merge(
         args.model_name_or_path,

@@ -12,8 +12,9 @@ import sys
 import pytest
 import torch
 
-from benchmark.live_memory import LiveStorages, check_free_memory, is_out_of_memory
+from benchmark.live_memory import LiveStorages, check_free_memory
 from benchmark.rolled_attention import materialized_attention, rolled_shift_short_attention
+from component.device_memory import is_out_of_memory
 from component.shift_short_attention import shift_short_attention
 
 G = 8

@@ -73,7 +73,7 @@ def test_equals_the_plain_layers(model_type, attention, keep):
 def test_key_value_heads_of_any_number(num_kv_heads):
     model = build(num_key_value_heads=num_kv_heads)
     expected = loss_and_gradients(model, batch())
-    for keep, num_head_chunks in (("attention", 1), ("none", 4), ("projections", 1)):
+    for keep, num_head_chunks in (("attention", 1), ("input", 4), ("projections", 1)):
         bind_layers(model, LayerOptions(keep, 16, num_head_chunks))
         assert_equal(loss_and_gradients(model, batch()), expected, 1e-10)
 
@@ -94,7 +94,7 @@ def test_rows_and_attention_that_only_autograd_knows(kind, keep):
     assert_equal(loss_and_gradients(model, inputs), expected, 1e-10)
 
 
-@pytest.mark.parametrize("keep", ["none", "all"])
+@pytest.mark.parametrize("keep", ["input", "all"])
 def test_full_fine_tuning(keep):
     model = build("qwen2", kind="full")
     expected = loss_and_gradients(model, batch())
@@ -241,7 +241,7 @@ def test_products_that_no_gradient_needs_are_not_made(monkeypatch):
         return {name: CountedLinear(linear, calls) for name, linear in forward(self, *names, dtype=dtype).items()}
 
     monkeypatch.setattr(decoder_layer.DecoderLayer, "weights", counted)
-    for keep, expected in (("none", 6), ("attention", 6), ("projections", 3), ("all", 0)):
+    for keep, expected in (("input", 6), ("attention", 6), ("projections", 3), ("all", 0)):
         bind_layers(model, LayerOptions(keep, tile_size=64))
         loss = model(**batch()).loss
         calls.clear()

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from component.adapter_updates import AdapterUpdates, through_nf4
 from component.context import ContextRequest, extend_rope
+from component.device_memory import parse_size
 from component.inference import load_for_inference
 from component.merge import check_save_path, merge
-from component.weight_shards import parse_size
 
 CONTEXT = 256  # four times the 64 tokens of the tiny model
 IDS = torch.arange(4, 52)[None]

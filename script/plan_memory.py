@@ -1,0 +1,67 @@
+"""What a training run will take, mechanism by mechanism, and the longest text that fits, before anything is loaded.
+
+    python script/plan_memory.py --train_args_file train_args/llama2-7b-pretrain.yaml --gpu_memory 32GiB
+    python script/plan_memory.py --train_args_file F --seq 8192 32768 131072 --output_file plan.json [--key value ...]
+
+Reads the YAML and the model's config.json alone: no weights, no data. `--key value` overrides a setting as in
+train.py. Every line is the peak of GPU memory in GiB at each length, the longest length that fits and the host
+memory that it needs, and the time of a step against one that keeps everything; below it stand the settings that
+ask for the fastest set that fits each length.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from component.cli import run_main
+
+DEFAULT_MEMORY = "32GiB"
+
+
+def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--train_args_file", required=True, help="YAML with the settings of the run")
+    parser.add_argument("--gpu_memory", help=f"memory of the GPU (default: of the GPU at hand, else {DEFAULT_MEMORY})")
+    parser.add_argument("--seq", type=int, nargs="+", help="lengths in tokens (default: max_seq_length, x2, x4, x8)")
+    parser.add_argument("--output_file", type=Path, help="JSON file for the table (default: none)")
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    args, overrides = parse_command_line()
+    for length in args.seq or []:
+        if length < 2:
+            raise ValueError(f"--seq: must be at least 2 tokens, got {length}")
+
+    import torch
+
+    from component.arguments import read_settings
+    from component.deepspeed_checks import complete_deepspeed
+    from component.device_memory import GIB, parse_size
+    from component.files import write_json
+    from component.memory_table import format_table, memory_table
+    from component.model import load_config
+
+    settings, _ = read_settings(args.train_args_file, overrides, needs_data=False)
+    complete_deepspeed(settings)
+    size = args.gpu_memory or settings.memory.gpu_memory
+    if size is None and torch.cuda.is_available():
+        size = str(torch.cuda.get_device_properties(0).total_memory)
+    settings.memory.gpu_memory = size or DEFAULT_MEMORY
+    capacity = parse_size(settings.memory.gpu_memory, "--gpu_memory" if args.gpu_memory else "gpu_memory")
+    config = load_config(settings.model.model_name_or_path, trust_remote_code=settings.model.trust_remote_code)
+    lengths = args.seq or [settings.data.max_seq_length * factor for factor in (1, 2, 4, 8)]
+    table = memory_table(settings, config, sorted(set(lengths)), capacity)
+    print(f"{settings.model.model_name_or_path}, {settings.adapter.finetuning_type}, {settings.attention.attention} "
+          f"attention; predicted GiB of {capacity / GIB:.1f}")  # fmt: skip
+    print(format_table(table))
+    if args.output_file:
+        write_json(args.output_file, table)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,101 @@
+"""Predicted memory against live bytes counted in a real step, for three shapes and every set of mechanisms."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from benchmark.live_memory import PeakMemory
+from benchmark.random_nf4_model import random_nf4_model
+from component.adapter import AdapterConfig, attach_adapter
+from component.attention import AttentionConfig, bind_attention
+from component.layer_binding import apply_mechanisms
+from component.loss_binding import bind_chunked_loss
+from component.memory import CHECKPOINTED, LADDER, STOCK, Mechanisms
+from component.memory_model import GIB, ModelShape, RunShape, optimizer_bytes, predict
+
+CPU = torch.device("cpu")
+# Ratios of Llama-2-7B, of 70B (grouped heads), and of a Qwen2.5-1.5B with its tied, large vocabulary.
+SHAPES = {
+    "7b": {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8, "vocab_size": 2000},
+    "70b": {
+        "hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "vocab_size": 2000,
+    },
+    "qwen": {
+        "hidden_size": 96, "intermediate_size": 560, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "vocab_size": 9500, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def measured(config: LlamaConfig, mechanisms: Mechanisms, run: RunShape, dtype: torch.dtype) -> int:
+    model = random_nf4_model(config, dtype=dtype, device=CPU)
+    bind_attention(model, AttentionConfig(), run.num_tokens)
+    bind_chunked_loss(model)
+    model = attach_adapter(model, AdapterConfig(lora_rank=run.lora_rank)).train()
+    apply_mechanisms(model, mechanisms, CPU)
+    if mechanisms.gradient_checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(config.vocab_size, (1, run.num_tokens))
+    with PeakMemory(CPU) as memory, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model(input_ids=ids, labels=ids).loss.backward()
+    return memory.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in SHAPES), *((name, torch.bfloat16) for name in SHAPES)]
+)
+def test_prediction_is_within_a_tenth_of_live_bytes(name, dtype):
+    config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=2048, **SHAPES[name])
+    run = RunShape(1024, stream_bytes=dtype.itemsize, lora_rank=2, attended=256, is_gpu=False)
+    # A CPU offloads nothing, and tiles are scaled down with the rest.
+    on_cpu = {"tile_size": 128, "optim": None, "offload_activations": False}
+    for mechanisms in dict.fromkeys(replace(mechanisms, **on_cpu) for mechanisms in (STOCK, CHECKPOINTED, *LADDER)):
+        predicted = predict(ModelShape.of(config), run, mechanisms)
+        count = measured(config, mechanisms, run, dtype)
+        assert 0.9 < predicted.step / count < 1.1, (mechanisms.describe(), predicted.step / count)
+    assert predict(ModelShape.of(config), run, LADDER[-1]).host == 0, "a CPU keeps tensors where they are"
+
+
+LLAMA_7B = ModelShape(4096, 11008, 32, 32, 32, 128, 32000)
+
+
+def test_ladder_leads_from_fast_to_lean():
+    run = RunShape(65536, attended=16384)
+    estimates = [predict(LLAMA_7B, run, mechanisms) for mechanisms in LADDER]
+    assert [e.peak for e in estimates] == sorted((e.peak for e in estimates), reverse=True)
+    times = [e.relative_time for e in estimates]
+    assert times[:3] == sorted(times[:3]) and times[0] == min(times) and times[-1] == max(times)
+    assert all((e.host > 0) == m.offload_activations for e, m in zip(estimates, LADDER, strict=True))
+
+
+def test_weights_are_counted_by_what_they_are():
+    run = RunShape(1024)
+    linear, embedding, lora = 32 * 202375168, 2 * 32000 * 4096, 159907840
+    fast = predict(LLAMA_7B, run, LADDER[0])
+    assert fast.static == pytest.approx(linear * 4.127 / 8 + embedding * 2 + lora * (4 + 8), rel=1e-3)
+    assert fast.gradients == lora * 4
+    paged = predict(LLAMA_7B, replace(run, optimizer_bytes=optimizer_bytes("paged_adamw_8bit")), LADDER[0])
+    assert fast.static - paged.static == lora * 8
+    plain = predict(LLAMA_7B, replace(run, weights="plain"), LADDER[0])
+    assert plain.static - fast.static == pytest.approx(linear * (2 - 4.127 / 8), rel=1e-3)
+    trained = predict(LLAMA_7B, replace(run, weights="trained", stream_bytes=4), LADDER[0])
+    assert trained.static == (linear + embedding) * 12 and trained.gradients == (linear + embedding) * 4
+    embeds = predict(LLAMA_7B, replace(run, trains_embedding=True), LADDER[0])
+    assert embeds.static - fast.static == embedding * (4 - 2 + 8), "no frozen twin"
+
+
+def test_targets_of_the_project():
+    """What the mechanisms are for, as predicted: 7B at 100k and 256k, 13B at 100k, 70B at 32k."""
+    lean, offloaded = LADDER[-1], LADDER[4]
+    llama_13b = ModelShape(5120, 13824, 40, 40, 40, 128, 32000)
+    llama_70b = ModelShape(8192, 28672, 80, 64, 8, 128, 32000)
+    for shape, length, limit, mechanisms in (
+        (LLAMA_7B, 100_000, 18, offloaded), (LLAMA_7B, 262_144, 32, lean), (llama_13b, 100_000, 26, offloaded),
+        (llama_70b, 32_768, 52, lean),
+    ):  # fmt: skip
+        optimizer = 8 if mechanisms.optim is None else 0
+        run = RunShape(length, attended=length // 4, optimizer_bytes=optimizer)
+        assert predict(shape, run, mechanisms).peak < limit * GIB, (length, limit)
