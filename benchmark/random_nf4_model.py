@@ -20,6 +20,11 @@ SHAPES = {
                   "num_attention_heads": 32},
     "llama2-13b": {**LLAMA2, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
                    "num_attention_heads": 40},
+    "llama2-70b": {**LLAMA2, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+                   "num_attention_heads": 64, "num_key_value_heads": 8},
+    # Small enough for a CPU, with a vocabulary that counts.
+    "llama-4l": {**LLAMA2, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4,
+                 "num_attention_heads": 8},
     "tiny": {"vocab_size": 320, "max_position_embeddings": 64, "hidden_size": 64, "intermediate_size": 128,
              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
 }  # fmt: skip

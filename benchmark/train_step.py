@@ -3,13 +3,19 @@
     python benchmark/train_step.py --shape tiny --seq_len 512
     python benchmark/train_step.py --shape llama2-7b --seq_len 8192 --memory_cap 32GiB --v100 --output_file step.json
 
+    python benchmark/train_step.py --shape llama-4l --seq_len 8192 --memory balanced --peers transformers trl
+
 Forward, backward and optimizer step as train.py composes them: NF4 base with double quantisation, LoRA
-on all linear layers, S2-Attn, gradient checkpointing, loss in chunks. One step warms up, --steps are
-timed. --v100 makes a newer GPU take the way of a V100: fp16, memory-efficient SDPA only. Memory is
-what torch allocated and reserved on a GPU; on a CPU, the bytes of all tensors and the process's peak.
+on all linear layers, S2-Attn, a memory policy or gradient checkpointing, loss in chunks. One step warms up,
+--steps are timed. With --peers others take the same step in the same run, each in a process of its own: ours with
+S2-Attn and with full attention against "transformers" (plain transformers + PEFT) and "trl" (SFTTrainer, where it
+is installed), which have full attention. --v100 makes a newer GPU take the way of a V100: fp16,
+memory-efficient SDPA only. Memory is what torch allocated and reserved on a GPU; on a CPU, the bytes of all
+tensors and the process's peak.
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -18,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from component.cli import run_main  # noqa: E402
 from component.device_memory import is_out_of_memory, parse_size  # noqa: E402
 
+PEERS = ("transformers", "trl")
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MIB = 2**20
 
@@ -37,8 +44,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lora_rank", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--train_embedding", action=boolean, default=False, help="train the embeddings (default: no)")
     parser.add_argument("--train_norm", action=boolean, default=False, help="train the norms (default: no)")
-    parser.add_argument("--optim", choices=["adamw_torch", "paged_adamw_32bit"], help="default: paged_adamw_32bit on "
-                        "a GPU, adamw_torch on a CPU")  # fmt: skip
+    parser.add_argument("--memory", choices=["fast", "balanced", "max_length"], help="memory policy (default: none, "
+                        "--gradient_checkpointing decides)")  # fmt: skip
+    parser.add_argument("--layer_function", action=boolean, help="as in train.py (default: by the policy)")
+    parser.add_argument("--keep_activations", choices=["input", "attention", "projections", "all"],
+                        help="as in train.py (default: by the policy)")  # fmt: skip
+    parser.add_argument("--tile_size", type=int, help="as in train.py (default: by the policy)")
+    parser.add_argument("--num_head_chunks", type=int, help="as in train.py (default: by the policy)")
+    parser.add_argument("--offload_activations", action=boolean, help="as in train.py (default: by the policy)")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="whom to compare with (default: nobody)")
+    parser.add_argument("--contestant", choices=["ours", *PEERS], default="ours", help="whose step is measured "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--optim", choices=["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit"],
+                        help="default: paged_adamw_32bit on a GPU, adamw_torch on a CPU")  # fmt: skip
     parser.add_argument("--gradient_checkpointing", action=boolean, default=True, help="default: yes")
     parser.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -46,6 +64,7 @@ def parse_args() -> argparse.Namespace:
                         "code 2 (default: none)")  # fmt: skip
     parser.add_argument("--v100", action="store_true", help="fp16, and no attention kernel that a V100 lacks")
     parser.add_argument("--output_file", type=Path, help="JSON file for the result")
+    parser.add_argument("--plot", type=Path, help="PNG of the comparison with --peers")
     return parser.parse_args()
 
 
@@ -56,6 +75,11 @@ def check_args(args: argparse.Namespace) -> int | None:
             raise ValueError(f"--{name}: must be at least {least}, got {getattr(args, name)}")
     if args.v100 and args.dtype not in (None, "fp16"):
         raise ValueError(f"--v100 computes in fp16; leave out --dtype {args.dtype}")
+    if args.plot and not args.peers:
+        raise ValueError("--plot draws a comparison; name whom to compare with in --peers")
+    missing = [name for name in args.peers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"--peers: {', '.join(missing)} is not installed; pip install it, or leave it out")
     return parse_size(args.memory_cap, "--memory_cap") if args.memory_cap is not None else None
 
 
@@ -75,8 +99,8 @@ def choose_device(args: argparse.Namespace):
     if args.dtype == "fp16" and not is_gpu:
         raise ValueError("--dtype: CPUs multiply fp16 hundreds of times slower than fp32; use bf16 or fp32")
     args.optim = args.optim or ("paged_adamw_32bit" if is_gpu else "adamw_torch")
-    if args.optim == "paged_adamw_32bit" and not is_gpu:
-        raise ValueError("--optim: paged_adamw_32bit pages GPU memory; use adamw_torch on a CPU")
+    if args.optim.startswith("paged") and not is_gpu:
+        raise ValueError(f"--optim: {args.optim} pages GPU memory; use adamw_torch on a CPU")
     return torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
 
 
@@ -106,6 +130,10 @@ def use_v100_kernels() -> None:
 def main() -> None:
     args = parse_args()
     cap = check_args(args)
+    if args.peers:
+        from benchmark.step_comparison import compare_steps
+
+        return compare_steps(args)
 
     import torch
 

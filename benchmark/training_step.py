@@ -1,4 +1,8 @@
-"""Training steps of a random NF4 model, timed, with their memory; `args` are those of train_step.py."""
+"""Training steps of a random NF4 model, timed, with their memory; `args` are those of train_step.py.
+
+`contestant` is "ours" or a peer: "transformers" (plain transformers + PEFT with gradient checkpointing, as PEFT's
+documentation has it) or "trl" (TRL's SFTTrainer, whose loss works in chunks), with stock attention.
+"""
 
 import argparse
 import resource
@@ -6,26 +10,42 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from tqdm import tqdm
 
+from benchmark.hardware_use import hardware_use
 from benchmark.live_memory import PeakMemory
 from benchmark.random_nf4_model import random_nf4_model, shape_config
+from benchmark.trl_step import trl_step
 from component.adapter import AdapterConfig, attach_adapter, trainable_table
 from component.attention import AttentionConfig, bind_attention
 from component.context import extend_rope
+from component.layer_binding import apply_mechanisms
 from component.loss_binding import bind_chunked_loss
+from component.memory import CHECKPOINTED, POLICIES, STOCK, Mechanisms, MemoryConfig
+
+
+def mechanisms_of(args: argparse.Namespace) -> Mechanisms:
+    """The mechanisms that the flags ask for, as train.py resolves them."""
+    names = ("layer_function", "keep_activations", "tile_size", "num_head_chunks", "offload_activations")
+    memory = MemoryConfig(memory=args.memory, **{name: getattr(args, name) for name in names})
+    if memory.layer_function is False or not (memory.memory or memory.own_mechanisms()):
+        return CHECKPOINTED if args.gradient_checkpointing else STOCK
+    return replace(POLICIES[memory.memory or "balanced"], **memory.own_mechanisms())
 
 
 def build(
     args: argparse.Namespace, dtype: torch.dtype, device: torch.device
 ) -> tuple[PeftModel, torch.optim.Optimizer]:
-    """The model as train.py puts it together, and its optimizer."""
+    """The model as train.py puts it together, or as a peer does, and its optimizer."""
     config = shape_config(args.shape)
     print(extend_rope(config, args.seq_len))
     model = random_nf4_model(config, dtype=dtype, device=device)
+    if args.contestant != "ours":
+        return with_stock_adapter(model, args), None
     attention = AttentionConfig(attention=args.attention, group_size_ratio=args.group_size_ratio)
     print(bind_attention(model, attention, args.seq_len))
     print(bind_chunked_loss(model))
@@ -33,17 +53,34 @@ def build(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = attach_adapter(model, adapter).train()
-    if args.gradient_checkpointing:
+    mechanisms = mechanisms_of(args)
+    print(mechanisms.describe())
+    apply_mechanisms(model, mechanisms, device)
+    if mechanisms.gradient_checkpointing:
         base = model.get_base_model()
         # transformers renamed it; the old name warns.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    return model, make_optimizer(model, args.optim)
+
+
+def make_optimizer(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
-    if args.optim == "adamw_torch":
-        return model, torch.optim.AdamW(trained, lr=1e-4)
+    if name == "adamw_torch":
+        return torch.optim.AdamW(trained, lr=1e-4, fused=True)
     import bitsandbytes as bnb
 
-    return model, bnb.optim.PagedAdamW32bit(trained, lr=1e-4)
+    kinds = {"paged_adamw_32bit": bnb.optim.PagedAdamW32bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}
+    return kinds[name](trained, lr=1e-4)
+
+
+def with_stock_adapter(model: torch.nn.Module, args: argparse.Namespace) -> PeftModel:
+    """The model as PEFT's documentation prepares it for training on 4-bit weights."""
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    lora = LoraConfig(
+        r=args.lora_rank, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, lora).train()
 
 
 def make_step(
@@ -85,11 +122,16 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) 
     """Build the model, take one step to warm up and count memory, then time `args.steps` steps."""
     start = time.perf_counter()
     model, optimizer = build(args, dtype, device)
+    if args.contestant == "trl":
+        model, step = trl_step(args, model, dtype)
+    else:
+        optimizer = optimizer or make_optimizer(model, args.optim)
+        step = make_step(args, model, optimizer, dtype, device)
     print(f"{trainable_table(model)}\nbuilt in {time.perf_counter() - start:.1f} s", flush=True)
     result = {"weight_bytes": held_bytes(model)}
     if device.type == "cuda":
         result["build_peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
-    step, losses, seconds = make_step(args, model, optimizer, dtype, device), [], []
+    losses, seconds = [], []
     # The first step makes the optimizer's state. Counting tensors on a CPU takes time, hence not in a timed step.
     with PeakMemory(device) as memory:
         losses.append(step())
@@ -105,4 +147,6 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) 
         result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     median = statistics.median(seconds)
     speed = {"tokens_per_second": args.batch_size * args.seq_len / median, "median_seconds": median}
+    if args.contestant == "ours":
+        speed |= hardware_use(args, mechanisms_of(args), dtype, device, median)
     return {**speed, **result, "seconds": seconds, "losses": losses}

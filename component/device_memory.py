@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import torch
-
 GIB = 2**30
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -20,6 +18,8 @@ def parse_size(text: str, flag: str) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that a tensor found no memory, on a GPU or on a CPU."""
+    import torch
+
     said = any(words in str(error) for words in ("allocate memory", "not enough memory"))
     return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 

@@ -234,7 +234,7 @@ def test_random_model_is_like_a_loaded_one(tiny_model_dir):
         ("attention", ["--lengths", "many"], "invalid int"),
         ("train_step", ["--shape", "no-such-model"], "llama2-7b"),
         ("train_step", ["--seq_len", 1], "at least 2"),
-        ("train_step", ["--memory_cap", "much"], "32GiB"),
+        ("train_step", ["--memory_cap", "much"], "--memory_cap: 'much' is not a size"),
         ("train_step", ["--v100", "--dtype", "bf16"], "fp16"),
         ("train_step", ["--seq_len", 64, "--group_size_ratio", 0], "group_size_ratio"),
     ],

@@ -1,0 +1,145 @@
+"""Live memory of one decoder layer in training, per token, for each set of mechanisms, at a model's exact ratios.
+
+    python benchmark/layer_memory.py
+    python benchmark/layer_memory.py --shapes 7b 70b --seq_len 16384 --output_file layer.json --plot layer.png
+
+A unit is one 16-bit vector of the hidden size per token (8 KiB at 7B). The layer is scaled down to --hidden_size,
+with the model's own ratios of MLP width, key/value heads and LoRA rank; NF4 base, dropout on, S2-Attn, bf16. Its input
+and the gradient that comes in are counted, as a training step holds them. Unpacked weights do not grow with the
+tokens: "per token" is the slope between half the length and the whole, "in all" the count at --seq_len.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from component.cli import run_main  # noqa: E402
+
+# (MLP width over hidden size, heads, key/value heads, hidden size): Llama-2.
+RATIOS = {"7b": (43 / 16, 32, 32, 4096), "13b": (2.7, 40, 40, 5120), "70b": (3.5, 64, 8, 8192)}
+GOAL = 11.5
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(RATIOS), default=list(RATIOS), help="default: all")
+    parser.add_argument("--seq_len", type=int, default=8192, help="tokens (default: %(default)s)")
+    parser.add_argument("--hidden_size", type=int, default=640, help="hidden size of the scaled layer, a multiple of "
+                        "320 (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--tile_size", type=int, default=512, help="tokens at a time (default: %(default)s)")
+    parser.add_argument("--output_file", type=Path, help="JSON file for the result")
+    parser.add_argument("--plot", type=Path, help="PNG of the result")
+    return parser.parse_args()
+
+
+def layer_config(shape: str, hidden_size: int):
+    """Config of one layer with the ratios of `shape`, and the LoRA rank that is its 64."""
+    from transformers import LlamaConfig
+
+    ratio, heads, kv_heads, full_size = RATIOS[shape]
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=hidden_size, intermediate_size=round(hidden_size * ratio), num_hidden_layers=1,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=max(8, hidden_size // heads),
+    )  # fmt: skip
+    return config, max(1, round(64 * hidden_size / full_size))
+
+
+def measure(shape: str, args: argparse.Namespace, mechanisms) -> dict[str, float]:
+    """Units held at the peak of a forward and backward pass: in all at --seq_len, and for each further token."""
+    config, rank = layer_config(shape, args.hidden_size)
+    half, whole = (live_bytes(config, rank, length, mechanisms) for length in (args.seq_len // 2, args.seq_len))
+    unit = 2 * args.hidden_size
+    return {
+        "units_in_all": whole / (unit * args.seq_len),
+        "units_per_token": (whole - half) / (unit * (args.seq_len - args.seq_len // 2)),
+    }
+
+
+def live_bytes(config, rank: int, length: int, mechanisms) -> int:
+    import torch
+
+    from benchmark.live_memory import PeakMemory
+    from benchmark.random_nf4_model import random_nf4_model
+    from component.adapter import AdapterConfig, attach_adapter
+    from component.attention import AttentionConfig, bind_attention
+    from component.layer_binding import apply_mechanisms, decoder_layers
+
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    model = random_nf4_model(config, dtype=dtype, device=device)
+    bind_attention(model, AttentionConfig(), length)
+    model = attach_adapter(model, AdapterConfig(lora_rank=rank, lora_dropout=0.05)).train()
+    apply_mechanisms(model, mechanisms, device)
+    (layer,) = decoder_layers(model)
+    if mechanisms.gradient_checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    states = torch.randn(1, length, config.hidden_size).to(dtype).requires_grad_()
+    rope = model.get_base_model().model.rotary_emb(states, torch.arange(length)[None])
+    gradient = torch.randn(1, length, config.hidden_size).to(dtype)
+    with PeakMemory(device) as memory:
+        with torch.autocast("cpu", dtype):
+            output = layer(states, position_embeddings=rope)
+        output.backward(gradient)
+    # The output is the next layer's to hold, not this one's.
+    return memory.peak_bytes - output.nbytes + states.nbytes + gradient.nbytes
+
+
+def table(results: dict) -> str:
+    sets = next(iter(results.values()))
+    width = max(map(len, sets))
+    lines = [f"{'units per token (in all)':<{width}}" + "".join(f"{shape:>18}" for shape in results)]
+    for name in sets:
+        cells = (results[shape][name] for shape in results)
+        lines.append(
+            f"{name:<{width}}" + "".join(f"{c['units_per_token']:>9.2f} ({c['units_in_all']:>6.2f})" for c in cells)
+        )
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    from component.plot import new_figure, save_figure
+
+    figure, (axes,) = new_figure()
+    for position, (shape, sets) in enumerate(results.items()):
+        heights = [index + 0.25 * position for index in range(len(sets))]
+        axes.barh(heights, [cell["units_per_token"] for cell in sets.values()], height=0.25, label=shape)
+    axes.set_yticks(range(len(sets)), [name.removeprefix("layer function, ") for name in sets], fontsize=6)
+    axes.axvline(GOAL, color="black", linewidth=0.8)
+    axes.set_xlabel(f"units per token (line: {GOAL})")
+    axes.invert_yaxis()
+    axes.legend()
+    save_figure(figure, path)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.seq_len < 64 or args.hidden_size < 320 or args.hidden_size % 320 or args.tile_size < 1:
+        raise ValueError("--seq_len: at least 64; --hidden_size: a multiple of 320; --tile_size: at least 1")
+    if args.plot:
+        from component.plot import require_matplotlib
+
+        require_matplotlib(args.plot)
+
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from component.files import write_json
+    from component.memory import CHECKPOINTED, LADDER, STOCK
+
+    on_cpu = {"tile_size": args.tile_size, "offload_activations": False, "optim": None}
+    sets = list(dict.fromkeys(replace(rung, **on_cpu) for rung in (STOCK, CHECKPOINTED, *LADDER)))
+    results: dict = {shape: {} for shape in args.shapes}
+    for shape, mechanisms in tqdm([(s, m) for s in args.shapes for m in sets], desc="sets", leave=False):
+        results[shape][mechanisms.describe()] = measure(shape, args, mechanisms)
+    print(table(results))
+    if args.output_file:
+        settings = {"seq_len": args.seq_len, "hidden_size": args.hidden_size, "tile_size": args.tile_size}
+        write_json(args.output_file, {"settings": settings, "results": results})
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    run_main(main)

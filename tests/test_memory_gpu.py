@@ -1,0 +1,83 @@
+"""The layer function and its host memory on a GPU: exact, bounded, and overlapping nothing that it should not."""
+
+import pytest
+import torch
+from test_layer_backward import assert_equal, batch, build, loss_and_gradients
+
+from component.host_offload import HostOffload
+from component.layer_binding import bind_layers
+from component.layer_call import KEPT, LayerOptions
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(inputs: dict) -> dict:
+    return {name: x.cuda() for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("keep", KEPT)
+@pytest.mark.parametrize("attention", ["s2", "full"])
+# fp32 goes through the memory-efficient kernel, fp64 through the plain one.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+def test_equals_the_plain_layers(attention, keep, dtype, tolerance):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = build("llama", attention, dtype=dtype).cuda()
+    expected = loss_and_gradients(model, on_gpu(batch()))
+    for store in (None, HostOffload(torch.device("cuda"))):
+        for num_head_chunks in (1, 2):
+            bind_layers(model, LayerOptions(keep, 16, num_head_chunks), store=store)
+            for _ in range(2):
+                assert_equal(loss_and_gradients(model, on_gpu(batch())), expected, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_is_near_fp32(dtype):
+    if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this GPU has no bf16 arithmetic")
+    model = build(dtype=torch.float32).cuda()
+    expected = loss_and_gradients(model, on_gpu(batch()))
+    bind_layers(model, LayerOptions(tile_size=16), store=HostOffload(torch.device("cuda")))
+    with torch.autocast("cuda", dtype):
+        loss, _ = loss_and_gradients(model, on_gpu(batch()))
+    assert loss == pytest.approx(expected[0], rel=0.01)
+
+
+def test_what_is_put_comes_back_and_host_memory_is_used_again():
+    store = HostOffload(torch.device("cuda"))
+    tensors = [[torch.randn(1000 + 7 * i, 33, device="cuda") for _ in range(2)] for i in range(4)]
+    for _ in range(3):
+        handles = [store.put([x.clone() for x in group]) for group in tensors]
+        for group, handle in zip(tensors[::-1], handles[::-1], strict=True):
+            for x, y in zip(group, store.get(handle), strict=True):
+                assert torch.equal(x, y)
+        del handles, handle
+    torch.cuda.synchronize()
+    num_bytes = sum(block.nbytes for blocks in store.blocks.values() for block in blocks)
+    assert num_bytes == sum(x.nbytes for group in tensors for x in group), "exact sizes, one set for all steps"
+    assert store.is_pinned
+
+
+def test_a_step_that_was_given_up_leaves_its_memory_to_the_next():
+    store = HostOffload(torch.device("cuda"))
+    handles = [store.put([torch.randn(100, 100, device="cuda")]) for _ in range(3)]
+    store.get(handles[-1])
+    del handles
+    handle = store.put([torch.ones(100, 100, device="cuda")])
+    assert torch.equal(store.get(handle)[0], torch.ones(100, 100, device="cuda"))
+
+
+def test_device_memory_is_that_of_two_layers():
+    store, size = HostOffload(torch.device("cuda")), 2**26
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    handles = []
+    for _ in range(8):
+        x = torch.randn(size // 4, device="cuda")
+        handles.append(store.put([x]))
+        del x
+        torch.cuda.synchronize()
+    for handle in handles[::-1]:
+        store.get(handle)[0].add_(1)
+        torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 3.5 * size
