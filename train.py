@@ -71,7 +71,9 @@ def main() -> None:
     run = start_run(settings, notices, mechanisms=asdict(plan.mechanisms))
     is_quantized = settings.adapter.finetuning_type == "qlora"
     model = load_training_model(settings.model, config, run.arguments, load_in_4bit=is_quantized)
-    run.log(bind_attention(model, settings.attention, settings.data.max_seq_length))
+    size, is_packed = settings.parallel.sequence_parallel_size, settings.data.pack
+    length = settings.data.max_seq_length
+    run.log(bind_attention(model, settings.attention, length, sequence_parallel_size=size, is_packed=is_packed))
     run.log(bind_chunked_loss(model))
     model = attach_adapter(model, settings.adapter)
     apply_mechanisms(model, plan.mechanisms, run.arguments.device)
@@ -83,9 +85,10 @@ def main() -> None:
         args=run.arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=DataCollator(tokenizer),
+        data_collator=DataCollator(tokenizer, num_parts=size),
         processing_class=tokenizer,
         run_record=run.record,
+        sequence_parallel_size=size,
     )
     with advice_on_out_of_memory(plan):
         trainer.train(resume_from_checkpoint=run.checkpoint)

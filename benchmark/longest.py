@@ -1,183 +1,175 @@
-"""The longest row that trains two steps under a memory cap, for each set of mechanisms; random weights.
+"""The longest row that trains two steps under a memory cap, for each set of mechanisms; random NF4 weights.
 
     python benchmark/longest.py --shape tiny --memory_cap 64MiB --sets checkpointing balanced max_length
-    python benchmark/longest.py --shape llama2-7b --memory_cap 32GiB --output_file longest.json --plot longest.png \\
-        --sets checkpointing balanced max_length,keep_activations=input
+    python benchmark/longest.py --shape llama2-7b --memory_cap 32GiB --sets checkpointing balanced max_length \\
+        --output_file output/longest-7b.json --plot output/longest-7b.png
 
-A set is a policy (fast, balanced, max_length), checkpointing or stock (layers as in transformers), followed by
-mechanisms of its own, as in train.py. Each trial is two steps of a new model in a process of its own. The first
-length is the one that the memory model predicts, the next ones close in on the limit. On a GPU the cap is that of
-torch's allocator; on a CPU the bytes of all tensors are compared with it. Trials that --output_file already holds
-are not taken again, so that a search may go on in a second call (--max_minutes).
+The first length tried is the one that the memory model predicts; bisection closes in from there. Every trial is a
+train_step.py in a process of its own: one step that makes the optimizer's state, one more. On a GPU the cap is the
+allocator's and a trial fits if it ends; on a CPU the bytes of all weights and tensors are compared with it.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark.train_step import DTYPE_NAMES, choose_device, limit_memory, use_v100_kernels  # noqa: E402
+from benchmark.train_step import DTYPE_NAMES  # noqa: E402
 from component.cli import run_main  # noqa: E402
-from component.device_memory import GIB, is_out_of_memory, parse_size  # noqa: E402
+from component.device_memory import parse_size  # noqa: E402
 
-STOCK_SETS = ("stock", "checkpointing")
+SETS = ("checkpointing", "fast", "balanced", "max_length")
+OUT_OF_MEMORY = "out of memory"
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory_cap", required=True, help="memory to stay within, such as 32GiB")
-    parser.add_argument("--sets", nargs="+", default=["checkpointing", "fast", "balanced", "max_length"],
-                        help="sets of mechanisms, such as balanced or max_length,num_head_chunks=8 (default: "
-                        "checkpointing fast balanced max_length)")  # fmt: skip
-    parser.add_argument("--shape", default="llama-4l", help="llama2-7b, llama2-13b, llama2-70b, llama-4l, tiny, or the "
-                        "path of a config.json (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--batch_size", type=int, default=1, help="rows of a step (default: %(default)s)")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="memory policies, or checkpointing "
+                        "for the layers of transformers (default: all)")  # fmt: skip
+    parser.add_argument("--shape", default="llama-4l", help="as for train_step.py (default: %(default)s)")
     parser.add_argument("--attention", choices=["s2", "full"], default="s2", help="default: %(default)s")
-    parser.add_argument("--group_size_ratio", type=float, default=0.25, help="S2-Attn group size as a part of the "
-                        "length (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--dtype", choices=list(DTYPE_NAMES), help="precision of the products (default: what the "
-                        "device computes fast; fp16 with --v100)")  # fmt: skip
+    parser.add_argument("--dtype", choices=list(DTYPE_NAMES), help="default: what the device computes fast")
     parser.add_argument("--lora_rank", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--optim", choices=["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit"],
                         help="default: paged_adamw_32bit on a GPU, adamw_torch on a CPU")  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--v100", action="store_true", help="fp16, and no attention kernel that a V100 lacks")
-    parser.add_argument("--multiple_of", type=int, default=256, help="lengths tried are multiples of it (default: "
-                        "%(default)s)")  # fmt: skip
     parser.add_argument("--resolution", type=float, default=0.02, help="how near the limit to come, as a part of the "
                         "length (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--most", type=int, default=2**20, help="longest length tried (default: %(default)s)")
-    parser.add_argument("--max_minutes", type=float, help="no trial begins that would end later (default: no limit)")
+    parser.add_argument("--longest", type=int, default=2**20, help="no longer row is tried (default: %(default)s)")
     parser.add_argument("--output_file", type=Path, help="JSON file for the results")
     parser.add_argument("--plot", type=Path, help="PNG of the results")
-    parser.add_argument("--trial_length", type=int, help="take one trial of this length, of the first set, and end")
     return parser.parse_args()
 
 
 def check_args(args: argparse.Namespace) -> int:
-    """Refuse what cannot be measured, before torch is imported; returns the cap in bytes."""
-    for name, least in (("batch_size", 1), ("lora_rank", 1), ("multiple_of", 2), ("most", 2), ("trial_length", 2)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name}: must be at least {least}, got {value}")
+    """Refuse what cannot be measured; returns the cap in bytes."""
+    for name, least in (("longest", 2), ("lora_rank", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name}: must be at least {least}, got {getattr(args, name)}")
     if not 0 < args.resolution < 1:
-        raise ValueError(f"--resolution: must lie between 0 and 1, got {args.resolution}")
-    if not 0 < args.group_size_ratio <= 1:
-        raise ValueError(f"--group_size_ratio: must lie in (0, 1], got {args.group_size_ratio}")
-    if args.max_minutes is not None and not args.max_minutes > 0:
-        raise ValueError(f"--max_minutes: must be above 0, got {args.max_minutes}")
-    if args.v100 and args.dtype not in (None, "fp16"):
-        raise ValueError(f"--v100 computes in fp16; leave out --dtype {args.dtype}")
+        raise ValueError(f"--resolution: must lie in (0, 1), got {args.resolution}")
     return parse_size(args.memory_cap, "--memory_cap")
 
 
-def memory_of(name: str):
-    """Settings of a set such as "max_length,num_head_chunks=8", and whether it checkpoints."""
-    from component.memory import POLICIES, MemoryConfig
-
-    policy, *own = name.split(",")
-    if policy not in (*STOCK_SETS, *POLICIES):
-        raise ValueError(f"--sets: {policy!r} is not one of {', '.join((*STOCK_SETS, *POLICIES))}")
-    settings: dict = {}
-    for word in own:
-        key, _, text = word.partition("=")
-        kinds = {"keep_activations": str, "tile_size": int, "num_head_chunks": int, "offload_activations": bool}
-        if policy in STOCK_SETS or key not in kinds:
-            raise ValueError(f"--sets: {name!r}: {policy} takes no {word!r}; write such as balanced,tile_size=512")
-        if kinds[key] is not str and not (text.isdecimal() if kinds[key] is int else text in ("true", "false")):
-            raise ValueError(f"--sets: {name!r}: {key} is no {'number' if kinds[key] is int else 'true or false'}")
-        settings[key] = text == "true" if kinds[key] is bool else kinds[key](text)
-    return MemoryConfig(memory=None if policy in STOCK_SETS else policy, **settings), policy == "checkpointing"
-
-
-def step_args(args: argparse.Namespace, name: str, length: int) -> argparse.Namespace:
-    """What training_step.py asks of a step, for one set and length."""
-    memory, checkpoints = memory_of(name)
-    given = {**vars(args), **vars(memory), "gradient_checkpointing": checkpoints, "seq_len": length}
-    return argparse.Namespace(**given, contestant="ours", train_embedding=False, train_norm=False)
-
-
-def take_trial(args: argparse.Namespace, cap: int) -> dict:
-    """Two steps at args.trial_length: whether they fit, the peak in bytes, the seconds of the second step."""
+def predicted_length(args: argparse.Namespace, name: str, cap: int) -> int:
+    """Most tokens that fit `cap` bytes by the memory model; 0 where none do."""
     import torch
 
-    from benchmark.live_memory import PeakMemory
-    from benchmark.training_step import build, held_bytes, make_step
+    from benchmark.random_nf4_model import shape_config
+    from component.attention import AttentionConfig
+    from component.memory import CHECKPOINTED, POLICIES
+    from component.memory_model import ModelShape, RunShape, optimizer_bytes, predict
 
-    device = choose_device(args)
-    if args.v100:
-        use_v100_kernels()
-    # On a CPU tensors are counted; the limit keeps a hopeless trial from taking the machine with it.
-    limit_memory(cap if device.type == "cuda" else 2 * cap + 4 * GIB, device)
-    torch.manual_seed(0)
-    dtype = getattr(torch, DTYPE_NAMES[args.dtype])
-    told = step_args(args, args.sets[0], args.trial_length)
-    try:
-        model, optimizer = build(told, dtype, device)
-        weights, step = held_bytes(model), make_step(told, model, optimizer, dtype, device)
-        # The second step has the optimizer's state beside it, the first has not.
-        with PeakMemory(device) as memory:
-            step()
-            start = time.perf_counter()
-            step()
-            seconds = time.perf_counter() - start
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return {"fits": False, "error": "out of memory"}
-    peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else weights + memory.peak_bytes
-    return {"fits": peak <= cap, "peak_bytes": peak, "step_seconds": seconds}
+    mechanisms = CHECKPOINTED if name == "checkpointing" else POLICIES[name]
+    shape = ModelShape.of(shape_config(args.shape))
+    is_gpu = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
+    stream_bytes = getattr(torch, DTYPE_NAMES[args.dtype or ("bf16" if is_gpu else "fp32")]).itemsize
+    optim = args.optim or ("paged_adamw_32bit" if is_gpu else "adamw_torch")
+
+    def fits(length: int) -> bool:
+        attended = AttentionConfig().group_size(length) if args.attention == "s2" else length
+        run = RunShape(
+            length, stream_bytes=stream_bytes, lora_rank=args.lora_rank, attended=attended,
+            optimizer_bytes=optimizer_bytes(optim), is_gpu=is_gpu,
+        )  # fmt: skip
+        return predict(shape, run, mechanisms).peak <= cap
+
+    low, high = 0, args.longest + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
-def run_trial(args: argparse.Namespace, name: str, length: int) -> dict:
-    """`take_trial` in a process of its own."""
-    given = {key: value for key, value in vars(args).items() if value is not None and key not in (
-        "sets", "output_file", "plot", "max_minutes", "trial_length", "v100")}  # fmt: skip
-    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+def trains(args: argparse.Namespace, name: str, length: int, cap: int) -> bool:
+    """Whether two steps on a row of `length` tokens stay within `cap` bytes."""
+    from component.files import read_json
+
+    words = ["--shape", args.shape, "--seq_len", str(length), "--steps", "1", "--attention", args.attention]
+    words += ["--lora_rank", str(args.lora_rank), *(["--v100"] if args.v100 else [])]
+    for key in ("dtype", "optim", "device"):
+        words += [f"--{key}", getattr(args, key)] if getattr(args, key) else []
+    words += [] if name == "checkpointing" else ["--memory", name]
+    is_gpu = args.device != "cpu" and has_gpu()
+    words += ["--memory_cap", args.memory_cap] if is_gpu else []
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "trial.json"
-        command = [sys.executable, __file__, *words, *(["--v100"] if args.v100 else []), "--sets", name]
-        command += ["--trial_length", str(length), "--output_file", str(output)]
-        start = time.perf_counter()
-        outcome = subprocess.run(command, capture_output=True, text=True)
+        output = Path(folder) / "step.json"
+        command = [sys.executable, str(Path(__file__).with_name("train_step.py")), *words, "--output_file", str(output)]
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+        outcome = subprocess.run(command, capture_output=True, text=True, env=environment)
         if outcome.returncode == 0:
-            from component.files import read_json
+            result = read_json(output, "result")
+            return is_gpu or result["weight_bytes"] + result["extra_bytes"] <= cap
+    error = (outcome.stderr.strip().splitlines() or ["no message"])[-1]
+    # A process that the system ends for want of memory leaves no message.
+    if OUT_OF_MEMORY in error or outcome.returncode in (-9, 137):
+        return False
+    raise ValueError(f"{name} at {length} tokens: {error.removeprefix('error: ')}")
 
-            trial = read_json(output, "trial")
-        elif outcome.returncode == -9:
-            trial = {"fits": False, "error": "killed by the system"}
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def longest_length(args: argparse.Namespace, name: str, cap: int) -> int:
+    """Longest row that trains, at least to args.resolution; 0 where none does."""
+    # One token is no row to train on.
+    low, high = 1, args.longest + 1
+    guess = min(max(2, predicted_length(args, name, cap)), args.longest)
+    step = max(1, guess // 20)
+    # Outwards from the prediction until the limit lies between, then halves.
+    while high - low > max(1, args.resolution * low):
+        if trains(args, name, guess, cap):
+            low = guess
+            guess = min(guess + step, args.longest) if high > args.longest else (low + high) // 2
         else:
-            last = (outcome.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ValueError(f"the trial of {name} at {length} tokens failed: {last.removeprefix('error: ')}")
-    return {"length": length, **trial, "wall_seconds": time.perf_counter() - start}
+            high = guess
+            guess = max(guess - step, 2) if low == 1 else (low + high) // 2
+        step *= 2
+        if low == args.longest:
+            break
+    return low if low > 1 else 0
+
+
+def plot_lengths(results: dict[str, dict], cap: str, path: Path) -> None:
+    from component.plot import new_figure, save_figure
+
+    figure, (axes,) = new_figure()
+    axes.barh(list(results), [row["length"] for row in results.values()])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"longest row within {cap}, tokens")
+    save_figure(figure, path)
 
 
 def main() -> None:
     args = parse_args()
     cap = check_args(args)
-
     from component.files import write_json
 
-    for name in args.sets:
-        memory_of(name)
-    if args.trial_length is not None:
-        return write_json(args.output_file, take_trial(args, cap)) if args.output_file else print(take_trial(args, cap))
     if args.plot:
         from component.plot import require_matplotlib
 
         require_matplotlib(args.plot)
-    from benchmark.longest_report import format_longest, known_trials, plot_longest
-
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    known = known_trials(args.output_file, settings)
-    from benchmark.longest_report import predicted_longest
-    from benchmark.length_search import longest_fitting
+    results = {}
+    print(f"{'set':<16}{'predicted':>12}{'trains':>12}")
+    for name in args.sets:
+        results[name] = {
+            "predicted": predicted_length(args, name, cap), "length": longest_length(args, name, cap)
+        }  # fmt: skip
+        print(f"{name:<16}{results[name]['predicted']:>12}{results[name]['length']:>12}", flush=True)
+        if args.output_file:
+            settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+            write_json(args.output_file, {"settings": settings, "results": results})
+    if args.plot:
+        plot_lengths(results, args.memory_cap, args.plot)
 
 
 if __name__ == "__main__":

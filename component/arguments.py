@@ -24,6 +24,7 @@ from component.dataset import DataConfig
 from component.memory import MemoryConfig
 from component.model import ModelConfig
 from component.rope_scaling import ContextConfig
+from component.sequence_parallel import SequenceParallelConfig
 from component.setting_values import KIND_NAMES, coerce
 
 REPO = Path(__file__).resolve().parents[1]
@@ -60,6 +61,7 @@ SECTIONS = {
     "attention": AttentionConfig,
     "adapter": AdapterConfig,
     "memory": MemoryConfig,
+    "parallel": SequenceParallelConfig,
     "data": DataConfig,
     "training": TrainingArguments,
     "output": OutputConfig,
@@ -76,6 +78,7 @@ class Settings:
     attention: AttentionConfig
     adapter: AdapterConfig
     memory: MemoryConfig
+    parallel: SequenceParallelConfig
     data: DataConfig
     output: OutputConfig
     log: LogConfig

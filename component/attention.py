@@ -8,7 +8,7 @@ forward method is copied or replaced, and `unbind_attention` undoes it.
 `bind_attention` is for training: S2-Attn, full, or dual chunk attention. `bind_inference_attention` is
 for use afterwards: dense, or dual chunk attention where the config names it.
 
-Dimensions: B batch, H query heads, K key/value heads, Q queries, S keys, D head dim.
+Dimensions: B batch, S sequence, H query heads, D head dim.
 """
 
 import importlib.util
@@ -17,10 +17,9 @@ from functools import partial
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from component.attention_pieces import CausalPattern
+from component.dense_with_past import dense_with_past_forward, dense_with_past_mask
 from component.dual_chunk_binding import (
     add_chunk_positions,
     dual_chunk_forward,
@@ -29,9 +28,8 @@ from component.dual_chunk_binding import (
     logit_scale,
     remove_chunk_positions,
 )
-from component.merged_attention import causal_attention_with_past
 from component.shift_short_attention import AttentionKernel, causal_attention, check_shift_short
-from component.shift_short_binding import shift_short_forward, shift_short_mask
+from component.shift_short_binding import heads_forward, shared_forward, shift_short_forward, shift_short_mask
 
 DENSE = "sdpa"
 SHIFT_SHORT_PREFIX = "s2_sdpa_g"
@@ -76,28 +74,47 @@ class AttentionConfig:
         return int(max_seq_length * self.group_size_ratio) // 2 * 2
 
 
-def bind_attention(model: PreTrainedModel, config: AttentionConfig, max_seq_length: int) -> str:
+def bind_attention(
+    model: PreTrainedModel,
+    config: AttentionConfig,
+    max_seq_length: int,
+    *,
+    sequence_parallel_size: int = 1,
+    is_packed: bool = False,
+) -> str:
     """Set the model's attention for training; returns a one-line description for the log.
 
+    sequence_parallel_size: processes that share each row; is_packed: rows then hold several documents.
     Raises ValueError, naming the model type and what is wrong, where S2-Attn is not defined:
     sliding-window layers, an odd number of heads, or a model that bypasses AttentionInterface.
     """
     if config.attention == "dca":
         return bind_inference_attention(model)
-    kernel = flash_kernel() if config.use_flash_attn else causal_attention
-    if config.attention == "full":
+    kernel, package = causal_attention, "SDPA"
+    if config.use_flash_attn:
+        kernel, package = flash_kernel(), "flash-attn"
+    is_full, size = config.attention == "full", sequence_parallel_size
+    if is_full and size == 1:
         model.set_attn_implementation("flash_attention_2" if config.use_flash_attn else DENSE)
-        return f"full causal attention ({'flash-attn' if config.use_flash_attn else 'SDPA'})"
-    group_size = config.group_size(max_seq_length)
-    check_model_supports_shift_short(model, group_size)
+        return f"full causal attention ({package})"
+    group_size = None if is_full else config.group_size(max_seq_length)
+    if is_full:
+        check_model_supports(model, "sequence parallelism")
+        description = "full causal attention"
+    else:
+        check_model_supports_shift_short(model, group_size)
+        description = f"S2-Attn, groups of {group_size} tokens, no wrap-around"
     # transformers takes any name with "flash" in it for its own flash-attn integration.
     name = f"s2_fa_g{group_size}" if config.use_flash_attn else f"{SHIFT_SHORT_PREFIX}{group_size}"
-    AttentionInterface.register(name, partial(shift_short_forward, group_size=group_size, kernel=kernel))
+    function = partial(shift_short_forward, group_size=group_size, kernel=kernel)
+    if size > 1:
+        name, description = f"shared_{name}", f"{description}, rows shared by {size} processes"
+        attend = partial(heads_forward, group_size=group_size, size=size, is_packed=is_packed, kernel=kernel)
+        function = partial(shared_forward, attend=attend, size=size)
+    AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, shift_short_mask)
     model.set_attn_implementation(name)
-    return (
-        f"S2-Attn, groups of {group_size} tokens, no wrap-around ({'flash-attn' if config.use_flash_attn else 'SDPA'})"
-    )
+    return f"{description} ({package})"
 
 
 def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False) -> str:
@@ -195,44 +212,6 @@ def has_sliding_window(config: PretrainedConfig) -> bool:
     return any("sliding" in kind for kind in layer_types) or (
         not layer_types and getattr(config, "sliding_window", None) is not None
     )
-
-
-def dense_with_past_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """Dense causal attention of query [B, H, Q, D], the last Q of S positions, without a mask [Q, S]."""
-    if attention_mask is not None or dropout > 0 or query.shape[2] == key.shape[2]:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    return causal_attention_with_past(query, key, value, scaling=scaling).transpose(1, 2), None
-
-
-def dense_with_past_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function=causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    **kwargs,
-) -> torch.Tensor | None:
-    """Mask function of transformers' interface: none for plain rows, else the stock one."""
-    is_plain = mask_function is causal_mask_function and kv_offset == 0 and kv_length == int(q_offset) + q_length
-    if is_plain and (attention_mask is None or bool(attention_mask[:, -kv_length:].all())):
-        return None
-    return sdpa_mask(
-        batch_size, q_length, kv_length, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
-        attention_mask=attention_mask, **kwargs,
-    )  # fmt: skip
 
 
 def flash_kernel() -> AttentionKernel:

@@ -15,7 +15,9 @@ class DataCollator:
     ends a row stays a label and stays visible.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, num_parts: int = 1) -> None:
+        """num_parts: processes that share a row; its length is then a multiple of that, its positions are told."""
+        self.num_parts = num_parts
         pad, unk = tokenizer.pad_token_id, tokenizer.unk_token_id
         # Any id does, since no label and no attention reaches padding.
         self.pad_token_id = pad if pad is not None else unk if unk is not None else 0
@@ -25,10 +27,11 @@ class DataCollator:
 
         Rows with input_ids and labels give input_ids, labels and attention_mask (1 token, 0 padding). Packed rows,
         which also have position_ids, give those and no attention_mask: documents are told apart by positions that
-        restart at 0, and the padding is one more document.
+        restart at 0, and the padding is one more document. Rows to be shared by several processes have position_ids
+        in either case, for what a process holds is no whole row.
         """
         lengths = [len(row["input_ids"]) for row in rows]
-        shape = (len(rows), max(lengths))
+        shape = (len(rows), -(-max(lengths) // self.num_parts) * self.num_parts)
         packed = "position_ids" in rows[0]
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),
@@ -42,6 +45,8 @@ class DataCollator:
                 values[index, :length] = torch.as_tensor(row[name])
             if packed:
                 batch["position_ids"][index, length:] = torch.arange(shape[1] - length)
-        if not packed:
+        if not packed and self.num_parts > 1:
+            batch["position_ids"] = torch.arange(shape[1]).repeat(len(rows), 1)
+        elif not packed:
             batch["attention_mask"] = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
         return batch

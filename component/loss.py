@@ -23,10 +23,16 @@ def next_token_loss(
     nothing is to be learned. The sum over tokens is divided by `num_items`, or by the number of
     labels that count when it is None. Returns a scalar; zero when no label counts.
     """
-    targets = labels[:, 1:].reshape(-1).to(hidden.device)
     # Shifting the labels rather than the states spares a copy of the states at batch size one.
-    states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    total = linear_cross_entropy_sum(states, weight, targets)
+    return token_loss(hidden[:, :-1], weight, labels[:, 1:], num_items=num_items)
+
+
+def token_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """The same for targets int [B, S] that stand beside their hidden [B, S, C]: each token's next one."""
+    targets = targets.reshape(-1).to(hidden.device)
+    total = linear_cross_entropy_sum(hidden.reshape(-1, hidden.shape[-1]), weight, targets)
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum().clamp_min(1)
     if torch.is_tensor(num_items):

@@ -163,8 +163,10 @@ def run_shape(settings: Settings, mechanisms: Mechanisms) -> RunShape:
     optim = mechanisms.optim if mechanisms.optim and not settings.given.get("optim") else training.get("optim", "")
     length = settings.data.max_seq_length
     is_s2 = attention.attention == "s2"
+    is_shared = settings.parallel.sequence_parallel_size > 1
+    by_kernels = attention.attention in ("s2", "full") and not attention.use_flash_attn and not is_shared
     return RunShape(
-        num_tokens=length,
+        num_tokens=-(-length // settings.parallel.sequence_parallel_size),
         num_rows=training.get("per_device_train_batch_size", 1),
         stream_bytes=2 if is_16_bit and kind != "full" else 4,
         weights={"qlora": "nf4", "lora": "plain", "full": "trained"}[kind],
@@ -172,7 +174,7 @@ def run_shape(settings: Settings, mechanisms: Mechanisms) -> RunShape:
         lora_targets=lora_targets(adapter.target_modules),
         trains_embedding=adapter.train_embedding,
         attended=attention.group_size(length) if is_s2 else length,
-        by_kernels=attention.attention in ("s2", "full") and not attention.use_flash_attn,
+        by_kernels=by_kernels,
         optimizer_bytes=0 if offloads_optimizer(deepspeed) else optimizer_bytes(optim),
         is_gpu=is_on_gpu(settings),
     )

@@ -27,6 +27,7 @@ from component.jsonl import check_data_file
 from component.machine_checks import check_optimizer, check_precision
 from component.model import empty_model
 from component.prompt import eos_id, prompt_template_for
+from component.sequence_parallel import check_sequence_parallel
 
 LEAST = {
     "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
@@ -37,7 +38,7 @@ LEAST = {
 UNSUPPORTED = {
     "fsdp": "use deepspeed to shard",
     "fsdp_config": "use deepspeed to shard",
-    "parallelism_config": "use deepspeed to shard",
+    "parallelism_config": "set sequence_parallel_size",
     "use_liger_kernel": "the loss is computed in chunks without it",
 }
 
@@ -218,6 +219,8 @@ def check_against_model(settings: Settings, config: PretrainedConfig) -> None:
     if quantization:
         raise ValueError(f"model_name_or_path: {name!r} is already quantised; give the model it was made from")
     model = empty_model(config, name=name, trust_remote_code=settings.model.trust_remote_code)
+    size, attention = settings.parallel.sequence_parallel_size, settings.attention.attention
+    check_sequence_parallel(size, config, attention=attention, num_processes=world_size())
     if settings.attention.attention == "dca":
         check_model_supports(model, "dual chunk attention")
     if settings.attention.attention == "s2":

@@ -79,6 +79,7 @@ def shift_short_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segment_ids: torch.Tensor | None = None,
+    num_shifted: int | None = None,
     kernel: AttentionKernel = causal_attention,
 ) -> torch.Tensor:
     """Shift-short attention over any sequence length.
@@ -88,18 +89,26 @@ def shift_short_attention(
     segment_ids: int [B, S]; tokens attend only within equal ids, and a negative id marks padding
         that nothing attends to. None when rows hold one sequence, padded at most on the right
         (causality alone then keeps padding out of every real token).
+    num_shifted: how many heads, the last ones, have shifted groups; None for half of them. Other numbers are
+        for calls that see a part of a layer's heads.
     kernel: attention within a group, the signature of `causal_attention`.
     Returns [B, H, S, D], laid out in memory as [B, S, H, D].
 
     Raises ValueError for an odd number of query heads or an odd or non-positive group size.
     """
     num_heads, num_kv_heads, length = query.shape[1], key.shape[1], query.shape[2]
-    check_shift_short(num_heads, group_size)
-    if num_kv_heads > 1 and num_kv_heads % 2:
-        # An odd number of key/value heads straddles the two halves: give each query head its own.
-        key, value = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (key, value))
-    queries = query.chunk(2, dim=1)
-    keys, values = ((x, x) if x.shape[1] == 1 else x.chunk(2, dim=1) for x in (key, value))
+    if num_shifted is None:
+        check_shift_short(num_heads, group_size)
+        num_shifted = num_heads // 2
+    num_plain, per_kv_head = num_heads - num_shifted, num_heads // num_kv_heads
+    if num_kv_heads > 1 and num_plain % per_kv_head:
+        # A key/value head straddles the two kinds: give each query head its own.
+        key, value = (x.repeat_interleave(per_kv_head, dim=1) for x in (key, value))
+        per_kv_head = 1
+    # With one key/value head both kinds share it.
+    kv_sizes = [num_plain // per_kv_head, num_shifted // per_kv_head]
+    queries = query.split([num_plain, num_shifted], dim=1)
+    keys, values = ((x, x) if x.shape[1] == 1 else x.split(kv_sizes, dim=1) for x in (key, value))
     halves = [
         grouped_attention(
             *half,
@@ -110,6 +119,7 @@ def shift_short_attention(
             dropout=dropout,
         )
         for shifted, *half in zip((False, True), queries, keys, values, strict=True)
+        if half[0].shape[1]
     ]
     return torch.cat(halves, dim=2).transpose(1, 2)
 

@@ -12,7 +12,8 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from component.shift_short_attention import AttentionKernel, segment_mask, shift_short_attention
+from component.sequence_parallel import sharded_attention, trade_heads_for_tokens
+from component.shift_short_attention import AttentionKernel, causal_attention, segment_mask, shift_short_attention
 
 
 def shift_short_forward(
@@ -48,6 +49,47 @@ def shift_short_forward(
         query, key, value, group_size, scaling=scaling, dropout=dropout, segment_ids=attention_mask, kernel=kernel
     )
     return output.transpose(1, 2), None
+
+
+def shared_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    attend: Callable,
+    size: int,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The same where `size` processes share a row in training: query [B, H, S / size, D] then has all heads.
+
+    attend: `heads_forward` with its settings.
+    """
+    if not module.training:
+        return shift_short_forward(
+            module, query, key, value, attention_mask, dropout, scaling, group_size=0, kernel=causal_attention, **kwargs
+        )
+    options = {"dropout": dropout, "scaling": scaling, "position_ids": kwargs["position_ids"]}
+    output = trade_heads_for_tokens(module, query, key, value, attend=attend, size=size, **options)
+    return output.unflatten(2, (query.shape[1], -1)), None
+
+
+def heads_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    position_ids: torch.Tensor,
+    is_packed: bool,
+    **options,
+) -> tuple[torch.Tensor, None]:
+    """Attention of some heads over whole rows: query [B, H, S, D], position_ids [B, S]; returns [B, S, H, D]."""
+    return sharded_attention(query, key, value, position_ids=position_ids if is_packed else None, **options), None
 
 
 def shift_short_mask(

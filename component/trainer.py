@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from component.adapter_folder import save_adapter
@@ -16,6 +17,7 @@ from component.distributed import barrier, is_main_process
 from component.files import atomic_folder
 from component.plot import plot_loss_curve
 from component.run_record import save_run_record
+from component.sequence_parallel import PartCollator, share_rows
 
 logger = logging.getLogger("longqlora")
 
@@ -24,11 +26,26 @@ class LongContextTrainer(Trainer):
     """Trains with next-token loss; everything trained, the extended config and the tokenizer go into
     each checkpoint folder, which appears under its name only when it is complete."""
 
-    def __init__(self, *args, run_record: dict[str, Any], **kwargs) -> None:
+    def __init__(self, *args, run_record: dict[str, Any], sequence_parallel_size: int = 1, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.run_record = run_record
+        self.sequence_parallel_size = sequence_parallel_size
         self.is_saving = False
         self.add_callback(LossCurve())
+
+    def get_train_dataloader(self) -> DataLoader:
+        size, whole = self.sequence_parallel_size, self.data_collator
+        if size == 1:
+            return super().get_train_dataloader()
+        # For training only: in evaluation every process has rows of its own.
+        self.data_collator = PartCollator(whole, size)
+        try:
+            return share_rows(super().get_train_dataloader(), size)
+        finally:
+            self.data_collator = whole
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return super().get_total_train_batch_size(args) // self.sequence_parallel_size
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # transformers looks at max_steps after a step only: a run that was killed when its last checkpoint

@@ -30,7 +30,7 @@ This file is written by `python script/list_settings.py`.
 """
 TITLES = {
     "model": "Model", "context": "Context", "attention": "Attention", "adapter": "What is trained", "memory": "Memory",
-    "data": "Data", "output": "Output", "log": "Log",
+    "parallel": "Several GPUs for one row", "data": "Data", "output": "Output", "log": "Log",
 }  # fmt: skip
 
 

@@ -70,7 +70,9 @@ def test_bisection_ends_at_the_limit(monkeypatch, limit):
 
 
 def test_a_prediction_grows_with_the_cap():
-    args = Namespace(shape="llama-4l", longest=2**20, dtype=None, optim=None, lora_rank=64)
+    args = Namespace(
+        shape="llama-4l", longest=2**20, dtype=None, optim=None, lora_rank=64, attention="s2", device="cpu"
+    )
     lengths = [longest.predicted_length(args, "balanced", gib * 2**30) for gib in (1, 2)]
     assert 1000 < lengths[0] < lengths[1] and longest.predicted_length(args, "fast", 2**30) < lengths[0]
     assert longest.predicted_length(args, "balanced", 2**20) == 0
@@ -103,3 +105,13 @@ def test_contestants_take_the_same_step(monkeypatch, tmp_path):
     results = json.loads((tmp_path / "a.json").read_text())["results"]
     first = {name: result["losses"][0] for name, result in results.items()}
     assert first["ours, full"] == pytest.approx(first["transformers"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_longest_row_of_a_tiny_model(monkeypatch, tmp_path):
+    words = ["--shape", "tiny", "--memory_cap", "16MiB", "--sets", "checkpointing", "max_length", "--device", "cpu"]
+    words += ["--resolution", "0.2", "--output_file", tmp_path / "a.json", "--plot", tmp_path / "a.png"]
+    run_here(monkeypatch, "longest", *words)
+    results = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert 0 < results["checkpointing"]["length"] < results["max_length"]["length"]
+    assert (tmp_path / "a.png").stat().st_size > 1000

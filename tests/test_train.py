@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import yaml
 from conftest import sentences
 from peft import PeftModel
 from safetensors.torch import load_file
-from training_process import finish, start
+from training_process import finish, finish_world, start
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from component.checkpoint import list_checkpoints
@@ -75,16 +74,6 @@ def epochs(output_dir: Path) -> list[float]:
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(output_dir / "final" / "adapter_model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def free_port():
-    def port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1]
-
-    return port
 
 
 def test_what_a_run_leaves(write_yaml, tiny_model_dir):
@@ -197,7 +186,7 @@ def test_resuming_with_other_settings_says_so(write_yaml):
     assert "learning_rate was 0.01 and is now 0.001" in (out / "train.log").read_text()
 
 
-def test_two_processes_equal_one_with_doubled_accumulation(write_yaml, free_port):
+def test_two_processes_equal_one_with_doubled_accumulation(write_yaml):
     """2 ranks x 1 row against 1 rank x 2 accumulated rows: the same rows in each step, to 1e-5 in loss."""
     shared = {
         "per_device_train_batch_size": 1,
@@ -209,17 +198,7 @@ def test_two_processes_equal_one_with_doubled_accumulation(write_yaml, free_port
     path, one = write_yaml("one", gradient_accumulation_steps=2, **shared)
     train(path)
     path, two = write_yaml("two", gradient_accumulation_steps=1, **shared)
-    port, log = free_port(), path.with_suffix(".out")
-    ranks = [
-        start(
-            "--train_args_file", path, log=log,
-            environment={"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in ranks:
-        finish(process, log)
+    finish_world("--train_args_file", path, log=path.with_suffix(".out"), num_processes=2)
     first, second = losses(one), losses(two)
     assert len(first) == len(second) == 5
     # Both saw two rows a step: the processes were one world, not two runs of their own.

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -41,3 +42,19 @@ def finish(process, log: Path, timeout: float = 120) -> None:
     process.join(timeout)
     text = log.read_text(errors="replace") if log.exists() else ""
     assert process.exitcode == 0, f"training ended with {process.exitcode}\n{text[-4000:]}"
+
+
+def finish_world(*arguments: object, log: Path, num_processes: int) -> None:
+    """Run training in several processes of one world; all must succeed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port
+    }  # fmt: skip
+    ranks = []
+    for rank in range(num_processes):
+        environment = {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        ranks.append(start(*arguments, log=log, environment=environment))
+    for process in ranks:
+        finish(process, log)
