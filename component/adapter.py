@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from component.model import linear_layers
 
@@ -49,7 +50,8 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> PreTrainedM
     """Freeze the base and add what is trained. Trained weights are fp32: an optimizer step of 1e-4 of a
     weight's size is lost in 16 bit. What flows between the layers stays in the dtype of the base."""
     if config.finetuning_type == "full":
-        return model.float().requires_grad_(True)
+        # ZeRO-3 holds fp32 weights of its own beside those that the model computes with.
+        return model.requires_grad_(True) if is_deepspeed_zero3_enabled() else model.float().requires_grad_(True)
     model.requires_grad_(False)
     stream_dtype = model.get_input_embeddings().weight.dtype
     modules_to_save = trained_module_names(model, embedding=config.train_embedding, norm=config.train_norm)
@@ -143,7 +145,9 @@ def trainable_table(model: torch.nn.Module) -> str:
             continue
         kind = next((kind for kind, marks in MODULE_KINDS.items() if any(mark in name for mark in marks)), "linear")
         quant_state = getattr(parameter, "quant_state", None)
-        count = quant_state.shape.numel() if quant_state is not None else parameter.numel()
+        # Under ZeRO-3 a process holds a part of each weight, and no element where it looks.
+        own_count = getattr(parameter, "ds_numel", parameter.numel())
+        count = quant_state.shape.numel() if quant_state is not None else own_count
         dtype = "nf4" if quant_state is not None else str(parameter.dtype).removeprefix("torch.")
         row = rows.setdefault((kind, dtype), [0, 0])
         row[0] += count if parameter.requires_grad else 0

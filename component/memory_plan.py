@@ -18,6 +18,8 @@ from component.machine_checks import has_gpu
 from component.memory import CHECKPOINTED, LADDER, POLICIES, STOCK, STOCK_LADDER, Mechanisms
 from component.memory_model import MemoryEstimate, ModelShape, RunShape, optimizer_bytes, predict
 
+# `memory: auto` plans for this part of the memory: the prediction was held to 10% of counted bytes, on a CPU.
+AUTO_SHARE = 0.92
 CHECKPOINTING_KEY = next(
     key for key in ("activation_checkpointing", "gradient_checkpointing") if key in fields_of(TrainingArguments)
 )
@@ -130,7 +132,7 @@ def fastest_that_fits(settings, config, ladder, capacity: float | None) -> Mecha
     fitting = [
         rung
         for rung, estimate in estimates.items()
-        if (capacity is None or estimate.peak <= capacity) and not host_shortage(settings, estimate)
+        if (capacity is None or estimate.peak <= AUTO_SHARE * capacity) and not host_shortage(settings, estimate)
     ]
     if not fitting:
         return min(ladder, key=lambda rung: estimates[rung].peak)

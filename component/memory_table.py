@@ -8,7 +8,7 @@ from component.arguments import Settings
 from component.device_memory import GIB
 from component.memory import STOCK_LADDER, Mechanisms
 from component.memory_model import ModelShape, predict
-from component.memory_plan import ladder_of, longest_length, run_shape, yaml_lines
+from component.memory_plan import AUTO_SHARE, ladder_of, longest_length, run_shape, yaml_lines
 
 
 def memory_table(settings: Settings, config: PretrainedConfig, lengths: list[int], capacity: float) -> dict:
@@ -31,8 +31,9 @@ def memory_table(settings: Settings, config: PretrainedConfig, lengths: list[int
             }
         )
     by_time = sorted(rows, key=lambda row: row["relative_time"])
+    room = AUTO_SHARE * capacity / GIB
     fastest = {
-        str(length): next((row["settings"] for row in by_time if row["peak_gib"][str(length)] <= capacity / GIB), None)
+        str(length): next((row["settings"] for row in by_time if row["peak_gib"][str(length)] <= room), None)
         for length in lengths
     }
     return {"capacity_gib": capacity / GIB, "sets": rows, "fastest": fastest, "reason": reason}
