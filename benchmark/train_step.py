@@ -8,10 +8,10 @@
 Forward, backward and optimizer step as train.py composes them: NF4 base with double quantisation, LoRA
 on all linear layers, S2-Attn, a memory policy or gradient checkpointing, loss in chunks. One step warms up,
 --steps are timed. With --peers others take the same step in the same run, each in a process of its own: ours with
-S2-Attn and with full attention against "transformers" (plain transformers + PEFT) and "trl" (SFTTrainer, where it
-is installed), which have full attention. --v100 makes a newer GPU take the way of a V100: fp16,
-memory-efficient SDPA only. Memory is what torch allocated and reserved on a GPU; on a CPU, the bytes of all
-tensors and the process's peak.
+S2-Attn and with full attention against "transformers" (plain transformers + PEFT) and, where they are installed,
+"trl" (SFTTrainer), "liger" (its kernels) and "unsloth", which have full attention. --v100 makes a newer GPU take
+the way of a V100: fp16, memory-efficient SDPA only. Memory is what torch allocated and reserved on a GPU; on a CPU,
+the bytes of all tensors and the process's peak.
 """
 
 import argparse
@@ -24,7 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from component.cli import run_main  # noqa: E402
 from component.device_memory import is_out_of_memory, parse_size  # noqa: E402
 
-PEERS = ("transformers", "trl")
+# Peers, the package that each needs, and whether it runs on a GPU only.
+PEERS = {
+    "transformers": ("transformers", False), "trl": ("trl", False), "liger": ("liger_kernel", True),
+    "unsloth": ("unsloth", True),
+}  # fmt: skip
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MIB = 2**20
 
@@ -59,6 +63,7 @@ def parse_args() -> argparse.Namespace:
                         help="default: paged_adamw_32bit on a GPU, adamw_torch on a CPU")  # fmt: skip
     parser.add_argument("--gradient_checkpointing", action=boolean, default=True, help="default: yes")
     parser.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="also list the operations of a step by their time")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--memory_cap", help="most memory to use, such as 32GiB; beyond it the run ends with exit "
                         "code 2 (default: none)")  # fmt: skip
@@ -77,9 +82,12 @@ def check_args(args: argparse.Namespace) -> int | None:
         raise ValueError(f"--v100 computes in fp16; leave out --dtype {args.dtype}")
     if args.plot and not args.peers:
         raise ValueError("--plot draws a comparison; name whom to compare with in --peers")
-    missing = [name for name in args.peers if importlib.util.find_spec(name) is None]
+    missing = [name for name in args.peers if importlib.util.find_spec(PEERS[name][0]) is None]
     if missing:
         raise ValueError(f"--peers: {', '.join(missing)} is not installed; pip install it, or leave it out")
+    for name in args.peers:
+        if args.device == "cpu" and PEERS[name][1]:
+            raise ValueError(f"--peers: {name} needs a CUDA device; leave it out on a CPU")
     return parse_size(args.memory_cap, "--memory_cap") if args.memory_cap is not None else None
 
 

@@ -1,7 +1,8 @@
 """Training steps of a random NF4 model, timed, with their memory; `args` are those of train_step.py.
 
-`contestant` is "ours" or a peer: "transformers" (plain transformers + PEFT with gradient checkpointing, as PEFT's
-documentation has it) or "trl" (TRL's SFTTrainer, whose loss works in chunks), with stock attention.
+`contestant` is "ours" or a peer with stock attention: "transformers" (plain transformers + PEFT with gradient
+checkpointing, as PEFT's documentation has it), "trl" (TRL's SFTTrainer, whose loss works in chunks), "liger" (its
+kernels in the first) or "unsloth".
 """
 
 import argparse
@@ -13,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel
 from tqdm import tqdm
 
 from benchmark.hardware_use import hardware_use
 from benchmark.live_memory import PeakMemory
+from benchmark.peer_models import unsloth_model, with_liger_kernels, with_stock_adapter
 from benchmark.random_nf4_model import random_nf4_model, shape_config
+from benchmark.step_profile import format_profile, profile_step
 from benchmark.trl_step import trl_step
 from component.adapter import AdapterConfig, attach_adapter, trainable_table
 from component.attention import AttentionConfig, bind_attention
@@ -43,7 +46,11 @@ def build(
     """The model as train.py puts it together, or as a peer does, and its optimizer."""
     config = shape_config(args.shape)
     print(extend_rope(config, args.seq_len))
+    if args.contestant == "unsloth":
+        return unsloth_model(config, args, dtype), None
     model = random_nf4_model(config, dtype=dtype, device=device)
+    if args.contestant == "liger":
+        model = with_liger_kernels(model)
     if args.contestant != "ours":
         return with_stock_adapter(model, args), None
     attention = AttentionConfig(attention=args.attention, group_size_ratio=args.group_size_ratio)
@@ -72,15 +79,6 @@ def make_optimizer(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
 
     kinds = {"paged_adamw_32bit": bnb.optim.PagedAdamW32bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}
     return kinds[name](trained, lr=1e-4)
-
-
-def with_stock_adapter(model: torch.nn.Module, args: argparse.Namespace) -> PeftModel:
-    """The model as PEFT's documentation prepares it for training on 4-bit weights."""
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-    lora = LoraConfig(
-        r=args.lora_rank, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, lora).train()
 
 
 def make_step(
@@ -149,4 +147,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) 
     speed = {"tokens_per_second": args.batch_size * args.seq_len / median, "median_seconds": median}
     if args.contestant == "ours":
         speed |= hardware_use(args, mechanisms_of(args), dtype, device, median)
+    if args.profile:
+        result["profile"] = profile_step(step, device)
+        print(format_profile(result["profile"]))
     return {**speed, **result, "seconds": seconds, "losses": losses}

@@ -229,5 +229,6 @@ def build_datasets(
             continue
         dataset, report = build_dataset(path, tokenizer, config, flag=flag)
         log(f"{flag}: {report.summary()}")
-        built.append(dataset)
+        # A list of 100,000 numbers takes 40 ms to become a tensor, an array 1 ms.
+        built.append(dataset.with_format("numpy"))
     return built[0], built[1]

@@ -9,8 +9,10 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from component.arguments import Settings
 from component.cli import require_file
+from component.device_memory import GIB
 from component.files import read_json
 
+LARGE_BUFFERS = 0.5 * GIB
 OBJECTS_OF_DEEPSPEED = ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler")
 
 
@@ -44,11 +46,29 @@ def complete_deepspeed(settings: Settings) -> list[str]:
     if "gradient_clipping" not in config:
         config["gradient_clipping"] = "auto"
         notices.append("deepspeed: added gradient_clipping, without which max_grad_norm is ignored")
+    held = gradient_buffers(config, element_bytes=2)
+    if held > LARGE_BUFFERS:
+        notices.append(
+            f"deepspeed: reduce_bucket_size holds {held / GIB:.1f} GiB of buffers in 16 bit; 2e7 is enough for adapters"
+        )
     if offloads_optimizer(config) and "optimizer" not in config:
         # Its own CPU optimizer is compiled at the first start and takes the place of the one in the settings.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     settings.training["deepspeed"] = config
     return notices
+
+
+def gradient_buffers(deepspeed: dict | None, *, element_bytes: int) -> float:
+    """Bytes that ZeRO-1 and 2 allocate to collect gradients in (stage_1_and_2.py, setup_buckets)."""
+    zero = (deepspeed or {}).get("zero_optimization") or {}
+    size = zero.get("reduce_bucket_size", 5e8)
+    if zero.get("stage") not in (1, 2) or not zero.get("contiguous_gradients", True) or not is_number(size):
+        return 0
+    return size * element_bytes * (2 if zero.get("overlap_comm") else 1)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def offloads_optimizer(deepspeed: dict | None) -> bool:

@@ -75,7 +75,8 @@ class RunShape:
 
     stream_bytes: of an element in 16 or 32 bit. weights: nf4, plain (16 or 32 bit) or trained. attended: tokens
     that a query sees at most, beside half of which it sees on average: the group size of S2-Attn, or num_tokens.
-    optimizer_bytes: kept on the device for each trained parameter; gradient_bytes likewise.
+    optimizer_bytes: kept on the device for each trained parameter; gradient_bytes likewise. buffers: bytes that
+    DeepSpeed holds to collect gradients in.
     """
 
     num_tokens: int
@@ -89,6 +90,7 @@ class RunShape:
     by_kernels: bool = True
     optimizer_bytes: float = 8
     gradient_bytes: float = 4
+    buffers: float = 0
     is_gpu: bool = True
 
 
@@ -153,7 +155,7 @@ def predict(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> MemoryE
     kept = layer.kept * model.num_layers
     return MemoryEstimate(
         static=static,
-        gradients=num_trained * run.gradient_bytes,
+        gradients=num_trained * run.gradient_bytes + run.buffers,
         # One layer's at work, one on its way.
         kept=min(kept, 2 * layer.kept) if is_offloaded else kept,
         layer=layer.peak,

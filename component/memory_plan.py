@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from component.arguments import Settings, fields_of
 from component.decoder_layer import MODEL_TYPES
-from component.deepspeed_checks import offloads_optimizer
+from component.deepspeed_checks import gradient_buffers, offloads_optimizer
 from component.device_memory import GIB, free_host_memory, is_out_of_memory, parse_size
 from component.machine_checks import has_gpu
 from component.memory import CHECKPOINTED, LADDER, POLICIES, STOCK, STOCK_LADDER, Mechanisms
@@ -178,6 +178,7 @@ def run_shape(settings: Settings, mechanisms: Mechanisms) -> RunShape:
         attended=attention.group_size(length) if is_s2 else length,
         by_kernels=by_kernels,
         optimizer_bytes=0 if offloads_optimizer(deepspeed) else optimizer_bytes(optim),
+        buffers=gradient_buffers(deepspeed, element_bytes=2 if is_16_bit else 4),
         is_gpu=is_on_gpu(settings),
     )
 

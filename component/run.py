@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from component.arguments import Settings
 from component.checkpoint import check_resumable, checkpoint_to_resume, remove_checkpoints
 from component.distributed import barrier, is_main_process, set_single_process_environment, world_size
 from component.files import write_json
 from component.run_record import make_run_record, save_run_record
+from component.trainer import LongContextTrainer
 
 logger = logging.getLogger("longqlora")
 
@@ -34,13 +35,17 @@ class Run:
         for line in text.splitlines():
             logger.info(line)
 
-    def finish(self, trainer: Trainer, *, predicted_gib: float) -> None:
-        """Log and save what the run took: wall time, steps, last loss, peak memory beside the predicted one."""
+    def finish(self, trainer: LongContextTrainer, *, predicted_gib: float) -> None:
+        """Log and save what the run took: wall time, start-up (to the first step), the part of the training time
+        that went into waiting for data, steps, last loss, peak memory beside the predicted one."""
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        runtime = next((x["train_runtime"] for x in trainer.state.log_history[::-1] if "train_runtime" in x), None)
         result = {
             "global_step": trainer.state.global_step,
             "last_loss": losses[-1] if losses else None,
             "minutes": round((time.time() - self.started) / 60, 2),
+            "start_up_seconds": trainer.start_up.seconds and round(trainer.start_up.seconds, 2),
+            "data_share": round(trainer.data_seconds / runtime, 4) if runtime else None,
             "peak_gpu_memory_gib": peak_memory_gib(),
             "predicted_memory_gib": round(predicted_gib, 2),
             "log_history": trainer.state.log_history,

@@ -1,10 +1,12 @@
 """transformers' Trainer with atomic checkpoints, pickle-free adapters and a run record."""
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -31,7 +33,16 @@ class LongContextTrainer(Trainer):
         self.run_record = run_record
         self.sequence_parallel_size = sequence_parallel_size
         self.is_saving = False
+        self.data_seconds = 0.0
+        self.start_up = StartUp()
         self.add_callback(LossCurve())
+        self.add_callback(self.start_up)
+
+    def get_batch_samples(self, *args, **kwargs):
+        start = time.perf_counter()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self.data_seconds += time.perf_counter() - start
+        return samples
 
     def get_train_dataloader(self) -> DataLoader:
         size, whole = self.sequence_parallel_size, self.data_collator
@@ -130,3 +141,13 @@ class LossCurve(TrainerCallback):
         points = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
         if state.is_world_process_zero and points:
             plot_loss_curve(*zip(*points, strict=True), Path(args.output_dir) / "loss.png")
+
+
+class StartUp(TrainerCallback):
+    """Seconds from the start of the process to its first training step."""
+
+    seconds: float | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if self.seconds is None:
+            self.seconds = time.time() - psutil.Process().create_time()

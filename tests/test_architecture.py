@@ -20,6 +20,11 @@ PURE = [
     "context_request",
     "perplexity",
     "loss",
+    "adapted_linear",
+    "attention_pieces",
+    "tiled_norm",
+    "device_memory",
+    "host_offload",
 ]
 
 

@@ -313,3 +313,14 @@ def test_the_page_of_settings_is_in_step(monkeypatch):
     spec.loader.exec_module(module)
     page = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
     assert page == module.settings_page(), "run `python script/list_settings.py`"
+
+
+@pytest.mark.parametrize(
+    ("zero", "gib"),
+    [({"stage": 2, "overlap_comm": True}, 1.9), ({"stage": 2}, 0.9), ({"stage": 2, "reduce_bucket_size": 2e7}, None),
+     ({"stage": 3}, None), ({"stage": 2, "contiguous_gradients": False}, None)],
+)  # fmt: skip
+def test_large_gradient_buckets_are_named(checked, zero, gib):
+    _, notices = checked({"deepspeed": {"zero_optimization": zero}, "finetuning_type": "lora"})
+    said = [notice for notice in notices if "reduce_bucket_size" in notice]
+    assert said == ([] if gib is None else [said[0]]) and (gib is None or f"holds {gib} GiB" in said[0])

@@ -79,7 +79,7 @@ def test_methods_and_pretraining_length_are_obeyed(tmp_path, run_here):
         (["--pretraining_length", 0], "--pretraining_length: must be at least 1"),
         (["--v100", "--dtype", "bf16"], "--v100 computes in fp16"),
         (["--v100"], "--v100 needs a CUDA device"),
-        (["--memory_cap", "much"], "--memory_cap: 'much' is no size"),
+        (["--memory_cap", "much"], "--memory_cap: 'much' is not a size"),
         (["--dtype", "fp16"], "--dtype: CPUs"),
         (["--shape", "nothing-here"], "--shape: 'nothing-here' is neither"),
         (["--pretraining_length", 100], "pretraining_length: the model reads 64 tokens"),

@@ -32,10 +32,11 @@ def test_units_of_a_layer(monkeypatch, capsys, tmp_path):
 
 def test_a_step_with_the_layer_function(monkeypatch, tmp_path):
     words = ["--shape", "tiny", "--seq_len", 64, "--steps", 1, "--device", "cpu", "--output_file", tmp_path / "a.json"]
-    run_here(monkeypatch, "train_step", *words, "--memory", "max_length", "--tile_size", 16)
+    run_here(monkeypatch, "train_step", *words, "--memory", "max_length", "--tile_size", 16, "--profile")
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["settings"]["memory"] == "max_length" and result["hfu"] > 0
-    assert len(result["losses"]) == 2 and result["losses"][1] < result["losses"][0]
+    assert len(result["losses"]) == 3 and result["losses"][1] < result["losses"][0]
+    assert 0.5 < sum(row["share"] for row in result["profile"]) <= 1 and result["profile"][0]["milliseconds"] > 0
 
 
 def test_ratios_are_to_the_best_of_the_peers():
@@ -87,6 +88,7 @@ def test_a_prediction_grows_with_the_cap():
         ("layer_memory", ["--hidden_size", "500"], "--hidden_size: a multiple of 320"),
         ("layer_memory", ["--plot", "a.txt"], "--plot"),
         ("train_step", ["--plot", "a.png"], "name whom to compare with in --peers"),
+        ("train_step", ["--peers", "unsloth"], "--peers: unsloth is not installed"),
         ("train_step", ["--memory", "fast", "--tile_size", "0"], "tile_size: must be at least 1"),
         ("train_step", ["--optim", "paged_adamw_8bit", "--device", "cpu"], "paged_adamw_8bit pages GPU memory"),
     ],
