@@ -1,12 +1,18 @@
 """The layer function and its host memory on a GPU: exact, bounded, and overlapping nothing that it should not."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from test_layer_backward import assert_equal, batch, build, loss_and_gradients
 
+from benchmark.random_nf4_model import shape_config
 from component.host_offload import HostOffload
 from component.layer_binding import bind_layers
 from component.layer_call import KEPT, LayerOptions
+from component.memory import BALANCED, CHECKPOINTED, MAX_LENGTH
+from component.memory_model import CUDA_CONTEXT, GIB, ModelShape, RunShape, predict
 
 pytestmark = pytest.mark.gpu
 
@@ -81,3 +87,23 @@ def test_device_memory_is_that_of_two_layers():
         store.get(handle)[0].add_(1)
         torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before <= 3.5 * size
+
+
+@pytest.mark.parametrize(
+    ("words", "mechanisms"),
+    [
+        ([], CHECKPOINTED),
+        (["--memory", "balanced"], BALANCED),
+        (["--memory", "balanced", "--offload_activations"], replace(BALANCED, offload_activations=True)),
+        (["--memory", "max_length"], MAX_LENGTH),
+    ],
+)
+def test_prediction_is_within_a_tenth_of_what_is_reserved(run_script, tmp_path, words, mechanisms):
+    """A step of the 7B shape at 16,384 tokens; the CUDA context is not the allocator's."""
+    file, length = tmp_path / "step.json", 16384
+    flags = ["--shape", "llama2-7b", "--seq_len", length, "--steps", 1, "--optim", "paged_adamw_8bit", *words]
+    run_script("benchmark/train_step.py", *flags, "--output_file", file, check=True, timeout=600)
+    reserved = json.loads(file.read_text())["peak_reserved_bytes"]
+    run = RunShape(length, attended=length // 4, optimizer_bytes=0)
+    predicted = predict(ModelShape.of(shape_config("llama2-7b")), run, mechanisms).peak - CUDA_CONTEXT
+    assert 0.9 < predicted / reserved < 1.1, f"predicted {predicted / GIB:.2f} GiB, reserved {reserved / GIB:.2f} GiB"
