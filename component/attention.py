@@ -99,7 +99,7 @@ def bind_attention(
         return f"full causal attention ({package})"
     group_size = None if is_full else config.group_size(max_seq_length)
     if is_full:
-        check_model_supports(model, "sequence parallelism")
+        check_model_supports(model, "sequence parallelism", fix="leave out sequence_parallel_size")
         description = "full causal attention"
     else:
         check_model_supports_shift_short(model, group_size)
@@ -193,17 +193,15 @@ def check_model_supports_shift_short(model: PreTrainedModel, group_size: int) ->
     check_shift_short(model.config.num_attention_heads, group_size)
 
 
-def check_model_supports(model: PreTrainedModel, method: str) -> None:
+def check_model_supports(model: PreTrainedModel, method: str, *, fix: str = "use attention: full") -> None:
     """Raise ValueError for a model that bypasses AttentionInterface or has sliding-window layers."""
     config = model.config
     if not model._supports_attention_backend:
-        raise ValueError(
-            f"attention: {config.model_type} does not use transformers' AttentionInterface; use attention: full"
-        )
+        raise ValueError(f"attention: {config.model_type} does not use transformers' AttentionInterface; {fix}")
     if has_sliding_window(config):
         raise ValueError(
             f"attention: {config.model_type} has sliding-window layers (sliding_window={config.sliding_window}), which "
-            f"{method} does not define; set sliding_window to null in its config.json, or use attention: full"
+            f"{method} does not define; set sliding_window to null in its config.json, or {fix}"
         )
 
 

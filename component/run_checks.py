@@ -221,9 +221,11 @@ def check_against_model(settings: Settings, config: PretrainedConfig) -> None:
     model = empty_model(config, name=name, trust_remote_code=settings.model.trust_remote_code)
     size, attention = settings.parallel.sequence_parallel_size, settings.attention.attention
     check_sequence_parallel(size, config, attention=attention, num_processes=world_size())
-    if settings.attention.attention == "dca":
+    if attention == "dca":
         check_model_supports(model, "dual chunk attention")
-    if settings.attention.attention == "s2":
+    if attention == "full" and size > 1:
+        check_model_supports(model, "sequence parallelism", fix="leave out sequence_parallel_size")
+    if attention == "s2":
         check_model_supports_shift_short(model, settings.attention.group_size(settings.data.max_seq_length))
     if settings.adapter.finetuning_type != "full":
         if not target_module_names(model, settings.adapter.target_modules):
