@@ -109,7 +109,6 @@ CHANGES = {
     "fsdp": ({"fsdp": "full_shard"}, ["fsdp", "full_shard", "deepspeed"]),
     "nobody shares": ({"sequence_parallel_size": 0}, ["sequence_parallel_size", "at least 1"]),
     "too few to share": ({"sequence_parallel_size": 2}, ["sequence_parallel_size", "1 process", "--num_gpus 2"]),
-    "mesh": ({"parallelism_config": {"sp_size": 2}}, ["parallelism_config", "sequence_parallel_size"]),
     "policy": ({"memory": "small"}, ["memory", "'small'", "balanced"]),
     "kept": ({"keep_activations": "some"}, ["keep_activations", "'some'", "attention"]),
     "tile": ({"memory": "fast", "tile_size": 0}, ["tile_size", "at least 1"]),

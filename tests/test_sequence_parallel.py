@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-import yaml
 from conftest import sentences, tiny_config
 from safetensors.torch import load_file
-from training_process import finish, finish_world, start
+from training_process import losses_of, run_training
 
 from component import sequence_parallel
 from component.collator import DataCollator
@@ -103,24 +102,14 @@ def run(tmp_path_factory, tiny_model_dir):
     def run(name: str, *words: object, num_processes: int = 1, **values):
         base = {
             "model_name_or_path": str(tiny_model_dir), "train_file": str(data), "eval_file": str(data),
-            "output_dir": str(folder / name), "data_cache_dir": str(folder / "cache"),
-            "deepspeed": "train_args/deepspeed/zero2.json",
-            "model_max_length": 128, "max_seq_length": 128, "lora_rank": 4, "lora_dropout": 0.0, "max_steps": 4,
-            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
-            "report_to": "none", "save_steps": 2, "logging_steps": 1, "train_norm": True, "train_embedding": True,
-            "dataloader_pin_memory": False, "sequence_parallel_size": num_processes, "optim": "sgd",
-            "lr_scheduler_type": "constant", "per_device_eval_batch_size": 1,
+            "deepspeed": "train_args/deepspeed/zero2.json", "sequence_parallel_size": num_processes,
+            "model_max_length": 128, "max_seq_length": 128, "lora_rank": 4, "lora_dropout": 0.0, "train_norm": True,
+            "train_embedding": True, "max_steps": 4, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "optim": "sgd",
+            "report_to": "none", "save_steps": 2, "logging_steps": 1,
         }  # fmt: skip
-        path = folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({**base, **values}))
-        log = path.with_suffix(".log")
-        if num_processes > 1:
-            finish_world("--train_args_file", path, *words, log=log, num_processes=num_processes)
-        else:
-            finish(start("--train_args_file", path, *words, log=log), log)
-        history = json.loads((folder / name / "train_results.json").read_text())["log_history"]
-        losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-        return losses, load_file(folder / name / "final" / "adapter_model.safetensors"), history
+        history = run_training(folder, name, {**base, **values}, *words, num_processes=num_processes)
+        return losses_of(history), load_file(folder / name / "final" / "adapter_model.safetensors"), history
 
     return run
 

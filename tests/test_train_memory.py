@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import yaml
 from conftest import sentences
-from training_process import finish, start
+from training_process import losses_of, run_training
 
 
 @pytest.fixture(scope="module")
@@ -15,21 +14,17 @@ def train(tmp_path_factory, tiny_model_dir):
     data.write_text("\n".join(json.dumps({"text": sentences(300, seed=i)}) for i in range(8)))
 
     def run(name: str, **values) -> tuple[list[float], str, dict]:
-        output = folder / name
         base = {
-            "model_name_or_path": str(tiny_model_dir), "train_file": str(data), "output_dir": str(output),
-            "data_cache_dir": str(folder / "cache"), "model_max_length": 256, "max_seq_length": 256, "lora_rank": 4,
-            "lora_dropout": 0.0, "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-            "report_to": "none", "save_strategy": "no", "logging_steps": 1, "train_norm": True,
+            "model_name_or_path": str(tiny_model_dir), "train_file": str(data), "model_max_length": 256,
+            "max_seq_length": 256, "lora_rank": 4, "lora_dropout": 0.0, "max_steps": 4, "train_norm": True,
+            "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no",
+            "logging_steps": 1,
         }  # fmt: skip
-        settings = folder / f"{name}.yaml"
-        settings.write_text(yaml.safe_dump({**base, **values}))
-        log = folder / f"{name}.log"
-        finish(start("--train_args_file", settings, log=log), log)
-        results = json.loads((output / "train_results.json").read_text())
-        record = json.loads((output / "run_record.json").read_text())
-        losses = [entry["loss"] for entry in results["log_history"] if "loss" in entry]
-        return losses, (output / "train.log").read_text(), {**record, **results}
+        losses = list(losses_of(run_training(folder, name, {**base, **values})).values())
+        record, results = (
+            json.loads((folder / name / file).read_text()) for file in ("run_record.json", "train_results.json")
+        )
+        return losses, (folder / name / "train.log").read_text(), {**record, **results}
 
     return run
 

@@ -1,10 +1,13 @@
 """Training runs in processes of their own that start quickly: forked from a server with everything imported."""
 
+import json
 import multiprocessing
 import os
 import socket
 import sys
 from pathlib import Path
+
+import yaml
 
 REPO = Path(__file__).resolve().parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -58,3 +61,20 @@ def finish_world(*arguments: object, log: Path, num_processes: int) -> None:
         ranks.append(start(*arguments, log=log, environment=environment))
     for process in ranks:
         finish(process, log)
+
+
+def run_training(folder: Path, name: str, values: dict, *words: object, num_processes: int = 1) -> list[dict]:
+    """Train with the settings `values`, output in folder/name; returns the log history."""
+    path, output = folder / f"{name}.yaml", folder / name
+    path.write_text(yaml.safe_dump({**values, "output_dir": str(output), "data_cache_dir": str(folder / "cache")}))
+    log = path.with_suffix(".log")
+    if num_processes > 1:
+        finish_world("--train_args_file", path, *words, log=log, num_processes=num_processes)
+    else:
+        finish(start("--train_args_file", path, *words, log=log), log)
+    return json.loads((output / "train_results.json").read_text())["log_history"]
+
+
+def losses_of(history: list[dict]) -> dict[int, float]:
+    """Training losses by step."""
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
