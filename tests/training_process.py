@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import yaml
@@ -31,8 +32,21 @@ def run_main_of_train(arguments: list[str], log: str, environment: dict[str, str
     run_main(train.main)
 
 
+def ensure_server() -> None:
+    """Start the server, once. It imports from the path of its environment, whatever this process has (Python 3.11)."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO / "tests"), str(REPO)])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
 def start(*arguments: object, log: Path, environment: dict[str, str] | None = None):
     """Start a training run; the process has `exitcode`, `join` and `kill` (SIGKILL)."""
+    ensure_server()
     process = CONTEXT.Process(
         target=run_main_of_train, args=([str(a) for a in arguments], str(log), environment or {}), daemon=True
     )

@@ -2,6 +2,8 @@
 
 import os
 
+# Given for these imports only (training_process.ensure_server).
+os.environ.pop("PYTHONPATH", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
