@@ -69,7 +69,9 @@ def start_run(settings: Settings, notices: list[str], **facts) -> Run:
         notices += check_resumable(
             checkpoint, settings.as_dict(), world_size=world_size(), uses_deepspeed=uses_deepspeed
         )
-    prepare_environment(uses_deepspeed=uses_deepspeed, output_dir=settings.training["output_dir"])
+    # Its exchange of heads and tokens is used without its engine too.
+    shares_rows = settings.parallel.sequence_parallel_size > 1
+    prepare_environment(uses_deepspeed=uses_deepspeed or shares_rows, output_dir=settings.training["output_dir"])
     arguments = settings.training_arguments()
     set_seed(arguments.seed)
     record = make_run_record(settings.as_dict(), world_size=world_size(), device=device_name(), **facts)
