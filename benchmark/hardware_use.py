@@ -8,7 +8,8 @@ import torch
 from benchmark.random_nf4_model import shape_config
 from component.attention import AttentionConfig
 from component.memory import Mechanisms
-from component.memory_model import ModelShape, RunShape, step_work
+from component.memory_model import step_work
+from component.memory_shape import ModelShape, RunShape
 
 
 def hardware_use(

@@ -64,7 +64,8 @@ def predicted_length(args: argparse.Namespace, name: str, cap: int) -> int:
     from benchmark.random_nf4_model import shape_config
     from component.attention import AttentionConfig
     from component.memory import CHECKPOINTED, POLICIES
-    from component.memory_model import ModelShape, RunShape, optimizer_bytes, predict
+    from component.memory_model import optimizer_bytes, predict
+    from component.memory_shape import ModelShape, RunShape
 
     mechanisms = CHECKPOINTED if name == "checkpointing" else POLICIES[name]
     shape = ModelShape.of(shape_config(args.shape))

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 from typing import Any
 
 from transformers import TrainingArguments
@@ -65,6 +66,15 @@ def gradient_buffers(deepspeed: dict | None, *, element_bytes: int) -> float:
     if zero.get("stage") not in (1, 2) or not zero.get("contiguous_gradients", True) or not is_number(size):
         return 0
     return size * element_bytes * (2 if zero.get("overlap_comm") else 1)
+
+
+def shards(deepspeed: dict | None, num_processes: int) -> tuple[float, float]:
+    """Processes among which ZeRO splits the weights, and gradients and optimizer state; infinite: in host memory."""
+    zero = (deepspeed or {}).get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    is_offloaded = ((zero.get("offload_param") or {}).get("device") or "none") != "none"
+    weight_shards = math.inf if is_offloaded else num_processes
+    return weight_shards if stage == 3 else 1, num_processes if stage else 1
 
 
 def is_number(value: object) -> bool:

@@ -11,87 +11,13 @@ Letters: T tokens of a step, C hidden size, F intermediate size, e bytes of an e
 from dataclasses import dataclass
 
 from component.memory import Mechanisms
+from component.memory_shape import ModelShape, RunShape
 
 GIB = 2**30
 # 4 bits, an 8-bit scale for 64 weights, an fp32 scale for 256 scales (QLoRA, arXiv 2305.14314, section 3).
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 CUDA_CONTEXT, CUDA_FRAGMENTATION = 0.6 * GIB, 0.05
 LOSS_CHUNK = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a Llama-like model; widths in elements."""
-
-    hidden: int
-    intermediate: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab: int
-    is_tied: bool = False
-
-    @classmethod
-    def of(cls, config) -> "ModelShape":
-        """From a config.json of transformers; other families than Llama's by what their configs share with it."""
-        hidden, num_heads = config.hidden_size, config.num_attention_heads
-        return cls(
-            hidden=hidden,
-            intermediate=getattr(config, "intermediate_size", 4 * hidden),
-            num_layers=config.num_hidden_layers,
-            num_heads=num_heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-            head_dim=getattr(config, "head_dim", None) or hidden // num_heads,
-            vocab=config.vocab_size,
-            is_tied=bool(config.tie_word_embeddings),
-        )
-
-    @property
-    def query_width(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def key_width(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of the linear layers of one decoder layer."""
-        c, f, q, k = self.hidden, self.intermediate, self.query_width, self.key_width
-        return {
-            "q_proj": (c, q), "k_proj": (c, k), "v_proj": (c, k), "o_proj": (q, c),
-            "gate_proj": (c, f), "up_proj": (c, f), "down_proj": (f, c),
-        }  # fmt: skip
-
-    def num_linear(self, *names: str) -> int:
-        """Weights of these linear layers of one decoder layer, or of all."""
-        return sum(self.linears[name][0] * self.linears[name][1] for name in names or self.linears)
-
-
-@dataclass(frozen=True)
-class RunShape:
-    """What else decides: tokens of a row and rows of a step, precision, what is trained, and how.
-
-    stream_bytes: of an element in 16 or 32 bit. weights: nf4, plain (16 or 32 bit) or trained. attended: tokens
-    that a query sees at most, beside half of which it sees on average: the group size of S2-Attn, or num_tokens.
-    optimizer_bytes: kept on the device for each trained parameter; gradient_bytes likewise. buffers: bytes that
-    DeepSpeed holds to collect gradients in.
-    """
-
-    num_tokens: int
-    num_rows: int = 1
-    stream_bytes: int = 2
-    weights: str = "nf4"
-    lora_rank: int = 64
-    lora_targets: tuple[str, ...] | None = None
-    trains_embedding: bool = False
-    attended: int | None = None
-    by_kernels: bool = True
-    optimizer_bytes: float = 8
-    gradient_bytes: float = 4
-    buffers: float = 0
-    is_gpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -148,14 +74,17 @@ def predict(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> MemoryE
         num_trained = num_linear
     else:
         static += num_trained * 4
+    if run.weight_shards > 1:
+        # The layer at work and the next one are whole.
+        static = static / run.weight_shards + 2 * model.num_linear() * weight_bytes
     num_trained += num_embedding if trains_embedding else 0
-    static += num_trained * run.optimizer_bytes
+    static += num_trained * run.optimizer_bytes / run.state_shards
     layer = layer_memory(model, run, mechanisms)
     is_offloaded = mechanisms.offload_activations and mechanisms.layer_function and run.is_gpu
     kept = layer.kept * model.num_layers
     return MemoryEstimate(
         static=static,
-        gradients=num_trained * run.gradient_bytes + run.buffers,
+        gradients=num_trained * run.gradient_bytes / run.state_shards + run.buffers,
         # One layer's at work, one on its way.
         kept=min(kept, 2 * layer.kept) if is_offloaded else kept,
         layer=layer.peak,

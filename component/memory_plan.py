@@ -12,11 +12,13 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from component.arguments import Settings, fields_of
 from component.decoder_layer import MODEL_TYPES
-from component.deepspeed_checks import gradient_buffers, offloads_optimizer
+from component.deepspeed_checks import gradient_buffers, offloads_optimizer, shards
 from component.device_memory import GIB, free_host_memory, is_out_of_memory, parse_size
+from component.distributed import world_size
 from component.machine_checks import has_gpu
 from component.memory import CHECKPOINTED, LADDER, POLICIES, STOCK, STOCK_LADDER, Mechanisms
-from component.memory_model import MemoryEstimate, ModelShape, RunShape, optimizer_bytes, predict
+from component.memory_model import MemoryEstimate, optimizer_bytes, predict
+from component.memory_shape import ModelShape, RunShape
 
 # `memory: auto` plans for this part of the memory: the prediction was held to 10% of counted bytes, on a CPU.
 AUTO_SHARE = 0.92
@@ -166,6 +168,7 @@ def run_shape(settings: Settings, mechanisms: Mechanisms) -> RunShape:
     length = settings.data.max_seq_length
     is_s2 = attention.attention == "s2"
     is_shared = settings.parallel.sequence_parallel_size > 1
+    weight_shards, state_shards = shards(deepspeed, world_size())
     by_kernels = attention.attention in ("s2", "full") and not attention.use_flash_attn and not is_shared
     return RunShape(
         num_tokens=-(-length // settings.parallel.sequence_parallel_size),
@@ -179,6 +182,8 @@ def run_shape(settings: Settings, mechanisms: Mechanisms) -> RunShape:
         by_kernels=by_kernels,
         optimizer_bytes=0 if offloads_optimizer(deepspeed) else optimizer_bytes(optim),
         buffers=gradient_buffers(deepspeed, element_bytes=2 if is_16_bit else 4),
+        weight_shards=weight_shards,
+        state_shards=state_shards,
         is_gpu=is_on_gpu(settings),
     )
 

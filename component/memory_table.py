@@ -7,8 +7,9 @@ from transformers import PretrainedConfig
 from component.arguments import Settings
 from component.device_memory import GIB
 from component.memory import STOCK_LADDER, Mechanisms
-from component.memory_model import ModelShape, predict
+from component.memory_model import predict
 from component.memory_plan import AUTO_SHARE, ladder_of, longest_length, run_shape, yaml_lines
+from component.memory_shape import ModelShape
 
 
 def memory_table(settings: Settings, config: PretrainedConfig, lengths: list[int], capacity: float) -> dict:

@@ -10,6 +10,7 @@ ask for the fastest set that fits each length.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--train_args_file", required=True, help="YAML with the settings of the run")
     parser.add_argument("--gpu_memory", help=f"memory of the GPU (default: of the GPU at hand, else {DEFAULT_MEMORY})")
+    parser.add_argument("--num_gpus", type=int, default=1, help="GPUs of the run, for sequence_parallel_size and ZeRO "
+                        "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--seq", type=int, nargs="+", help="lengths in tokens (default: max_seq_length, x2, x4, x8)")
     parser.add_argument("--output_file", type=Path, help="JSON file for the table (default: none)")
     return parser.parse_known_args()
@@ -36,6 +39,10 @@ def main() -> None:
     for length in args.seq or []:
         if length < 2:
             raise ValueError(f"--seq: must be at least 2 tokens, got {length}")
+
+    if args.num_gpus < 1:
+        raise ValueError(f"--num_gpus: must be at least 1, got {args.num_gpus}")
+    os.environ["WORLD_SIZE"] = str(args.num_gpus)
 
     import torch
 

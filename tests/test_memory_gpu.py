@@ -12,7 +12,8 @@ from component.host_offload import HostOffload
 from component.layer_binding import bind_layers
 from component.layer_call import KEPT, LayerOptions
 from component.memory import BALANCED, CHECKPOINTED, MAX_LENGTH
-from component.memory_model import CUDA_CONTEXT, GIB, ModelShape, RunShape, predict
+from component.memory_model import CUDA_CONTEXT, GIB, predict
+from component.memory_shape import ModelShape, RunShape
 
 pytestmark = pytest.mark.gpu
 

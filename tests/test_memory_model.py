@@ -1,5 +1,6 @@
 """Predicted memory against live bytes counted in a real step, for three shapes and every set of mechanisms."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,8 @@ from component.attention import AttentionConfig, bind_attention
 from component.layer_binding import apply_mechanisms
 from component.loss_binding import bind_chunked_loss
 from component.memory import CHECKPOINTED, LADDER, STOCK, Mechanisms
-from component.memory_model import GIB, ModelShape, RunShape, optimizer_bytes, predict
+from component.memory_model import GIB, optimizer_bytes, predict
+from component.memory_shape import ModelShape, RunShape
 
 CPU = torch.device("cpu")
 # Ratios of Llama-2-7B, of 70B (grouped heads), and of a Qwen2.5-1.5B with its tied, large vocabulary.
@@ -99,3 +101,16 @@ def test_targets_of_the_project():
         optimizer = 8 if mechanisms.optim is None else 0
         run = RunShape(length, attended=length // 4, optimizer_bytes=optimizer)
         assert predict(shape, run, mechanisms).peak < limit * GIB, (length, limit)
+
+
+def test_several_processes_share_what_zero_splits():
+    run = RunShape(8192, attended=2048, weights="plain")
+    alone = predict(LLAMA_7B, run, LADDER[0])
+    two = predict(LLAMA_7B, replace(run, state_shards=8), LADDER[0])
+    three = predict(LLAMA_7B, replace(run, state_shards=8, weight_shards=8), LADDER[0])
+    offloaded = predict(LLAMA_7B, replace(run, state_shards=8, weight_shards=math.inf), LADDER[0])
+    assert 13 * GIB < alone.static and alone.static - 1.2 * GIB < two.static < alone.static - 0.9 * GIB
+    assert two.gradients == alone.gradients / 8
+    # 12.06 GiB of layers, 0.49 of embeddings, 0.6 of LoRA: an eighth of it, and two layers of 0.38 whole.
+    assert two.static - three.static == pytest.approx((13.15 * 7 / 8 - 0.75) * GIB, rel=0.02)
+    assert offloaded.static < 2 * GIB

@@ -174,9 +174,22 @@ def test_script_prints_the_table_from_config_and_yaml_alone(seven_b, tmp_path, r
         assert f"{row['peak_gib']['8192']:.1f}" in outcome.stdout and row["mechanisms"] in outcome.stdout
 
 
+def test_zero_3_is_planned_for_the_gpus_that_share_the_weights(seven_b, tmp_path, run_script):
+    words = ["--train_args_file", seven_b, "--seq", 8192, "--finetuning_type", "lora"]
+    words += ["--deepspeed", "train_args/deepspeed/zero3.json"]
+    peaks = []
+    for num_gpus in (1, 8):
+        file = tmp_path / f"{num_gpus}.json"
+        outcome = run_script("script/plan_memory.py", *words, "--num_gpus", num_gpus, "--output_file", file, check=True)
+        assert "the layer function is not available, since DeepSpeed ZeRO-3" in outcome.stdout
+        peaks.append(json.loads(file.read_text())["sets"][1]["peak_gib"]["8192"])
+    assert peaks[0] > 17 > 10 > peaks[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--num_gpus", "0"], "--num_gpus: must be at least 1"),
         (["--gpu_memory", "big"], "--gpu_memory: 'big' is not a size"),
         (["--seq", "1"], "--seq: must be at least 2"),
         (["--memory", "lots"], "memory: 'lots'"),
