@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -54,34 +53,10 @@ def chunked_loss_forward(
         if shift_labels is not None:
             inputs["shift_labels"] = shift_labels
         return stock_forward(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
-    hidden = model.get_decoder()(**inputs).last_hidden_state
+    hidden, weight = model.get_decoder()(**inputs).last_hidden_state, head.weight
     if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    targets = {"labels": labels} if shift_labels is None else {"targets": shift_labels}
-    loss = call_with(active_module(head), loss_of_head, hidden, num_items=num_items_in_batch, **targets)
-    return CausalLMOutputWithPast(loss=loss)
-
-
-def loss_of_head(head: nn.Module, hidden: torch.Tensor, **targets) -> torch.Tensor:
-    weight = head.weight.to(hidden.dtype) if torch.is_autocast_enabled(hidden.device.type) else head.weight
-    return (next_token_loss if "labels" in targets else token_loss)(hidden, weight, **targets)
-
-
-def active_module(head: nn.Module) -> nn.Module:
-    """The output layer itself where PEFT has wrapped it to train a copy."""
-    return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
-
-
-def call_with(module: nn.Module, function: Callable, *args, **kwargs) -> torch.Tensor:
-    """function(module, ...) in the place of the module's own forward pass, with all its hooks.
-
-    DeepSpeed ZeRO-3 has a weight in full only while its module is called.
-    """
-    own = module.__dict__.get("forward")
-    module.forward = partial(function, module)
-    try:
-        return module(*args, **kwargs)
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if shift_labels is not None:
+        return CausalLMOutputWithPast(loss=token_loss(hidden, weight, shift_labels, num_items=num_items_in_batch))
+    return CausalLMOutputWithPast(loss=next_token_loss(hidden, weight, labels, num_items=num_items_in_batch))

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,6 +105,17 @@ def test_auto_takes_the_fastest_that_fits_a_named_gpu(settings_of):
         chosen.append([rung.describe() for rung in LADDER].index(plan.mechanisms.describe()))
     assert chosen == sorted(set(chosen)), "longer texts, leaner sets, each time another"
     assert settings.training.get("optim") is None, "a plan for another machine's GPU sets no optimizer here"
+
+
+def test_auto_leaves_room_where_a_named_policy_does_not(settings_of):
+    values = {"max_seq_length": 8192, "fp16": True}
+    peak = planned(settings_of(memory="fast", gpu_memory="999GiB", **values), **LLAMA_7B).estimate.peak
+    roomy, tight = f"{round(peak / 0.91)}", f"{round(peak / 0.95)}"
+    for policy, size, expected in (
+        ("fast", tight, FAST), ("auto", roomy, FAST), ("auto", tight, replace(FAST, keep_activations="projections"))
+    ):  # fmt: skip
+        plan = planned(settings_of(memory=policy, gpu_memory=size, **values), **LLAMA_7B)
+        assert plan.fits and plan.mechanisms == expected
 
 
 @pytest.mark.parametrize("policy", [{"gradient_checkpointing": True}, {"memory": "fast"}, {"memory": "max_length"}])

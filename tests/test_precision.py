@@ -48,6 +48,12 @@ def test_stream_is_16_bit_and_trained_weights_are_fp32(model_type, trains_rest, 
     assert any("embed_tokens" in name for name in trained) == any(".norm." in name for name in trained) == trains_rest
 
 
+def test_weights_trained_in_full_are_fp32():
+    model = AutoModelForCausalLM.from_config(tiny_config(), dtype=torch.bfloat16)
+    model = attach_adapter(model, AdapterConfig(finetuning_type="full"))
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
 def test_fp32_runs_cast_nothing():
     model = build(dtype=torch.float32)
     assert not any(module._forward_hooks for module in model.modules())
