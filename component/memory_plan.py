@@ -116,21 +116,25 @@ def choose(settings: Settings, config: PretrainedConfig, capacity: float | None,
         if memory.memory in (None, "auto"):
             chosen = CHECKPOINTED if checkpoints else STOCK
             if memory.memory == "auto":
-                chosen = fastest_that_fits(settings, config, STOCK_LADDER, capacity)
+                chosen = fastest_that_fits(settings, config, STOCK_LADDER, capacity, notices)
             return chosen
         return STOCK if memory.memory == "fast" else CHECKPOINTED
     if settings.given.get(CHECKPOINTING_KEY):
         notices.append(f"{CHECKPOINTING_KEY} has no effect with the layer function (memory)")
     if memory.memory == "auto":
-        return fastest_that_fits(settings, config, [replace(rung, **own) for rung in ladder], capacity)
+        return fastest_that_fits(settings, config, [replace(rung, **own) for rung in ladder], capacity, notices)
     policy = POLICIES[memory.memory or "balanced"]
     return replace(policy, **own, optim=policy.optim if sets_optimizer(settings) else None)
 
 
-def fastest_that_fits(settings, config, ladder, capacity: float | None) -> Mechanisms:
-    """The set of `ladder` with the least work of those that fit, or the one that takes least memory."""
+def fastest_that_fits(settings, config, ladder, capacity: float | None, notices: list[str]) -> Mechanisms:
+    """The set of `ladder` with the least work of those that fit, or the one that takes least memory.
+
+    What was to choose from goes into `notices`.
+    """
     shape = ModelShape.of(config)
     estimates = {rung: predict(shape, run_shape(settings, rung), rung) for rung in ladder}
+    notices += [f"memory: auto can take {rung.describe()}: {x.peak / GIB:.2f} GiB" for rung, x in estimates.items()]
     fitting = [
         rung
         for rung, estimate in estimates.items()

@@ -102,6 +102,9 @@ def test_auto_takes_the_fastest_that_fits_a_named_gpu(settings_of):
         settings = settings_of(memory="auto", gpu_memory="32GiB", max_seq_length=length, fp16=True)
         plan = planned(settings, **LLAMA_7B)
         assert plan.fits and "of 32.0 GiB" in plan.describe()
+        offered = [notice for notice in plan.notices if notice.startswith("memory: auto can take ")]
+        assert len(offered) == len(LADDER)
+        assert f"{plan.mechanisms.describe()}: {plan.estimate.peak / 2**30:.2f} GiB" in "\n".join(offered)
         chosen.append([rung.describe() for rung in LADDER].index(plan.mechanisms.describe()))
     assert chosen == sorted(set(chosen)), "longer texts, leaner sets, each time another"
     assert settings.training.get("optim") is None, "a plan for another machine's GPU sets no optimizer here"
