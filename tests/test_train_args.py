@@ -84,8 +84,8 @@ def test_dry_run(path, dry):
 
 @pytest.mark.parametrize(
     ("stem", "factor"),
-    [("llama2-7b-pretrain", 2), ("llama2-13b-pretrain", 2), ("llama2-7b-12k", 3), ("vicuna-13b-sft", 2),
-     ("mistral-7b-pretrain", 2), ("tiny-llama-sft", 2), ("qwen2.5-7b-pretrain", None)],
+    [("llama2-7b-pretrain", 2), ("llama2-13b-pretrain", 2), ("llama2-7b-12k", 3), ("llama2-7b-96k", 24),
+     ("vicuna-13b-sft", 2), ("mistral-7b-pretrain", 2), ("tiny-llama-sft", 2), ("qwen2.5-7b-pretrain", None)],
 )  # fmt: skip
 def test_the_header_says_what_becomes_of_the_context(stem, factor):
     values = yaml.safe_load((REPO / "train_args" / f"{stem}.yaml").read_text())
