@@ -110,7 +110,12 @@ def trade_heads_for_tokens(
     gets all tokens of some heads and their position_ids.
     """
     exchange = ulysses(attend, size, query.shape[0], query.shape[1], key.shape[1], query.shape[3])
-    return exchange(module, query, key, value, None, **kwargs)[0]
+    groups = getattr(module, "num_key_value_groups", None)
+    output = exchange(module, query, key, value, None, **kwargs)[0]
+    # Where processes outnumber key/value heads it changes this for good, and evaluation reads it.
+    if groups is not None:
+        module.num_key_value_groups = groups
+    return output
 
 
 @cache

@@ -1,6 +1,7 @@
 """Rows shared by two processes: the attention of each part of the heads, and train.py against one process."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from training_process import losses_of, run_training
 
 from component import sequence_parallel
 from component.collator import DataCollator
-from component.sequence_parallel import PartCollator, check_sequence_parallel, segments_of, sharded_attention
+from component.sequence_parallel import (
+    PartCollator,
+    check_sequence_parallel,
+    segments_of,
+    sharded_attention,
+    trade_heads_for_tokens,
+)
 from component.shift_short_attention import causal_attention, segment_mask, shift_short_attention
 
 
@@ -67,6 +74,17 @@ def test_parts_of_a_batch_hold_every_target_once(monkeypatch, tiny_tokenizer):
         ids += batch["input_ids"][0].tolist()
         targets += batch["shift_labels"][0].tolist()
     assert ids[:7] == list(range(10, 17)) and targets == [*range(11, 17), -100, -100]
+
+
+def test_the_exchange_leaves_the_layer_as_it_was(monkeypatch):
+    def exchange(module, query, *inputs, **kwargs):
+        module.num_key_value_groups = 1
+        return query, None
+
+    monkeypatch.setattr(sequence_parallel, "ulysses", lambda *sizes: exchange)
+    module, states = SimpleNamespace(num_key_value_groups=4), torch.zeros(1, 8, 4, 2)
+    trade_heads_for_tokens(module, states, states[:, :2], states[:, :2], attend=None, size=4)
+    assert module.num_key_value_groups == 4
 
 
 @pytest.mark.parametrize(
@@ -148,3 +166,16 @@ def test_two_rows_shared_by_two_processes_each(run):
     assert four == pytest.approx(one, abs=1e-6)
     for key, weight in weights.items():
         torch.testing.assert_close(shared_weights[key], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_more_processes_than_key_value_heads(run):
+    """4 processes, 4 query heads, 2 key/value heads: each head is a process's only one, and evaluation is as before."""
+    settings = {"pack": True, "eval_strategy": "steps", "eval_steps": 4, "gradient_accumulation_steps": 4}
+    one, weights, history = run("wide-one", **settings)
+    four, shared_weights, shared_history = run("wide", num_processes=4, **settings)
+    assert four == pytest.approx(one, abs=1e-6)
+    for key, weight in weights.items():
+        torch.testing.assert_close(shared_weights[key], weight, rtol=0, atol=1e-6)
+    losses = [next(x["eval_loss"] for x in entries if "eval_loss" in x) for entries in (history, shared_history)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-2)
