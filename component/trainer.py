@@ -55,6 +55,15 @@ class LongContextTrainer(Trainer):
         finally:
             self.data_collator = whole
 
+    def prediction_step(self, *args, **kwargs):
+        # Else a row's loss is scaled by the tokens that other processes have in the same step, and the mean, from
+        # which repeated rows of the last step are left out, depends on the number of processes.
+        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self.model_accepts_loss_kwargs = accepts
+
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return super().get_total_train_batch_size(args) // self.sequence_parallel_size
 
