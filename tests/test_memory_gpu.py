@@ -73,21 +73,20 @@ def test_a_step_that_was_given_up_leaves_its_memory_to_the_next():
     assert torch.equal(store.get(handle)[0], torch.ones(100, 100, device="cuda"))
 
 
-def test_device_memory_is_that_of_two_layers():
+def test_device_memory_is_that_of_two_layers_however_far_the_cpu_runs_ahead():
     store, size = HostOffload(torch.device("cuda")), 2**26
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+    torch.cuda._sleep(10**9)
     handles = []
     for _ in range(8):
         x = torch.randn(size // 4, device="cuda")
         handles.append(store.put([x]))
         del x
-        torch.cuda.synchronize()
-    for handle in handles[::-1]:
-        store.get(handle)[0].add_(1)
-        torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before <= 3.5 * size
+    while handles:
+        store.get(handles.pop())[0].add_(1)
+    assert torch.cuda.max_memory_allocated() - before <= 2.1 * size
 
 
 @pytest.mark.parametrize(
