@@ -8,6 +8,9 @@ The methods run in turns within one process, so that a change in the machine's l
   materialized  the rolled form of LongLoRA's code that holds all scores of a group
   rolled_sdpa   the rolled form with torch's SDPA on the copies
   full_sdpa     full causal attention, torch's SDPA
+With --document_length, also on rows of several documents of that length:
+  s2_packed     s2, document by document          s2_masked     s2, with a mask for each group
+  full_packed   full, document by document        full_masked   full, with a mask [S, S]
 The two rolled forms wrap around (see rolled_attention.py), hence compute slightly more than causal
 attention allows. Inputs and results are as in a model: projections [B, S, H*D], seen as [B, H, S, D].
 """
@@ -24,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from component.cli import run_main  # noqa: E402
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-METHODS = ("s2", "materialized", "rolled_sdpa", "full_sdpa")
+PACKED_METHODS = ("s2_packed", "s2_masked", "full_packed", "full_masked")
+METHODS = ("s2", "materialized", "rolled_sdpa", "full_sdpa", *PACKED_METHODS)
 MIB = 2**20
 
 
@@ -37,12 +41,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--head_dim", type=int, default=64, help="numbers per head (default: %(default)s)")
     parser.add_argument("--group_size_ratio", type=float, default=0.25, help="group size as a part of the length "
                         "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--document_length", type=int, help="tokens of each document of a row (default: the whole row)")
     parser.add_argument("--dtype", choices=list(DTYPE_NAMES), default="fp32", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--repeats", type=int, default=10, help="measured turns of each method (default: %(default)s)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all; ratios are "
-                        "to s2")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; ratios are to s2")
     parser.add_argument("--output_file", type=Path, help="JSON file for the results")
     parser.add_argument("--plot", help="image (.png, .pdf or .svg) of time and memory by length")
     return parser.parse_args()
@@ -51,7 +55,7 @@ def parse_args() -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before torch is imported."""
     args.kv_heads = args.heads if args.kv_heads is None else args.kv_heads
-    for name in ("batch", "heads", "kv_heads", "head_dim", "repeats", "threads"):
+    for name in ("batch", "heads", "kv_heads", "head_dim", "document_length", "repeats", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: must be at least 1, got {value}")
@@ -63,6 +67,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--device: must be cpu or cuda, got {args.device!r}")
     if args.dtype == "fp16" and args.device == "cpu":
         raise ValueError("--dtype: CPUs multiply fp16 hundreds of times slower than fp32; use bf16 or fp32")
+    if args.methods is None:
+        args.methods = [name for name in METHODS if args.document_length or name not in PACKED_METHODS]
+    packed = [name for name in PACKED_METHODS if name in args.methods]
+    if packed and not args.document_length:
+        raise ValueError(f"--methods: {packed[0]} needs --document_length")
     rolled = {"materialized", "rolled_sdpa"} & set(args.methods)
     for length in args.lengths:
         group_size = int(max(length, 0) * args.group_size_ratio) // 2 * 2
@@ -73,17 +82,32 @@ def check_args(args: argparse.Namespace) -> None:
                              "methods need; choose another length, or --methods s2 full_sdpa")  # fmt: skip
 
 
-def make_methods(args: argparse.Namespace, group_size: int) -> dict:
+def make_methods(args: argparse.Namespace, length: int, group_size: int, device) -> dict:
+    import torch
+
     from benchmark.rolled_attention import materialized_attention, rolled_shift_short_attention
-    from component.shift_short_attention import causal_attention, check_shift_short, shift_short_attention
+    from component.shift_short_attention import (
+        causal_attention,
+        check_shift_short,
+        document_lengths,
+        grouped_attention,
+        segment_mask,
+        shift_short_attention,
+    )
 
     check_shift_short(args.heads, group_size)
+    segments = (torch.arange(length, device=device) // (args.document_length or length)).expand(args.batch, -1)
+    documents = document_lengths(segments)
     rolled = partial(rolled_shift_short_attention, group_size=group_size)
     methods = {
         "s2": partial(shift_short_attention, group_size=group_size),
         "materialized": partial(rolled, kernel=materialized_attention),
         "rolled_sdpa": rolled,
         "full_sdpa": causal_attention,
+        "s2_packed": partial(shift_short_attention, group_size=group_size, documents=documents),
+        "s2_masked": partial(shift_short_attention, group_size=group_size, segment_ids=segments),
+        "full_packed": lambda *x: grouped_attention(*x, [length], documents=documents).transpose(1, 2),
+        "full_masked": lambda *x: causal_attention(*x, mask=segment_mask(segments)),
     }
     return {name: methods[name] for name in METHODS if name in args.methods}
 
@@ -116,7 +140,7 @@ def measure(args: argparse.Namespace, length: int, device) -> dict[str, dict]:
 
     group_size = int(length * args.group_size_ratio) // 2 * 2
     leaves, gradient = make_inputs(args, length, device)
-    methods, results = make_methods(args, group_size), {}
+    methods, results = make_methods(args, length, group_size, device), {}
     for name in list(methods):
         run = partial(step, methods[name], leaves, gradient, args.head_dim)
         try:

@@ -29,11 +29,18 @@ from component.dual_chunk_binding import (
     remove_chunk_positions,
 )
 from component.shift_short_attention import AttentionKernel, causal_attention, check_shift_short
-from component.shift_short_binding import heads_forward, shared_forward, shift_short_forward, shift_short_mask
+from component.shift_short_binding import (
+    documents_of,
+    heads_forward,
+    shared_forward,
+    shift_short_forward,
+    shift_short_mask,
+)
 
 DENSE = "sdpa"
 SHIFT_SHORT_PREFIX = "s2_sdpa_g"
 DENSE_CHUNKED = "sdpa_with_past"
+DENSE_PACKED = "sdpa_packed"
 DENSE_DESCRIPTION = "dense causal (sdpa)"
 
 
@@ -95,8 +102,7 @@ def bind_attention(
         kernel, package = flash_kernel(), "flash-attn"
     is_full, size = config.attention == "full", sequence_parallel_size
     if is_full and size == 1:
-        model.set_attn_implementation("flash_attention_2" if config.use_flash_attn else DENSE)
-        return f"full causal attention ({package})"
+        return bind_full_attention(model, is_packed=is_packed, use_flash_attn=config.use_flash_attn)
     group_size = None if is_full else config.group_size(max_seq_length)
     if is_full:
         check_model_supports(model, "sequence parallelism", fix="leave out sequence_parallel_size")
@@ -115,6 +121,20 @@ def bind_attention(
     AttentionMaskInterface.register(name, shift_short_mask)
     model.set_attn_implementation(name)
     return f"{description} ({package})"
+
+
+def bind_full_attention(model: PreTrainedModel, *, is_packed: bool, use_flash_attn: bool) -> str:
+    """Stock full attention; ours for packed rows, whose documents SDPA would be told by a mask [B, 1, S, S]."""
+    if use_flash_attn:
+        model.set_attn_implementation("flash_attention_2")
+        return "full causal attention (flash-attn)"
+    name = DENSE
+    if is_packed and model._supports_attention_backend and not has_sliding_window(model.config):
+        name = DENSE_PACKED
+        AttentionInterface.register(name, partial(shift_short_forward, group_size=None, kernel=causal_attention))
+        AttentionMaskInterface.register(name, shift_short_mask)
+    model.set_attn_implementation(name)
+    return "full causal attention (SDPA)"
 
 
 def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False) -> str:
@@ -166,12 +186,16 @@ def attention_pattern(module: torch.nn.Module, attention_mask: torch.Tensor | No
     None where it is something else: a mask, a dropout, another attention or kernel package.
     """
     name, num_heads = module.config._attn_implementation, module.config.num_attention_heads
-    if attention_mask is not None or getattr(module, "attention_dropout", 0):
-        return None
-    if name == DENSE:
-        return None if has_sliding_window(module.config) else CausalPattern(None, num_heads)
     group_size = name.removeprefix(SHIFT_SHORT_PREFIX)
-    return CausalPattern(int(group_size), num_heads) if group_size != name else None
+    is_sparse, documents = group_size != name, None
+    if attention_mask is not None and attention_mask.ndim == 2 and (is_sparse or name == DENSE_PACKED):
+        documents = documents_of(attention_mask)
+    if (attention_mask is not None and documents is None) or getattr(module, "attention_dropout", 0):
+        return None
+    if is_sparse:
+        return CausalPattern(int(group_size), num_heads, documents)
+    is_dense = name == DENSE_PACKED or (name == DENSE and not has_sliding_window(module.config))
+    return CausalPattern(None, num_heads, documents) if is_dense else None
 
 
 def call_attention(

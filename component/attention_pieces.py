@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from component.attention_kernels import attend, attend_backward, sum_dtype
-from component.shift_short_attention import group_sizes
+from component.shift_short_attention import Documents, cut, group_sizes
 
 NUM_PIECES = 4
 
@@ -24,15 +24,18 @@ class CausalPattern(NamedTuple):
     """Which keys a query sees: all up to its own position, or those of its group (None: no groups).
 
     num_heads: all query heads of the layer, of which a call may compute some: the second half is shifted.
+    documents: where rows hold several, between which nothing is seen.
     """
 
     group_size: int | None
     num_heads: int
+    documents: Documents | None = None
 
 
 class Piece(NamedTuple):
-    """Query heads computed together, the key/value heads that they share, and the sizes of their groups."""
+    """Rows and query heads computed together, the key/value heads that they share, and the sizes of their groups."""
 
+    batch: slice
     heads: slice
     kv_heads: slice | list[int]
     sizes: list[int]
@@ -45,11 +48,12 @@ def attention_forward(query, key, value, output, lse, *, pattern: CausalPattern,
     first_head: place of the first of the H heads among pattern.num_heads.
     """
     for piece in pieces_of(query, key, pattern, first_head):
-        pieces = query[:, :, piece.heads], key[:, :, piece.kv_heads], value[:, :, piece.kv_heads]
-        for rows, size in runs_of(piece.sizes):
+        batch, heads, kv_heads, sizes = piece
+        pieces = query[batch, :, heads], key[batch, :, kv_heads], value[batch, :, kv_heads]
+        for rows, size in runs_of(sizes):
             part, part_lse = attend(*(grouped(x[:, rows], size) for x in pieces), is_causal=True, scaling=scaling)
-            write_groups(output[:, rows, piece.heads], part, size)
-            write_groups(lse[:, piece.heads, rows].transpose(1, 2)[..., None], part_lse[..., None], size)
+            write_groups(output[batch, rows, heads], part, size)
+            write_groups(lse[batch, heads, rows].transpose(1, 2)[..., None], part_lse[..., None], size)
 
 
 def attention_backward(
@@ -63,50 +67,69 @@ def attention_backward(
     pieces = pieces_of(query, key, pattern, first_head)
     is_shared = any(isinstance(piece.kv_heads, list) for piece in pieces)
     grad_key, grad_value = (torch.zeros_like(x) if is_shared else x for x in (key, value))
-    for piece in pieces:
-        keys, values = key[:, :, piece.kv_heads], value[:, :, piece.kv_heads]
-        for rows, size in runs_of(piece.sizes):
-            inputs = [query[:, rows, piece.heads], keys[:, rows], values[:, rows], output[:, rows, piece.heads]]
-            run_lse = grouped(lse[:, piece.heads, rows].transpose(1, 2)[..., None], size)[..., 0].contiguous()
-            run_gradient = grouped(gradient[:, rows, piece.heads], size)
+    for batch, heads, kv_heads, sizes in pieces:
+        keys, values = key[batch, :, kv_heads], value[batch, :, kv_heads]
+        for rows, size in runs_of(sizes):
+            inputs = [query[batch, rows, heads], keys[:, rows], values[:, rows], output[batch, rows, heads]]
+            run_lse = grouped(lse[batch, heads, rows].transpose(1, 2)[..., None], size)[..., 0].contiguous()
+            run_gradient = grouped(gradient[batch, rows, heads], size)
             grads = attend_backward(
                 run_gradient, *(grouped(x, size) for x in inputs), run_lse, is_causal=True, scaling=scaling
             )
-            write_groups(query[:, rows, piece.heads], grads[0], size)
+            write_groups(query[batch, rows, heads], grads[0], size)
             for target, grad in ((grad_key, grads[1]), (grad_value, grads[2])):
                 if is_shared:
                     flat = torch.empty_like(inputs[0])
                     write_groups(flat, grad, size)
-                    target[:, rows].index_add_(2, torch.tensor(piece.kv_heads, device=grad.device), flat)
+                    target[batch, rows].index_add_(2, torch.tensor(kv_heads, device=grad.device), flat)
                 else:
-                    write_groups(target[:, rows, piece.kv_heads], grad, size)
+                    write_groups(target[batch, rows, kv_heads], grad, size)
             # Not to be held while the next piece is at work.
             del grads, grad
     return query, grad_key, grad_value
 
 
 def pieces_of(query: torch.Tensor, key: torch.Tensor, pattern: CausalPattern, first_head: int) -> list[Piece]:
-    """Split the heads where the shift begins, and each side further, between key/value heads where that is possible."""
-    num_heads, num_kv_heads, length = query.shape[2], key.shape[2], query.shape[1]
-    per_kv_head, cut = num_heads // num_kv_heads, num_heads
-    if pattern.group_size is not None:
-        cut = min(max(pattern.num_heads // 2 - first_head, 0), num_heads)
-    if cut % per_kv_head:
-        # A key/value head straddles the two halves: each query head gets a copy of its own.
-        bounds = [(0, cut), (cut, num_heads)]
-        kv_heads = [[head // per_kv_head for head in range(*bound)] for bound in bounds]
-    else:
-        per_piece = per_kv_head * max(1, num_kv_heads // NUM_PIECES)
-        bounds = [(low, min(low + per_piece, end)) for start, end in ((0, cut), (cut, num_heads))
-                  for low in range(start, end, per_piece)]  # fmt: skip
-        kv_heads = [slice(low // per_kv_head, high // per_kv_head) for low, high in bounds]
-    sizes = {
-        shifted: [length] if pattern.group_size is None else group_sizes(length, pattern.group_size, shifted=shifted)
+    """Split the heads where the shift begins, and each side further, between key/value heads where that is possible.
+
+    Rows whose documents differ are pieces of their own; short runs of groups need no further split.
+    """
+    num_heads, length = query.shape[2], query.shape[1]
+    groups = [
+        [length] if pattern.group_size is None else group_sizes(length, pattern.group_size, shifted=shifted)
         for shifted in (False, True)
-    }
-    return [
-        Piece(slice(low, high), heads, sizes[low >= cut]) for (low, high), heads in zip(bounds, kv_heads, strict=True)
     ]
+    is_split = pattern.group_size is not None
+    cut_head = min(max(pattern.num_heads // 2 - first_head, 0), num_heads) if is_split else num_heads
+    rows = [(slice(None), groups)]
+    if pattern.documents is not None:
+        rows = [
+            (slice(index, index + 1), [cut(sizes, lengths) for sizes in groups])
+            for index, lengths in enumerate(pattern.documents)
+        ]
+    pieces = []
+    for batch, sizes in rows:
+        longest = max(run.stop - run.start for side in sizes for run, _ in runs_of(side))
+        num_pieces = NUM_PIECES if longest * NUM_PIECES > length else 1
+        bounds, kv_heads = head_bounds(num_heads, key.shape[2], cut_head, num_pieces)
+        pieces += [
+            Piece(batch, slice(low, high), shared, sizes[low >= cut_head])
+            for (low, high), shared in zip(bounds, kv_heads, strict=True)
+        ]
+    return pieces
+
+
+def head_bounds(num_heads: int, num_kv_heads: int, cut_head: int, num_pieces: int) -> tuple[list, list]:
+    """Ranges of query heads, none across `cut_head`, and the key/value heads that each needs."""
+    per_kv_head = num_heads // num_kv_heads
+    if cut_head % per_kv_head:
+        # A key/value head straddles the two halves: each query head gets a copy of its own.
+        bounds = [(0, cut_head), (cut_head, num_heads)]
+        return bounds, [[head // per_kv_head for head in range(*bound)] for bound in bounds]
+    per_piece = per_kv_head * max(1, num_kv_heads // num_pieces)
+    bounds = [(low, min(low + per_piece, end)) for start, end in ((0, cut_head), (cut_head, num_heads))
+              for low in range(start, end, per_piece)]  # fmt: skip
+    return bounds, [slice(low // per_kv_head, high // per_kv_head) for low, high in bounds]
 
 
 def runs_of(sizes: list[int]) -> Iterator[tuple[slice, int]]:

@@ -26,7 +26,12 @@ from transformers import PretrainedConfig
 
 from component.distributed import rank
 from component.prompt import IGNORE_INDEX
-from component.shift_short_attention import AttentionKernel, segment_mask, shift_short_attention
+from component.shift_short_attention import (
+    AttentionKernel,
+    document_lengths,
+    grouped_attention,
+    shift_short_attention,
+)
 
 
 @dataclass
@@ -160,16 +165,15 @@ def sharded_attention(
     place among the `size` that share the row. position_ids int [B, S]: given where rows hold several documents,
     each counted from 0. Returns [B, S, H, D].
     """
-    segments = None if position_ids is None else segments_of(position_ids)
+    # The positions come with each layer's exchange, so packed rows wait for the device once a layer.
+    documents = None if position_ids is None else document_lengths(segments_of(position_ids))
+    kernel_args |= {"documents": documents, "kernel": kernel}
     if group_size is None:
-        mask = None if segments is None else segment_mask(segments)
-        return kernel(query, key, value, mask=mask, **kernel_args).transpose(1, 2)
+        return grouped_attention(query, key, value, [query.shape[2]], **kernel_args)
     num_heads = query.shape[1]
     first = rank() % size * num_heads
     num_shifted = min(max(first + num_heads - size * num_heads // 2, 0), num_heads)
-    output = shift_short_attention(
-        query, key, value, group_size, num_shifted=num_shifted, segment_ids=segments, kernel=kernel, **kernel_args
-    )
+    output = shift_short_attention(query, key, value, group_size, num_shifted=num_shifted, **kernel_args)
     return output.transpose(1, 2)
 
 

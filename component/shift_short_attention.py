@@ -7,18 +7,21 @@ token ever sees a later one (the roll of LongLoRA's published code lets the firs
 
 Neither a roll nor a mask is needed: every group is a plain causal attention on a view, and because
 the views come from `split`, whose backward is one concatenation, no gradient buffer of full length
-is filled more than once. Pure torch; the binding to transformers is in attention.py.
+is filled more than once. Documents that share a row end groups early, and need no mask either.
+Pure torch; the binding to transformers is in attention.py.
 
 Dimensions: B batch, H query heads, K key/value heads, S sequence, D head dim, G group size, N groups.
 """
 
-from collections.abc import Callable
-from itertools import groupby
+from collections.abc import Callable, Iterable
+from itertools import accumulate, groupby, pairwise
 
 import torch
 import torch.nn.functional as F
 
 AttentionKernel = Callable[..., torch.Tensor]
+# For each row of a batch the lengths of its documents, in order, padding included.
+Documents = tuple[tuple[int, ...], ...]
 
 
 def causal_attention(
@@ -79,6 +82,7 @@ def shift_short_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segment_ids: torch.Tensor | None = None,
+    documents: Documents | None = None,
     num_shifted: int | None = None,
     kernel: AttentionKernel = causal_attention,
 ) -> torch.Tensor:
@@ -89,6 +93,7 @@ def shift_short_attention(
     segment_ids: int [B, S]; tokens attend only within equal ids, and a negative id marks padding
         that nothing attends to. None when rows hold one sequence, padded at most on the right
         (causality alone then keeps padding out of every real token).
+    documents: instead of segment_ids, where `document_lengths` knows them: exact without a mask.
     num_shifted: how many heads, the last ones, have shifted groups; None for half of them. Other numbers are
         for calls that see a part of a layer's heads.
     kernel: attention within a group, the signature of `causal_attention`.
@@ -113,8 +118,9 @@ def shift_short_attention(
         grouped_attention(
             *half,
             group_sizes(length, group_size, shifted=shifted),
-            segment_ids,
-            kernel,
+            segment_ids=segment_ids,
+            documents=documents,
+            kernel=kernel,
             scaling=scaling,
             dropout=dropout,
         )
@@ -139,14 +145,21 @@ def grouped_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     sizes: list[int],
-    segment_ids: torch.Tensor | None,
-    kernel: AttentionKernel,
+    *,
+    segment_ids: torch.Tensor | None = None,
+    documents: Documents | None = None,
+    kernel: AttentionKernel = causal_attention,
     **kernel_args,
 ) -> torch.Tensor:
     """Attention within consecutive groups of the given sizes; runs of equal groups share one kernel call.
 
-    query [B, H, S, D], key and value [B, K, S, D] with S = sum(sizes). Returns [B, S, H, D].
+    query [B, H, S, D], key and value [B, K, S, D] with S = sum(sizes); segment_ids and documents as in
+    `shift_short_attention`. Returns [B, S, H, D].
     """
+    if documents is not None:
+        rows = zip(*(x.split(1) for x in (query, key, value)), documents, strict=True)
+        outputs = [grouped_attention(*row, cut(sizes, lengths), kernel=kernel, **kernel_args) for *row, lengths in rows]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     runs = [(size, len(list(run))) for size, run in groupby(sizes)]
     lengths = [size * num_groups for size, num_groups in runs]
     pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
@@ -157,6 +170,27 @@ def grouped_attention(
         out = kernel(*(fold_groups(x, num_groups) for x in piece), mask=mask, **kernel_args)
         outputs.append(unfold_groups(out, num_groups))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def cut(sizes: Iterable[int], lengths: Iterable[int]) -> list[int]:
+    """Sizes of the groups that end wherever one of `sizes` or one of `lengths` does."""
+    ends = sorted({0, *accumulate(sizes), *accumulate(lengths)})
+    return [end - start for start, end in pairwise(ends)]
+
+
+def document_lengths(segment_ids: torch.Tensor) -> Documents | None:
+    """Documents of rows with these segment ids int [B, S]; waits for the device.
+
+    None where tokens of one segment do not lie side by side. Padding (negative ids) is a document of its own.
+    """
+    rows = []
+    for ids in segment_ids.cpu():
+        values, lengths = torch.unique_consecutive(ids, return_counts=True)
+        real = values[values >= 0].tolist()
+        if len(set(real)) < len(real):
+            return None
+        rows.append(tuple(lengths.tolist()))
+    return tuple(rows)
 
 
 def fold_groups(x: torch.Tensor, num_groups: int) -> torch.Tensor:

@@ -1,19 +1,31 @@
 """Shift-short attention (S2-Attn) as transformers' interfaces call it: attention function and mask function.
 
 component/attention.py registers both. Sparse while `module.training`, dense otherwise (LongLoRA section
-3.2: trained sparse, tested dense).
+3.2: trained sparse, tested dense). Full attention to packed rows comes here too, for transformers' own would hold
+a mask [B, 1, S, S].
 
 Dimensions: B batch, H query heads, K key/value heads, S sequence, D head dim.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from component.sequence_parallel import sharded_attention, trade_heads_for_tokens
-from component.shift_short_attention import AttentionKernel, causal_attention, segment_mask, shift_short_attention
+from component.shift_short_attention import (
+    AttentionKernel,
+    causal_attention,
+    document_lengths,
+    grouped_attention,
+    segment_mask,
+    shift_short_attention,
+)
+
+# Mask functions make a new tensor for each forward pass, which all layers read and none writes to.
+documents_of = lru_cache(maxsize=4)(document_lengths)
 
 
 def shift_short_forward(
@@ -25,17 +37,24 @@ def shift_short_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     *,
-    group_size: int,
+    group_size: int | None,
     kernel: AttentionKernel,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention function of transformers' interface.
 
-    query [B, H, S, D]; key and value [B, K, S', D]; attention_mask as `shift_short_mask` makes it.
-    Returns ([B, S, H, D], None).
+    query [B, H, S, D]; key and value [B, K, S', D]; attention_mask as `shift_short_mask` makes it; group_size None
+    for full attention. Returns ([B, S, H, D], None).
     """
-    if not module.training:
-        if attention_mask is not None and attention_mask.ndim == 2:
+    has_segments = attention_mask is not None and attention_mask.ndim == 2
+    documents = documents_of(attention_mask) if has_segments else None
+    if documents is not None and (group_size is None or not module.training):
+        output = grouped_attention(
+            query, key, value, [query.shape[2]], documents=documents, scaling=scaling, dropout=dropout
+        )
+        return output, None
+    if group_size is None or not module.training:
+        if has_segments:
             attention_mask = segment_mask(attention_mask)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -46,8 +65,9 @@ def shift_short_forward(
             "pass no key/value cache and no 4-D mask in training mode"
         )
     output = shift_short_attention(
-        query, key, value, group_size, scaling=scaling, dropout=dropout, segment_ids=attention_mask, kernel=kernel
-    )
+        query, key, value, group_size, scaling=scaling, dropout=dropout, documents=documents,
+        segment_ids=attention_mask if documents is None else None, kernel=kernel,
+    )  # fmt: skip
     return output.transpose(1, 2), None
 
 
@@ -70,7 +90,16 @@ def shared_forward(
     """
     if not module.training:
         return shift_short_forward(
-            module, query, key, value, attention_mask, dropout, scaling, group_size=0, kernel=causal_attention, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            group_size=None,
+            kernel=causal_attention,
+            **kwargs,
         )
     options = {"dropout": dropout, "scaling": scaling, "position_ids": kwargs["position_ids"]}
     output = trade_heads_for_tokens(module, query, key, value, attend=attend, size=size, **options)

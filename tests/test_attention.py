@@ -129,6 +129,30 @@ def test_packed_rows(training):
     assert torch.allclose(ours, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("attention", ["full", "s2"])
+def test_packed_rows_need_no_mask(attention, training, monkeypatch):
+    """Full attention equals stock SDPA under its own mask; with S2-Attn, evaluation does."""
+    model = make(num_key_value_heads=2)
+    ids = torch.randint(4, 320, (2, 40))
+    positions = torch.stack([torch.arange(40) % 17, torch.arange(40)])
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    stock = model.eval()(**inputs).logits
+    config = AttentionConfig(attention=attention)
+    bind_attention(model.train(training), config, 64, is_packed=True)
+    monkeypatch.setattr("component.shift_short_binding.segment_mask", None)
+    ours = model(**inputs).logits
+    assert torch.allclose(ours, stock, rtol=0, atol=1e-10) == (attention == "full" or not training)
+    unbind_attention(model)
+    assert torch.equal(model.eval()(**inputs).logits, stock)
+
+
+def test_packed_rows_of_models_with_windows_keep_the_stock_attention():
+    model = make("mistral", sliding_window=8)
+    bind_attention(model, AttentionConfig(attention="full"), 64, is_packed=True)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_generation_under_the_binding_equals_stock():
     model = make().eval()
     ids = torch.randint(4, 320, (2, 20))

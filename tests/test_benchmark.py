@@ -144,6 +144,15 @@ def test_attention_benchmark(tmp_path, run_script):
     assert "torch" in outcome.stdout and "materialized" in outcome.stdout and "median" in outcome.stdout
 
 
+def test_attention_benchmark_of_packed_rows(tmp_path, run_script):
+    out = tmp_path / "out.json"
+    flags = ["--lengths", 256, "--document_length", 50, "--heads", 4, "--head_dim", 16, "--repeats", 1]
+    run_script("benchmark/attention.py", *flags, "--output_file", out, check=True)
+    extra = {name: result["extra_bytes"] for name, result in json.loads(out.read_text())["results"]["256"].items()}
+    assert {"s2_packed", "s2_masked", "full_packed", "full_masked"} < set(extra)
+    assert extra["s2_packed"] < extra["s2_masked"] and extra["full_packed"] < extra["full_masked"]
+
+
 def run_here(repo, monkeypatch, script, *args):
     """Run a benchmark in this process, which has the slow imports behind it."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
@@ -227,6 +236,8 @@ def test_random_model_is_like_a_loaded_one(tiny_model_dir):
         ("attention", ["--heads", 3], "odd number"),
         ("attention", ["--heads", 4, "--kv_heads", 3], "does not divide"),
         ("attention", ["--repeats", 0], "at least 1"),
+        ("attention", ["--document_length", 0], "--document_length: must be at least 1"),
+        ("attention", ["--methods", "s2", "full_packed"], "--methods: full_packed needs --document_length"),
         ("attention", ["--group_size_ratio", 2], "group_size_ratio"),
         ("attention", ["--dtype", "fp16"], "bf16 or fp32"),
         ("attention", ["--device", "tpu"], "cpu or cuda"),

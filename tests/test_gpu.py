@@ -30,7 +30,7 @@ from component.context import extend_rope
 from component.inference import load_for_inference
 from component.loss_binding import bind_chunked_loss
 from component.model import load_config, load_model
-from component.shift_short_attention import causal_attention, shift_short_attention
+from component.shift_short_attention import causal_attention, document_lengths, shift_short_attention
 
 HAS_CUDA = torch.cuda.is_available()
 pytestmark = [
@@ -108,16 +108,17 @@ def test_s2_through_flash_attn_equals_the_reference(dtype, heads, kv_heads):
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_s2_with_padding_on_the_left(dtype, kv_heads):
-    """The kernel that takes a mask. Rows of padding are left out: nothing reads them."""
+    """The kernel that takes a mask, and document by document. Rows of padding are left out: nothing reads them."""
     length = 3 * G
     tensors = [x.detach() for x in inputs(8, kv_heads, length, 64, dtype)]
     segment_ids = torch.zeros(2, length, dtype=torch.long, device=DEVICE)
     segment_ids[0, :70] = -1
-    output = shift_short_attention(*tensors, G, segment_ids=segment_ids)
     expected = reference(*(x.cpu().double() for x in tensors), G, segment_ids.cpu())
-    assert torch.isfinite(output).all()
-    assert_close(output[0, :, 70:], expected[0, :, 70:], TOLERANCE[dtype])
-    assert_close(output[1], expected[1], TOLERANCE[dtype])
+    for known in ({"segment_ids": segment_ids}, {"documents": document_lengths(segment_ids)}):
+        output = shift_short_attention(*tensors, G, **known)
+        assert torch.isfinite(output).all()
+        assert_close(output[0, :, 70:], expected[0, :, 70:], TOLERANCE[dtype])
+        assert_close(output[1], expected[1], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,7 @@ from conftest import tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from component import decoder_layer, layer_backward
+from component import decoder_layer, layer_backward, layer_binding, shift_short_binding
 from component.adapted_linear import keep_mask
 from component.adapter import AdapterConfig, attach_adapter
 from component.attention import AttentionConfig, bind_attention
@@ -78,16 +78,44 @@ def test_key_value_heads_of_any_number(num_kv_heads):
         assert_equal(loss_and_gradients(model, batch()), expected, 1e-10)
 
 
+# Documents of each row, as positions count them; the kernels are called document by document.
+PACKED = {
+    "alike": [(20, LENGTH - 20)] * 2,
+    "unlike": [(5, 40, LENGTH - 45), (LENGTH,)],
+    "many": [(3,) * 20 + (1,), (30, 1, LENGTH - 31)],
+}
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("attention", ["s2", "full"])
+@pytest.mark.parametrize("documents", PACKED.values(), ids=PACKED)
+def test_packed_rows_equal_a_mask(documents, attention, num_kv_heads, monkeypatch):
+    model, inputs = build(attention=attention, num_key_value_heads=num_kv_heads), batch()
+    inputs["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
+    if attention == "full":
+        expected = loss_and_gradients(model, inputs)
+        assert bind_attention(model.get_base_model(), AttentionConfig(attention="full"), 64, is_packed=True)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(shift_short_binding, "documents_of", lambda segment_ids: None)
+            expected = loss_and_gradients(model, inputs)
+    monkeypatch.setattr(shift_short_binding, "segment_mask", None)
+    assert_equal(loss_and_gradients(model, inputs), expected, 1e-10)
+    monkeypatch.setattr(layer_binding, "call_attention", lambda *args, **kwargs: pytest.fail("through autograd"))
+    for keep in KEPT:
+        for num_head_chunks in (1, 2):
+            bind_layers(model, LayerOptions(keep, 16, num_head_chunks))
+            assert_equal(loss_and_gradients(model, inputs), expected, 1e-10)
+
+
 @pytest.mark.parametrize("keep", KEPT)
-@pytest.mark.parametrize("kind", ["packed", "padded left", "padded right", "dca"])
-def test_rows_and_attention_that_only_autograd_knows(kind, keep):
+@pytest.mark.parametrize("kind", ["hole", "padded left", "padded right", "dca"])
+def test_rows_and_attention_of_other_kinds(kind, keep):
     model = build(attention="dca" if kind == "dca" else "s2")
     inputs = batch()
-    if kind == "packed":
-        inputs["position_ids"] = torch.cat([torch.arange(20), torch.arange(LENGTH - 20)]).expand(2, -1)
-    elif kind.startswith("padded"):
+    if kind != "dca":
         mask = torch.ones_like(inputs["input_ids"])
-        mask[0, slice(0, 9) if kind.endswith("left") else slice(-9, None)] = 0
+        mask[0, {"hole": slice(9, 20), "padded left": slice(0, 9), "padded right": slice(-9, None)}[kind]] = 0
         inputs |= {"attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
     expected = loss_and_gradients(model, inputs)
     bind_layers(model, LayerOptions(keep, 16, num_head_chunks=2))

@@ -8,6 +8,7 @@ import torch
 from test_layer_backward import assert_equal, batch, build, loss_and_gradients
 
 from benchmark.random_nf4_model import shape_config
+from component.attention import AttentionConfig, bind_attention
 from component.host_offload import HostOffload
 from component.layer_binding import bind_layers
 from component.layer_call import KEPT, LayerOptions
@@ -35,6 +36,17 @@ def test_equals_the_plain_layers(attention, keep, dtype, tolerance):
             bind_layers(model, LayerOptions(keep, 16, num_head_chunks), store=store)
             for _ in range(2):
                 assert_equal(loss_and_gradients(model, on_gpu(batch())), expected, tolerance)
+
+
+@pytest.mark.parametrize("attention", ["s2", "full"])
+def test_packed_rows_equal_the_plain_layers(attention):
+    model = build("llama", attention).cuda()
+    bind_attention(model.get_base_model(), AttentionConfig(attention=attention), 64, is_packed=True)
+    inputs = on_gpu(batch())
+    inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1], device="cuda").remainder(23).expand(2, -1)
+    expected = loss_and_gradients(model, inputs)
+    bind_layers(model, LayerOptions(tile_size=16), store=HostOffload(torch.device("cuda")))
+    assert_equal(loss_and_gradients(model, inputs), expected, 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -32,9 +32,10 @@ SHAPES = {
 }  # fmt: skip
 
 
-def measured(config: LlamaConfig, mechanisms: Mechanisms, run: RunShape, dtype: torch.dtype) -> int:
+def measured(config: LlamaConfig, mechanisms: Mechanisms, run: RunShape, dtype: torch.dtype, **inputs) -> int:
     model = random_nf4_model(config, dtype=dtype, device=CPU)
-    bind_attention(model, AttentionConfig(), run.num_tokens)
+    attention = AttentionConfig(attention="full" if run.attended == run.num_tokens else "s2")
+    bind_attention(model, attention, run.num_tokens, is_packed="position_ids" in inputs)
     bind_chunked_loss(model)
     model = attach_adapter(model, AdapterConfig(lora_rank=run.lora_rank)).train()
     apply_mechanisms(model, mechanisms, CPU)
@@ -42,7 +43,7 @@ def measured(config: LlamaConfig, mechanisms: Mechanisms, run: RunShape, dtype: 
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(config.vocab_size, (1, run.num_tokens))
     with PeakMemory(CPU) as memory, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=ids, **inputs).loss.backward()
     return memory.peak_bytes
 
 
@@ -59,6 +60,20 @@ def test_prediction_is_within_a_tenth_of_live_bytes(name, dtype):
         count = measured(config, mechanisms, run, dtype)
         assert 0.9 < predicted.step / count < 1.1, (mechanisms.describe(), predicted.step / count)
     assert predict(ModelShape.of(config), run, LADDER[-1]).host == 0, "a CPU keeps tensors where they are"
+
+
+@pytest.mark.parametrize("attended", [256, 1024])
+@pytest.mark.parametrize("length", [100, 700])
+def test_packed_rows_take_what_plain_rows_take(length, attended):
+    """Documents of this length; S2-Attn and full attention."""
+    config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=2048, **SHAPES["7b"])
+    run = RunShape(1024, stream_bytes=2, lora_rank=2, attended=attended, is_gpu=False)
+    for mechanisms in (LADDER[0], LADDER[2], replace(LADDER[2], num_head_chunks=4)):
+        mechanisms = replace(mechanisms, tile_size=128)
+        predicted = predict(ModelShape.of(config), run, mechanisms)
+        positions = (torch.arange(1024) % length)[None]
+        count = measured(config, mechanisms, run, torch.bfloat16, position_ids=positions, use_cache=False)
+        assert 0.9 < predicted.step / count < 1.1, (mechanisms.describe(), predicted.step / count)
 
 
 LLAMA_7B = ModelShape(4096, 11008, 32, 32, 32, 128, 32000)

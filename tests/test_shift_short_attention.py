@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from component.shift_short_attention import group_sizes, shift_short_attention
+from component.shift_short_attention import cut, document_lengths, group_sizes, shift_short_attention
 
 G = 8
 
@@ -38,8 +38,9 @@ def inputs(batch, heads, kv_heads, length, dtype=torch.float64, seed=0):
     return [torch.randn(s, generator=generator, dtype=dtype).transpose(1, 2).requires_grad_() for s in shapes]
 
 
-def assert_equal_with_gradients(tensors, group_size, tolerance, segment_ids=None, real=None):
-    output = shift_short_attention(*tensors, group_size, segment_ids=segment_ids)
+def assert_equal_with_gradients(tensors, group_size, tolerance, segment_ids=None, real=None, **known):
+    """known: `documents` in place of the segment ids that the reference gets."""
+    output = shift_short_attention(*tensors, group_size, **(known or {"segment_ids": segment_ids}))
     exact = [x.detach().double().requires_grad_() for x in tensors]
     expected = reference(*exact, group_size, segment_ids)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -75,16 +76,30 @@ def test_lower_precision(dtype, tolerance):
     assert_equal_with_gradients(inputs(2, 4, 2, 27, dtype), G, tolerance)
 
 
+ROWS_OF_SEVERAL = {
+    "left padding": [[-1] * 5 + [0] * 16, [0] * 21, [-1] * 13 + [0] * 8],
+    "documents": [[0] * 5 + [1] * 11 + [2] * 5, [0] * 21, [0] * 8 + [1] * 8 + [2] * 4 + [3]],
+    "single tokens": [list(range(21)), [0] * 20 + [1], [0] + [1] * 20],
+    "padding on both sides": [[-1] * 4 + [0] * 5 + [1] * 9 + [-1] * 3] * 3,
+}
+
+
+@pytest.mark.parametrize("needs_mask", [True, False])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_left_padding(kv_heads):
-    segment_ids = torch.zeros(3, 21, dtype=torch.long)
-    segment_ids[0, :5], segment_ids[2, :13] = -1, -1
-    assert_equal_with_gradients(inputs(3, 4, kv_heads, 21), G, 1e-10, segment_ids, real=(segment_ids >= 0).double())
+@pytest.mark.parametrize("rows", ROWS_OF_SEVERAL.values(), ids=ROWS_OF_SEVERAL)
+def test_rows_of_several_documents(rows, kv_heads, needs_mask):
+    segment_ids = torch.tensor(rows)
+    known = {} if needs_mask else {"documents": document_lengths(segment_ids)}
+    real = (segment_ids >= 0).double()
+    assert_equal_with_gradients(inputs(3, 4, kv_heads, 21), G, 1e-10, segment_ids, real, **known)
 
 
-def test_packed_rows():
-    segment_ids = torch.tensor([[0] * 5 + [1] * 11 + [2] * 3, [0] * 19])
-    assert_equal_with_gradients(inputs(2, 4, 2, 19), G, 1e-10, segment_ids)
+def test_lengths_of_documents():
+    rows = [[-1, -1, 0, 0, 0, 1], [0, 1, 1, 2, -1, -1]]
+    assert document_lengths(torch.tensor(rows)) == ((2, 3, 1), (1, 2, 1, 2))
+    assert document_lengths(torch.tensor([[0, 0, -1, 0, 1, 1]])) is None, "a document around a hole"
+    assert cut([4, 8, 8, 3], [6, 6, 11]) == [4, 2, 6, 8, 3]
+    assert cut([8], [8]) == [8]
 
 
 def test_right_padding_needs_no_mask():
