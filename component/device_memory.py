@@ -8,11 +8,16 @@ SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB":
 
 
 def parse_size(text: str, flag: str) -> int:
-    """Bytes of a size such as "4GB", "500MB" or "2GiB"; `flag` names the option for the error."""
+    """Bytes of a size such as "4GB", "500MB" or "2GiB"; `flag` names the option for the error.
+
+    A number alone is bytes, but not a small one: who writes 32 means another unit.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|)\s*", text, flags=re.IGNORECASE)
     num_bytes = int(float(match[1]) * SIZE_UNITS[match[2].upper()]) if match else 0
     if num_bytes < 1:
         raise ValueError(f"{flag}: {text!r} is not a size; write one such as 4GB or 500MB")
+    if not match[2] and num_bytes < SIZE_UNITS["MIB"]:
+        raise ValueError(f"{flag}: {text!r} is a size without a unit; write one such as {match[1]}GB or {match[1]}MB")
     return num_bytes
 
 

@@ -69,6 +69,15 @@ class MemoryConfig:
         names = [mechanism.name for mechanism in fields(Mechanisms)]
         return {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
 
+    def without_effect(self, *, is_on_gpu: bool, num_kv_heads: int) -> list[str]:
+        """Notices of mechanisms that were asked for by name and cannot do what they say."""
+        notices = []
+        if self.offload_activations and not is_on_gpu:
+            notices.append("offload_activations has no effect without a GPU: activations are in host memory as it is")
+        if self.num_head_chunks and self.num_head_chunks > num_kv_heads:
+            notices.append(f"num_head_chunks: {self.num_head_chunks} acts as {num_kv_heads}, the key/value heads")
+        return notices
+
 
 @dataclass(frozen=True)
 class Mechanisms:

@@ -121,6 +121,8 @@ def choose(settings: Settings, config: PretrainedConfig, capacity: float | None,
         return STOCK if memory.memory == "fast" else CHECKPOINTED
     if settings.given.get(CHECKPOINTING_KEY):
         notices.append(f"{CHECKPOINTING_KEY} has no effect with the layer function (memory)")
+    num_kv_heads = ModelShape.of(config).num_kv_heads
+    notices += memory.without_effect(is_on_gpu=is_on_gpu(settings), num_kv_heads=num_kv_heads)
     if memory.memory == "auto":
         return fastest_that_fits(settings, config, [replace(rung, **own) for rung in ladder], capacity, notices)
     policy = POLICIES[memory.memory or "balanced"]
@@ -220,7 +222,10 @@ def advice(settings: Settings, config: PretrainedConfig, mechanisms: Mechanisms,
         if peak < 0.95 * limit or (capacity is not None and peak <= capacity < here):
             return f"add {yaml_lines(leaner, '; ')} (predicted {peak / GIB:.1f} GiB)"
     longest = longest_length(settings, config, ladder[-1], 0.95 * limit)
-    return f"the leanest settings ({yaml_lines(ladder[-1], '; ')}) reach max_seq_length: {longest}; lower it"
+    leanest = f"the leanest settings ({yaml_lines(ladder[-1], '; ')})"
+    if longest < 2:
+        return f"{leanest} do not fit at any length; use a smaller model, or a larger GPU"
+    return f"{leanest} reach max_seq_length: {longest}; lower it"
 
 
 def yaml_lines(mechanisms: Mechanisms, separator: str = "\n") -> str:

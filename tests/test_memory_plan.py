@@ -74,6 +74,7 @@ def test_own_keys_overrule_the_policy(settings_of):
         ({"tile_size": 0}, "tile_size: must be at least 1, got 0"),
         ({"num_head_chunks": -1}, "num_head_chunks: must be at least 1"),
         ({"gpu_memory": "much"}, "gpu_memory: 'much' is not a size"),
+        ({"gpu_memory": "32"}, "gpu_memory: '32' is a size without a unit; write one such as 32GB"),
         ({"memory": "auto", "gpu_memory": "0GiB"}, "gpu_memory"),
     ],
 )
@@ -140,6 +141,20 @@ def test_what_cannot_fit_is_refused_with_advice_that_fits(settings_of, policy):
         lean = dict(line.split(": ") for line in yaml_lines(LADDER[-1]).splitlines())
         lean = {key: yaml.safe_load(value) for key, value in lean.items()}
         assert planned(settings_of(**values, **lean), **LLAMA_7B).fits and longest > 50_000
+
+
+def test_a_card_that_holds_no_length_at_all(settings_of):
+    with pytest.raises(ValueError, match="do not fit at any length; use a smaller model, or a larger GPU"):
+        planned(settings_of(memory="auto", gpu_memory="2GiB", fp16=True), **LLAMA_7B)
+
+
+def test_mechanisms_that_cannot_do_what_they_say_are_named(settings_of):
+    values = {"memory": "balanced", "offload_activations": True, "num_head_chunks": 64}
+    notices = planned(settings_of(**values), **LLAMA_7B).notices
+    assert "offload_activations has no effect without a GPU: activations are in host memory as it is" in notices
+    assert "num_head_chunks: 64 acts as 32, the key/value heads" in notices
+    named = planned(settings_of(**values | {"num_head_chunks": 32, "gpu_memory": "80GiB"}), **LLAMA_7B).notices
+    assert not any("offload" in notice or "num_head_chunks" in notice for notice in named)
 
 
 def test_running_out_of_memory_ends_with_advice(settings_of):

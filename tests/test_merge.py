@@ -334,12 +334,14 @@ def test_save_path_must_not_lose_anything(tmp_path):
     check_save_path(tmp_path / "new", [base], overwrite=False)
 
 
-@pytest.mark.parametrize(("text", "size"), [("4GB", 4 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2**31), ("123", 123)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("4GB", 4 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2**31), ("1234567", 1234567)]
+)
 def test_sizes(text, size):
     assert parse_size(text, "--max_shard_size") == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "4TB", "four"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "4TB", "four", "32"])
 def test_bad_sizes(text):
     with pytest.raises(ValueError, match="--max_shard_size"):
         parse_size(text, "--max_shard_size")
