@@ -23,9 +23,9 @@ def dtype_of(name: str):
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that choose and load a model, the same in every script that generates."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model_name_or_path", help="folder or hub name of a base or merged model (default: the base "
-                       "that the adapter names)")  # fmt: skip
-    group.add_argument("--adapter_name_or_path", help="folder of a trained adapter")
+    group.add_argument("--model_name_or_path", "--base_model", help="folder or hub name of a base or merged model "
+                       "(default: the base that the adapter names)")  # fmt: skip
+    group.add_argument("--adapter_name_or_path", "--peft_model", help="folder of a trained adapter")
     group.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
                        help="quantise the base to NF4, as in training (default: no)")  # fmt: skip
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: auto)")

@@ -28,8 +28,9 @@ from component.generation_arguments import DTYPES, dtype_of  # noqa: E402
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="base model (default: the one that the adapter names)")
-    parser.add_argument("--adapter_name_or_path", required=True, help="folder of the trained adapter")
+    parser.add_argument("--model_name_or_path", "--base_model",
+                        help="base model (default: the one that the adapter names)")  # fmt: skip
+    parser.add_argument("--adapter_name_or_path", "--peft_model", required=True, help="folder of the trained adapter")
     parser.add_argument("--save_path", required=True, help="folder for the merged model")
     parser.add_argument("--dtype", choices=DTYPES, default="auto",
                         help="dtype of the saved weights (default: auto, that of the base weights)")  # fmt: skip

@@ -27,6 +27,11 @@ def test_help_is_complete(path, tmp_path, monkeypatch, capsys):
     assert end.value.code == 0
     (parser,) = parsers
     assert path.name in parser.description, "the description shows how to run it"
+    flags = parser._option_string_actions
+    for name, other in (("--model_name_or_path", "--base_model"), ("--adapter_name_or_path", "--peft_model")):
+        # The comparison's adapters are in its YAML.
+        if path.stem != "compare":
+            assert flags.get(name) is flags.get(other), "upstream's names and transformers' mean the same"
     for action in parser._actions:
         assert action.help, f"{action.option_strings} has no help"
         if (

@@ -36,9 +36,9 @@ DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     boolean = argparse.BooleanOptionalAction
-    parser.add_argument("--base_model", help="folder or hub name of a base or merged model (default: the base that "
-                        "the adapter names)")  # fmt: skip
-    parser.add_argument("--peft_model", help="folder of a trained adapter")
+    parser.add_argument("--base_model", "--model_name_or_path", help="folder or hub name of a base or merged model "
+                        "(default: the base that the adapter names)")  # fmt: skip
+    parser.add_argument("--peft_model", "--adapter_name_or_path", help="folder of a trained adapter")
     parser.add_argument("--data_path", required=True, help="file of token ids (.bin)")
     parser.add_argument("--data_dtype", choices=list(DTYPES), help="id type of --data_path (default: what its "
                         "sidecar says, or uint16)")  # fmt: skip
