@@ -210,6 +210,9 @@ BAD = [
     (["--output_file", "FOLDER/empty.txt/x.json"], "FOLDER/empty.txt"),
     (["--plot", "x.bmp"], "--plot: .* must end in"),
     (["--plot", "x.png", "--tasks", "mmlu"], "--plot draws RULER's scores"),
+    (["--limit", "2"], "--limit is for lm-eval's tasks, and --tasks names none.*--num_samples"),
+    (["--tasks", "vt", "--num_fewshot", "0"], "--num_fewshot is for lm-eval's tasks"),
+    (["--tasks", "mmlu", "--lengths", "512"], "--lengths is for RULER's tasks"),
     (["--model_name_or_path", "FOLDER/none"], "none"),
 ]
 

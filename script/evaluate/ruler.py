@@ -85,15 +85,27 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--lengths: must be at least 1 token, got {min(args.lengths)}")
     args.tasks = list(dict.fromkeys(args.tasks or default_tasks(has_text=bool(args.haystack))))
     check_tasks(args.tasks, has_text=bool(args.haystack))
+    is_ruler = [name in TASKS for name in args.tasks]
     if args.include_path:
         require_folder(args.include_path, "--include_path")
     if args.output_file and args.output_file.is_dir():
         raise ValueError(f"--output_file: {str(args.output_file)!r} is a folder; give the path of a file")
     if args.plot:
         require_matplotlib(args.plot)
-        if not any(name in TASKS for name in args.tasks):
+        if not any(is_ruler):
             raise ValueError("--plot draws RULER's scores by length; name one of its tasks (--list_tasks)")
+    check_uses(args, ("limit", "num_fewshot", "include_path"), "lm-eval's tasks", is_used=not all(is_ruler))
+    check_uses(args, ("lengths", "haystack"), "RULER's tasks", is_used=any(is_ruler))
     require_extra("lm_eval", "lm-eval")
+
+
+def check_uses(args: argparse.Namespace, names: tuple[str, ...], tasks: str, *, is_used: bool) -> None:
+    """Refuse an argument that the tasks to run do not read."""
+    for name in names:
+        if not is_used and getattr(args, name) not in (None, []):
+            raise ValueError(
+                f"--{name} is for {tasks}, and --tasks names none; leave it out (see --num_samples, --tasks)"
+            )
 
 
 def read_tokenizer(args: argparse.Namespace):
