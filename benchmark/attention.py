@@ -86,12 +86,11 @@ def make_methods(args: argparse.Namespace, length: int, group_size: int, device)
     import torch
 
     from benchmark.rolled_attention import materialized_attention, rolled_shift_short_attention
+    from component.segments import document_lengths, segment_mask
     from component.shift_short_attention import (
         causal_attention,
         check_shift_short,
-        document_lengths,
         grouped_attention,
-        segment_mask,
         shift_short_attention,
     )
 

@@ -188,7 +188,7 @@ def attention_pattern(module: torch.nn.Module, attention_mask: torch.Tensor | No
     name, num_heads = module.config._attn_implementation, module.config.num_attention_heads
     group_size = name.removeprefix(SHIFT_SHORT_PREFIX)
     is_sparse, documents = group_size != name, None
-    if attention_mask is not None and attention_mask.ndim == 2 and (is_sparse or name == DENSE_PACKED):
+    if is_sparse or name == DENSE_PACKED:
         documents = documents_of(attention_mask)
     if (attention_mask is not None and documents is None) or getattr(module, "attention_dropout", 0):
         return None

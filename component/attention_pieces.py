@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 
 from component.attention_kernels import attend, attend_backward, sum_dtype
-from component.shift_short_attention import Documents, cut, group_sizes
+from component.segments import Documents
+from component.shift_short_attention import cut, group_sizes
 
 NUM_PIECES = 4
 
@@ -47,11 +48,10 @@ def attention_forward(query, key, value, output, lse, *, pattern: CausalPattern,
     query and output [B, S, H, D]; key and value [B, S, K, D]; lse [B, H, S] in fp32 (fp64 for fp64).
     first_head: place of the first of the H heads among pattern.num_heads.
     """
-    for piece in pieces_of(query, key, pattern, first_head):
-        batch, heads, kv_heads, sizes = piece
-        pieces = query[batch, :, heads], key[batch, :, kv_heads], value[batch, :, kv_heads]
+    for batch, heads, kv_heads, sizes in pieces_of(query, key, pattern, first_head):
+        inputs = query[batch, :, heads], key[batch, :, kv_heads], value[batch, :, kv_heads]
         for rows, size in runs_of(sizes):
-            part, part_lse = attend(*(grouped(x[:, rows], size) for x in pieces), is_causal=True, scaling=scaling)
+            part, part_lse = attend(*(grouped(x[:, rows], size) for x in inputs), is_causal=True, scaling=scaling)
             write_groups(output[batch, rows, heads], part, size)
             write_groups(lse[batch, heads, rows].transpose(1, 2)[..., None], part_lse[..., None], size)
 
@@ -95,12 +95,10 @@ def pieces_of(query: torch.Tensor, key: torch.Tensor, pattern: CausalPattern, fi
     Rows whose documents differ are pieces of their own; short runs of groups need no further split.
     """
     num_heads, length = query.shape[2], query.shape[1]
-    groups = [
-        [length] if pattern.group_size is None else group_sizes(length, pattern.group_size, shifted=shifted)
-        for shifted in (False, True)
-    ]
-    is_split = pattern.group_size is not None
-    cut_head = min(max(pattern.num_heads // 2 - first_head, 0), num_heads) if is_split else num_heads
+    groups = [group_sizes(length, pattern.group_size, shifted=shifted) for shifted in (False, True)]
+    cut_head = num_heads
+    if pattern.group_size is not None:
+        cut_head = min(max(pattern.num_heads // 2 - first_head, 0), num_heads)
     rows = [(slice(None), groups)]
     if pattern.documents is not None:
         rows = [

@@ -28,6 +28,7 @@ import torch
 
 from component.attention_kernels import sum_dtype
 from component.merged_attention import Block, Part, causal_attention_with_past, check_lengths, merged_attention
+from component.segments import segment_runs
 
 # Rows computed together: enough to fill a GPU, few enough that what is held beside the output stays small.
 ROWS_PER_BLOCK = 8192
@@ -127,14 +128,14 @@ def segment_dual_chunk_attention(
     if segment_ids.shape != (key.shape[0], key.shape[2]):
         raise ValueError(f"segment_ids: must be {[key.shape[0], key.shape[2]]}, got {list(segment_ids.shape)}")
     past, inv_freq, blocks = key.shape[2] - query.shape[2], inv_freq.to(query.device), []
-    for row, ids in enumerate(segment_ids.cpu()):
-        values, lengths = torch.unique_consecutive(ids, return_counts=True)
-        starts = lengths.cumsum(0) - lengths
-        for segment_id, start, length in zip(values.tolist(), starts.tolist(), lengths.tolist(), strict=True):
+    for row, runs in enumerate(segment_runs(segment_ids)):
+        start = 0
+        for segment_id, length in runs:
             first = max(past - start, 0)
             if segment_id >= 0 and first < length:
                 places = {"batch": slice(row, row + 1), "query_shift": start - past, "key_shift": start}
                 blocks += sequence_blocks(first, length, sizes, inv_freq, sum_dtype(query), **places)
+            start += length
     return merged_attention(query, key, value, blocks, scaling=scaling)
 
 

@@ -26,12 +26,8 @@ from transformers import PretrainedConfig
 
 from component.distributed import rank
 from component.prompt import IGNORE_INDEX
-from component.shift_short_attention import (
-    AttentionKernel,
-    document_lengths,
-    grouped_attention,
-    shift_short_attention,
-)
+from component.segments import document_lengths
+from component.shift_short_attention import AttentionKernel, grouped_attention, shift_short_attention
 
 
 @dataclass

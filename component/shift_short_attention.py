@@ -19,9 +19,9 @@ from itertools import accumulate, groupby, pairwise
 import torch
 import torch.nn.functional as F
 
+from component.segments import Documents, segment_mask
+
 AttentionKernel = Callable[..., torch.Tensor]
-# For each row of a batch the lengths of its documents, in order, padding included.
-Documents = tuple[tuple[int, ...], ...]
 
 
 def causal_attention(
@@ -66,8 +66,13 @@ def has_gqa_kernel(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
     return has_flash and mask is None and query.element_size() == 2 and query.shape[-1] <= 256
 
 
-def group_sizes(length: int, group_size: int, *, shifted: bool) -> list[int]:
-    """Sizes of the consecutive groups that cover `length` tokens; shifted ones begin with half a group."""
+def group_sizes(length: int, group_size: int | None, *, shifted: bool) -> list[int]:
+    """Sizes of the consecutive groups that cover `length` tokens; shifted ones begin with half a group.
+
+    group_size None: full attention, one group.
+    """
+    if group_size is None:
+        return [length]
     lead = min(group_size // 2, length) if shifted else 0
     num_full, rest = divmod(length - lead, group_size)
     return [size for size in [lead] + [group_size] * num_full + [rest] if size]
@@ -93,7 +98,7 @@ def shift_short_attention(
     segment_ids: int [B, S]; tokens attend only within equal ids, and a negative id marks padding
         that nothing attends to. None when rows hold one sequence, padded at most on the right
         (causality alone then keeps padding out of every real token).
-    documents: instead of segment_ids, where `document_lengths` knows them: exact without a mask.
+    documents: instead of segment_ids, where `segments.document_lengths` knows them: exact without a mask.
     num_shifted: how many heads, the last ones, have shifted groups; None for half of them. Other numbers are
         for calls that see a part of a layer's heads.
     kernel: attention within a group, the signature of `causal_attention`.
@@ -178,21 +183,6 @@ def cut(sizes: Iterable[int], lengths: Iterable[int]) -> list[int]:
     return [end - start for start, end in pairwise(ends)]
 
 
-def document_lengths(segment_ids: torch.Tensor) -> Documents | None:
-    """Documents of rows with these segment ids int [B, S]; waits for the device.
-
-    None where tokens of one segment do not lie side by side. Padding (negative ids) is a document of its own.
-    """
-    rows = []
-    for ids in segment_ids.cpu():
-        values, lengths = torch.unique_consecutive(ids, return_counts=True)
-        real = values[values >= 0].tolist()
-        if len(set(real)) < len(real):
-            return None
-        rows.append(tuple(lengths.tolist()))
-    return tuple(rows)
-
-
 def fold_groups(x: torch.Tensor, num_groups: int) -> torch.Tensor:
     """[B, H, N*G, D] -> [B*N, H, G, D]; a view unless B > 1 on a part of the sequence."""
     return x if num_groups == 1 else x.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(0, 1)
@@ -201,14 +191,3 @@ def fold_groups(x: torch.Tensor, num_groups: int) -> torch.Tensor:
 def unfold_groups(x: torch.Tensor, num_groups: int) -> torch.Tensor:
     """[B*N, H, G, D] -> [B, N*G, H, D]; a view on the kernels that write [B, S, H, D]."""
     return x.transpose(1, 2) if num_groups == 1 else x.transpose(1, 2).unflatten(0, (-1, num_groups)).flatten(1, 2)
-
-
-def segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Bool mask [B, 1, S, S]: causal and within a segment.
-
-    segment_ids: int [B, S], negative on padding. Padding sees padding, so that no row of the softmax is
-    empty (an empty row is NaN, and its gradient reaches real tokens).
-    """
-    positions = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return (same & (positions[:, None] >= positions[None, :]))[:, None]

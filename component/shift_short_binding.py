@@ -8,24 +8,19 @@ Dimensions: B batch, H query heads, K key/value heads, S sequence, D head dim.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from component.segments import Documents, document_lengths, segment_mask
 from component.sequence_parallel import sharded_attention, trade_heads_for_tokens
 from component.shift_short_attention import (
     AttentionKernel,
     causal_attention,
-    document_lengths,
     grouped_attention,
-    segment_mask,
     shift_short_attention,
 )
-
-# Mask functions make a new tensor for each forward pass, which all layers read and none writes to.
-documents_of = lru_cache(maxsize=4)(document_lengths)
 
 
 def shift_short_forward(
@@ -46,29 +41,29 @@ def shift_short_forward(
     query [B, H, S, D]; key and value [B, K, S', D]; attention_mask as `shift_short_mask` makes it; group_size None
     for full attention. Returns ([B, S, H, D], None).
     """
-    has_segments = attention_mask is not None and attention_mask.ndim == 2
-    documents = documents_of(attention_mask) if has_segments else None
-    if documents is not None and (group_size is None or not module.training):
-        output = grouped_attention(
-            query, key, value, [query.shape[2]], documents=documents, scaling=scaling, dropout=dropout
-        )
-        return output, None
-    if group_size is None or not module.training:
-        if has_segments:
+    documents, options = documents_of(attention_mask), {"scaling": scaling, "dropout": dropout}
+    is_dense = group_size is None or not module.training
+    if is_dense and documents is not None:
+        return grouped_attention(query, key, value, [query.shape[2]], documents=documents, **options), None
+    if is_dense:
+        if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = segment_mask(attention_mask)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
     if query.shape[2] != key.shape[2] or (attention_mask is not None and attention_mask.ndim != 2):
         raise ValueError(
             "S2-Attn trains on whole sequences with a 2-D padding mask or position ids that restart; "
             "pass no key/value cache and no 4-D mask in training mode"
         )
+    segment_ids = attention_mask if documents is None else None
     output = shift_short_attention(
-        query, key, value, group_size, scaling=scaling, dropout=dropout, documents=documents,
-        segment_ids=attention_mask if documents is None else None, kernel=kernel,
-    )  # fmt: skip
+        query, key, value, group_size, segment_ids=segment_ids, documents=documents, kernel=kernel, **options
+    )
     return output.transpose(1, 2), None
+
+
+def documents_of(attention_mask: torch.Tensor | None) -> Documents | None:
+    """Documents of a mask as `shift_short_mask` makes it; None where it tells none, or only a mask can."""
+    return document_lengths(attention_mask) if attention_mask is not None and attention_mask.ndim == 2 else None
 
 
 def shared_forward(
@@ -89,18 +84,8 @@ def shared_forward(
     attend: `heads_forward` with its settings.
     """
     if not module.training:
-        return shift_short_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout,
-            scaling,
-            group_size=None,
-            kernel=causal_attention,
-            **kwargs,
-        )
+        dense = {"group_size": None, "kernel": causal_attention}
+        return shift_short_forward(module, query, key, value, attention_mask, dropout, scaling, **dense, **kwargs)
     options = {"dropout": dropout, "scaling": scaling, "position_ids": kwargs["position_ids"]}
     output = trade_heads_for_tokens(module, query, key, value, attend=attend, size=size, **options)
     return output.unflatten(2, (query.shape[1], -1)), None

@@ -25,6 +25,7 @@ PURE = [
     "tiled_norm",
     "device_memory",
     "host_offload",
+    "segments",
 ]
 
 

@@ -30,7 +30,8 @@ from component.context import extend_rope
 from component.inference import load_for_inference
 from component.loss_binding import bind_chunked_loss
 from component.model import load_config, load_model
-from component.shift_short_attention import causal_attention, document_lengths, shift_short_attention
+from component.segments import document_lengths
+from component.shift_short_attention import causal_attention, shift_short_attention
 
 HAS_CUDA = torch.cuda.is_available()
 pytestmark = [

@@ -11,6 +11,7 @@ from training_process import losses_of, run_training
 
 from component import sequence_parallel
 from component.collator import DataCollator
+from component.segments import segment_mask
 from component.sequence_parallel import (
     PartCollator,
     check_sequence_parallel,
@@ -18,7 +19,7 @@ from component.sequence_parallel import (
     sharded_attention,
     trade_heads_for_tokens,
 )
-from component.shift_short_attention import causal_attention, segment_mask, shift_short_attention
+from component.shift_short_attention import causal_attention, shift_short_attention
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from component.shift_short_attention import cut, document_lengths, group_sizes, shift_short_attention
+from component.segments import document_lengths
+from component.shift_short_attention import cut, group_sizes, shift_short_attention
 
 G = 8
 
@@ -98,6 +99,10 @@ def test_lengths_of_documents():
     rows = [[-1, -1, 0, 0, 0, 1], [0, 1, 1, 2, -1, -1]]
     assert document_lengths(torch.tensor(rows)) == ((2, 3, 1), (1, 2, 1, 2))
     assert document_lengths(torch.tensor([[0, 0, -1, 0, 1, 1]])) is None, "a document around a hole"
+    ids = torch.tensor([[0, 0, 1]])
+    assert document_lengths(ids) == ((2, 1),)
+    ids[0, 1] = 1
+    assert document_lengths(ids) == ((1, 2),), "changed in place"
     assert cut([4, 8, 8, 3], [6, 6, 11]) == [4, 2, 6, 8, 3]
     assert cut([8], [8]) == [8]
 
