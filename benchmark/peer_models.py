@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from benchmark.trl_step import TOKENIZER
+from component.decoder_layer import LINEARS
 
 LORA = {"lora_alpha": 16, "lora_dropout": 0.05}
 
@@ -40,6 +41,7 @@ def unsloth_model(config: PretrainedConfig, args: argparse.Namespace, dtype: tor
         model, _ = FastLanguageModel.from_pretrained(
             folder, max_seq_length=args.seq_len, dtype=dtype, load_in_4bit=True
         )
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     options = {"use_gradient_checkpointing": "unsloth" if args.gradient_checkpointing else False}
-    return FastLanguageModel.get_peft_model(model, r=args.lora_rank, target_modules=names, **LORA, **options).train()
+    return FastLanguageModel.get_peft_model(
+        model, r=args.lora_rank, target_modules=list(LINEARS), **LORA, **options
+    ).train()

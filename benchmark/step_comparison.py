@@ -43,7 +43,7 @@ def run_contestant(args: argparse.Namespace, name: str, output: Path) -> dict:
     words = []
     for key, value in given.items():
         if isinstance(value, bool):
-            words += [f"--{key}"] if value else [f"--no-{key}"] if key not in ("v100", "profile") else []
+            words.append(f"--{key}" if value else f"--no-{key}")
         elif value is not None:
             words += [f"--{key}", str(value)]
     # Idle threads that spin take the cores from threads that work.

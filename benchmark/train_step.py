@@ -63,11 +63,13 @@ def parse_args() -> argparse.Namespace:
                         help="default: paged_adamw_32bit on a GPU, adamw_torch on a CPU")  # fmt: skip
     parser.add_argument("--gradient_checkpointing", action=boolean, default=True, help="default: yes")
     parser.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
-    parser.add_argument("--profile", action="store_true", help="also list the operations of a step by their time")
+    parser.add_argument("--profile", action=boolean, default=False, help="also list the operations of a step by "
+                        "their time (default: no)")  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--memory_cap", help="most memory to use, such as 32GiB; beyond it the run ends with exit "
                         "code 2 (default: none)")  # fmt: skip
-    parser.add_argument("--v100", action="store_true", help="fp16, and no attention kernel that a V100 lacks")
+    parser.add_argument("--v100", action=boolean, default=False, help="fp16, and no attention kernel that a V100 "
+                        "lacks (default: no)")  # fmt: skip
     parser.add_argument("--output_file", type=Path, help="JSON file for the result")
     parser.add_argument("--plot", type=Path, help="PNG of the comparison with --peers")
     return parser.parse_args()

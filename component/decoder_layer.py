@@ -129,13 +129,20 @@ def dense_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
 
 def reason_unsupported(model: nn.Module) -> str | None:
     """Why the layers of `model`, adapter attached, cannot be taken apart like this; None where they can."""
-    config = model.config
-    if config.model_type not in MODEL_TYPES:
-        return f"{config.model_type} layers are not among {', '.join(MODEL_TYPES)}"
-    if getattr(config, "attention_dropout", 0):
-        return "the model drops attention weights (attention_dropout)"
+    reason = reason_unsupported_config(model.config)
+    if reason:
+        return reason
     for module in model.modules():
         if hasattr(module, "lora_A") and isinstance(base_layer(module), nn.Linear):
             if len(module.active_adapters) != 1 or getattr(module, "lora_variant", None):
                 return "its adapter is more than one plain LoRA"
+    return None
+
+
+def reason_unsupported_config(config) -> str | None:
+    """The same as far as a transformers config tells it."""
+    if config.model_type not in MODEL_TYPES:
+        return f"{config.model_type} layers are not among {', '.join(MODEL_TYPES)}"
+    if getattr(config, "attention_dropout", 0):
+        return "the model drops attention weights (attention_dropout)"
     return None

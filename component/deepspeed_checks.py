@@ -33,10 +33,10 @@ def complete_deepspeed(settings: Settings) -> list[str]:
     for key in OBJECTS_OF_DEEPSPEED:
         if not isinstance(config.get(key, {}), dict):
             raise ValueError(f"deepspeed: {key} is {config[key]!r} in {value!r}; give a JSON object")
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    offload = zero_section(config).get("offload_optimizer") or {}
     if not isinstance(offload, dict):
         raise ValueError(f'deepspeed: offload_optimizer is {offload!r}; give an object as {{"device": "cpu"}}')
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    stage = zero_stage(config)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"deepspeed: zero_optimization.stage is {stage!r}; give 0, 1, 2 or 3")
     if stage == 3 and settings.adapter.finetuning_type == "qlora":
@@ -61,7 +61,7 @@ def complete_deepspeed(settings: Settings) -> list[str]:
 
 def gradient_buffers(deepspeed: dict | None, *, element_bytes: int) -> float:
     """Bytes that ZeRO-1 and 2 allocate to collect gradients in (stage_1_and_2.py, setup_buckets)."""
-    zero = (deepspeed or {}).get("zero_optimization") or {}
+    zero = zero_section(deepspeed)
     size = zero.get("reduce_bucket_size", 5e8)
     if zero.get("stage") not in (1, 2) or not zero.get("contiguous_gradients", True) or not is_number(size):
         return 0
@@ -70,10 +70,8 @@ def gradient_buffers(deepspeed: dict | None, *, element_bytes: int) -> float:
 
 def shards(deepspeed: dict | None, num_processes: int) -> tuple[float, float]:
     """Processes among which ZeRO splits the weights, and gradients and optimizer state; infinite: in host memory."""
-    zero = (deepspeed or {}).get("zero_optimization") or {}
-    stage = zero.get("stage", 0)
-    is_offloaded = ((zero.get("offload_param") or {}).get("device") or "none") != "none"
-    weight_shards = math.inf if is_offloaded else num_processes
+    stage = zero_stage(deepspeed)
+    weight_shards = math.inf if is_offloaded(deepspeed, "offload_param") else num_processes
     return weight_shards if stage == 3 else 1, num_processes if stage else 1
 
 
@@ -82,8 +80,20 @@ def is_number(value: object) -> bool:
 
 
 def offloads_optimizer(deepspeed: dict | None) -> bool:
-    offload = ((deepspeed or {}).get("zero_optimization") or {}).get("offload_optimizer") or {}
-    return offload.get("device") not in (None, "none")
+    return is_offloaded(deepspeed, "offload_optimizer")
+
+
+def is_offloaded(deepspeed: dict | None, name: str) -> bool:
+    """Whether the part that `offload_optimizer` or `offload_param` names is kept in host memory."""
+    return (zero_section(deepspeed).get(name) or {}).get("device") not in (None, "none")
+
+
+def zero_stage(deepspeed: dict | None) -> int:
+    return zero_section(deepspeed).get("stage", 0)
+
+
+def zero_section(deepspeed: dict | None) -> dict:
+    return (deepspeed or {}).get("zero_optimization") or {}
 
 
 def check_deepspeed_agrees(settings: Settings, arguments: TrainingArguments) -> None:

@@ -11,8 +11,8 @@ import torch
 from transformers import PretrainedConfig, TrainingArguments
 
 from component.arguments import Settings, fields_of
-from component.decoder_layer import MODEL_TYPES
-from component.deepspeed_checks import gradient_buffers, offloads_optimizer, shards
+from component.decoder_layer import reason_unsupported_config
+from component.deepspeed_checks import gradient_buffers, offloads_optimizer, shards, zero_stage
 from component.device_memory import GIB, free_host_memory, is_out_of_memory, parse_size
 from component.distributed import world_size
 from component.machine_checks import has_gpu
@@ -88,12 +88,8 @@ def capacity_of(settings: Settings) -> float | None:
 
 def ladder_of(settings: Settings, config: PretrainedConfig) -> tuple[tuple[Mechanisms, ...], str | None]:
     """Sets of mechanisms from the fastest to the leanest, and why the layer function is not among them, if so."""
-    reason = None
-    if config.model_type not in MODEL_TYPES:
-        reason = f"{config.model_type} layers are not among {', '.join(MODEL_TYPES)}"
-    elif getattr(config, "attention_dropout", 0):
-        reason = "the model drops attention weights (attention_dropout)"
-    elif ((settings.training.get("deepspeed") or {}).get("zero_optimization") or {}).get("stage") == 3:
+    reason = reason_unsupported_config(config)
+    if reason is None and zero_stage(settings.training.get("deepspeed")) == 3:
         reason = "DeepSpeed ZeRO-3 holds a part of each weight only"
     return (LADDER, None) if reason is None else (STOCK_LADDER, reason)
 

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import PretrainedConfig
 
 from component.distributed import rank
+from component.memory_shape import ModelShape
 from component.prompt import IGNORE_INDEX
 from component.segments import document_lengths
 from component.shift_short_attention import AttentionKernel, grouped_attention, shift_short_attention
@@ -60,17 +61,13 @@ def check_sequence_parallel(size: int, config: PretrainedConfig, *, attention: s
             f"sequence_parallel_size: {size} does not divide the {num_processes} process(es) of this run; start it "
             f"with deepspeed --num_gpus {size} or torchrun --nproc_per_node {size}"
         )
-    num_heads, num_kv_heads = head_counts(config)
+    shape = ModelShape.of(config)
+    num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
     if num_heads % size or (num_kv_heads % size and size % num_kv_heads):
         raise ValueError(
             f"sequence_parallel_size: {size} does not divide the model's {num_heads} heads "
             f"({num_kv_heads} key/value heads); choose a divisor of both"
         )
-
-
-def head_counts(config: PretrainedConfig) -> tuple[int, int]:
-    num_heads = config.num_attention_heads
-    return num_heads, getattr(config, "num_key_value_heads", None) or num_heads
 
 
 def share_rows(loader: DataLoader, size: int) -> DataLoader:
