@@ -1,6 +1,7 @@
 """The memory plan: which mechanisms the settings get, refusal with advice, and the script that prints it all."""
 
 import json
+import math
 import runpy
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from conftest import REPO, tiny_config
 
 from component import memory_plan
 from component.arguments import read_settings
+from component.deepspeed_checks import shards
 from component.layer_call import LayerOptions
 from component.memory import BALANCED, CHECKPOINTED, FAST, LADDER, MAX_LENGTH, STOCK, MemoryConfig
 from component.memory_plan import CHECKPOINTING_KEY, advice_on_out_of_memory, plan_memory, yaml_lines
@@ -202,6 +204,22 @@ def test_script_prints_the_table_from_config_and_yaml_alone(seven_b, tmp_path, r
     assert "100000 tokens: memory: balanced; offload_activations: true" in outcome.stdout
     for row in table["sets"]:
         assert f"{row['peak_gib']['8192']:.1f}" in outcome.stdout and row["mechanisms"] in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({}, (1, 1)),
+        ({"stage": 1}, (1, 8)),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, (1, 8)),
+        ({"stage": 3}, (8, 8)),
+        ({"stage": 3, "offload_param": {"device": "none"}}, (8, 8)),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, (math.inf, 8)),
+    ],
+)
+def test_what_each_zero_stage_splits_among_eight(zero, expected):
+    assert shards({"zero_optimization": zero}, 8) == expected
+    assert shards(None, 8) == (1, 1)
 
 
 def test_zero_3_is_planned_for_the_gpus_that_share_the_weights(seven_b, tmp_path, run_script):
