@@ -422,7 +422,7 @@ BAD_FILES = [
     (SFT, b"", r"is empty; .*input"),
     (SFT, b'{"text": "a"}\n', r"line 1: a pretraining row .*set sft: false"),
     (SFT, b'{"input": "a"}\n', r'line 1: no key "output" \(found input\)'),
-    (SFT, b'{"output": "a", "instruction": "b"}\n', r'line 1: no key "input" \(found output, instruction\)'),
+    (SFT, b'{"output": "a"}\n', r'line 1: no key "instruction" \(found output\)'),
     (SFT, b'{"input": 3, "output": "b"}\n', r'line 1: "input" is of type int'),
     (SFT, b'{"input": "a", "output": null}\n', r'line 1: "output" is of type NoneType'),
     (SFT, b'{"conversation": []}\n', r"line 1: the conversation is empty"),
