@@ -16,12 +16,12 @@ from component.prompt import check_messages
 UTF8_BOM = b"\xef\xbb\xbf"
 # Last words of the keys that describe a row and are no part of its text: "id", "conversation_id", "createdAt", "file".
 METADATA_WORDS = frozenset(
-    "id ids uid uuid guid hash sha md index idx source sources origin dataset subset corpus split fold set dump name "
-    "names type types kind category categories class classes label labels domain domains topic topics tag tags "
-    "keywords lang language languages license copyright url urls uri link links path paths file filename title titles "
-    "author authors creator publisher date dates time timestamp created updated added year at version revision model "
-    "models generator engine meta metadata format encoding length len size tokens count score scores rating level "
-    "quality difficulty status state".split()
+    "id ids pid qid uid uuid guid hash sha md index idx source sources origin dataset subset corpus split fold set "
+    "dump name names type types kind category categories class classes label labels domain domains topic topics tag "
+    "tags keywords lang language languages license copyright url urls uri link links path paths file filename title "
+    "titles author authors creator publisher date dates time timestamp created updated added year at version revision "
+    "model models generator engine meta metadata format encoding length len size tokens count score scores rating "
+    "level quality difficulty status state separator seperator".split()
 )
 
 

@@ -55,17 +55,18 @@ def shown_answer(task: LongTask) -> str:
 
 
 def question_block(task: LongTask, context: str, *, is_asked: bool) -> str:
-    """Context, question, options and the place of the answer; with `is_asked` False the answer too."""
+    """Context, own examples, question, options and the place of the answer; with `is_asked` False the answer too."""
+    examples = [f"{QUESTION_LEAD}{question.strip()}\n{ANSWER_LEAD} {answer}" for question, answer in task.examples]
     lines = [f"{QUESTION_LEAD}{task.question.strip()}"] if task.question.strip() else []
     lines += [f"({option_letter(index)}) {option}" for index, option in enumerate(task.options)]
     lines += [CHOICE_REQUEST] if task.options else []
     lines.append(ANSWER_LEAD if is_asked else f"{ANSWER_LEAD} {shown_answer(task)}")
-    return f"{context.strip()}\n\n" * bool(context.strip()) + "\n".join(lines)
+    return "\n\n".join([*filter(None, [context.strip()]), *examples, "\n".join(lines)])
 
 
 def prompt_text(task: LongTask, context: str, shots: Sequence[LongTask]) -> str:
     """The whole prompt: examples, context, question. A text that brings its own question stands alone."""
-    if not task.question.strip() and not task.options and not shots:
+    if not (task.question.strip() or task.options or task.examples or shots):
         return context
     return "\n\n".join([*(question_block(shot, shot.context, is_asked=False) for shot in shots),
                         question_block(task, context, is_asked=True)])  # fmt: skip

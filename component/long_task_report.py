@@ -24,19 +24,19 @@ def score_answer(task: LongTask, result: Mapping, metric: str, *, use_stemmer: b
     metric = task.usual_metric if metric == "auto" else metric
     answer, choice = result["answer"], result.get("choice")
     row = {**result, "id": task.id, "task": task.task, "metric": metric, "references": list(task.references)}
-    if metric == "accuracy" and task.options:
+    if metric in ("accuracy", "exam") and task.options:
         choice = parse_choice(answer, task.options) if choice is None else choice
         score = float(choice == task.answer_index)
         row |= {
             "choice": None if choice is None else option_letter(choice),
             "right_choice": option_letter(task.answer_index),
         }
-    elif metric == "accuracy":
-        letters = parse_letters(answer)
-        score = max(float(letters == set(reference.strip())) for reference in task.references)
-        row["choice"] = "".join(sorted(letters)) or None
     else:
-        score = best_score(metric, answer, task.references, use_stemmer=use_stemmer)
+        score = best_score("exam" if metric == "accuracy" else metric, answer, task.references, use_stemmer=use_stemmer)
+        if metric == "accuracy":
+            score = float(score == 1)
+        if metric in ("accuracy", "exam") and task.has_letters:
+            row["choice"] = "".join(sorted(parse_letters(answer))) or None
     return {**row, "score": score}
 
 

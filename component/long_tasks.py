@@ -5,30 +5,42 @@ tasks = read_tasks(["qasper.jsonl"], "--data_path")
 A row is one question: a text under "context" (or "document", "input"), a question under "question" (or "instruction",
 "query", "input" beside a context), and answers under "references" (or "answers", "answer", "outputs", "output"), or
 "options" with the right one under "answer" (its letter, its text, or its index from 0). L-Eval's rows hold several:
-"instructions" and "outputs" are lists of equal length. data/README.md lists all keys.
+"instructions" and "outputs" are lists of equal length. data/README.md lists all keys; text under another is refused.
 """
 
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from component.answer_scores import MAX_OPTIONS, METRICS, ROUGE_METRICS, normalize_answer, option_letter
+from component.answer_scores import (
+    LETTERS_REFERENCE,
+    MAX_OPTIONS,
+    METRICS,
+    ROUGE_METRICS,
+    normalize_answer,
+    option_letter,
+)
 from component.cli import require_file
-from component.jsonl import UTF8_BOM, checked_text, error_at, found_keys, parse_line
+from component.jsonl import UTF8_BOM, check_unread, checked_text, error_at, found_keys, parse_line
 
 CONTEXT_KEYS = ("context", "document", "input")
 QUESTION_KEYS = ("question", "instruction", "query")
 ANSWER_KEYS = ("references", "answers", "answer", "outputs", "output")
+OPTION_KEYS = ("options", *(f"choice_{option_letter(index)}" for index in range(MAX_OPTIONS)))
 TASK_KEYS = ("task", "dataset")
-# What L-Eval's "evaluation" says; its other values name judges, which are not asked here. The answers of an exam are
-# letters, several where several options are right, or short texts.
-EVALUATIONS = {"exam": "exact_match", "f1": "f1", "rouge": "rougeL"}
-LETTERS = re.compile(r"[A-J]{1,10}")
+ID_KEYS = ("id", "_id")
+# ChunkLlama's few-shot rows: examples of their own, between the text and the question.
+EXAMPLE_KEYS = ("query_examples", "output_examples")
+# What L-Eval's "evaluation" says; its other values name judges, which are not asked here.
+EVALUATIONS = {"exam": "exam", "f1": "f1", "rouge": "rougeL"}
+# An answer of L-Eval's sci_fi: what is true in the story, and what in the real world.
+STORY_AND_FACT = re.compile(r"\s*(true|false)\s*\[fact:\s*(true|false)\s*\]\s*", re.IGNORECASE)
+IN_THE_STORY, IN_THE_WORLD = "based on the world described in the document", "based on facts of the real world"
 # References longer than this are compared as summaries, not as answers.
 MAX_ANSWER_WORDS = 30
 
@@ -37,7 +49,8 @@ MAX_ANSWER_WORDS = 30
 class LongTask:
     """One question. references: accepted answers; with options, the text of the right one.
 
-    answer_index: of the right option; None without options. metric: what the row asks for, or None.
+    answer_index: of the right option; None without options. metric: what the row asks for, or None. examples: pairs
+    of a question about the same text and its answer.
     """
 
     id: str
@@ -48,17 +61,18 @@ class LongTask:
     options: tuple[str, ...] = ()
     answer_index: int | None = None
     metric: str | None = None
+    examples: tuple[tuple[str, str], ...] = ()
 
     @property
     def has_letters(self) -> bool:
         """Whether the answer is letters of options that stand in the question."""
-        return not self.options and all(LETTERS.fullmatch(reference.strip()) for reference in self.references)
+        return not self.options and all(map(LETTERS_REFERENCE.fullmatch, self.references))
 
     @property
     def usual_metric(self) -> str:
         """The metric of `--metric auto`: the row's; accuracy with options; ROUGE-L for long references, else F1."""
         if self.metric:
-            return self.metric if self.metric != "exact_match" or not self.has_letters else "accuracy"
+            return self.metric
         if self.options:
             return "accuracy"
         num_words = max(len(normalize_answer(reference).split()) for reference in self.references)
@@ -75,14 +89,15 @@ def read_tasks(
     """
     tasks = []
     for path in map(Path, paths):
-        before = len(tasks)
+        found = []
         for number, row in islice(numbered_rows(path, flag), max_rows):
             try:
-                tasks += tasks_of_row(row, number, path.name.removesuffix(".jsonl"), needs_context=needs_context)
+                found += tasks_of_row(row, number, path.name.removesuffix(".jsonl"), needs_context=needs_context)
             except ValueError as error:
                 raise error_at(path, number, error, flag=flag) from None
-        if len(tasks) == before:
+        if not found:
             raise ValueError(f"{flag}: {str(path)!r} holds no rows; give one JSON object per line")
+        tasks += merged(found)
     return tasks
 
 
@@ -108,12 +123,14 @@ def tasks_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_cont
         raise ValueError(f'"{context_key}" is empty; give the text that the question is about')
     task_key = first_key(row, (*TASK_KEYS, "source") if "instructions" in row else TASK_KEYS)
     task = name_of(row[task_key], task_key) if task_key else file_name
-    id_key = first_key(row, ("id", "_id"))
+    id_key = first_key(row, ID_KEYS)
     name = name_of(row[id_key], id_key) if id_key else str(number)
-    metric = metric_of_row(row)
+    one = LongTask(name, task, context, "", (), metric=metric_of_row(row), examples=examples_of(row))
+    read = [key for key in (context_key, task_key, id_key, "metric", "evaluation", *EXAMPLE_KEYS) if key]
     if "instructions" in row:
-        pairs = instruction_pairs(row)
-        return [LongTask(f"{name}-{k}", task, context, q, (a,), metric=metric) for k, (q, a) in enumerate(pairs, 1)]
+        check_unread(row, [*read, "instructions", "outputs"])
+        numbered = enumerate(instruction_pairs(row), start=1)
+        return [part for k, (q, a) in numbered for part in asked(replace(one, id=f"{name}-{k}", question=q), a)]
     question_key = first_key(row, QUESTION_KEYS)
     if question_key is None and context_key != "input" and "input" in row:
         question_key = "input"
@@ -122,13 +139,42 @@ def tasks_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_cont
     answer_key = first_key(row, ANSWER_KEYS)
     if answer_key is None:
         raise ValueError(f'no "references", "answers" or "answer" (found {found_keys(row)}); give the right answers')
+    check_unread(row, [*read, question_key, answer_key, *OPTION_KEYS])
     if options:
         index = option_index(row[answer_key], options, answer_key)
-        return [LongTask(name, task, context, question, (options[index],), options, index, metric)]
-    one = LongTask(name, task, context, question, references_of(row[answer_key], answer_key), metric=metric)
-    if metric == "accuracy" and not one.has_letters:
+        return [replace(one, question=question, references=(options[index],), options=options, answer_index=index)]
+    one = replace(one, question=question, references=references_of(row[answer_key], answer_key))
+    if one.metric == "accuracy" and not one.has_letters:
         raise ValueError('"metric" is accuracy, but there are no "options"; give them or another metric')
     return [one]
+
+
+def asked(task: LongTask, answer: str) -> list[LongTask]:
+    """The one question of an entry of L-Eval, or the two of sci_fi: by the story, and without it by the real world."""
+    if not (both := STORY_AND_FACT.fullmatch(answer)):
+        return [replace(task, references=(answer,))]
+    fact = replace(task, id=f"{task.id}-fact", task=f"{task.task} (fact)", context="", references=(both[2],),
+                   question=task.question.replace(IN_THE_STORY, IN_THE_WORLD))  # fmt: skip
+    return [replace(task, references=(both[1],)), fact]
+
+
+def merged(tasks: Sequence[LongTask]) -> list[LongTask]:
+    """One task for rows that differ in their answer alone: SCROLLS has a row for each reference of a question."""
+    references: dict[LongTask, list[str]] = {}
+    for task in tasks:
+        references.setdefault(replace(task, references=()), []).extend(task.references)
+    return [replace(task, references=tuple(dict.fromkeys(found))) for task, found in references.items()]
+
+
+def examples_of(row: dict) -> tuple[tuple[str, str], ...]:
+    """(question, answer) of the examples that a row of ChunkLlama's few-shot files brings along."""
+    questions, answers = (row.get(key) or [] for key in EXAMPLE_KEYS)
+    if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
+        raise ValueError(
+            f'"{EXAMPLE_KEYS[0]}" and "{EXAMPLE_KEYS[1]}" are no lists of equal length; give an answer each'
+        )
+    return tuple((checked_text(q, f'"{EXAMPLE_KEYS[0]}"'), answer_text(a, f'"{EXAMPLE_KEYS[1]}"'))
+                 for q, a in zip(questions, answers, strict=True))  # fmt: skip
 
 
 def first_key(row: dict, keys: Sequence[str]) -> str | None:
@@ -166,8 +212,7 @@ def options_of_row(row: dict) -> tuple[str, ...]:
     """The options of a multiple choice: a list, or LongBench v2's choice_A, choice_B, ...; () without any."""
     options, key = row.get("options"), "options"
     if options is None and "choice_A" in row:
-        names = [f"choice_{option_letter(index)}" for index in range(MAX_OPTIONS)]
-        options, key = [row[name] for name in names if name in row], "choice_A"
+        options, key = [row[name] for name in OPTION_KEYS[1:] if name in row], "choice_A"
     if options is None:
         return ()
     if not isinstance(options, list) or not 2 <= len(options) <= MAX_OPTIONS:

@@ -107,7 +107,8 @@ def test_letters_of_answers(text, expected):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("BC", "BC"), ("B, C", "BC"), ("(B) and (C)", "BC"), ("A.", "A"), ("The answer is D.", "D"), ("C\nA B", "C"),
+    [("A. red\nC. blue", "AC"), ("(A) red\n\n(B) a\nBoth.", "AB"), ("The correct options are A, C, and D.", "ACD"),
+     ("BC", "BC"), ("B, C", "BC"), ("(B) and (C)", "BC"), ("A.", "A"), ("The answer is D.", "D"), ("C\nA B", "C"),
      ("A good one", ""), ("", ""), ("none", "")],
 )  # fmt: skip
 def test_several_letters(text, expected):
@@ -125,5 +126,49 @@ def test_a_choice_is_scored_by_letter_by_likelihood_or_by_text():
     lost = score(task, answer="who knows")
     assert lost["score"] == 0 and lost["choice"] is None and lost["right_choice"] == "B"
     assert score(task, "f1", answer="the fox")["score"] == 1
-    letters = LongTask("1", "t", "c", "q", ("BC",), metric="exact_match")
-    assert score(letters, answer="C, B")["score"] == 1 and score(letters, answer="B")["score"] == 0
+    letters = LongTask("1", "t", "c", "q", ("BC",), metric="exam")
+    assert score(letters, answer="C, B")["score"] == 1 and score(letters, answer="B")["score"] == 0.25
+    assert score(letters, "accuracy", answer="B") == {**score(letters, answer="B"), "metric": "accuracy", "score": 0}
+    assert score(letters, answer="no idea")["choice"] is None
+
+
+# Answers of OpenLMLab/LEval in the form of its files, each with answers that are right, and that are wrong.
+EXAMS = {
+    "coursera": ("ACD", ["ACD", "D, A, C", "A. one\nC. two\nD. three"], ["", "B", "ABCD", "As a model, I can not"]),
+    "coursera, one": ("A", ["A", "A. AVERAGE", "So the answer is A."], ["B", "AB", "C. AVERAGE"]),
+    "quality": (
+        "(B) Their subconscious knew it.",
+        ["(B) Their subconscious knew it.", "B", "(B)", "B. Their", "Their subconscious knew it"],
+        ["(C) Their subconscious knew it.", "A", "Nobody knew it", ""],
+    ),
+    "tpo": ("C", ["C", "C. carbonic acid", "(c)"], ["A", "B. carbonic acid"]),
+    "sci_fi": ("False", ["False", "false.", "False [fact: True]", "It is **False**, not true"], ["True", "", "maybe"]),
+    "gsm100": (
+        "57500",
+        ["57500", "The answer is $57,500.", "2 * 28750 = 57,500", "The answer is 57500.0\n\nQuestion: 1 + 2"],
+        ["57501", "5750", "", "The answer is 3, not 57500"],
+    ),
+    "codeU": (
+        "[[1 3][2 4]]",
+        ["[[1 3][2 4]]", "So it is array([[1, 3],\n [2, 4]]).", "[1, 10) gives \\[\\[1. 3.\\] [2.0, 4]]"],
+        ["[1 3 2 4]", "[[1 3][2 5]]", "1 3 2 4", ""],
+    ),
+    "codeU, text": ("level,deed", ["level,deed", "The output is 'Level, deed'."], ["level", ""]),
+    "topic_retrieval": (
+        "The role of art in society",
+        ["the role of art in society", 'The first topic was "The role of art in society."'],
+        ["The role of sports in society", "art"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXAMS)
+def test_exams_as_l_eval_scores_them(name):
+    reference, right, wrong = EXAMS[name]
+    assert [answer for answer in right if best_score("exam", answer, [reference]) != 1] == []
+    assert [answer for answer in wrong if best_score("exam", answer, [reference]) != 0] == []
+
+
+def test_some_of_the_right_letters_are_a_quarter():
+    assert [best_score("exam", answer, ["ACD"]) for answer in ("A", "AC", "AB", "ACD")] == [0.25, 0.25, 0, 1]
+    assert best_score("exam", "B", ["A", "B"]) == 1, "the best over the references"

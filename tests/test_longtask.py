@@ -60,10 +60,57 @@ def test_rows_of_l_eval(tmp_path):
     ]  # fmt: skip
     tasks = read_tasks([write_rows(tmp_path / "a.jsonl", *rows)], "--data_path")
     assert [(task.id, task.task, task.question, task.usual_metric) for task in tasks] == [
-        ("1-1", "coursera", "q1", "accuracy"), ("1-2", "coursera", "q2", "accuracy"), ("2-1", "news", "q", "rougeL"),
-        ("3-1", "gsm", "q", "exact_match"), ("4-1", "a", "q", "f1"),
+        ("1-1", "coursera", "q1", "exam"), ("1-2", "coursera", "q2", "exam"), ("2-1", "news", "q", "rougeL"),
+        ("3-1", "gsm", "q", "exam"), ("4-1", "a", "q", "f1"),
     ]  # fmt: skip
     assert len(read_tasks([tmp_path / "a.jsonl"], "--data_path", max_rows=1)) == 2
+
+
+def test_sci_fi_asks_by_the_story_and_by_the_real_world(tmp_path):
+    question = "Sirius has a planet, True or False? Answer this question based on the world described in the document."
+    row = {"instructions": [question], "outputs": ["True [fact: False]"], "input": "text", "evaluation": "exam"}
+    story, fact = read_tasks([write_rows(tmp_path / "sci_fi.jsonl", row)], "--data_path")
+    assert (story.id, story.task, story.context, story.question, story.references) == (
+        "1-1", "sci_fi", "text", question, ("True",)
+    )  # fmt: skip
+    assert (fact.id, fact.task, fact.context, fact.references) == ("1-1-fact", "sci_fi (fact)", "", ("False",))
+    assert fact.question.endswith("Answer this question based on facts of the real world.")
+    assert story.usual_metric == fact.usual_metric == "exam"
+    assert prompt_text(fact, fact.context, []) == f"Question: {fact.question}\nAnswer:"
+
+
+def test_few_shot_rows_bring_their_examples(tmp_path):
+    row = {"id": "a", "pid": "a_0", "input": "Text.", "query": "Why?", "output": "fox",
+           "query_examples": ["Who? ", "What?"], "output_examples": ["me", "that"]}  # fmt: skip
+    (task,) = read_tasks([write_rows(tmp_path / "rows.jsonl", row)], "--data_path")
+    assert task.examples == (("Who? ", "me"), ("What?", "that")) and task.references == ("fox",)
+    assert prompt_text(task, "Text.", []) == (
+        "Text.\n\nQuestion: Who?\nAnswer: me\n\nQuestion: What?\nAnswer: that\n\nQuestion: Why?\nAnswer:"
+    )
+    shot = LongTask("s", "t", "", "When?", ("now",))
+    assert prompt_text(task, "Text.", [shot]).startswith("Question: When?\nAnswer: now\n\nText.\n\nQuestion: Who?")
+
+
+def test_rows_that_differ_in_their_answer_are_one_question(tmp_path):
+    rows = [{"id": name, "input": "Text.", "query": "Why?", "output": answer}
+            for name, answer in (("a", "fox"), ("b", "dog"), ("a", "the fox"), ("a", "fox"))]  # fmt: skip
+    tasks = read_tasks([write_rows(tmp_path / "rows.jsonl", *rows)], "--data_path")
+    assert [(task.id, task.references) for task in tasks] == [("a", ("fox", "the fox")), ("b", ("dog",))]
+    tasks = read_tasks([write_rows(tmp_path / "rows.jsonl", OPEN, OPEN)], "--data_path")
+    assert [task.id for task in tasks] == ["1", "2"], "rows without a name stay apart"
+
+
+# What the benchmarks write beside the question.
+LABELS = {
+    "LongBench": {"length": 9, "dataset": "trec", "language": "en", "all_classes": ["a b"], "_id": "x"},
+    "LongBench v2": {"_id": "x", "domain": "a b", "sub_domain": "a b", "difficulty": "hard", "length": "short"},
+    "ZeroSCROLLS": {"pid": "a_0", "document_start_index": 3, "truncation_seperator": "... [cut]"},
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_of_the_benchmarks_may_stay(name, tmp_path):
+    assert read_tasks([write_rows(tmp_path / "rows.jsonl", {**OPEN, **LABELS[name]})], "--data_path")
 
 
 def test_the_usual_metric_follows_the_references():
@@ -105,6 +152,11 @@ BAD_ROWS = {
     "id type": ({**OPEN, "id": {}}, '"id" is of type dict'),
     "instructions": ({"instructions": "q", "outputs": ["a"], "input": "c"}, '"instructions" is no list'),
     "outputs": ({"instructions": ["q"], "outputs": ["a", "b"], "input": "c"}, '1 "instructions", but 2 "outputs"'),
+    "examples": ({**OPEN, "query_examples": ["q"], "output_examples": []}, "no lists of equal length"),
+    "lost text": ({**OPEN, "document": "more"}, 'the key "document" carries text that is not read'),
+    "lost question": ({**OPEN, "instruction": "Be brief."}, 'the key "instruction" carries text'),
+    "lost L-Eval question": ({"instructions": ["q"], "outputs": ["a"], "input": "c", "query": "x"}, 'the key "query"'),
+    "lost answer": ({**CHOICE, "outputs": ["none"]}, 'the key "outputs" carries text'),
 }  # fmt: skip
 
 
