@@ -49,7 +49,7 @@ def main() -> None:
     from component.memory_plan import advice_on_out_of_memory, plan_memory
     from component.model import load_tokenizer, load_training_model
     from component.run import start_run
-    from component.run_checks import check_against_model, check_data, check_settings, check_tokenizer
+    from component.run_checks import check_against_model, check_data, check_num_rows, check_settings, check_tokenizer
     from component.trainer import LongContextTrainer
 
     settings, notices = read_settings(args.train_args_file, overrides)
@@ -69,16 +69,17 @@ def main() -> None:
         return dry_run(settings, config, notices)
 
     run = start_run(settings, notices, mechanisms=asdict(plan.mechanisms))
+    size, is_packed = settings.parallel.sequence_parallel_size, settings.data.pack
+    train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log)
+    check_num_rows(run.arguments, len(train_dataset), processes_per_row=size)
     is_quantized = settings.adapter.finetuning_type == "qlora"
     model = load_training_model(settings.model, config, run.arguments, load_in_4bit=is_quantized)
-    size, is_packed = settings.parallel.sequence_parallel_size, settings.data.pack
     length = settings.data.max_seq_length
     run.log(bind_attention(model, settings.attention, length, sequence_parallel_size=size, is_packed=is_packed))
     run.log(bind_chunked_loss(model))
     model = attach_adapter(model, settings.adapter)
     apply_mechanisms(model, plan.mechanisms, run.arguments.device)
     run.log(trainable_table(model))
-    train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log)
 
     trainer = LongContextTrainer(
         model=model,
@@ -92,7 +93,6 @@ def main() -> None:
     )
     with advice_on_out_of_memory(plan):
         trainer.train(resume_from_checkpoint=run.checkpoint)
-    run.log(f"saved {trainer.save_final()}")
     run.finish(trainer, predicted_gib=plan.estimate.peak / 2**30)
 
 

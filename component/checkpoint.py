@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete or absent, found, checked and rotated.
+"""Checkpoints on disk: complete or absent, found and rotated.
 
 A checkpoint is written into `output_dir/.saving` and renamed to `checkpoint-N` when every rank has
 finished, so that a killed run leaves either the whole folder or none.
@@ -10,17 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from component.files import replace_folder
-from component.run_record import read_run_record
 
 STAGING = ".saving"
 FINAL = "final"
 MARK_OF_COMPLETENESS = "trainer_state.json"
-# Settings that may differ between a run and its continuation without changing a loss.
-HARMLESS = {
-    "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "save_strategy",
-    "logging_steps", "logging_dir", "disable_tqdm", "report_to", "dataloader_num_workers", "dataloader_pin_memory",
-    "local_rank", "gpu_memory", "data_cache_dir", "preprocessing_num_workers",
-}  # fmt: skip
 
 
 @dataclass
@@ -72,29 +65,6 @@ def checkpoint_to_resume(requested: str | None, output_dir: str | Path, *, overw
 def remove_checkpoints(output_dir: str | Path) -> None:
     for path in [*list_checkpoints(output_dir), Path(output_dir) / FINAL]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, uses_deepspeed: bool) -> list[str]:
-    """Compare a checkpoint's run with the present one; returns warnings for settings that changed.
-
-    Raises ValueError where continuing is impossible: ZeRO optimizer states on another number of processes.
-    """
-    record = read_run_record(checkpoint)
-    if record is None:
-        return [f"{checkpoint} has no run record: its settings cannot be compared with the present ones"]
-    before = record.get("world_size", world_size)
-    if uses_deepspeed and before != world_size:
-        raise ValueError(
-            f"resume_from_checkpoint: {checkpoint} was written by {before} processes and ZeRO cannot resume on "
-            f"{world_size}; start {before} processes"
-        )
-    old, new = (flatten(values) for values in (record["arguments"], arguments))
-    changed = sorted(key for key in old.keys() | new.keys() if key not in HARMLESS and old.get(key) != new.get(key))
-    return [f"{key} was {old.get(key)!r} and is now {new.get(key)!r}: the losses will differ" for key in changed]
-
-
-def flatten(sections: dict[str, dict]) -> dict:
-    return {key: value for section in sections.values() for key, value in section.items()}
 
 
 def clear_staging(output_dir: str | Path) -> Path:

@@ -9,19 +9,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from component.adapter import attach_adapter, trainable_table
 from component.arguments import Settings
 from component.attention import bind_attention
-from component.checkpoint import checkpoint_to_resume
 from component.distributed import print_main
 from component.model import empty_model, linear_layers, training_dtype
+from component.resuming import data_hashes, resume_point
 from component.run_checks import detached_arguments
 
 
 def dry_run(settings: Settings, config: PretrainedConfig, notices: list[str]) -> None:
     """Build the model without memory, bind attention and adapter to it, and print what a run would do."""
-    _, start = checkpoint_to_resume(
-        settings.training.get("resume_from_checkpoint"),
-        settings.training["output_dir"],
-        overwrite=settings.output.overwrite_output_dir,
-    )
+    _, start, changes = resume_point(settings, data_hashes(settings.data))
     arguments = detached_arguments(settings)
     model = empty_model(
         config,
@@ -36,7 +32,7 @@ def dry_run(settings: Settings, config: PretrainedConfig, notices: list[str]) ->
         # PEFT asks transformers for a property by its former name.
         warnings.simplefilter("ignore", FutureWarning)
         model = attach_adapter(model, settings.adapter)
-    for line in [*notices, attention, trainable_table(model), start, "dry run: all settings are valid"]:
+    for line in [*notices, attention, trainable_table(model), start, *changes, "dry run: all settings are valid"]:
         print_main(line)
 
 

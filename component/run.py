@@ -12,9 +12,11 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from component.arguments import Settings
-from component.checkpoint import check_resumable, checkpoint_to_resume, remove_checkpoints
+from component.checkpoint import FINAL, remove_checkpoints
+from component.checkpoint_contents import load_without_code
 from component.distributed import barrier, is_main_process, set_single_process_environment, world_size
 from component.files import write_json
+from component.resuming import data_hashes, resume_point
 from component.run_record import make_run_record, save_run_record
 from component.trainer import LongContextTrainer
 
@@ -36,8 +38,18 @@ class Run:
             logger.info(line)
 
     def finish(self, trainer: LongContextTrainer, *, predicted_gib: float) -> None:
-        """Log and save what the run took: wall time, start-up (to the first step), the part of the training time
-        that went into waiting for data, steps, last loss, peak memory beside the predicted one."""
+        """Save what was trained as final/, and log and save what the run took: wall time, start-up (to the first
+        step), the part of the training time that went into waiting for data, steps, last loss, peak memory beside the
+        predicted one. A run that was complete before it was resumed changes none of it.
+        """
+        final, state = Path(self.arguments.output_dir) / FINAL, trainer.state
+        if self.checkpoint and trainer.start_up.seconds is None and final.is_dir():
+            self.log(
+                f"nothing left to train: {self.checkpoint} is at step {state.global_step} of {state.max_steps}; "
+                f"{final} stays as it is"
+            )
+            return
+        self.log(f"saved {trainer.save_final()}")
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         runtime = next((x["train_runtime"] for x in trainer.state.log_history[::-1] if "train_runtime" in x), None)
         result = {
@@ -60,21 +72,16 @@ def start_run(settings: Settings, notices: list[str], **facts) -> Run:
     """Join the other processes, decide where to resume, open the log and write the run record with `facts`."""
     started = time.time()
     uses_deepspeed = settings.training.get("deepspeed") is not None
-    checkpoint, decision = checkpoint_to_resume(
-        settings.training.get("resume_from_checkpoint"),
-        settings.training["output_dir"],
-        overwrite=settings.output.overwrite_output_dir,
-    )
-    if checkpoint:
-        notices += check_resumable(
-            checkpoint, settings.as_dict(), world_size=world_size(), uses_deepspeed=uses_deepspeed
-        )
+    hashes = data_hashes(settings.data)
+    checkpoint, decision, changes = resume_point(settings, hashes)
     # Its exchange of heads and tokens is used without its engine too.
     shares_rows = settings.parallel.sequence_parallel_size > 1
     prepare_environment(uses_deepspeed=uses_deepspeed or shares_rows, output_dir=settings.training["output_dir"])
+    load_without_code(uses_deepspeed=uses_deepspeed)
     arguments = settings.training_arguments()
     set_seed(arguments.seed)
-    record = make_run_record(settings.as_dict(), world_size=world_size(), device=device_name(), **facts)
+    facts |= {"world_size": world_size(), "device": device_name(), "data_sha256": hashes}
+    record = make_run_record(settings.as_dict(), **facts)
     if is_main_process():
         if not checkpoint:
             remove_checkpoints(arguments.output_dir)
@@ -86,6 +93,9 @@ def start_run(settings: Settings, notices: list[str], **facts) -> Run:
     for notice in notices:
         logger.warning(notice) if "no effect" in notice or "becomes" in notice else logger.info(notice)
     run.log(decision)
+    if is_main_process():
+        for change in changes:
+            logger.warning(change)
     return run
 
 

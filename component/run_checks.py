@@ -205,6 +205,16 @@ def check_data(settings: Settings) -> None:
                 check_data_file(path, sft=settings.data.sft, flag=key)
 
 
+def check_num_rows(arguments: TrainingArguments, num_rows: int, *, processes_per_row: int) -> None:
+    """Refuse rows that do not make one batch of all processes, where dataloader_drop_last leaves out a part of one."""
+    num_together = arguments.train_batch_size * arguments.world_size // processes_per_row
+    if arguments.dataloader_drop_last and num_rows < num_together:
+        raise ValueError(
+            f"dataloader_drop_last: train_file makes {num_rows} rows, a batch of all processes takes {num_together}, "
+            "so not one step would be trained; leave it out, or lower per_device_train_batch_size"
+        )
+
+
 def check_against_model(settings: Settings, config: PretrainedConfig) -> None:
     """Refuse what does not go with the model's shape. `config` is the one RoPE was set in."""
     name, context = settings.model.model_name_or_path, context_length(config)

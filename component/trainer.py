@@ -125,7 +125,12 @@ class LongContextTrainer(Trainer):
         save_run_record(folder, self.run_record)
 
     def save_final(self) -> Path:
-        """Write what was trained to output_dir/final."""
+        """Write what was trained to output_dir/final. Raises ValueError where nothing was."""
+        if self.state.global_step == 0:
+            raise ValueError(
+                f"training ended without a single step, so nothing is saved as {FINAL}; give more rows in train_file, "
+                "or lower per_device_train_batch_size"
+            )
         target = Path(self.args.output_dir) / FINAL
         if is_main_process():
             with atomic_folder(target) as folder:
