@@ -39,7 +39,7 @@ def cache_key(path: Path, tokenizer: Any, settings: dict[str, Any], modules: lis
 
 
 def content_hash(path: Path):
-    """hashlib's SHA-256 of what a file holds; 300 MB take 0.7 s."""
+    """hashlib's SHA-256 of what a file holds; 300 MB take half a second."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
