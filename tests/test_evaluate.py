@@ -247,9 +247,10 @@ def test_report_of_several_lengths(tiny_model_dir, tmp_path, data, evaluate, mod
     assert [result["seq_len"] for result in results] == [32, 128]
     expected = loss_of(model, make_tokens(), seq_len=128, stride=16, max_windows=3)
     assert results[1]["loss"] == pytest.approx(expected["loss"], abs=1e-6) and results[1]["num_windows"] == 3
-    assert {"perplexity", "loss", "accuracy", "num_windows", "num_tokens", "seq_len", "sliding_window", "context_size", "protocol",
-            "dtype", "attention", "versions", "loss_by_position", "data_file", "data_sha256", "base_model",
+    assert {"perplexity", "loss", "accuracy", "num_windows", "num_tokens", "seq_len", "sliding_window", "context_size",
+            "protocol", "dtype", "attention", "versions", "loss_by_position", "data_file", "data_sha256", "base_model",
             "peft_model", "rope_parameters"} <= results[0].keys()  # fmt: skip
+    assert f", accuracy {results[0]['accuracy']:.6f} (" in out
     assert "evenly spread subset, 7 windows skipped" in results[0]["protocol"]
     assert "seq_len 128 is beyond the model's context of 64" in out and out.count("protocol: longlora: ") == 2
     assert "left out: 8 windows; " in out and results[0]["attention"] == "dense causal (sdpa)"
