@@ -1,4 +1,4 @@
-"""Losses of a causal language model on windows of a token file: scoring, resuming, splitting over processes.
+"""Losses and hits of a causal language model on windows of a token file: scoring, resuming, splitting over processes.
 
 Attention is the model's own, dense. Negative log-likelihoods are computed in fp32 from the output
 embedding applied to chunks of the sequence, so the fp32 logits of a whole window never exist.
@@ -10,7 +10,6 @@ import glob
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from component.distributed import barrier, gather_objects, is_main_process, rank, world_size
 from component.files import atomic_file
-from component.perplexity import WindowLoss, WindowPlan, batches, position_blocks
+from component.perplexity import WINDOW_FIELDS, WindowLoss, WindowPlan, batches, position_blocks
 from component.prefill import states_in_blocks
 
 CHUNK_FLOATS = 2**24
@@ -30,7 +29,7 @@ Project = Callable[[torch.Tensor], torch.Tensor]
 
 
 class TokenScorer:
-    """Gives the negative log-likelihood of every token of a window under `model`.
+    """Gives the negative log-likelihood of every token of a window under `model`, and whether it is the likeliest.
 
     `model`: a causal language model of transformers, with or without PEFT. Windows longer than
     prefill_chunk_size tokens are read in such blocks against a KV cache. Where its logits are the
@@ -45,19 +44,23 @@ class TokenScorer:
         self.probed = False
 
     @torch.no_grad()
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids int [B, S] -> fp32 [B, S - 1]: entry p is -log p(token p + 1 | tokens 0 .. p), in nats."""
+    def __call__(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids int [B, S] -> losses fp32 and hits bool, [B, S - 1].
+
+        Entry p of the losses is -log p(token p + 1 | tokens 0 .. p), in nats; of the hits, whether that token is
+        the likeliest.
+        """
         if not self.probed:
             self.split, self.probed = find_split(self.model, input_ids[:1, :PROBE_TOKENS]), True
         if self.prefill_chunk_size and input_ids.shape[1] > self.prefill_chunk_size:
             return self.score_in_blocks(input_ids)
         if self.split is None:
             logits = self.model(input_ids=input_ids, use_cache=False).logits
-            return chunked_nll(logits, input_ids, lambda chunk: chunk)
+            return chunked_scores(logits, input_ids, lambda chunk: chunk)
         decoder, head = self.split
-        return chunked_nll(decoder(input_ids=input_ids, use_cache=False)[0], input_ids, head)
+        return chunked_scores(decoder(input_ids=input_ids, use_cache=False)[0], input_ids, head)
 
-    def score_in_blocks(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def score_in_blocks(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `__call__`, in blocks of prefill_chunk_size tokens against a KV cache."""
         module, head = self.split or (self.model, lambda chunk: chunk)
         blocks = states_in_blocks(module, input_ids, config=self.model.config, block_size=self.prefill_chunk_size)
@@ -70,9 +73,11 @@ class TokenScorer:
         )
         # Each block also predicts the first token of the next; the last one has none to predict.
         pieces = [
-            chunked_nll(states, input_ids[:, first : first + states.shape[1] + 1], head) for first, states in progress
+            chunked_scores(states, input_ids[:, first : first + states.shape[1] + 1], head)
+            for first, states in progress
         ]
-        return torch.cat(pieces, dim=1)
+        nll, hits = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
+        return nll, hits
 
 
 def find_split(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module] | None:
@@ -95,19 +100,26 @@ def find_split(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.n
     return (decoder, head) if same else None
 
 
-def chunked_nll(states: torch.Tensor, input_ids: torch.Tensor, project: Project) -> torch.Tensor:
-    """Next-token losses from `states` [B, S, any], of which `project` makes logits [B, chunk, V]; fp32 [B, S - 1]."""
+def chunked_scores(
+    states: torch.Tensor, input_ids: torch.Tensor, project: Project
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next-token losses fp32 and hits bool, [B, S - 1], from `states` [B, S, any].
+
+    `project` makes logits [B, chunk, V] of a chunk of the states.
+    """
     num_rows, num_tokens = input_ids.shape
     vocab_size = project(states[:, :1]).shape[-1]
     step = max(1, CHUNK_FLOATS // (num_rows * vocab_size))
     nll = torch.empty(num_rows, num_tokens - 1, dtype=torch.float32, device=states.device)
+    hits = torch.empty(num_rows, num_tokens - 1, dtype=torch.bool, device=states.device)
     targets = input_ids[:, 1:].to(states.device)
     for first in range(0, num_tokens - 1, step):
         end = min(first + step, num_tokens - 1)
-        logits = project(states[:, first:end]).float().flatten(0, 1)
-        losses = F.cross_entropy(logits, targets[:, first:end].flatten(), reduction="none")
+        logits = project(states[:, first:end]).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets[:, first:end].flatten(), reduction="none")
         nll[:, first:end] = losses.view(num_rows, -1)
-    return nll
+        hits[:, first:end] = logits.argmax(-1) == targets[:, first:end]
+    return nll, hits
 
 
 class WindowLedger:
@@ -121,7 +133,8 @@ class WindowLedger:
 
     def __init__(self, output_file: Path | None, fingerprint: dict):
         self.output_file = output_file
-        self.fingerprint = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+        decisive = {**fingerprint, "stored": WINDOW_FIELDS}
+        self.fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         self.done: dict[tuple[int, int], WindowLoss] = {}
         self.file = None
         self.num_foreign = 0
@@ -164,12 +177,12 @@ class WindowLedger:
                     row = json.loads(line)
                 except json.JSONDecodeError:
                     continue
-                for index, total, blocks in row["windows"]:
-                    self.done[row["seq_len"], index] = WindowLoss(total, tuple(blocks))
+                for index, *window in row["windows"]:
+                    self.done[row["seq_len"], index] = WindowLoss.of_row(window)
 
     @staticmethod
     def _line(seq_len: int, indices: Sequence[int], losses: Sequence[WindowLoss]) -> str:
-        windows = [[index, *asdict(loss).values()] for index, loss in zip(indices, losses, strict=True)]
+        windows = [[index, *loss.row()] for index, loss in zip(indices, losses, strict=True)]
         return json.dumps({"seq_len": seq_len, "windows": windows}) + "\n"
 
     def add(self, seq_len: int, indices: Sequence[int], losses: Sequence[WindowLoss]) -> None:
@@ -220,13 +233,15 @@ def score_windows(
     """Losses of the windows `indices` of `plan`, in one forward pass; tokens: int [num_tokens]."""
     windows = [plan.windows[index] for index in indices]
     rows = np.stack([tokens[window.start : window.start + window.length] for window in windows])
-    nll = scorer(torch.from_numpy(rows.astype(np.int64)).to(device)).double().cpu().numpy()
-    return [window_loss(row, window.score_from, plan.seq_len) for row, window in zip(nll, windows, strict=True)]
+    nll, hits = scorer(torch.from_numpy(rows.astype(np.int64)).to(device))
+    rows = zip(nll.double().cpu().numpy(), hits.cpu().numpy(), windows, strict=True)
+    return [window_loss(losses, right, window.score_from, plan.seq_len) for losses, right, window in rows]
 
 
-def window_loss(nll: np.ndarray, score_from: int, seq_len: int) -> WindowLoss:
-    """Sum the token losses of one window (float64 [window length - 1]) that lie at offset `score_from` or later."""
+def window_loss(nll: np.ndarray, hits: np.ndarray, score_from: int, seq_len: int) -> WindowLoss:
+    """Sum the token losses (float64) and hits (bool) of one window, [window length - 1], from `score_from` on."""
     scored = np.zeros(seq_len - 1)
     scored[score_from - 1 : len(nll)] = nll[score_from - 1 :]
     starts = np.array(position_blocks(seq_len)[:-1]) - 1
-    return WindowLoss(float(scored.sum()), tuple(np.add.reduceat(scored, starts).tolist()))
+    block_totals = tuple(np.add.reduceat(scored, starts).tolist())
+    return WindowLoss(float(scored.sum()), block_totals, int(hits[score_from - 1 :].sum()))

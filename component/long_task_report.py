@@ -23,6 +23,7 @@ def score_answer(task: LongTask, result: Mapping, metric: str, *, use_stemmer: b
     """
     metric = task.usual_metric if metric == "auto" else metric
     answer, choice = result["answer"], result.get("choice")
+    result = {**result, "num_examples": len(task.examples)}
     row = {**result, "id": task.id, "task": task.task, "metric": metric, "references": list(task.references)}
     if metric in ("accuracy", "exam") and task.options:
         choice = parse_choice(answer, task.options) if choice is None else choice

@@ -12,7 +12,7 @@ from component.evaluation import TokenScorer, score_windows
 from component.generation_arguments import dtype_of
 from component.inference import LoadedModel, folder_state, load_for_inference, resolve_config, set_context
 from component.passkey import accuracy_cells, answer_trial
-from component.perplexity import WindowLoss, summarize
+from component.perplexity import WINDOW_FIELDS, WindowLoss, summarize
 from component.token_file import TokenFile
 from component.trials import run_trials
 
@@ -96,16 +96,16 @@ def compare_perplexity(settings: Comparison, data: TokenFile, models: MethodMode
         models.get(trial["method"], trial["length"])
         plan = plans[trial["length"]]
         losses = score_windows(models.scorer, data.tokens, plan, trial["windows"], local_device())
-        return {"losses": [[loss.total, list(loss.block_totals)] for loss in losses]}
+        return {"losses": [loss.row() for loss in losses]}
 
     trials = models.identified(perplexity_trials(settings, plans))
-    fingerprint = {**models.fingerprint(), "data": data.sha256}
+    fingerprint = {**models.fingerprint(), "data": data.sha256, "stored": WINDOW_FIELDS}
     done = run_trials(trials, run_one, output_file=output_file, fingerprint=fingerprint, desc="compare")
     losses: dict[tuple[str, int], dict[int, WindowLoss]] = {}
     for trial, result in zip(trials, done, strict=True):
         cell = losses.setdefault((trial["method"], trial["length"]), {})
-        for index, (total, blocks) in zip(trial["windows"], result["losses"], strict=True):
-            cell[index] = WindowLoss(total, tuple(blocks))
+        for index, row in zip(trial["windows"], result["losses"], strict=True):
+            cell[index] = WindowLoss.of_row(row)
     cells: dict[str, dict[int, dict]] = {}
     for (name, length), by_index in losses.items():
         summary = summarize(plans[length], [by_index[index] for index in range(len(by_index))])

@@ -9,12 +9,15 @@ stride      Windows of L tokens advance by stride and score only the tokens no e
             last, shorter window included: every token but the file's first is scored exactly once. The
             mean over tokens is exponentiated.
 
+Accuracy is the share of the same tokens that the model holds most likely, averaged as the losses are. LongLoRA's
+val_acc also counts the token after each window, so that it is a mean over L tokens, not L - 1.
+
 Only plain numbers here: no model, no files.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 PROTOCOLS = ("longlora", "stride")
 MAX_BLOCKS = 64
@@ -158,27 +161,45 @@ def position_blocks(seq_len: int, max_blocks: int = MAX_BLOCKS) -> list[int]:
 
 @dataclass(frozen=True)
 class WindowLoss:
-    """What one window gave: summed negative log-likelihoods (nats), whole and by position block."""
+    """What one window gave: summed negative log-likelihoods (nats), whole and by position block, and right tokens."""
 
     total: float
     block_totals: tuple[float, ...]
+    num_correct: int
+
+    def row(self) -> list:
+        """The fields, in the order of `WINDOW_FIELDS`, as a list that JSON can hold."""
+        return [self.total, list(self.block_totals), self.num_correct]
+
+    @classmethod
+    def of_row(cls, row: Sequence) -> "WindowLoss":
+        total, block_totals, num_correct = row
+        return cls(total, tuple(block_totals), num_correct)
+
+
+# Part of the fingerprint of stored windows: those that hold less are measured again.
+WINDOW_FIELDS = [field.name for field in fields(WindowLoss)]
 
 
 def summarize(plan: WindowPlan, losses: Sequence[WindowLoss]) -> dict:
     """Reduce window losses, in the order of `plan.windows`, to the reported numbers.
 
     Sums are exactly rounded, so neither batching nor the number of processes can enter through their
-    order. loss in nats a token; perplexity is exp(loss), `inf` where that overflows.
+    order. loss in nats a token; perplexity is exp(loss), `inf` where that overflows; accuracy between 0 and 1.
     """
     assert len(losses) == len(plan.windows)
     if plan.protocol == "longlora":
         means = [loss.total / window.num_scored for loss, window in zip(losses, plan.windows, strict=True)]
         loss = exact_sum(means) / len(means)
+        shares = [loss.num_correct / window.num_scored for loss, window in zip(losses, plan.windows, strict=True)]
+        accuracy = exact_sum(shares) / len(shares)
     else:
         loss = exact_sum([loss.total for loss in losses]) / plan.num_scored_tokens
+        accuracy = sum(loss.num_correct for loss in losses) / plan.num_scored_tokens
     return {
         "perplexity": perplexity(loss),
         "loss": loss,
+        "accuracy": accuracy,
         "num_windows": len(plan.windows),
         "num_tokens": plan.num_scored_tokens,
         "num_windows_nonfinite": sum(not math.isfinite(loss.total) for loss in losses),

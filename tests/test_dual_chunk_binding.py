@@ -231,14 +231,14 @@ def test_packed_rows_are_kept_apart():
 def test_scoring_in_blocks_equals_scoring_whole_windows(block):
     ours, _ = make_pair()
     ids = ids_of(64)
-    whole = TokenScorer(ours)(ids)
-    assert torch.allclose(TokenScorer(ours, prefill_chunk_size=block)(ids), whole, atol=1e-6)
+    whole, _ = TokenScorer(ours)(ids)
+    assert torch.allclose(TokenScorer(ours, prefill_chunk_size=block)(ids)[0], whole, atol=1e-6)
     unbind_attention(ours)
-    dense = TokenScorer(ours)(ids)
+    dense, _ = TokenScorer(ours)(ids)
     bound = copy.deepcopy(ours)
     del bound.config.dual_chunk_attention_config
     bind_inference_attention(bound, is_chunked=True)
-    assert torch.allclose(TokenScorer(bound, prefill_chunk_size=block)(ids), dense, atol=1e-6)
+    assert torch.allclose(TokenScorer(bound, prefill_chunk_size=block)(ids)[0], dense, atol=1e-6)
     assert not torch.allclose(whole, dense, atol=1e-3), "the two methods must differ at this length"
 
 

@@ -1,6 +1,7 @@
 """script/evaluate/evaluate.py and component/evaluation.py: the numbers, resuming, several processes, bad input."""
 
 import copy
+import hashlib
 import importlib.util
 import json
 import socket
@@ -60,11 +61,20 @@ def evaluate(monkeypatch, capsys):
     return run
 
 
-def nll_in_float64(model, ids):
-    """-log p of every token after the first, one token at a time from full float64 logits."""
+def logits_in_float64(model, ids):
     double = copy.deepcopy(model).double()
     with torch.no_grad():
-        logits = double(input_ids=torch.tensor([ids.tolist()])).logits[0]
+        return double(input_ids=torch.tensor([ids.tolist()])).logits[0]
+
+
+def hits_in_float64(model, ids):
+    """Whether each token after the first is the likeliest."""
+    return [int(logits_in_float64(model, ids)[p].argmax()) == ids[p + 1] for p in range(len(ids) - 1)]
+
+
+def nll_in_float64(model, ids):
+    """-log p of every token after the first, one token at a time from full float64 logits."""
+    logits = logits_in_float64(model, ids)
     return [-float(torch.log_softmax(logits[p], -1)[int(ids[p + 1])]) for p in range(len(ids) - 1)]
 
 
@@ -94,6 +104,47 @@ def test_stride_loss_against_float64(model):
     summary = loss_of(model, tokens, seq_len=16, stride=7, protocol="stride", batch_size=4)
     assert summary["num_tokens"] == scored == 52
     assert summary["loss"] == pytest.approx(expected / 52, abs=1e-6)
+
+
+def accuracy_by_hand(model, tokens, protocol, seq_len, stride):
+    """The same tokens as the losses: the mean of window means, or the mean over tokens that are new in a window."""
+    if protocol == "longlora":
+        starts = list(range(0, len(tokens) - seq_len, stride))[:-1]
+        return np.mean([np.mean(hits_in_float64(model, tokens[start : start + seq_len])) for start in starts])
+    hits, known = [], 1
+    for start in range(0, len(tokens), stride):
+        window = tokens[start : start + seq_len]
+        hits += hits_in_float64(model, window)[known - start - 1 :]
+        known = start + len(window)
+        if known == len(tokens):
+            return np.mean(hits)
+
+
+@pytest.mark.parametrize("protocol", ["longlora", "stride"])
+@pytest.mark.parametrize("block", [None, 5])
+def test_accuracy_against_float64(model, protocol, block, monkeypatch):
+    monkeypatch.setattr("component.evaluation.CHUNK_FLOATS", 320 * 7)
+    tokens = make_tokens(70)
+    # Half of the tokens follow the model, so that there is something to hit.
+    for position in range(1, 70, 2):
+        tokens[position] = int(logits_in_float64(model, tokens[max(0, position - 9) : position])[-1].argmax())
+    plan = plan_windows(70, seq_len=16, stride=9, protocol=protocol)
+    scorer = TokenScorer(model, prefill_chunk_size=block)
+    losses = measure(scorer, tokens, plan, batch_size=2, device=CPU, ledger=WindowLedger(None, {}))
+    expected = accuracy_by_hand(model, tokens, protocol, 16, 9)
+    assert summarize(plan, losses)["accuracy"] == pytest.approx(expected, abs=1e-12) and 0.05 < expected < 0.95
+
+
+def test_stored_windows_without_hits_are_measured_again(tmp_path):
+    """What evaluate.py kept before it counted hits: a loss and its blocks for each window."""
+    fingerprint = hashlib.sha256(json.dumps({"a": 1}, sort_keys=True).encode()).hexdigest()
+    (tmp_path / ".r.json.windows-0.jsonl").write_text(
+        json.dumps({"fingerprint": fingerprint}) + "\n" + '{"seq_len": 8, "windows": [[0, 1.5, [1.0, 0.5]]]}\n'
+    )
+    ledger = WindowLedger(tmp_path / "r.json", {"a": 1})
+    ledger.start()
+    assert not ledger.done and ledger.num_foreign == 1
+    ledger.remove()
 
 
 def test_stride_protocol_is_one_full_pass_when_the_file_fits(model):
@@ -196,9 +247,10 @@ def test_report_of_several_lengths(tiny_model_dir, tmp_path, data, evaluate, mod
     assert [result["seq_len"] for result in results] == [32, 128]
     expected = loss_of(model, make_tokens(), seq_len=128, stride=16, max_windows=3)
     assert results[1]["loss"] == pytest.approx(expected["loss"], abs=1e-6) and results[1]["num_windows"] == 3
-    assert {"perplexity", "loss", "num_windows", "num_tokens", "seq_len", "sliding_window", "context_size", "protocol",
-            "dtype", "attention", "versions", "loss_by_position", "data_file", "data_sha256", "base_model",
+    assert {"perplexity", "loss", "accuracy", "num_windows", "num_tokens", "seq_len", "sliding_window", "context_size",
+            "protocol", "dtype", "attention", "versions", "loss_by_position", "data_file", "data_sha256", "base_model",
             "peft_model", "rope_parameters"} <= results[0].keys()  # fmt: skip
+    assert f", accuracy {results[0]['accuracy']:.6f} (" in out
     assert "evenly spread subset, 7 windows skipped" in results[0]["protocol"]
     assert "seq_len 128 is beyond the model's context of 64" in out and out.count("protocol: longlora: ") == 2
     assert "left out: 8 windows; " in out and results[0]["attention"] == "dense causal (sdpa)"
@@ -284,7 +336,7 @@ def test_other_arguments_start_anew(tiny_model_dir, tmp_path, data, evaluate, mo
 def test_ledger_keeps_every_float(tmp_path):
     ledger = WindowLedger(tmp_path / "[a]*.json", {"a": 1})
     ledger.start()
-    losses = [WindowLoss(0.1 + 0.2, (1e-300, float("inf"))), WindowLoss(3.0, (1 / 3, 2.0))]
+    losses = [WindowLoss(0.1 + 0.2, (1e-300, float("inf")), 3), WindowLoss(3.0, (1 / 3, 2.0), 0)]
     ledger.add(8, [0, 5], losses)
     again = WindowLedger(tmp_path / "[a]*.json", {"a": 1})
     again.start()

@@ -104,24 +104,26 @@ def test_position_blocks_tile_the_scored_positions():
 def test_longlora_mean_of_window_means_and_stride_mean_of_tokens():
     plan = plan_windows(40, seq_len=5, stride=7)
     totals = [4.0 * (index + 1) for index in range(len(plan.windows))]
-    summary = summarize(plan, [WindowLoss(total, (total / 4,) * 4) for total in totals])
+    summary = summarize(plan, [WindowLoss(total, (total / 4,) * 4, index % 3) for index, total in enumerate(totals)])
     assert summary["loss"] == pytest.approx(np.mean(totals) / 4)
     assert summary["perplexity"] == math.exp(summary["loss"])
+    assert summary["accuracy"] == pytest.approx(np.mean([index % 3 / 4 for index in range(len(totals))]))
     assert [block["num_tokens"] for block in summary["loss_by_position"]] == [len(totals)] * 4
 
     plan = plan_windows(11, seq_len=6, stride=3, protocol="stride")
     scored = [window.num_scored for window in plan.windows]
     assert scored == [5, 3, 2]
-    losses = [WindowLoss(float(i + 1) * n, (0.0,) * 5) for i, n in enumerate(scored)]
+    losses = [WindowLoss(float(i + 1) * n, (0.0,) * 5, i + 1) for i, n in enumerate(scored)]
     assert summarize(plan, losses)["loss"] == pytest.approx((1 * 5 + 2 * 3 + 3 * 2) / 10)
+    assert summarize(plan, losses)["accuracy"] == pytest.approx((1 + 2 + 3) / 10)
 
 
 def test_overflow_and_nan_are_json_safe_and_the_loss_is_kept():
     assert perplexity(1000.0) == math.inf and perplexity(1.0) == math.e
     plan = plan_windows(10, seq_len=3, stride=4)
-    summary = json_safe(summarize(plan, [WindowLoss(2000.0, (1000.0, 1000.0))]))
+    summary = json_safe(summarize(plan, [WindowLoss(2000.0, (1000.0, 1000.0), 0)]))
     assert summary["perplexity"] is None and summary["loss"] == 1000.0 and summary["num_windows_nonfinite"] == 0
-    summary = json_safe(summarize(plan, [WindowLoss(math.nan, (math.nan, math.inf))]))
+    summary = json_safe(summarize(plan, [WindowLoss(math.nan, (math.nan, math.inf), 0)]))
     assert summary["loss"] is None and summary["num_windows_nonfinite"] == 1
     assert math.isnan(exact_sum([math.inf, -math.inf])) and exact_sum([math.inf, 1.0]) == math.inf
 

@@ -149,6 +149,7 @@ BAD_CORPORA = {
     "json": ("x.jsonl", b'{"text": "a"}\n{"text": \n', "x.jsonl, line 2: not valid JSON"),
     "key": ("x.jsonl", b'\n{"txt": "a"}\n', "x.jsonl, line 2: no key 'text' (found txt)"),
     "list": ("x.jsonl", b"[1]\n", "line 1: a JSON list, not an object"),
+    "lost text": ("x.jsonl", b'{"text": "a", "abstract": "b"}\n', 'line 1: the key "abstract" carries text'),
     "number": ("x.jsonl", b'{"text": 3}\n', "line 1: 'text' is of type int"),
     "surrogate": ("x.jsonl", b'{"text": "\\ud800"}\n', "line 1: 'text' has half of a surrogate pair"),
     "line bytes": ("x.jsonl", b'{"text": "\xe9"}\n', "line 1: not UTF-8"),

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import run_main  # noqa: E402
-from component.jsonl import UTF8_BOM, checked_text, found_keys, parse_line  # noqa: E402
+from component.jsonl import UTF8_BOM, check_unread, checked_text, found_keys, parse_line  # noqa: E402
 from component.plot import plot_length_histogram, require_matplotlib  # noqa: E402
 from component.token_file import sidecar_path, token_file_writer  # noqa: E402
 
@@ -94,7 +94,9 @@ def json_text(line: bytes, text_key: str, place: str) -> str:
         row = parse_line(line)
         if text_key not in row:
             raise ValueError(f"no key {text_key!r} (found {found_keys(row)}); name the key with --text_key")
-        return checked_text(row[text_key], repr(text_key)).replace("\r\n", "\n")
+        text = checked_text(row[text_key], repr(text_key))
+        check_unread(row, (text_key,))
+        return text.replace("\r\n", "\n")
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
 

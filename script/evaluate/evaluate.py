@@ -1,4 +1,4 @@
-r"""Measure the perplexity of a base, merged or adapter model on a file of token ids.
+r"""Measure the perplexity and next-token accuracy of a base, merged or adapter model on a file of token ids.
 
     python script/evaluate/evaluate.py --base_model MODEL --peft_model ADAPTER --seq_len 2048 8192 \
         --sliding_window 2048 --data_path pg19-validation.bin --output_file perplexity.json --plot perplexity.png
@@ -177,8 +177,8 @@ def measure_length(plan: WindowPlan, facts: dict, losses_of, longest_input: floa
         raise failure from None
     result = {"seq_len": plan.seq_len, "protocol": protocol, **summarize(plan, losses), **facts}
     print_main(
-        f"seq_len {plan.seq_len}: perplexity {result['perplexity']:.4f}, loss {result['loss']:.6f} "
-        f"({result['num_windows']} windows, {result['num_tokens']} tokens scored)"
+        f"seq_len {plan.seq_len}: perplexity {result['perplexity']:.4f}, loss {result['loss']:.6f}, "
+        f"accuracy {result['accuracy']:.6f} ({result['num_windows']} windows, {result['num_tokens']} tokens scored)"
     )
     if result["num_windows_nonfinite"]:
         print_main(f"warning: the loss of {result['num_windows_nonfinite']} windows is inf or nan")

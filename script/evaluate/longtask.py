@@ -191,7 +191,8 @@ def report(args: argparse.Namespace, rows: list[dict], settings: dict, facts: di
     if num_lost:
         print(f"warning: {num_lost} answers name no single option and count as wrong")
     protocol = "greedy answers" if args.choice_scoring == "generation" else "greedy answers, most likely option letter"
-    protocol += f", {args.num_shots} examples, contexts cut in the middle to {facts['context_size']} tokens with prompt"
+    protocol += f", {args.num_shots} examples of --shots_file"
+    protocol += f", contexts cut in the middle to {facts['context_size']} tokens with prompt"
     if args.output_file:
         files = [str(path) for path in args.data_path]
         result = {"protocol": protocol, "settings": {"data_path": files, **settings}, **facts}
