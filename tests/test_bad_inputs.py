@@ -312,7 +312,9 @@ def test_a_model_that_is_no_causal_language_model(folder, write, refused):
     refused(write(changes), words_of_error=["model_name_or_path", "t5", "no causal language model"])
 
 
-@pytest.mark.parametrize(("model", "words"), [("endless", ["EOS", "eos_token"]), ("small", ["pad_token", "3"])])
+@pytest.mark.parametrize(
+    ("model", "words"), [("endless", ["EOS", "eos_token"]), ("small", ["tokenizer", "ids up to 319", "3 embeddings"])]
+)
 def test_a_bad_tokenizer(model, words, folder, write, refused):
     refused(write({"model_name_or_path": str(folder / model)}), "--dry_run", words_of_error=words)
 
