@@ -73,6 +73,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, so
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if last >= num_embeddings:
         raise ValueError(
-            f"model_name_or_path: the tokenizer of {source!r} has ids up to {last} ({token!r}), beyond the model's {num_embeddings} "
-            "embeddings; give a folder whose tokenizer belongs to the model"
+            f"model_name_or_path: the tokenizer of {source!r} has ids up to {last} ({token!r}), beyond the model's "
+            f"{num_embeddings} embeddings; give a folder whose tokenizer belongs to the model"
         )

@@ -29,6 +29,7 @@ CHANGES = {
     "rank fraction": ({"lora_rank": 1.5}, ["lora_rank", "1.5"]),
     "rank boolean": ({"lora_rank": True}, ["lora_rank", "True"]),
     "rank list": ({"lora_rank": [8]}, ["lora_rank", "[8]"]),
+    "embedding": ({"train_embedding": "output"}, ["train_embedding", "'output'", "true, false or input"]),
     "dropout one": ({"lora_dropout": 1}, ["lora_dropout", "[0, 1)", "1"]),
     "alpha negative": ({"lora_alpha": -1}, ["lora_alpha", "-1"]),
     "boolean word": ({"fp16": "maybe"}, ["fp16", "'maybe'", "true or false"]),
