@@ -28,10 +28,7 @@ def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--train_args_file", required=True, help="YAML with the settings of the run")
     parser.add_argument(
-        "--dry_run",
-        "--dry-run",
-        action="store_true",
-        help="check settings, data, model config and weight headers, then stop",
+        "--dry_run", "--dry-run", action="store_true", help="check all but the values of the weights, then stop"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_known_args()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from component.cli import require_folder
 from component.files import read_json
-from component.weight_shards import read_weights
+from component.weight_shards import read_headers, read_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -58,23 +58,23 @@ def base_model_of(folder: str | Path) -> str:
     return read_adapter_config(folder).get("base_model_name_or_path") or ""
 
 
-def read_adapter_weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The PEFT weights of an adapter folder, under the names they have in the file."""
+def read_adapter_weights(folder: str | Path, read=read_weights) -> dict[str, torch.Tensor]:
+    """The PEFT weights of an adapter folder, by their names in the file; `read_headers` spares the values."""
     for name in ADAPTER_WEIGHTS:
         if (Path(folder) / name).is_file():
-            weights = read_weights(Path(folder) / name)
+            weights = read(Path(folder) / name)
             if not weights:
                 raise ValueError(f"{FLAG}: {str(Path(folder) / name)!r} holds no weights; give a trained adapter")
             return weights
     raise ValueError(f"{FLAG}: {str(folder)!r} has none of {', '.join(ADAPTER_WEIGHTS)}")
 
 
-def read_extra_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+def read_extra_weights(folder: str | Path, read=read_weights) -> dict[str, torch.Tensor]:
     """Weights of trainable_params.bin under the base model's names; empty where there is no such file."""
     path = Path(folder) / UPSTREAM_EXTRA_WEIGHTS
     if not path.is_file():
         return {}
-    weights = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_weights(path).items()}
+    weights = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read(path).items()}
     # LongLoRA's extraction keeps the LoRA matrices too; they are the adapter's, not the base model's.
     return {name: tensor for name, tensor in weights.items() if "lora_" not in name}
 
@@ -97,7 +97,8 @@ def adapter_vocabulary(folder: str | Path, model: PreTrainedModel) -> int:
     checkpoints it released have 32001. Raises ValueError where the adapter has fewer than the base, or many more.
     """
     rows = {f"{ADAPTER_CONFIG}'s base": model.config.vocab_size}
-    for name, weight in {**read_adapter_weights(folder), **read_extra_weights(folder)}.items():
+    weights = {**read_adapter_weights(folder, read_headers), **read_extra_weights(folder, read_headers)}
+    for name, weight in weights.items():
         if base_weight_name(name) in embedding_names(model):
             rows[name] = weight.shape[0]
     path = Path(folder) / "config.json"
