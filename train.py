@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 train.py --train_args_file F
     python train.py --train_args_file F --dry_run
 
-Settings come from the YAML; `--key value` overrides single ones. --dry_run checks everything but the
-weights. Writes into output_dir: checkpoints, the final adapter (final/), the run record, a log,
+Settings come from the YAML; `--key value` overrides single ones. --dry_run checks everything, weights by
+the headers of their files. Writes into output_dir: checkpoints, the final adapter (final/), the run record, a log,
 tensorboard events and a loss curve.
 """
 
@@ -28,7 +28,7 @@ def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--train_args_file", required=True, help="YAML with the settings of the run")
     parser.add_argument(
-        "--dry_run", "--dry-run", action="store_true", help="check settings, data and model config, then stop"
+        "--dry_run", "--dry-run", action="store_true", help="check all but the values of the weights, then stop"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_known_args()
@@ -49,7 +49,14 @@ def main() -> None:
     from component.memory_plan import advice_on_out_of_memory, plan_memory
     from component.model import load_tokenizer, load_training_model
     from component.run import start_run
-    from component.run_checks import check_against_model, check_data, check_num_rows, check_settings, check_tokenizer
+    from component.run_checks import (
+        check_against_model,
+        check_data,
+        check_num_rows,
+        check_settings,
+        check_tokenizer,
+        check_weights_at_hand,
+    )
     from component.trainer import LongContextTrainer
 
     settings, notices = read_settings(args.train_args_file, overrides)
@@ -65,6 +72,7 @@ def main() -> None:
     check_data(settings)
     plan = plan_memory(settings, config)
     notices += [*plan.notices, context, plan.describe()]
+    notices += check_weights_at_hand(settings, config, is_dry_run=args.dry_run)
     if args.dry_run:
         return dry_run(settings, config, notices)
 

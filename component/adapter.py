@@ -16,6 +16,7 @@ from component.model import linear_layers
 
 MODULE_KINDS = {"LoRA": ["lora_"], "norm": ["norm"], "embedding": ["embed", "lm_head"]}
 FINETUNING_TYPES = ("qlora", "lora", "full")
+INPUT = "input"
 
 
 @dataclass
@@ -32,12 +33,17 @@ class AdapterConfig:
     target_modules: str | None = field(
         default=None, metadata={"help": "comma-separated names of linear layers; default: all but the output layer"}
     )
-    train_embedding: bool = field(default=False, metadata={"help": "train input and output embeddings in full"})
+    train_embedding: bool | str = field(
+        default=False,
+        metadata={"help": "true: train input and output embeddings in full; input: the former alone, as LongLoRA does"},
+    )
     train_norm: bool = field(default=False, metadata={"help": "train the norm layers in full"})
 
     def __post_init__(self) -> None:
         if self.finetuning_type not in FINETUNING_TYPES:
             raise ValueError(f"finetuning_type: {self.finetuning_type!r} is not one of {', '.join(FINETUNING_TYPES)}")
+        if self.train_embedding not in (True, False, INPUT):
+            raise ValueError(f"train_embedding: {self.train_embedding!r} is not true, false or {INPUT}")
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank: must be at least 1, got {self.lora_rank}")
         if self.lora_alpha <= 0:
@@ -62,7 +68,7 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> PreTrainedM
         lora_dropout=config.lora_dropout,
         target_modules=target_module_names(model, config.target_modules),
         modules_to_save=modules_to_save or None,
-        ensure_weight_tying=config.train_embedding and bool(model.config.tie_word_embeddings),
+        ensure_weight_tying=bool(config.train_embedding and model.config.tie_word_embeddings),
     )
     peft_model = get_peft_model(model, lora)
     for parameter in peft_model.parameters():
@@ -119,13 +125,13 @@ def target_module_names(model: PreTrainedModel, requested: str | None) -> list[s
     return names
 
 
-def trained_module_names(model: PreTrainedModel, *, embedding: bool, norm: bool) -> list[str]:
+def trained_module_names(model: PreTrainedModel, *, embedding: bool | str, norm: bool) -> list[str]:
     """Last name parts of the modules that are trained in full. A tied output embedding is left out: it
-    follows the input embedding."""
+    follows the input embedding, as it does where LongLoRA trains that alone."""
     wanted = []
     if embedding:
         wanted.append(model.get_input_embeddings())
-        if not model.config.tie_word_embeddings:
+        if embedding != INPUT and not model.config.tie_word_embeddings:
             wanted.append(model.get_output_embeddings())
     if norm:
         wanted += [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))]

@@ -7,21 +7,25 @@ the base model's names with or without PEFT's prefix.
 """
 
 import copy
+import re
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from component.cli import require_folder
 from component.files import read_json
+from component.weight_shards import read_headers, read_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 UPSTREAM_EXTRA_WEIGHTS = "trainable_params.bin"
 FLAG = "adapter_name_or_path"
+PEFT_PREFIX = "base_model.model."
+# LongLoRA adds [PAD] and whichever of EOS, BOS and UNK a tokenizer lacks.
+MOST_ADDED_TOKENS = 4
 
 
 def save_adapter(model: PeftModel, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -54,32 +58,82 @@ def base_model_of(folder: str | Path) -> str:
     return read_adapter_config(folder).get("base_model_name_or_path") or ""
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a .safetensors file, or of a .bin file without running any code in it."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{str(path)!r} cannot be read as weights ({error}); is the file complete?") from None
-
-
-def read_adapter_weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The PEFT weights of an adapter folder, under the names they have in the file."""
+def read_adapter_weights(folder: str | Path, read=read_weights) -> dict[str, torch.Tensor]:
+    """The PEFT weights of an adapter folder, by their names in the file; `read_headers` spares the values."""
     for name in ADAPTER_WEIGHTS:
         if (Path(folder) / name).is_file():
-            return read_weights(Path(folder) / name)
+            weights = read(Path(folder) / name)
+            if not weights:
+                raise ValueError(f"{FLAG}: {str(Path(folder) / name)!r} holds no weights; give a trained adapter")
+            return weights
     raise ValueError(f"{FLAG}: {str(folder)!r} has none of {', '.join(ADAPTER_WEIGHTS)}")
 
 
-def read_extra_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+def read_extra_weights(folder: str | Path, read=read_weights) -> dict[str, torch.Tensor]:
     """Weights of trainable_params.bin under the base model's names; empty where there is no such file."""
     path = Path(folder) / UPSTREAM_EXTRA_WEIGHTS
     if not path.is_file():
         return {}
-    weights = {name.removeprefix("base_model.model."): tensor for name, tensor in read_weights(path).items()}
+    weights = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read(path).items()}
     # LongLoRA's extraction keeps the LoRA matrices too; they are the adapter's, not the base model's.
     return {name: tensor for name, tensor in weights.items() if "lora_" not in name}
+
+
+def base_weight_name(key: str) -> str:
+    """Name in the base model of the weight that an adapter holds whole as `key`."""
+    return re.sub(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)", "", key.removeprefix(PEFT_PREFIX))
+
+
+def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
+    """Names of the input and the output embedding weights; None for a model without the latter."""
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    return names[id(model.get_input_embeddings())], names.get(id(model.get_output_embeddings()))
+
+
+def adapter_vocabulary(folder: str | Path, model: PreTrainedModel) -> int:
+    """Embeddings that the adapter in `folder` was trained with, on a base like `model`, which needs no weights.
+
+    LongLoRA adds [PAD], and whichever special tokens a tokenizer lacks, and grows the embeddings by them: the
+    checkpoints it released have 32001. Raises ValueError where the adapter has fewer than the base, or many more.
+    """
+    rows = {f"{ADAPTER_CONFIG}'s base": model.config.vocab_size}
+    weights = {**read_adapter_weights(folder, read_headers), **read_extra_weights(folder, read_headers)}
+    for name, weight in weights.items():
+        if base_weight_name(name) in embedding_names(model):
+            rows[name] = weight.shape[0]
+    path = Path(folder) / "config.json"
+    if path.is_file():
+        rows["config.json"] = read_json(path, FLAG).get("vocab_size", model.config.vocab_size)
+    least, most = min(rows, key=rows.get), max(rows, key=rows.get)
+    if rows[least] < model.config.vocab_size or rows[most] > model.config.vocab_size + MOST_ADDED_TOKENS:
+        odd = least if rows[least] < model.config.vocab_size else most
+        raise ValueError(
+            f"{FLAG}: {odd!r} in {str(folder)!r} is for a vocabulary of {rows[odd]}, the base model's vocab_size is "
+            f"{model.config.vocab_size}; give the base model of the adapter"
+        )
+    return rows[most]
+
+
+def grown(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The embedding `weight` [V, H] with rows up to `num_rows` that are the mean of the others, as LongLoRA adds them
+    (dvlab-research/LongLoRA, fine-tune.py, smart_tokenizer_and_embedding_resize)."""
+    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight, mean.expand(num_rows - len(weight), -1)])
+
+
+def add_embeddings(model: PreTrainedModel, num_embeddings: int) -> None:
+    """Give `model` rows for `num_embeddings` tokens in its input and output embeddings, as `grown` makes them."""
+    if num_embeddings == model.config.vocab_size:
+        return
+    weights = [grown(layer.weight.data, num_embeddings) for layer in embedding_layers(model)]
+    model.resize_token_embeddings(num_embeddings, mean_resizing=False)
+    for layer, weight in zip(embedding_layers(model), weights, strict=True):
+        layer.weight.data.copy_(weight)
+
+
+def embedding_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [layer for layer in layers if layer is not None]
 
 
 def load_extra_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:

@@ -8,10 +8,15 @@ from pathlib import Path
 import torch
 from peft.utils.other import get_pattern_key
 
-from component.adapter_folder import read_adapter_config, read_adapter_weights, read_extra_weights
+from component.adapter_folder import (
+    PEFT_PREFIX,
+    base_weight_name,
+    read_adapter_config,
+    read_adapter_weights,
+    read_extra_weights,
+)
 from component.distributed import local_device
 
-PEFT_PREFIX = "base_model.model."
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
 # A value other than the one here changes what the adapter computes in a way that this merge does not reproduce.
 PLAIN_LORA = {
@@ -46,6 +51,14 @@ class AdapterUpdates:
         alpha = patterns.get(get_pattern_key(patterns.keys(), module), self.lora_config["lora_alpha"])
         rank = self.matrices[name]["A"].shape[0]
         return alpha / (rank**0.5 if self.lora_config.get("use_rslora") else rank)
+
+    def fits(self, name: str, shape: list[int]) -> bool:
+        """Whether all that is held for the weight `name` has the `shape` [out, in] of the weight."""
+        held = [weight.shape for weight in (self.replacements.get(name),) if weight is not None]
+        if name in self.matrices:
+            a, b = self.matrices[name]["A"], self.matrices[name]["B"]
+            held.append((b.shape[0], a.shape[1]) if a.shape[0] == b.shape[1] else ())
+        return all(list(found) == shape for found in held)
 
     def rename(self, new_name: Callable[[str], str]) -> None:
         """Give every weight the name that `new_name` maps its name to."""
@@ -92,7 +105,7 @@ def read_updates(folder: str | Path) -> AdapterUpdates:
         elif "lora_" in name:
             raise ValueError(f"adapter_name_or_path: cannot merge {key!r}; only LoRA on linear layers is supported")
         else:
-            updates.replacements[re.sub(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)", "", name)] = tensor
+            updates.replacements[base_weight_name(key)] = tensor
     for name, pair in updates.matrices.items():
         if len(pair) != 2:
             lacking = "B" if "A" in pair else "A"
@@ -106,23 +119,12 @@ def updated(
     """The weight `name` after the merge, in `dtype`; `weight` [out, in] is the base's."""
     replacement = updates.replacements.get(name)
     if replacement is not None:
-        if replacement.shape != weight.shape:
-            note = " (vocabulary size?)" if replacement.shape[1:] == weight.shape[1:] else ""
-            raise ValueError(
-                f"adapter_name_or_path: {name!r} has shape {list(replacement.shape)}, the base model's is "
-                f"{list(weight.shape)}{note}; give the base model of the adapter"
-            )
         weight = replacement
     if not weight.is_floating_point():
         return weight
     weight = through_nf4(weight.to(dtype)) if in_nf4 and replacement is None else weight
     if name in updates.matrices:
         lora_a, lora_b = updates.matrices[name]["A"], updates.matrices[name]["B"]
-        if lora_a.shape[0] != lora_b.shape[1] or (lora_b.shape[0], lora_a.shape[1]) != tuple(weight.shape):
-            raise ValueError(
-                f"adapter_name_or_path: LoRA matrices {list(lora_b.shape)} x {list(lora_a.shape)} do not fit {name!r} "
-                f"{list(weight.shape)}; give the base model of the adapter"
-            )
         weight = weight.float() + updates.scale(name) * (lora_b.float() @ lora_a.float())
     result = weight.to(dtype)
     if not result.isfinite().all():

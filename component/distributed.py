@@ -1,7 +1,9 @@
 """Rank, world size and the few collectives that scripts need, with or without a launcher."""
 
+import functools
 import os
 import socket
+import sys
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,12 @@ def print_main(*args, **kwargs) -> None:
     """Print on rank 0 only."""
     if is_main_process():
         print(*args, **kwargs, flush=True)
+
+
+@functools.cache
+def print_notice(text: str) -> None:
+    """Print `text` on stderr of rank 0, the first time it is said."""
+    print_main(f"notice: {text}", file=sys.stderr)
 
 
 def local_device() -> torch.device:

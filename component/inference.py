@@ -8,13 +8,14 @@ import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from component.adapter_folder import base_model_of, load_adapter
+from component.adapter_folder import adapter_vocabulary, add_embeddings, base_model_of, load_adapter
 from component.attention import bind_inference_attention
 from component.context import ContextRequest, apply_context, context_length, copy_context
 from component.distributed import local_device
 from component.dual_chunk_binding import dual_chunk_sizes
 from component.model import default_dtype, load_config, load_model, load_tokenizer
 from component.run_record import software_versions
+from component.weight_checks import check_base, check_vocabulary
 
 FILES_THAT_DECIDE = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 PACKAGES_THAT_DECIDE = ("torch", "transformers", "peft", "bitsandbytes")
@@ -58,7 +59,7 @@ def resolve_config(
     config = load_config(base, trust_remote_code=trust_remote_code)
     if adapter_name_or_path and (Path(adapter_name_or_path) / "config.json").is_file():
         saved = load_config(adapter_name_or_path, trust_remote_code=trust_remote_code)
-        for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        for name in ("model_type", "hidden_size", "num_hidden_layers"):
             if getattr(saved, name, None) != getattr(config, name, None):
                 raise ValueError(
                     f"model_name_or_path: {base!r} has {name} {getattr(config, name, None)}, but the adapter was "
@@ -67,6 +68,8 @@ def resolve_config(
         # Folders written by other tools may carry it; it describes their loading, not the base checkpoint.
         if hasattr(saved, "quantization_config"):
             del saved.quantization_config
+        # The base is loaded with its own vocabulary; `adapter_vocabulary` says what becomes of it.
+        saved.vocab_size = config.vocab_size
         config = saved
     apply_context(config, context or ContextRequest())
     return base, config
@@ -96,6 +99,12 @@ def load_for_inference(
     base, config = resolve_config(
         model_name_or_path, adapter_name_or_path, context, trust_remote_code=trust_remote_code
     )
+    empty = check_base(base, config, trust_remote_code=trust_remote_code)
+    num_embeddings = adapter_vocabulary(adapter_name_or_path, empty) if adapter_name_or_path else config.vocab_size
+    length = context_length(config)
+    source = tokenizer_source(base, adapter_name_or_path)
+    tokenizer = load_tokenizer(source, model_max_length=length, trust_remote_code=trust_remote_code)
+    check_vocabulary(tokenizer, num_embeddings, source)
     dtype = dtype or default_dtype()
     model = load_model(
         base,
@@ -107,10 +116,9 @@ def load_for_inference(
     )
     attention = bind_inference_attention(model)
     if adapter_name_or_path:
+        config.vocab_size = num_embeddings
+        add_embeddings(model, num_embeddings)
         model = load_adapter(model, adapter_name_or_path)
-    length = context_length(config)
-    source = tokenizer_source(base, adapter_name_or_path)
-    tokenizer = load_tokenizer(source, model_max_length=length, trust_remote_code=trust_remote_code)
     return LoadedModel(
         model.eval(), tokenizer, config, base, adapter_name_or_path, length, attention, dtype, load_in_4bit
     )

@@ -64,12 +64,13 @@ def optimizer_bytes(name: str) -> float:
 def predict(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> MemoryEstimate:
     """Memory and relative time of training steps of `run` on `model` with `mechanisms`."""
     num_linear = model.num_linear() * model.num_layers
-    num_embedding = model.vocab * model.hidden * (1 if model.is_tied else 2)
+    num_embeddings = 1 if model.is_tied else 2
+    num_trained_embeddings = min(2 if run.weights == "trained" else run.num_trained_embeddings, num_embeddings)
     num_trained = sum(sum(model.linears[name]) for name in run.lora_targets or model.linears)
     num_trained *= run.lora_rank * model.num_layers
     weight_bytes = {"nf4": NF4_BYTES, "plain": run.stream_bytes, "trained": 4}[run.weights]
-    trains_embedding = run.trains_embedding or run.weights == "trained"
-    static = num_linear * weight_bytes + num_embedding * (4 if trains_embedding else run.stream_bytes)
+    embedding_bytes = 4 * num_trained_embeddings + run.stream_bytes * (num_embeddings - num_trained_embeddings)
+    static = num_linear * weight_bytes + model.vocab * model.hidden * embedding_bytes
     if run.weights == "trained":
         num_trained = num_linear
     else:
@@ -77,7 +78,7 @@ def predict(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> MemoryE
     if run.weight_shards > 1:
         # The layer at work and the next one are whole.
         static = static / run.weight_shards + 2 * model.num_linear() * weight_bytes
-    num_trained += num_embedding if trains_embedding else 0
+    num_trained += model.vocab * model.hidden * num_trained_embeddings
     static += num_trained * run.optimizer_bytes / run.state_shards
     layer = layer_memory(model, run, mechanisms)
     is_offloaded = mechanisms.offload_activations and mechanisms.layer_function and run.is_gpu

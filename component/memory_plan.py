@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig, TrainingArguments
 
+from component.adapter import INPUT
 from component.arguments import Settings, fields_of
 from component.decoder_layer import reason_unsupported_config
 from component.deepspeed_checks import gradient_buffers, offloads_optimizer, shards, zero_stage
@@ -179,7 +180,7 @@ def run_shape(settings: Settings, mechanisms: Mechanisms) -> RunShape:
         weights={"qlora": "nf4", "lora": "plain", "full": "trained"}[kind],
         lora_rank=adapter.lora_rank,
         lora_targets=lora_targets(adapter.target_modules),
-        trains_embedding=adapter.train_embedding,
+        num_trained_embeddings={True: 2, INPUT: 1}.get(adapter.train_embedding, 0),
         attended=attention.group_size(length) if is_s2 else length,
         by_kernels=by_kernels,
         optimizer_bytes=0 if offloads_optimizer(deepspeed) else optimizer_bytes(optim),

@@ -57,8 +57,9 @@ class ModelShape:
 class RunShape:
     """What else decides: tokens of a row and rows of a step, precision, what is trained, and how.
 
-    stream_bytes: of an element in 16 or 32 bit. weights: nf4, plain (16 or 32 bit) or trained. attended: tokens
-    that a query sees at most, beside half of which it sees on average: the group size of S2-Attn, or num_tokens.
+    stream_bytes: of an element in 16 or 32 bit. weights: nf4, plain (16 or 32 bit) or trained.
+    num_trained_embeddings: 1 for the input's, 2 with the output's. attended: tokens that a query sees at most,
+    beside half of which it sees on average: the group size of S2-Attn, or num_tokens.
     optimizer_bytes: kept on the device for each trained parameter; gradient_bytes likewise. buffers: bytes that
     DeepSpeed holds to collect gradients in; weight_shards, state_shards: processes that it splits weights, and
     gradients and optimizer state, among.
@@ -70,7 +71,7 @@ class RunShape:
     weights: str = "nf4"
     lora_rank: int = 64
     lora_targets: tuple[str, ...] | None = None
-    trains_embedding: bool = False
+    num_trained_embeddings: int = 0
     attended: int | None = None
     by_kernels: bool = True
     optimizer_bytes: float = 8

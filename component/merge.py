@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
+from component.adapter_folder import adapter_vocabulary, embedding_names, grown
 from component.adapter_updates import AdapterUpdates, read_updates, updated
 from component.context import ContextRequest, context_length
 from component.distributed import is_main_process
 from component.files import atomic_folder, read_json, write_json
-from component.inference import resolve_config
-from component.model import empty_model, linear_layers, load_config, model_source
+from component.inference import resolve_config, tokenizer_source
+from component.model import empty_model, linear_layers, load_config, load_tokenizer, model_source
 from component.run_record import read_run_record, save_run_record, software_versions
+from component.weight_checks import check_vocabulary, check_weights
 from component.weight_shards import CheckpointNames, SavedWeights, ShardWriter
 
 MERGE_RECORD = "merge.json"
@@ -30,12 +32,6 @@ TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template*", "*.tiktoken", "spiece.model", "sentencepiece*.model",
 )  # fmt: skip
-
-
-def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
-    """Names of the input and the output embedding weights; None for a model without the latter."""
-    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
-    return names[id(model.get_input_embeddings())], names.get(id(model.get_output_embeddings()))
 
 
 def stays_tied(updates: AdapterUpdates, embedding: str, head: str) -> bool:
@@ -82,20 +78,26 @@ def merge(
     check_save_path(save_path, [Path(base), Path(adapter_name_or_path)], overwrite=overwrite)
     if getattr(load_config(base, trust_remote_code=trust_remote_code), "quantization_config", None):
         raise ValueError(f"model_name_or_path: {base!r} is saved quantised; give the 16-bit base model")
-    updates = read_updates(adapter_name_or_path)
-    folder = base_folder(base)
-    weights = SavedWeights(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = empty_model(config, name=base, trust_remote_code=trust_remote_code)
+    num_embeddings = adapter_vocabulary(adapter_name_or_path, model)
+    tokenizer = Path(tokenizer_source(base, adapter_name_or_path))
+    if (tokenizer / "tokenizer_config.json").is_file():
+        check_vocabulary(
+            load_tokenizer(str(tokenizer), trust_remote_code=trust_remote_code), num_embeddings, str(tokenizer)
+        )
+    updates = read_updates(adapter_name_or_path)
+    folder = base_folder(base)
+    weights = SavedWeights(folder)
+    check_weights(weights, model, folder)
     embedding, head = embedding_names(model)
     names = CheckpointNames(model, set(weights.file_of))
     embedding, head = names.of(embedding), head and names.of(head)
     updates.rename(names.of)
     is_tied = bool(getattr(config, "tie_word_embeddings", False)) and head is not None
     is_untied_now = is_tied and not stays_tied(updates, embedding, head)
-    check_names(updates, set(weights.file_of), embedding, head if is_tied else None)
-    check_complete(set(weights.file_of), model, head if is_tied else None)
+    check_updates(updates, weights.headers, embedding, head, num_embeddings=num_embeddings)
     dtype = dtype or weights.read(embedding).dtype
     in_nf4 = {names.of(f"{name}.weight") for name in linear_layers(model)} if load_in_4bit else set()
 
@@ -108,12 +110,14 @@ def merge(
             # Old checkpoints store the RoPE frequencies, which follow from the config.
             if name.endswith("rotary_emb.inv_freq") or (is_tied and name == head):
                 continue
+            weight = grown(weight, num_embeddings) if name in (embedding, head) else weight
             writer.add(name, updated(name, weight, updates, dtype=dtype, in_nf4=name in in_nf4))
         if is_untied_now:
-            old = weights.read(embedding)
+            old = grown(weights.read(embedding), num_embeddings)
             writer.add(head, updated(head, old, updates, dtype=dtype, in_nf4=False).clone())
         writer.finish()
         config.tie_word_embeddings = is_tied and not is_untied_now
+        config.vocab_size = num_embeddings
         config.dtype = dtype
         config.architectures = [type(model).__name__]
         config.save_pretrained(output)
@@ -134,24 +138,30 @@ def merge(
     return record
 
 
-def check_names(updates: AdapterUpdates, base_names: set[str], embedding: str, tied_head: str | None) -> None:
-    """Raise ValueError for an update of a weight that the base does not have."""
-    unmatched = sorted(updates.names - base_names - ({tied_head} if tied_head and embedding in base_names else set()))
+def check_updates(
+    updates: AdapterUpdates, base: dict[str, torch.Tensor], embedding: str, head: str | None, *, num_embeddings: int
+) -> None:
+    """Raise ValueError for an update of a weight that the base does not have, or has in another shape.
+
+    base: the headers of its weights; a tied output embedding `head` is not among them, and has the shape of
+    `embedding`.
+    """
+    shapes = {name: list(tensor.shape) for name, tensor in base.items()}
+    shapes[embedding] = [num_embeddings, *shapes[embedding][1:]]
+    if head:
+        shapes[head] = shapes[embedding]
+    unmatched = sorted(updates.names - shapes.keys())
     if unmatched:
         raise ValueError(
             f"adapter_name_or_path: the adapter changes {unmatched[0]!r}, which the base model does not have "
             f"({len(unmatched)} such weights); give the base model of the adapter"
         )
-
-
-def check_complete(base_names: set[str], model: PreTrainedModel, tied_head: str | None) -> None:
-    """Raise ValueError for a base that lacks weights, unless its names are of another form (fused experts)."""
-    names = CheckpointNames(model, base_names)
-    expected = {names.of(name) for name in model.state_dict()} - {tied_head}
-    missing = sorted(expected - base_names)
-    unknown = {name for name in base_names - expected - {tied_head} if not name.endswith("rotary_emb.inv_freq")}
-    if missing and not unknown:
-        raise ValueError(f"model_name_or_path: the base lacks {missing[0]!r} ({len(missing)} weights); incomplete?")
+    for name in sorted(updates.names):
+        if not updates.fits(name, shapes[name]):
+            raise ValueError(
+                f"adapter_name_or_path: the adapter's weights for {name!r} do not fit the base model's {shapes[name]}; "
+                "give the base model of the adapter"
+            )
 
 
 def check_save_path(save_path: Path, sources: list[Path], *, overwrite: bool) -> None:

@@ -2,10 +2,13 @@
 
 import copy
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +20,11 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from component.distributed import print_notice
+
+# Forms of quantised weights whose kernels come from installed packages; for others transformers may ask the hub.
+QUANTIZERS_WITHOUT_HUB = ("bitsandbytes", "gptq", "awq")
 
 
 @dataclass
@@ -70,8 +78,33 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
         ) from None
     if getattr(config, "max_position_embeddings", None) is None:
         raise ValueError(f"model_name_or_path: {config.model_type} says no max_position_embeddings in its config.json")
+    if getattr(config, "transformers_weights", None):
+        raise ValueError(
+            f"model_name_or_path: config.json of {name_or_path!r} names a weight file of its own "
+            "(transformers_weights); give it the usual name, model.safetensors, and remove the key"
+        )
+    refuse_hub_code(config, name_or_path, trust_remote_code=trust_remote_code)
     config.use_cache = True
     return config
+
+
+def refuse_hub_code(config: PretrainedConfig, name: str, *, trust_remote_code: bool) -> None:
+    """Keep a config.json from deciding which compiled code (kernels) transformers fetches from the hub and runs.
+
+    Attention is bound by this repository, so a kernel named for it, in nested configs too, is dropped with a notice.
+    """
+    parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
+    for kernel in sorted({str(getattr(part, "_attn_implementation", None)) for part in parts}):
+        if "/" in kernel:
+            print_notice(f"the attention kernel {kernel!r} in config.json of {name!r} has no effect: it is not fetched")
+    config._attn_implementation = config._experts_implementation = None
+    quantization = getattr(config, "quantization_config", None) or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if quantization and method not in QUANTIZERS_WITHOUT_HUB and not trust_remote_code:
+        raise ValueError(
+            f"model_name_or_path: {name!r} is quantised as {str(method)!r}, for which transformers may fetch code from "
+            "the hub; give the 16-bit model, or set trust_remote_code"
+        )
 
 
 def training_dtype(arguments: TrainingArguments) -> torch.dtype:
@@ -103,20 +136,45 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the base weights onto `device` (None: where DeepSpeed ZeRO-3 places them).
 
-    `dtype` is that of the 16- or 32-bit weights, and of the products with the 4-bit ones.
+    `dtype` is that of the 16- or 32-bit weights, and of the products with the 4-bit ones. Raises ValueError for
+    weights that are missing, damaged or of another shape, which transformers would make up at random.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        model_source(name_or_path),
-        config=config,
-        dtype=dtype,
-        quantization_config=quantization_config(dtype) if load_in_4bit else None,
-        device_map=None if device is None else {"": device},
-        trust_remote_code=trust_remote_code,
-        attn_implementation="sdpa",
-    )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_source(name_or_path),
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization_config(dtype) if load_in_4bit else None,
+            device_map=None if device is None else {"": device},
+            trust_remote_code=trust_remote_code,
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # named by check_loaded
+            output_loading_info=True,
+        )
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        raise ValueError(f"model_name_or_path: the weights of {name_or_path!r} cannot be read ({error})") from None
+    check_loaded(info, model, name_or_path)
     if load_in_4bit:
         keep_4bit_weights_trainable(model)
     return model
+
+
+def check_loaded(info: dict, model: PreTrainedModel, name: str, *, hint: str = "; is it whole?") -> None:
+    """Raise ValueError for the first weight in which `info`, transformers' report on loading, finds a fault.
+
+    A weight that the model has no place for is one where it belongs to a decoder layer: such models compute
+    something else without it.
+    """
+    layers = next((n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)), "layers")
+    in_layers = re.compile(rf"(^|\.){layers.rpartition('.')[2]}\.\d+\.")
+    faults = [f"lacks {weight!r}" for weight in sorted(info["missing_keys"])]
+    for weight, found, expected in sorted(info["mismatched_keys"]):
+        faults.append(f"has {weight!r} of shape {list(found)}, where its config.json says {list(expected)}")
+    faults += [str(message) for message in info["error_msgs"]]
+    surplus = sorted(weight for weight in info["unexpected_keys"] if in_layers.search(weight))
+    faults += [f"has {weight!r}, for which its config.json has no place" for weight in surplus]
+    if faults:
+        raise ValueError(f"model_name_or_path: {name!r} {faults[0]} ({len(faults)} such weights){hint}")
 
 
 def empty_model(
@@ -126,7 +184,7 @@ def empty_model(
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
             )
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"model_name_or_path: config.json of {name!r} describes no model ({error}); mend it") from None

@@ -28,6 +28,7 @@ from component.machine_checks import check_optimizer, check_precision
 from component.model import empty_model
 from component.prompt import eos_id, prompt_template_for
 from component.sequence_parallel import check_sequence_parallel
+from component.weight_checks import check_base, check_vocabulary, has_weights
 
 LEAST = {
     "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
@@ -249,10 +250,13 @@ def check_tokenizer(settings: Settings, config: PretrainedConfig, tokenizer: Pre
     eos_id(tokenizer)
     if settings.data.sft:
         prompt_template_for(tokenizer, settings.data.prompt_template)
-    for name in ("bos_token", "eos_token", "pad_token"):
-        token = getattr(tokenizer, f"{name}_id")
-        if token is not None and token >= config.vocab_size:
-            raise ValueError(
-                f"model_name_or_path: {name} of the tokenizer has id {token}, beyond the model's {config.vocab_size} "
-                "embeddings; give a folder whose tokenizer belongs to the model"
-            )
+    check_vocabulary(tokenizer, config.vocab_size, settings.model.model_name_or_path)
+
+
+def check_weights_at_hand(settings: Settings, config: PretrainedConfig, *, is_dry_run: bool) -> list[str]:
+    """Check the base weights by the headers of their files; a dry run without any gives a notice."""
+    name = settings.model.model_name_or_path
+    trust = settings.model.trust_remote_code
+    check_base(name, config, trust_remote_code=trust, needs_weights=not is_dry_run)
+    lacks_weights = Path(name).is_dir() and not has_weights(Path(name))
+    return [f"model_name_or_path: {name!r} has no weights: a run would end here"] if lacks_weights else []

@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from pickle import UnpicklingError
 from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -19,13 +18,29 @@ WEIGHT_LAYOUTS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
+# What safetensors calls the types that weights are computed with; all others are integers or of 8 bits and fewer.
+FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class SavedWeights:
-    """The weights in a model folder: one file or shards with an index, safetensors or .bin (read without pickle)."""
+    """The weights in a model folder: one file or shards with an index, safetensors or .bin (read without pickle).
+
+    file_of: name -> file. headers: name -> tensor on the meta device, int8 for what is stored in fewer than 16 bits.
+    Raises ValueError for a folder without weights, and for files that are damaged or do not go with their index.
+    """
 
     def __init__(self, folder: Path):
-        self.file_of = find_weight_files(Path(folder))
+        self.file_of: dict[str, Path] = {}
+        self.headers: dict[str, torch.Tensor] = {}
+        files, index = find_weight_files(Path(folder))
+        for file in files:
+            for name, tensor in read_headers(file).items():
+                if name in self.headers:
+                    raise ValueError(f"{str(file)!r} holds {name!r}, which is in {self.file_of[name].name} too")
+                self.file_of[name], self.headers[name] = file, tensor
+        for name, file in index.items():
+            if self.file_of.get(name) != Path(folder) / file:
+                raise ValueError(f"{str(Path(folder) / file)!r} lacks {name!r}, which the index says is in it")
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every weight, one file after another."""
@@ -40,37 +55,76 @@ class SavedWeights:
             return get(name)
 
 
-def find_weight_files(folder: Path) -> dict[str, Path]:
-    """File of each weight. Raises ValueError for a folder without weights or with a shard missing."""
+def find_weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files of `folder`, and for shards the index: name of the weight -> name of the file."""
     for index_name, single_name in WEIGHT_LAYOUTS:
         if (folder / single_name).is_file():
-            with open_weights(folder / single_name) as (names, _):
-                return dict.fromkeys(names, folder / single_name)
+            return [folder / single_name], {}
         if (folder / index_name).is_file():
             index = read_json(folder / index_name, "model_name_or_path")
             weight_map = index.get("weight_map") if isinstance(index, dict) else None
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"model_name_or_path: {str(folder / index_name)!r} lists no weights; is it whole?")
-            missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+            if not isinstance(index.get("metadata"), dict):
+                raise ValueError(f"model_name_or_path: {str(folder / index_name)!r} has no metadata; is it whole?")
+            for file in weight_map.values():
+                if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+                    raise ValueError(
+                        f"model_name_or_path: {str(folder / index_name)!r} names {file!r}, which is no file of its "
+                        "folder; download the model again"
+                    )
+            files = sorted(set(weight_map.values()))
+            missing = [file for file in files if not (folder / file).is_file()]
             if missing:
                 raise ValueError(f"model_name_or_path: {str(folder)!r} lacks {missing[0]}; download the model again")
-            return {name: folder / file for name, file in weight_map.items()}
+            return [folder / file for file in files], weight_map
     names = ", ".join(name for layout in WEIGHT_LAYOUTS for name in layout)
     raise ValueError(f"model_name_or_path: {str(folder)!r} has no weights (looked for {names})")
 
 
 @contextmanager
-def open_weights(file: Path):
-    """Yield (names, function from name to tensor) of one weight file; tensors are read when asked for."""
+def open_weights(file: Path, *, headers_only: bool = False):
+    """Yield (names, function from name to tensor) of one weight file; tensors are read when asked for.
+
+    headers_only: from name to safetensors' slice instead, which knows shape and type without reading.
+    """
     try:
         if file.suffix == ".safetensors":
             opened = safe_open(file, framework="pt")
         else:
             opened = nullcontext(torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file)))
-    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as weights ({error}); is the file complete?") from None
+    except Exception as error:
+        # What torch adds from its second sentence on is advice to load the file without weights_only.
+        cause = str(error).split(". ")[0] or "it is empty"
+        raise ValueError(f"{str(file)!r} cannot be read as weights ({cause}); is the file complete?") from None
     with opened as weights:
-        yield list(weights.keys()), weights.__getitem__ if isinstance(weights, dict) else weights.get_tensor
+        if isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values()):
+            yield list(weights), weights.__getitem__
+        elif file.suffix == ".safetensors":
+            yield list(weights.keys()), weights.get_slice if headers_only else weights.get_tensor
+        else:
+            raise ValueError(f"{str(file)!r} cannot be read as weights (it holds something else); give saved weights")
+
+
+def read_headers(file: Path) -> dict[str, torch.Tensor]:
+    """Shapes and types of the tensors in one weight file, as tensors on the meta device (see SavedWeights)."""
+    headers = {}
+    with open_weights(file, headers_only=True) as (names, get):
+        for name in names:
+            header = get(name)
+            if isinstance(header, torch.Tensor):
+                shape, dtype = header.shape, header.dtype
+            else:
+                shape, dtype = header.get_shape(), FLOAT_TYPES.get(header.get_dtype())
+            dtype = dtype if dtype in FLOAT_TYPES.values() else torch.int8
+            headers[name] = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    return headers
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of one weight file."""
+    with open_weights(file) as (names, get):
+        return {name: get(name) for name in names}
 
 
 class CheckpointNames:

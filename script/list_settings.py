@@ -24,7 +24,7 @@ Keys are those below and those of transformers'
 [TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments).
 A key alone on the command line is true. Relative input paths are looked up below the working directory, then below
 the repository. An unknown key, a value of the wrong type or a missing file ends the run with one line and exit code 2
-before anything is loaded. `--dry_run` checks everything but the weights.
+before anything is loaded. `--dry_run` checks everything, weights by the headers of their files.
 
 This file is written by `python script/list_settings.py`.
 """

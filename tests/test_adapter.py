@@ -1,23 +1,27 @@
 """What is trained, that all of it is saved, and that stock PEFT reads it back. fp32, tolerance 1e-5 on logits."""
 
+import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import save_tiny_model, tiny_config
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from component.adapter import AdapterConfig, attach_adapter, trainable_table
 from component.adapter_folder import save_adapter
-from component.context import extend_rope
+from component.context import ContextRequest, extend_rope
 from component.inference import load_for_inference
 from component.loss_binding import bind_chunked_loss
+from component.merge import merge
 from component.model import keep_4bit_weights_trainable, load_config, load_model
 
 CPU = torch.device("cpu")
 IDS = torch.randint(4, 320, (2, 24), generator=torch.Generator().manual_seed(0))
+PADDED_IDS = torch.cat([IDS, torch.tensor([[320], [320]])], dim=1)  # ends with the first token beyond the vocabulary
 
 
 def load_base(folder, *, load_in_4bit=False, context=128):
@@ -39,7 +43,7 @@ def train_briefly(model, num_steps=3):
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("embedding,norm", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("embedding,norm", [(False, False), (True, False), ("input", True), (True, True)])
 def test_stock_peft_gives_the_same_logits(tmp_path, tiny_tokenizer, load_in_4bit, tied, embedding, norm):
     base = save_tiny_model(tmp_path / "base", tiny_tokenizer, tiny_config(tie_word_embeddings=tied))
     config = AdapterConfig(
@@ -62,8 +66,26 @@ def test_stock_peft_gives_the_same_logits(tmp_path, tiny_tokenizer, load_in_4bit
     untrained = load_base(base, load_in_4bit=load_in_4bit)
     assert not torch.allclose(untrained.eval()(input_ids=IDS).logits, expected, rtol=0, atol=1e-2)
     names = " ".join(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    assert ("embed_tokens" in names) == embedding and ("input_layernorm" in names) == norm
+    assert ("embed_tokens" in names) == bool(embedding) and ("input_layernorm" in names) == norm
+    assert ("lm_head" in names) == (embedding is True and not tied)
     assert ("model.norm" in names) == norm
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_input_embedding_alone_is_trained_and_merged(tmp_path, tiny_tokenizer, tied):
+    """LongLoRA's "embed": a tied output embedding is the same weight, an untied one stays as it is."""
+    base = save_tiny_model(tmp_path / "base", tiny_tokenizer, tiny_config(tie_word_embeddings=tied))
+    model = load_base(base)
+    bind_chunked_loss(model)
+    model = train_briefly(attach_adapter(model, AdapterConfig("lora", lora_rank=4, train_embedding="input")))
+    expected = model(input_ids=IDS).logits
+    save_adapter(model, tmp_path / "adapter")
+    merge(None, str(tmp_path / "adapter"), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert torch.allclose(merged(input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
+    before, after = load_base(base), merged
+    assert not torch.equal(after.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    assert torch.equal(after.get_output_embeddings().weight, before.get_output_embeddings().weight) is not tied
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -174,6 +196,69 @@ def test_upstream_checkpoint_folder(tmp_path, tiny_model_dir, prefix):
     expected = expected_model.eval()(input_ids=IDS).logits
     loaded = load_for_inference(str(tiny_model_dir), adapter_name_or_path=str(folder))
     assert torch.allclose(loaded.model(input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
+
+
+def longlora_folder(folder: Path, base: Path, tokenizer, *, as_safetensors: bool) -> torch.nn.Module:
+    """A checkpoint in the form of LongLoRA's releases, for a vocabulary with [PAD]; returns the model behind it.
+
+    The steps are those of its fine-tune.py and get_trainable_weights.py: [PAD] is added, the embeddings grow by the
+    mean of their rows, LoRA goes on attention, embedding and norms are trained in place, and saved beside the LoRA.
+    """
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model.resize_token_embeddings(len(tokenizer))
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight.data[-1:] = layer.weight.data[:-1].mean(dim=0, keepdim=True)
+    lora = LoraConfig("CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    model = get_peft_model(model, lora)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or "embed" in name or "norm" in name)
+    train_briefly(model)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    lora_weights = {name.replace("default.", ""): w for name, w in weights.items() if "lora" in name}
+    folder.mkdir()
+    if as_safetensors:
+        save_file(lora_weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    else:
+        torch.save(lora_weights, folder / "adapter_model.bin")
+    rest = {name: w for name, w in weights.items() if "lora" not in name and ("embed" in name or "norm" in name)}
+    torch.save(rest, folder / "trainable_params.bin")
+    model.peft_config["default"].save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("as_safetensors", [False, True])
+def test_longlora_checkpoint_with_a_pad_token(tmp_path, tiny_tokenizer, tied, as_safetensors):
+    """Its embeddings have a row more than the base's, and its output embedding, where untied, is not in the file."""
+    base = save_tiny_model(tmp_path / "base", tiny_tokenizer, tiny_config(tie_word_embeddings=tied))
+    expected = longlora_folder(tmp_path / "adapter", base, tiny_tokenizer, as_safetensors=as_safetensors)
+    expected = expected(input_ids=PADDED_IDS).logits
+    words = {"adapter_name_or_path": str(tmp_path / "adapter"), "context": ContextRequest(context_size=64)}
+    loaded = load_for_inference(str(base), **words)
+    assert loaded.config.vocab_size == loaded.model.config.vocab_size == len(loaded.tokenizer) == 321
+    found = loaded.model(input_ids=PADDED_IDS).logits
+    assert found.shape[-1] == 321
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    in_4bit = load_for_inference(str(base), **words, load_in_4bit=True).model(input_ids=PADDED_IDS).logits
+    assert in_4bit.shape == expected.shape and (in_4bit - expected).abs().max() < 1
+    merge(str(base), str(tmp_path / "adapter"), tmp_path / "merged", context=ContextRequest(context_size=64))
+    merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values()) and merged.config.vocab_size == 321
+    torch.testing.assert_close(merged(input_ids=PADDED_IDS).logits, expected, rtol=0, atol=1e-5)
+    assert load_for_inference(str(tmp_path / "merged")).tokenizer.pad_token_id == 320
+
+
+def test_longlora_checkpoint_in_the_scripts(tmp_path, tiny_tokenizer, tiny_model_dir, run_script):
+    longlora_folder(tmp_path / "adapter", tiny_model_dir, tiny_tokenizer, as_safetensors=False)
+    words = ["--base_model", tiny_model_dir, "--peft_model", tmp_path / "adapter", "--context_size", 64]
+    (tmp_path / "data.bin").write_bytes(torch.arange(200, dtype=torch.uint16).numpy().tobytes())
+    evaluated = run_script("script/evaluate/evaluate.py", *words, "--data_path", tmp_path / "data.bin", "--seq_len", 32)
+    assert evaluated.returncode == 0 and "perplexity" in evaluated.stdout, evaluated.stderr[-1000:]
+    answered = run_script("script/inference/chat.py", *words, "--max_new_tokens", 3, input="the quick\n")
+    assert answered.returncode == 0, answered.stderr[-1000:]
 
 
 def test_upstream_folder_with_a_strange_weight_is_refused(tmp_path, tiny_model_dir):

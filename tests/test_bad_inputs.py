@@ -29,6 +29,7 @@ CHANGES = {
     "rank fraction": ({"lora_rank": 1.5}, ["lora_rank", "1.5"]),
     "rank boolean": ({"lora_rank": True}, ["lora_rank", "True"]),
     "rank list": ({"lora_rank": [8]}, ["lora_rank", "[8]"]),
+    "embedding": ({"train_embedding": "output"}, ["train_embedding", "'output'", "true, false or input"]),
     "dropout one": ({"lora_dropout": 1}, ["lora_dropout", "[0, 1)", "1"]),
     "alpha negative": ({"lora_alpha": -1}, ["lora_alpha", "-1"]),
     "boolean word": ({"fp16": "maybe"}, ["fp16", "'maybe'", "true or false"]),
@@ -312,7 +313,9 @@ def test_a_model_that_is_no_causal_language_model(folder, write, refused):
     refused(write(changes), words_of_error=["model_name_or_path", "t5", "no causal language model"])
 
 
-@pytest.mark.parametrize(("model", "words"), [("endless", ["EOS", "eos_token"]), ("small", ["pad_token", "3"])])
+@pytest.mark.parametrize(
+    ("model", "words"), [("endless", ["EOS", "eos_token"]), ("small", ["tokenizer", "ids up to 319", "3 embeddings"])]
+)
 def test_a_bad_tokenizer(model, words, folder, write, refused):
     refused(write({"model_name_or_path": str(folder / model)}), "--dry_run", words_of_error=words)
 

@@ -100,7 +100,7 @@ def test_weights_are_counted_by_what_they_are():
     assert plain.static - fast.static == pytest.approx(linear * (2 - 4.127 / 8), rel=1e-3)
     trained = predict(LLAMA_7B, replace(run, weights="trained", stream_bytes=4), LADDER[0])
     assert trained.static == (linear + embedding) * 12 and trained.gradients == (linear + embedding) * 4
-    embeds = predict(LLAMA_7B, replace(run, trains_embedding=True), LADDER[0])
+    embeds = predict(LLAMA_7B, replace(run, num_trained_embeddings=2), LADDER[0])
     assert embeds.static - fast.static == embedding * (4 - 2 + 8), "no frozen twin"
 
 

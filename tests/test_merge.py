@@ -253,12 +253,19 @@ FAULTS = {
         "lora_magnitude_vector",
     ),
     "shape": (lambda f: edit_adapter(f, lambda w: w.update({f"{Q}.lora_B.weight": torch.ones(32, 4)})), "do not fit"),
-    "vocabulary": (
+    "smaller vocabulary": (
         lambda f: edit_adapter(
-            f, lambda w: w.update({"base_model.model.model.embed_tokens.weight": torch.ones(321, 64)})
+            f, lambda w: w.update({"base_model.model.model.embed_tokens.weight": torch.ones(319, 64)})
         ),
-        "vocabulary size",
+        "vocabulary of 319",
     ),
+    "larger vocabulary": (
+        lambda f: edit_adapter(
+            f, lambda w: w.update({"base_model.model.model.embed_tokens.weight": torch.ones(325, 64)})
+        ),
+        "vocabulary of 325",
+    ),
+    "no weights": (lambda f: edit_adapter(f, lambda w: w.clear()), "holds no weights"),
     "not finite": (
         lambda f: edit_adapter(f, lambda w: w.update({f"{Q}.lora_B.weight": torch.full((64, 4), float("nan"))})),
         "not finite",
@@ -304,7 +311,7 @@ def test_a_faulty_base_is_refused(tiny_model_dir, tmp_path):
     (base / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="has no weights"):
         merge(str(base), str(adapter), tmp_path / "out")
-    (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    (base / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(ValueError, match="lacks model-1.safetensors"):
         merge(str(base), str(adapter), tmp_path / "out")
     assert not (tmp_path / "out").exists()
