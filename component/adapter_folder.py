@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from component.cli import require_folder
 from component.files import read_json
+from component.saved_folder import save_config
 from component.weight_shards import read_headers, read_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -39,7 +40,7 @@ def save_adapter(model: PeftModel, folder: str | Path, *, state_dict: dict[str, 
     config = copy.deepcopy(model.get_base_model().config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.save_pretrained(folder)
+    save_config(config, folder)
 
 
 def read_adapter_config(folder: str | Path) -> dict:

@@ -35,7 +35,13 @@ def context_length(config: PretrainedConfig) -> int:
     dual_chunk = getattr(config, DUAL_CHUNK_KEY, None)
     if dual_chunk and "max_position_embeddings" in dual_chunk:
         return dual_chunk["max_position_embeddings"]
-    return context_of_rope(getattr(config, "rope_parameters", None) or {}, config.max_position_embeddings)
+    return rope_context(config)
+
+
+def rope_context(config: PretrainedConfig) -> int:
+    """Tokens that RoPE alone covers."""
+    original = getattr(config, "original_max_position_embeddings", None)
+    return context_of_rope(getattr(config, "rope_parameters", None) or {}, config.max_position_embeddings, original)
 
 
 def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
@@ -55,7 +61,7 @@ def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
 
 def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:
     known = getattr(config, DUAL_CHUNK_KEY, None) or {}
-    own_length = context_of_rope(getattr(config, "rope_parameters", None) or {}, config.max_position_embeddings)
+    own_length = rope_context(config)
     pretraining = request.pretraining_length or known.get("original_max_position_embeddings") or own_length
     if request.rope_type is None and pretraining > own_length:
         raise ValueError(
@@ -99,7 +105,7 @@ def extend_rope(
     `original_rope_theta`, and travel with every saved config. None leaves the config as it is.
     """
     check_rope_request(rope_type, rope_theta, target)
-    present = context_of_rope(getattr(config, "rope_parameters", None) or {}, config.max_position_embeddings)
+    present = rope_context(config)
     if target is None:
         if rope_type is not None:
             raise ValueError(f"rope_type: {rope_type} has no effect without a context to reach; give its length too")
@@ -125,6 +131,13 @@ def extend_rope(
     config.original_max_position_embeddings = decision.original_max_position_embeddings
     config.original_rope_theta = decision.original_rope_theta
     config.max_position_embeddings = decision.max_position_embeddings
+    if getattr(config, "head_dim", 0) is None:
+        # transformers 5.23 multiplies it by the part that is rotated in YaRN and dynamic NTK (Mixtral).
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    try:
+        config.validate_rope()
+    except ValueError as error:
+        raise ValueError(f"rope_type: cannot scale {config.model_type} ({error})") from None
     kind, factor = decision.rope_parameters["rope_type"], decision.rope_parameters.get("factor")
     how = f"{kind} x{factor:g}" if factor else f"base {decision.rope_parameters['rope_theta']:g}"
     return f"context {decision.original_max_position_embeddings} -> {target} tokens, RoPE {how}"

@@ -20,10 +20,11 @@ from component.adapter_folder import adapter_vocabulary, embedding_names, grown
 from component.adapter_updates import AdapterUpdates, read_updates, updated
 from component.context import ContextRequest, context_length
 from component.distributed import is_main_process
-from component.files import atomic_folder, read_json, write_json
+from component.files import atomic_folder, write_json
 from component.inference import resolve_config, tokenizer_source
 from component.model import empty_model, linear_layers, load_config, load_tokenizer, model_source
 from component.run_record import read_run_record, save_run_record, software_versions
+from component.saved_folder import mend_tokenizer_config, save_config
 from component.weight_checks import check_vocabulary, check_weights
 from component.weight_shards import CheckpointNames, SavedWeights, ShardWriter
 
@@ -120,7 +121,7 @@ def merge(
         config.vocab_size = num_embeddings
         config.dtype = dtype
         config.architectures = [type(model).__name__]
-        config.save_pretrained(output)
+        save_config(config, output)
         copy_companions(folder, Path(adapter_name_or_path), output, config, with_code=trust_remote_code)
         record = {
             "base_model_name_or_path": base,
@@ -191,8 +192,9 @@ def base_folder(base: str) -> Path:
 def copy_companions(base: Path, adapter: Path, output: Path, config: PretrainedConfig, *, with_code: bool) -> None:
     """Copy tokenizer (the adapter's where it has one), generation config and run record beside the weights."""
     tokenizer_source = adapter if (adapter / "tokenizer_config.json").is_file() else base
-    files = [file for pattern in TOKENIZER_FILES for file in tokenizer_source.glob(pattern)]
-    files.append(base / "generation_config.json")
+    # The sentencepiece model of the base too, which adapter folders of earlier versions lack.
+    files = [*base.glob("tokenizer.model"), base / "generation_config.json"]
+    files += [file for pattern in TOKENIZER_FILES for file in tokenizer_source.glob(pattern)]
     if with_code and getattr(config, "auto_map", None):
         files += base.glob("*.py")
     for file in files:
@@ -201,6 +203,4 @@ def copy_companions(base: Path, adapter: Path, output: Path, config: PretrainedC
     run_record = read_run_record(adapter)
     if run_record is not None:
         save_run_record(output, run_record)
-    tokenizer_config = output / "tokenizer_config.json"
-    if tokenizer_config.is_file():
-        write_json(tokenizer_config, {**read_json(tokenizer_config), "model_max_length": context_length(config)})
+    mend_tokenizer_config(output, model_max_length=context_length(config))

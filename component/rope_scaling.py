@@ -130,10 +130,22 @@ ROPE_METHODS: dict[str, Callable[[RopeTarget], dict]] = {
 }
 
 
-def context_of_rope(rope_parameters: dict, max_position_embeddings: int) -> int:
-    """Tokens that a model reads whose config says so: its length, times the factor for `dynamic`."""
-    if rope_parameters.get("rope_type") == "dynamic":
-        return round(max_position_embeddings * rope_parameters.get("factor", 1.0))
+def context_of_rope(
+    rope_parameters: dict, max_position_embeddings: int, original_max_position_embeddings: int | None = None
+) -> int:
+    """Tokens that a model reads whose config says so.
+
+    With `linear`, max_position_embeddings is the length reached where the config states a shorter original length
+    (what is saved here), and else the original length, to be multiplied (LongLoRA, LongChat). YaRN's factor counts
+    from the original length, which Qwen's configs repeat as max_position_embeddings.
+    """
+    rope_type, factor = rope_parameters.get("rope_type"), rope_parameters.get("factor") or 1.0
+    original = original_max_position_embeddings or rope_parameters.get("original_max_position_embeddings")
+    original = original or max_position_embeddings
+    if rope_type == "dynamic" or (rope_type == "linear" and original >= max_position_embeddings):
+        return round(max_position_embeddings * factor)
+    if rope_type == "yarn":
+        return max(max_position_embeddings, round(original * factor))
     return max_position_embeddings
 
 
@@ -173,7 +185,7 @@ def scale_rope(
     """
     check_rope_request(rope_type, rope_theta, model_max_length)
     present_type = rope_parameters.get("rope_type", "default")
-    present = context_of_rope(rope_parameters, max_position_embeddings)
+    present = context_of_rope(rope_parameters, max_position_embeddings, original_max_position_embeddings)
     present_theta = rope_parameters["rope_theta"]
     original = (
         original_max_position_embeddings
@@ -206,5 +218,5 @@ def scale_rope(
     is_same = scaled["rope_type"] == present_type
     kept = {key: rope_parameters[key] for key in rope_parameters if is_same or key == "partial_rotary_factor"}
     scaled = {**scaled, **{key: value for key, value in kept.items() if key not in changed}}
-    length = original if method == "dynamic" else max(model_max_length, max_position_embeddings)
-    return RopeDecision(scaled, original, base, length, max(model_max_length, present))
+    length = max(model_max_length, present)
+    return RopeDecision(scaled, original, base, original if method == "dynamic" else length, length)

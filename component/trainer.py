@@ -19,6 +19,7 @@ from component.distributed import barrier, is_main_process
 from component.files import atomic_folder
 from component.plot import plot_loss_curve
 from component.run_record import save_run_record
+from component.saved_folder import save_config, save_tokenizer
 from component.sequence_parallel import PartCollator, share_rows
 
 logger = logging.getLogger("longqlora")
@@ -121,7 +122,8 @@ class LongContextTrainer(Trainer):
             save_adapter(model, folder, state_dict=state_dict)
         else:
             model.save_pretrained(folder, state_dict=state_dict)
-        self.processing_class.save_pretrained(folder)
+            save_config(model.config, folder)
+        save_tokenizer(self.processing_class, folder)
         save_run_record(folder, self.run_record)
 
     def save_final(self) -> Path:

@@ -189,9 +189,49 @@ def test_contradicting_requests(options, text):
 def test_a_released_config_that_kept_its_old_length():
     """LongLoRA's models say factor 8 and max_position_embeddings 4096."""
     linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}
-    assert decide(32768, linear, length=4096).rope_parameters["factor"] == 8
-    with pytest.raises(ValueError, match="original_max_position_embeddings"):
-        decide(8192, linear, length=4096)
+    for target in (8192, 32768):
+        assert decide(target, linear, length=4096).context_length == 32768
+    further = decide(65536, linear, length=4096)
+    assert (further.rope_parameters["factor"], further.original_max_position_embeddings) == (16, 4096)
+    with pytest.raises(ValueError, match="already interpolated"):
+        decide(16384, linear, length=8192, original_max_position_embeddings=4096)
+
+
+LINEAR_X2 = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+YARN_X4 = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA_31 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}  # fmt: skip
+CONFIGS = {
+    "unscaled": ({}, 4096, 4096),
+    "LongLoRA, LongChat, LongQLoRA's releases": ({"rope_parameters": LINEAR_X2}, 4096, 8192),
+    "saved here": ({"rope_parameters": LINEAR_X2, "original_max_position_embeddings": 4096}, 8192, 8192),
+    "dynamic": ({"rope_parameters": {**LINEAR_X2, "rope_type": "dynamic"}}, 4096, 8192),
+    "Qwen2.5 with YaRN": ({"rope_parameters": YARN_X4}, 32768, 131072),
+    "Qwen3 with YaRN": ({"rope_parameters": YARN_X4}, 40960, 131072),
+    "YaRN, the length reached": ({"rope_parameters": YARN_X4}, 131072, 131072),
+    "Llama 3.1": ({"rope_parameters": LLAMA_31}, 131072, 131072),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_how_far_a_config_reads(name):
+    values, length, expected = CONFIGS[name]
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    config = tiny_config(max_position_embeddings=length, **values)
+    assert context_length(config) == expected
+    assert "unchanged" in extend_rope(config, expected) and config.max_position_embeddings == length
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "dynamic"])
+def test_a_config_without_head_dim_makes_a_model(rope_type):
+    config = tiny_config("mixtral", head_dim=None)
+    extend_rope(config, 128, rope_type)
+    assert len(LlamaRotaryEmbedding(config).inv_freq) == 8
+
+
+def test_a_model_that_has_a_scaling_of_its_own_is_refused_before_it_is_trained():
+    with pytest.raises(ValueError, match="rope_type: cannot scale phi3 .*longrope"):
+        extend_rope(tiny_config("phi3"), 128)
 
 
 @pytest.mark.parametrize("rope_type", ["llama3", "yarn", "dynamic", "longrope"])

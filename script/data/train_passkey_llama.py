@@ -40,6 +40,7 @@ from component.passkey import (  # noqa: E402
     encode_after_newline,
     make_trials,
 )
+from component.saved_folder import save_config, save_tokenizer  # noqa: E402
 
 CONTEXT, VOCAB_SIZE, BATCH_TOKENS = 256, 512, 2048
 NUM_TEST_TRIALS, TEST_SEED = 20, 12345
@@ -206,7 +207,8 @@ def main() -> None:
     figures = train(model, rows, args)
     with atomic_folder(args.output_dir) as folder:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_config(model.config, folder)
+        save_tokenizer(tokenizer, folder)
         results = ask(folder)
         settings = {"context": CONTEXT, "learning_rate": args.learning_rate, "seed": args.seed}
         test = {"passkey_seed": TEST_SEED, "passkey": accuracy_cells(results)}

@@ -13,6 +13,7 @@ training.json (figures for the model card, loss by position on unseen files).
 import argparse
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.saved_folder import save_config, save_tokenizer  # noqa: E402
 
 CONTEXT, VOCAB_SIZE, BATCH_SIZE = 256, 2048, 16
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -112,10 +117,10 @@ def main() -> None:
     def save(final_figures: dict) -> None:
         partial = args.output_dir.with_name(args.output_dir.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict()).to(
-            torch.bfloat16
-        ).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        halved = LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict()).bfloat16()
+        halved.save_pretrained(partial)
+        save_config(halved.config, partial)
+        save_tokenizer(tokenizer, partial)
         (partial / "training.json").write_text(json.dumps(final_figures, indent=1) + "\n")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for file in partial.iterdir():
