@@ -13,6 +13,7 @@ training.json (figures for the model card, loss by position on unseen files).
 import argparse
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -22,8 +23,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.cli import run_main  # noqa: E402
+from component.files import partial_name  # noqa: E402
+from component.outputs import OutputFolder, check_outputs  # noqa: E402
+
 CONTEXT, VOCAB_SIZE, BATCH_SIZE = 256, 2048, 16
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
+RECORD = "training.json"
 
 
 def read_texts(file: Path) -> list[str]:
@@ -94,6 +102,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="of Muon and AdamW (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     args = parser.parse_args()
+    check_outputs({"--output_dir": OutputFolder(args.output_dir, RECORD)}, {"--corpus_dir": args.corpus_dir})
     torch.manual_seed(args.seed)
     generator = np.random.default_rng(args.seed)
 
@@ -110,13 +119,13 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(ids)} training tokens")
 
     def save(final_figures: dict) -> None:
-        partial = args.output_dir.with_name(args.output_dir.name + ".partial")
+        partial = partial_name(args.output_dir)
         shutil.rmtree(partial, ignore_errors=True)
         LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict()).to(
             torch.bfloat16
         ).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "training.json").write_text(json.dumps(final_figures, indent=1) + "\n")
+        (partial / RECORD).write_text(json.dumps(final_figures, indent=1) + "\n")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for file in partial.iterdir():
             file.replace(args.output_dir / file.name)
@@ -166,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
