@@ -90,13 +90,11 @@ def check_model_arguments(args: argparse.Namespace) -> None:
 
 def model_sources(model_name_or_path: str | None, adapter_name_or_path: str | None) -> dict[str, str | None]:
     """What loading a model reads, for `component.outputs`: the base that an adapter names is one of them."""
-    from component.adapter_folder import base_model_of
+    if adapter_name_or_path and not model_name_or_path:
+        from component.adapter_folder import base_model_of
 
-    named = base_model_of(adapter_name_or_path) if adapter_name_or_path and not model_name_or_path else None
-    return {
-        "--model_name_or_path": model_name_or_path or named,
-        "--adapter_name_or_path": adapter_name_or_path,
-    }
+        model_name_or_path = base_model_of(adapter_name_or_path)
+    return {"--model_name_or_path": model_name_or_path, "--adapter_name_or_path": adapter_name_or_path}
 
 
 def load_from_arguments(args: argparse.Namespace):
