@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from component.cli import run_main  # noqa: E402
+from component.outputs import check_results  # noqa: E402
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PACKED_METHODS = ("s2_packed", "s2_masked", "full_packed", "full_masked")
@@ -196,10 +197,7 @@ def table(length: int, group_size: int, results: dict[str, dict]) -> str:
 def main() -> None:
     args = parse_args()
     check_args(args)
-    if args.plot:
-        from component.plot import require_matplotlib
-
-        require_matplotlib(args.plot)
+    check_results(args, {})
 
     import torch
 

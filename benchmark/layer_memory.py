@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from component.cli import run_main  # noqa: E402
+from component.outputs import check_results  # noqa: E402
 
 # (MLP width over hidden size, heads, key/value heads, hidden size): Llama-2.
 RATIOS = {"7b": (43 / 16, 32, 32, 4096), "13b": (2.7, 40, 40, 5120), "70b": (3.5, 64, 8, 8192)}
@@ -116,10 +117,7 @@ def main() -> None:
     args = parse_args()
     if args.seq_len < 64 or args.hidden_size < 320 or args.hidden_size % 320 or args.tile_size < 1:
         raise ValueError("--seq_len: at least 64; --hidden_size: a multiple of 320; --tile_size: at least 1")
-    if args.plot:
-        from component.plot import require_matplotlib
-
-        require_matplotlib(args.plot)
+    check_results(args, {})
 
     from dataclasses import replace
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark.train_step import DTYPE_NAMES  # noqa: E402
 from component.cli import run_main  # noqa: E402
 from component.device_memory import parse_size  # noqa: E402
+from component.outputs import check_results  # noqa: E402
 
 SETS = ("checkpointing", "fast", "balanced", "max_length")
 OUT_OF_MEMORY = "out of memory"
@@ -153,12 +154,9 @@ def plot_lengths(results: dict[str, dict], cap: str, path: Path) -> None:
 def main() -> None:
     args = parse_args()
     cap = check_args(args)
+    check_results(args, {"--shape": args.shape})
     from component.files import write_json
 
-    if args.plot:
-        from component.plot import require_matplotlib
-
-        require_matplotlib(args.plot)
     results = {}
     print(f"{'set':<16}{'predicted':>12}{'trains':>12}")
     for name in args.sets:

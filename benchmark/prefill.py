@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark.train_step import DTYPE_NAMES, MIB, limit_memory, use_v100_kernels  # noqa: E402
 from component.cli import run_main  # noqa: E402
 from component.device_memory import parse_size  # noqa: E402
+from component.outputs import check_results  # noqa: E402
 
 METHODS = ("dca", "sdpa_with_past", "sdpa")
 
@@ -140,6 +141,7 @@ def table(results: dict[str, dict]) -> str:
 def main() -> None:
     args = parse_args()
     cap = check_args(args)
+    check_results(args, {"--shape": args.shape})
 
     import torch
 

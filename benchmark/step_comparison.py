@@ -15,10 +15,6 @@ OWN = ("ours, s2", "ours, full")
 
 def compare_steps(args: argparse.Namespace) -> None:
     """Run train_step.py for ours, with S2-Attn and with full attention, and for each of args.peers; print the table."""
-    if args.plot:
-        from component.plot import require_matplotlib
-
-        require_matplotlib(args.plot)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in (*OWN, *args.peers):

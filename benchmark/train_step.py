@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from component.cli import run_main  # noqa: E402
 from component.device_memory import is_out_of_memory, parse_size  # noqa: E402
+from component.outputs import check_results  # noqa: E402
 
 # Peers, the package that each needs, and whether it runs on a GPU only.
 PEERS = {
@@ -140,6 +141,7 @@ def use_v100_kernels() -> None:
 def main() -> None:
     args = parse_args()
     cap = check_args(args)
+    check_results(args, {"--shape": args.shape})
     if args.peers:
         from benchmark.step_comparison import compare_steps
 

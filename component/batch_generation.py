@@ -35,7 +35,7 @@ def read_prompts(path: str | os.PathLike, flag: str) -> list[dict]:
 
 def partial_path(path: Path) -> Path:
     """Where the answers gather until all are there."""
-    return path.with_name(f"{path.name}.partial")
+    return Path(f"{path}.partial")
 
 
 def write_answers(path: Path, prompts: list[dict], answer_prompt: Callable[[int], Generation]) -> None:

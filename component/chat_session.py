@@ -11,6 +11,7 @@ from pathlib import Path
 from component.cli import one_line
 from component.documents import read_document, with_documents
 from component.files import write_json
+from component.outputs import check_outputs
 
 HELP = """\
 /file PATH   read a document (pdf, epub, html, md, txt) into the conversation
@@ -131,8 +132,9 @@ class ChatSession:
             messages += _as_messages(turn.question, turn.answer)
         documents = [{"path": document.path, "text": document.text} for document in self.documents]
         target = Path(path).expanduser()
-        if target.is_dir():
-            raise ValueError(f"/save: {path!r} is a folder; give the path of a file")
+        check_outputs({"/save": target}, {})
+        if target.exists():
+            raise ValueError(f"/save: {path!r} exists; give another name")
         write_json(target, {"messages": messages, "documents": documents})
 
     def run_command(self, line: str) -> CommandResult:

@@ -88,6 +88,15 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     check_context_arguments(args)
 
 
+def model_sources(model_name_or_path: str | None, adapter_name_or_path: str | None) -> dict[str, str | None]:
+    """What loading a model reads, for `component.outputs`: the base that an adapter names is one of them."""
+    if adapter_name_or_path and not model_name_or_path:
+        from component.adapter_folder import base_model_of
+
+        model_name_or_path = base_model_of(adapter_name_or_path)
+    return {"--model_name_or_path": model_name_or_path, "--adapter_name_or_path": adapter_name_or_path}
+
+
 def load_from_arguments(args: argparse.Namespace):
     """Load what `add_model_arguments` parsed; returns `component.inference.LoadedModel`."""
     check_model_arguments(args)

@@ -23,6 +23,7 @@ from component.distributed import is_main_process
 from component.files import atomic_folder, write_json
 from component.inference import resolve_config, tokenizer_source
 from component.model import empty_model, linear_layers, load_config, load_tokenizer, model_source
+from component.outputs import OutputFolder, check_outputs
 from component.run_record import read_run_record, save_run_record, software_versions
 from component.saved_folder import mend_tokenizer_config, save_config
 from component.weight_checks import check_vocabulary, check_weights
@@ -76,7 +77,8 @@ def merge(
             f"--context_size: {str(adapter_name_or_path)!r} has no config.json, so give the context of its training, "
             f"in tokens (the base model has {context_length(config)})"
         )
-    check_save_path(save_path, [Path(base), Path(adapter_name_or_path)], overwrite=overwrite)
+    sources = {"model_name_or_path": base, "adapter_name_or_path": adapter_name_or_path}
+    check_outputs({"--save_path": OutputFolder(save_path, MERGE_RECORD, overwrite=overwrite)}, sources)
     if getattr(load_config(base, trust_remote_code=trust_remote_code), "quantization_config", None):
         raise ValueError(f"model_name_or_path: {base!r} is saved quantised; give the 16-bit base model")
     if hasattr(config, "quantization_config"):
@@ -163,18 +165,6 @@ def check_updates(
                 f"adapter_name_or_path: the adapter's weights for {name!r} do not fit the base model's {shapes[name]}; "
                 "give the base model of the adapter"
             )
-
-
-def check_save_path(save_path: Path, sources: list[Path], *, overwrite: bool) -> None:
-    """Raise ValueError where saving at `save_path` would lose something."""
-    target = save_path.expanduser().resolve()
-    for source in (source.expanduser().resolve() for source in sources if source.expanduser().exists()):
-        if target.is_relative_to(source) or source.is_relative_to(target):
-            raise ValueError(f"--save_path: {str(save_path)!r} overlaps {str(source)!r}, which is read; choose another")
-    if save_path.exists() and not save_path.is_dir():
-        raise ValueError(f"--save_path: {str(save_path)!r} is a file; give the path of a folder")
-    if save_path.is_dir() and any(save_path.iterdir()) and not overwrite:
-        raise ValueError(f"--save_path: {str(save_path)!r} is not empty; choose another folder or pass --overwrite")
 
 
 def base_folder(base: str) -> Path:

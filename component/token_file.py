@@ -35,8 +35,7 @@ def dtype_for_vocab(vocab_size: int) -> str:
 
 
 def sidecar_path(path: str | os.PathLike) -> Path:
-    path = Path(path)
-    return path.with_name(path.name + ".json")
+    return Path(f"{Path(path)}.json")
 
 
 @dataclass(frozen=True)

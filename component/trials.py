@@ -14,8 +14,6 @@ file as soon as the trial is done; a line cut short by a kill is passed over.
 import glob
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,22 +24,6 @@ from component.distributed import barrier, gather_objects, is_main_process, prin
 from component.files import atomic_file
 
 Trial = Mapping[str, object]
-
-
-def check_output_file(path: str | os.PathLike | None, flag: str = "--output_file") -> Path | None:
-    """Return `path` if a file can be written there; else `ValueError` or `OSError`, before any long work."""
-    if path is None:
-        return None
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{flag}: {str(path)!r} is a folder; give the path of a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"{flag}: cannot write in {str(path.parent)!r} ({error.strerror}); choose another") from None
-    return path
 
 
 def run_trials(

@@ -6,6 +6,7 @@ gradio is imported where it is used, since it is an extra.
 import html
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from component.cli import one_line
 from component.generation import GenerationOptions
@@ -118,9 +119,7 @@ def build_page(conversations: Conversations, facts: str):
 
     defaults = conversations.options
     context_size = conversations.shared.loaded.context_size
-    with gr.Blocks(
-        title="LongQLoRA chat", analytics_enabled=False, delete_cache=(3600, 3600), fill_height=True
-    ) as page:
+    with gr.Blocks(title="LongQLoRA chat", analytics_enabled=False, delete_cache=(60, 600), fill_height=True) as page:
         gr.HTML(f"<h2>LongQLoRA chat</h2><div id='facts'>{html.escape(facts)}</div>", padding=False)
         with gr.Row(scale=1):
             with gr.Column(scale=7):
@@ -186,6 +185,8 @@ def build_page(conversations: Conversations, facts: str):
             conversation, errors = of(request), []
             for path in paths or []:
                 conversation.add_document(path)
+                # gradio lets nothing else than uploads through.
+                Path(path).unlink(missing_ok=True)
                 errors += [conversation.status] if conversation.is_error else []
             if errors:
                 conversation.tell("; ".join(errors), is_error=True)

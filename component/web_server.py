@@ -1,4 +1,4 @@
-"""The server of a web page: where it listens, and what it lets the browser load.
+"""The server of a web page: where it listens, whom it answers, and what it lets the browser load.
 
 Everything comes from here: system fonts, no analytics, and a policy that keeps the browser from loading
 anything from elsewhere, whatever an answer's Markdown may name. gradio is imported where it is used,
@@ -6,7 +6,9 @@ since it is an extra.
 """
 
 import logging
+import os
 import socket
+from pathlib import Path
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -51,24 +53,47 @@ def available_port(host: str, port: int) -> int:
         ) from None
 
 
-def serve(page, css: str, *, host: str, port: int, share: bool, max_upload_mb: int) -> str:
-    """Start the server in a thread; returns the page's URL, or the public one with `share`.
-
-    page: a gradio.Blocks. host, port: as `available_port` found them.
-    """
-    import gradio as gr
+def layers(names, *, max_upload_mb: int, max_total_upload_mb: int) -> list:
+    """The server's ASGI layers, outermost first. names: the component.web_guard.ServerNames it answers to."""
     from starlette.middleware import Middleware
 
+    from component.web_guard import OwnPageOnly, UploadLimit
+
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    return [
+        Middleware(OwnPageOnly, names),
+        Middleware(UploadLimit, folder, max_total_upload_mb * 2**20, max_upload_mb * 2**20),
+        Middleware(LocalResourcesOnly),
+    ]
+
+
+def serve(
+    page, css: str, *, host: str, port: int, share: bool, allowed_hosts: list[str], max_upload_mb: int,
+    max_total_upload_mb: int,
+) -> str:  # fmt: skip
+    """Start the server in a thread; returns the page's URL, or the public one with `share`.
+
+    page: a gradio.Blocks. host, port: as `available_port` found them. allowed_hosts: further names it is asked for by.
+    Uploads are kept in GRADIO_TEMP_DIR.
+    """
+    import gradio as gr
+
+    from component.web_guard import ServerNames
+
+    names = ServerNames(host, allowed_hosts)
+    limits = {"max_upload_mb": max_upload_mb, "max_total_upload_mb": max_total_upload_mb}
     bare_host = host.strip("[]")
     server_host = f"[{bare_host}]" if ":" in bare_host else bare_host
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     _, local_url, share_url = page.queue(api_open=False).launch(
         theme=gr.themes.Default(primary_hue="indigo", neutral_hue="slate", **fonts), css=css,
-        app_kwargs={"middleware": [Middleware(LocalResourcesOnly)]}, max_file_size=max_upload_mb * 2**20,
+        app_kwargs={"middleware": layers(names, **limits)}, max_file_size=max_upload_mb * 2**20,
         server_name=server_host, server_port=port, share=share, prevent_thread_lock=True,
         quiet=True, footer_links=[], run_history=False, ssr_mode=False, inbrowser=False, inline=False,
         enable_monitoring=False, show_error=True, pwa=False,
     )  # fmt: skip
+    if share_url:
+        names.add(share_url)
     return share_url or local_url
 
 

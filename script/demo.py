@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,6 +25,7 @@ sys.path.insert(0, str(REPO))
 from component.cli import run_main  # noqa: E402
 from component.distributed import print_main  # noqa: E402
 from component.files import read_json, write_json  # noqa: E402
+from component.outputs import OutputFolder, check_outputs  # noqa: E402
 from component.plot import plot_loss_by_position, plot_perplexity  # noqa: E402
 
 BASE = REPO / "data" / "tiny-llama"
@@ -127,9 +127,10 @@ def main() -> None:
     started, steps, out = time.monotonic(), Steps(), args.output_dir.resolve()
     corpus, ids, adapter = out / "corpus", out / "validation.bin", out / "adapter"
     final, merged, merged_nf4 = adapter / "final", out / "merged", out / "merged-nf4"
-    out.mkdir(parents=True, exist_ok=True)
-    for folder in (merged, merged_nf4):
-        shutil.rmtree(folder, ignore_errors=True)
+    check_outputs(
+        {"--output_dir": OutputFolder(args.output_dir, corpus.name)},
+        {"--train_args_file": args.train_args_file, "the base": BASE},
+    )
 
     steps.script("corpus", "data/python_corpus.py", "--output_dir", corpus)
     steps.script(
@@ -144,7 +145,7 @@ def main() -> None:
         "base + PI": evaluate(steps, "base PI", ids, out, "--base_model", BASE, "--context_size", LENGTHS[-1], *nf4),
         "adapter": evaluate(steps, "adapter", ids, out, "--base_model", BASE, "--peft_model", final, *nf4),
     }
-    merge = ("merge_lora.py", "--adapter_name_or_path", final, "--model_name_or_path", BASE)
+    merge = ("merge_lora.py", "--adapter_name_or_path", final, "--model_name_or_path", BASE, "--overwrite")
     # fp32, since rounding the merged weights to 16 bit alone moves this model's loss by a thousandth.
     steps.script("merge into NF4 weights", *merge, "--save_path", merged_nf4, "--dtype", "fp32", *nf4)
     steps.script("merge into 16-bit weights", *merge, "--save_path", merged)

@@ -52,8 +52,13 @@ def main() -> None:
     from component.files import write_json
     from component.memory_table import format_table, memory_table
     from component.model import load_config
+    from component.outputs import check_outputs
 
     settings, _ = read_settings(args.train_args_file, overrides, needs_data=False)
+    data = settings.data
+    named = {"model_name_or_path": settings.model.model_name_or_path, "train_file": data.train_file}
+    named |= {"eval_file": data.eval_file, "--train_args_file": args.train_args_file}
+    check_outputs({"--output_file": args.output_file}, named)
     complete_deepspeed(settings)
     size = args.gpu_memory or settings.memory.gpu_memory
     if size is None and torch.cuda.is_available():

@@ -109,6 +109,7 @@ def test_bad_commands_are_one_line_and_change_nothing(tmp_path):
     session.add_turn("one", "two")
     (tmp_path / "binary").write_bytes(b"\xff\xfd\x00\x01")
     (tmp_path / "nul").write_bytes(b"a\0b")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "long").write_text("w " * 500)
     expected = {
@@ -122,6 +123,8 @@ def test_bad_commands_are_one_line_and_change_nothing(tmp_path):
         f"/file {tmp_path}/empty": "is empty",
         f"/file {tmp_path}/long": "too many for a context of 40",
         f"/save {tmp_path}": "is a folder",
+        f"/save {tmp_path}/nul": "exists; give another name",
+        f"/save {tmp_path}/pipe": "is a device",
         f"/save {tmp_path}/binary/x.json": "error",
         "/fiel x": "unknown command '/fiel'",
         "/": "unknown command '/'",
@@ -148,7 +151,6 @@ def test_save_is_atomic_and_whole(tmp_path):
     session = make_session(system="be brief")
     session.add_turn("one", "zwei ü")
     path = tmp_path / "chat.json"
-    path.write_text("old")
     assert session.run_command(f"/save {path}").text == f"saved {path}"
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]

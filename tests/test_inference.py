@@ -271,7 +271,7 @@ BAD = {
     ),
     "output is the input": (
         ["--model_name_or_path", "MODEL", "--input_file", "good.jsonl", "--output_file", "good.jsonl", "--overwrite"],
-        "itself",
+        "overlaps",
     ),
     "bad json": (["--model_name_or_path", "MODEL", "--input_file", "bad.jsonl", "--output_file", "o"], "line 2"),
     "no prompt key": (["--model_name_or_path", "MODEL", "--input_file", "key.jsonl", "--output_file", "o"], "line 1"),

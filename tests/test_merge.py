@@ -15,7 +15,7 @@ from component.adapter_updates import AdapterUpdates, through_nf4
 from component.context import ContextRequest, extend_rope
 from component.device_memory import parse_size
 from component.inference import load_for_inference
-from component.merge import check_save_path, merge
+from component.merge import merge
 
 CONTEXT = 256  # four times the 64 tokens of the tiny model
 IDS = torch.arange(4, 52)[None]
@@ -289,10 +289,10 @@ def test_a_faulty_adapter_is_refused_and_leaves_the_old_result(tiny_model_dir, t
     spoil(adapter)
     out = tmp_path / "out"
     out.mkdir()
-    (out / "precious").write_text("kept")
+    (out / "merge.json").write_text("kept")
     with pytest.raises(ValueError, match=message):
         merge(str(tiny_model_dir), str(adapter), out, overwrite=True)
-    assert (out / "precious").read_text() == "kept"
+    assert (out / "merge.json").read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
 
 
@@ -324,21 +324,27 @@ def test_fp16_overflow_is_named(tiny_model_dir, tmp_path):
         merge(str(tiny_model_dir), str(adapter), tmp_path / "out", dtype=torch.float16)
 
 
-def test_save_path_must_not_lose_anything(tmp_path):
-    base = tmp_path / "models" / "base"
-    base.mkdir(parents=True)
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "file").write_text("x")
-    for target in (base, base / "merged", tmp_path / "models"):
-        with pytest.raises(ValueError, match="overlaps"):
-            check_save_path(target, [base], overwrite=True)
-    with pytest.raises(ValueError, match="not empty"):
-        check_save_path(full, [base], overwrite=False)
-    with pytest.raises(ValueError, match="is a file"):
-        check_save_path(full / "file", [base], overwrite=True)
-    check_save_path(full, [base], overwrite=True)
-    check_save_path(tmp_path / "new", [base], overwrite=False)
+def test_save_path_must_not_lose_anything(tiny_model_dir, tmp_path, monkeypatch):
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "models" / "base"))
+    adapter = make_adapter(base, tmp_path / "adapter")
+    foreign, merged = tmp_path / "foreign", tmp_path / "merged"
+    for folder, name in ((foreign, "thesis.txt"), (merged, "merge.json")):
+        folder.mkdir()
+        (folder / name).write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("component.merge.read_updates", lambda _: pytest.fail("the checks let it pass"))
+    for target, overwrite, message in (
+        (base, True, "overlaps"),
+        (base / "merged", True, "overlaps"),
+        (tmp_path / "models", True, "overlaps"),
+        (adapter, True, "overlaps"),
+        (foreign, True, "merge.json is missing"),
+        (foreign / "thesis.txt", True, "is a file"),
+        (merged, False, "pass --overwrite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge(str(base), str(adapter), target, overwrite=overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_bad_arguments(tmp_path, tokenizer_dir, run_main_in_process):
     assert "no file or folder at" in fails(input=tmp_path / "absent")
     assert "no .txt, .text, .md or .jsonl file" in fails(input=tokenizer_dir)
     assert "no folder at" in fails(tokenizer=tmp_path / "absent")
-    assert "also an input" in fails(out=text)
+    assert "which --input reads" in fails(out=text)
     assert "is a folder" in fails(out=tmp_path)
     assert "--min_tokens: must be at least 1" in fails("--min_tokens", "0")
     assert "must end in one of .png" in fails("--plot", "x.doc")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from component.trials import check_output_file, finish_trials, run_trials
+from component.trials import finish_trials, run_trials
 
 REPO = Path(__file__).resolve().parents[1]
 TRIALS = [{"length": number % 3, "number": number, "text": "naïve\u2028 ünïcode"} for number in range(7)]
@@ -150,18 +150,6 @@ def test_out_of_memory_names_the_trial():
 
 def test_no_trials_at_all(tmp_path):
     assert run(Counter(), tmp_path / "out.json", trials=[]) == []
-
-
-def test_output_file_is_checked_without_leaving_anything(tmp_path):
-    assert check_output_file(None) is None
-    assert check_output_file(tmp_path / "new" / "out.json") == tmp_path / "new" / "out.json"
-    assert list((tmp_path / "new").iterdir()) == []
-    with pytest.raises(ValueError, match="--output_file: .* is a folder"):
-        check_output_file(tmp_path)
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file" / "out.json", "/proc/absent/out.json", "/proc/out.json"):
-        with pytest.raises(ValueError, match="--plot: cannot write in"):
-            check_output_file(path, "--plot")
 
 
 def launch(output_file: Path, *, num_processes: int, die_at: int = -1):

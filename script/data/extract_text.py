@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from component.cli import one_line, run_main  # noqa: E402
 from component.documents import FORMAT_LIST, find_documents, read_document  # noqa: E402
 from component.files import atomic_file  # noqa: E402
+from component.outputs import check_outputs  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,10 +38,8 @@ def main() -> None:
     args = parse_arguments()
     if args.min_characters < 1:
         raise ValueError(f"--min_characters: must be at least 1, got {args.min_characters}")
-    if args.output_file.is_dir():
-        raise ValueError(f"--output_file: {str(args.output_file)!r} is a folder; give the path of a file")
     documents = find_documents(args.input, is_recursive=args.recursive)
-    documents = [(name, path) for name, path in documents if path != args.output_file.resolve()]
+    check_outputs({"--output_file": args.output_file}, {"--input": [*args.input, *(path for _, path in documents)]})
     if not documents:
         hint = "" if args.recursive else ", or pass --recursive"
         raise ValueError(f"--input: no documents found; give files or folders with {FORMAT_LIST}{hint}")

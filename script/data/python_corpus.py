@@ -14,12 +14,20 @@ import hashlib
 import json
 import os
 import re
+import sys
 import sysconfig
 from importlib import metadata
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from component.cli import run_main  # noqa: E402
+from component.files import atomic_file, write_json  # noqa: E402
+from component.outputs import OutputFolder, check_outputs  # noqa: E402
+
 VALIDATION_PERCENT = 5
 MIN_BYTES, MAX_BYTES, MAX_MEAN_LINE = 512, 1_000_000, 120
+SOURCES = "sources.json"
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|HPND|Zlib|Unlicense|0BSD)\b", re.I)
 RESTRICTED = re.compile(r"\b(L?GPL|AGPL|MPL|Mozilla|EPL|CDDL|Proprietary)", re.I)
 
@@ -67,7 +75,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for train.jsonl and validation.jsonl")
     parser.add_argument("--packages", action="store_true", help="also read the installed packages")
     args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    library = {"the standard library": sysconfig.get_paths()["stdlib"]}
+    check_outputs({"--output_dir": OutputFolder(args.output_dir, SOURCES)}, library)
 
     origins = [("python", sysconfig.get_python_version(), "PSF-2.0", stdlib_files())]
     if args.packages:
@@ -89,6 +98,8 @@ def main() -> None:
             sources.append(
                 {"name": name, "version": version, "licence": licence, "files": num_files, "bytes": num_bytes}
             )
+    # First, since the folder is known by it.
+    write_json(args.output_dir / SOURCES, sources)
     for split in ("validation", "train"):
         kept = []
         for row in rows[split]:
@@ -96,13 +107,11 @@ def main() -> None:
             if digest not in seen:
                 seen.add(digest)
                 kept.append(json.dumps(row, ensure_ascii=False))
-        partial = args.output_dir / f"{split}.jsonl.partial"
-        partial.write_text("\n".join(kept) + "\n", encoding="utf-8")
-        partial.replace(args.output_dir / f"{split}.jsonl")
+        with atomic_file(args.output_dir / f"{split}.jsonl") as file:
+            file.write("\n".join(kept) + "\n")
         size = (args.output_dir / f"{split}.jsonl").stat().st_size
         print(f"{split}: {len(kept)} files, {size / 1e6:.1f} MB")
-    (args.output_dir / "sources.json").write_text(json.dumps(sources, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

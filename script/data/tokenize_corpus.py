@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import run_main  # noqa: E402
 from component.jsonl import UTF8_BOM, check_unread, checked_text, found_keys, parse_line  # noqa: E402
+from component.outputs import check_outputs  # noqa: E402
 from component.plot import plot_length_histogram, require_matplotlib  # noqa: E402
 from component.token_file import sidecar_path, token_file_writer  # noqa: E402
 
@@ -141,11 +142,8 @@ def main() -> None:
     if args.plot:
         require_matplotlib(args.plot)
     files = input_files(args.input)
-    if args.output_file.is_dir():
-        raise ValueError(f"--output_file: {str(args.output_file)!r} is a folder; give the path of a file")
-    for taken in (args.output_file, sidecar_path(args.output_file)):
-        if taken.resolve() in {path.resolve() for path in files}:
-            raise ValueError(f"--output_file: {str(taken)!r} is also an input")
+    outputs = {"--output_file": [args.output_file, sidecar_path(args.output_file)], "--plot": args.plot}
+    check_outputs(outputs, {"--input": [*args.input, *files], "--tokenizer": args.tokenizer})
 
     from tqdm import tqdm
     from transformers import AutoTokenizer

@@ -8,7 +8,7 @@ long as its context, and what it does beyond is up to the method. Rows are passk
 with their answer, of random length up to the context, with random keys, depths and filler; half of the rows
 have the test's own filler, half shuffled sentences. Lengths start short and grow (AdamW, warm-up and linear
 decay, fp32). Writes safetensors, a byte-level BPE tokenizer that keeps digits apart, and
-training.json with the accuracy by length.
+passkey_training.json with the accuracy by length.
 """
 
 import argparse
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from component.cli import run_main  # noqa: E402
 from component.files import atomic_folder, write_json  # noqa: E402
 from component.inference import load_for_inference  # noqa: E402
+from component.outputs import OutputFolder, check_outputs  # noqa: E402
 from component.passkey import (  # noqa: E402
     DESCRIPTION,
     FILLER,
@@ -43,6 +44,7 @@ from component.passkey import (  # noqa: E402
 from component.saved_folder import save_config, save_tokenizer  # noqa: E402
 
 CONTEXT, VOCAB_SIZE, BATCH_TOKENS = 256, 512, 2048
+RECORD = "passkey_training.json"
 NUM_TEST_TRIALS, TEST_SEED = 20, 12345
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
 OTHER_SENTENCES = [
@@ -154,7 +156,8 @@ def ask(model_dir: Path) -> list[dict]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for model, tokenizer and training.json")
+    parser.add_argument("--output_dir", type=Path, required=True, help="new folder for model and tokenizer, or "
+                        "one that this script wrote, which is replaced")  # fmt: skip
     parser.add_argument("--num_steps", type=int, default=2500, help="optimizer steps of 2048 tokens (default: "
                         "%(default)s)")  # fmt: skip
     parser.add_argument("--max_minutes", type=float, default=20, help="end earlier, with the rate decayed to zero by "
@@ -198,6 +201,7 @@ def main() -> None:
     args = parse_args()
     if args.num_steps < 1 or not args.max_minutes > 0 or not args.learning_rate > 0:
         raise ValueError("--num_steps, --max_minutes and --learning_rate: must be above 0")
+    check_outputs({"--output_dir": OutputFolder(args.output_dir, RECORD)}, {})
     torch.manual_seed(args.seed)
     tokenizer = train_tokenizer()
     model = build_model(tokenizer)
@@ -212,7 +216,7 @@ def main() -> None:
         results = ask(folder)
         settings = {"context": CONTEXT, "learning_rate": args.learning_rate, "seed": args.seed}
         test = {"passkey_seed": TEST_SEED, "passkey": accuracy_cells(results)}
-        write_json(folder / "training.json", {**settings, **figures, **test})
+        write_json(folder / RECORD, {**settings, **figures, **test})
     print(accuracy_table(results))
     print(f"wrote {args.output_dir}")
 

@@ -25,10 +25,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from component.cli import run_main  # noqa: E402
+from component.files import partial_name  # noqa: E402
+from component.outputs import OutputFolder, check_outputs  # noqa: E402
 from component.saved_folder import save_config, save_tokenizer  # noqa: E402
 
 CONTEXT, VOCAB_SIZE, BATCH_SIZE = 256, 2048, 16
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
+RECORD = "training.json"
 
 
 def read_texts(file: Path) -> list[str]:
@@ -99,6 +103,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="of Muon and AdamW (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     args = parser.parse_args()
+    check_outputs({"--output_dir": OutputFolder(args.output_dir, RECORD)}, {"--corpus_dir": args.corpus_dir})
     torch.manual_seed(args.seed)
     generator = np.random.default_rng(args.seed)
 
@@ -115,13 +120,13 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(ids)} training tokens")
 
     def save(final_figures: dict) -> None:
-        partial = args.output_dir.with_name(args.output_dir.name + ".partial")
+        partial = partial_name(args.output_dir)
         shutil.rmtree(partial, ignore_errors=True)
         halved = LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict()).bfloat16()
         halved.save_pretrained(partial)
         save_config(halved.config, partial)
         save_tokenizer(tokenizer, partial)
-        (partial / "training.json").write_text(json.dumps(final_figures, indent=1) + "\n")
+        (partial / RECORD).write_text(json.dumps(final_figures, indent=1) + "\n")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for file in partial.iterdir():
             file.replace(args.output_dir / file.name)
@@ -171,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

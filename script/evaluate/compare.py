@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import require_file, run_main  # noqa: E402
 from component.files import write_json  # noqa: E402
-from component.plot import plot_perplexity, require_matplotlib  # noqa: E402
+from component.outputs import check_results  # noqa: E402
+from component.plot import plot_perplexity  # noqa: E402
 
 OVERRIDES = ("base_model", "data_path", "max_windows")
 
@@ -37,16 +38,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     require_file(args.compare_args_file, "--compare_args_file")
-    if args.plot:
-        require_matplotlib(args.plot)
 
     from component.comparison import passkey_trials, plans_of, read_comparison
-    from component.token_file import open_token_file
-    from component.trials import check_output_file
+    from component.token_file import open_token_file, sidecar_path
 
-    check_output_file(args.output_file)
     overrides = {key: getattr(args, key) for key in OVERRIDES if getattr(args, key) is not None}
     settings = read_comparison(args.compare_args_file, overrides)
+    tokens = [settings.data_path, sidecar_path(settings.data_path)] if settings.data_path else None
+    adapters = [method.peft_model for method in settings.methods.values()]
+    sources = {"base_model": settings.base_model, "peft_model": adapters, "data_path": tokens}
+    check_results(args, {"--compare_args_file": args.compare_args_file, **sources})
     data = open_token_file(settings.data_path) if settings.measure == "perplexity" else None
     plans_of(settings, data.num_tokens) if data else passkey_trials(settings)
     run(args, settings, data)

@@ -26,9 +26,11 @@ from component.context_arguments import (  # noqa: E402
     context_request,
 )
 from component.files import write_json  # noqa: E402
+from component.generation_arguments import model_sources  # noqa: E402
+from component.outputs import check_results  # noqa: E402
 from component.perplexity import PROTOCOLS, WindowPlan, batches, json_safe, plan_windows, summarize  # noqa: E402
-from component.plot import plot_evaluation, require_matplotlib  # noqa: E402
-from component.token_file import DTYPES, TokenFile, open_token_file  # noqa: E402
+from component.plot import plot_evaluation  # noqa: E402
+from component.token_file import DTYPES, TokenFile, open_token_file, sidecar_path  # noqa: E402
 
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -73,14 +75,12 @@ def check_args(args: argparse.Namespace) -> None:
     check_context_arguments(args)
     if args.prefill_chunk_size is not None and args.prefill_chunk_size < 1:
         raise ValueError(f"--prefill_chunk_size: must be at least 1 token, got {args.prefill_chunk_size}")
-    if args.output_file and args.output_file.is_dir():
-        raise ValueError(f"--output_file: {str(args.output_file)!r} is a folder; give the path of a file")
-    if args.plot:
-        require_matplotlib(args.plot)
     if args.flash_attn and importlib.util.find_spec("flash_attn") is None:
         raise ValueError("--flash_attn: the flash_attn package is not installed; install it, or leave the flag out: "
                          "PyTorch's own attention gives the same numbers")  # fmt: skip
     batches((), args.batch_size)
+    sources = model_sources(args.base_model, args.peft_model)
+    check_results(args, {"--data_path": [args.data_path, sidecar_path(args.data_path)], **sources})
 
 
 def make_plans(args: argparse.Namespace, num_tokens: int, seq_lens: list[int]) -> list[WindowPlan]:

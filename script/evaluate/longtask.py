@@ -26,6 +26,7 @@ from component.generation_arguments import (  # noqa: E402
     add_model_arguments,
     check_model_arguments,
     load_from_arguments,
+    model_sources,
     text_template,
 )
 from component.long_task_prompts import (  # noqa: E402
@@ -44,8 +45,8 @@ from component.long_task_report import (  # noqa: E402
     task_table,
 )
 from component.long_tasks import LongTask, needs_rouge, read_tasks  # noqa: E402
+from component.outputs import check_results  # noqa: E402
 from component.perplexity import json_safe  # noqa: E402
-from component.plot import require_matplotlib  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -85,8 +86,8 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[LongTask], list[Long
     GenerationOptions(max_new_tokens=args.max_new_tokens)
     if bool(args.num_shots) != bool(args.shots_file):
         raise ValueError("--num_shots and --shots_file go together; give both or neither")
-    if args.plot:
-        require_matplotlib(args.plot)
+    sources = model_sources(args.model_name_or_path, args.adapter_name_or_path)
+    check_results(args, {"--data_path": args.data_path, "--shots_file": args.shots_file, **sources})
     tasks = read_tasks(args.data_path, "--data_path", max_rows=args.max_rows)
     shots = read_tasks([args.shots_file], "--shots_file", needs_context=False) if args.shots_file else []
     unfit = next((task for task in tasks if args.metric == "accuracy" and not (task.options or task.has_letters)), None)
@@ -151,9 +152,8 @@ def evaluate(args: argparse.Namespace, tasks: list[LongTask], shots: list[LongTa
 
     from component.distributed import init_process_group, is_main_process
     from component.inference import model_facts, model_fingerprint
-    from component.trials import check_output_file, finish_trials, run_trials
+    from component.trials import finish_trials, run_trials
 
-    check_output_file(args.output_file)
     init_process_group()
     loaded = load_from_arguments(args)
     form = prompt_form(args, loaded, shots, tasks)

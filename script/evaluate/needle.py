@@ -25,11 +25,12 @@ from component.generation_arguments import (  # noqa: E402
     add_model_arguments,
     check_model_arguments,
     load_from_arguments,
+    model_sources,
     text_template,
 )
 from component.haystack import read_haystack  # noqa: E402
 from component.needle import ANSWER, MAX_NEW_TOKENS, NEEDLE, QUESTION, NeedleTask, contains  # noqa: E402
-from component.plot import require_matplotlib  # noqa: E402
+from component.outputs import check_results  # noqa: E402
 from component.retrieval_grid import (  # noqa: E402
     add_grid_arguments,
     context_warnings,
@@ -70,9 +71,10 @@ def check_args(args: argparse.Namespace) -> list[float]:
     needle_task(args, NO_TEMPLATE)
     if args.needle != NEEDLE and args.question == QUESTION:
         raise ValueError("--question: your own --needle needs a question of its own")
-    if args.plot:
-        require_matplotlib(args.plot)
-    return grid_depths(args)
+    depths = grid_depths(args)
+    sources = model_sources(args.model_name_or_path, args.adapter_name_or_path)
+    check_results(args, {"--haystack": args.haystack, **sources})
+    return depths
 
 
 def evaluate(args: argparse.Namespace, depths: list[float], text: str) -> None:
@@ -83,10 +85,8 @@ def evaluate(args: argparse.Namespace, depths: list[float], text: str) -> None:
     from component.files import write_json
     from component.inference import model_facts, model_fingerprint
     from component.needle import evaluate_needle
-    from component.trials import check_output_file, finish_trials
+    from component.trials import finish_trials
 
-    check_output_file(args.output_file)
-    check_output_file(args.plot, "--plot")
     init_process_group()
     loaded = load_from_arguments(args)
     template = text_template(args, loaded)

@@ -21,9 +21,10 @@ from component.generation_arguments import (  # noqa: E402
     add_model_arguments,
     check_model_arguments,
     load_from_arguments,
+    model_sources,
 )
+from component.outputs import check_results  # noqa: E402
 from component.passkey import make_trials  # noqa: E402
-from component.plot import require_matplotlib  # noqa: E402
 from component.retrieval_grid import (  # noqa: E402
     add_grid_arguments,
     context_warnings,
@@ -49,8 +50,7 @@ def check_args(args: argparse.Namespace) -> list[float]:
     check_model_arguments(args)
     depths = grid_depths(args)
     make_trials(args.lengths or [1], depths, args.num_trials, args.seed, num_digits=args.num_digits)
-    if args.plot:
-        require_matplotlib(args.plot)
+    check_results(args, model_sources(args.model_name_or_path, args.adapter_name_or_path))
     return depths
 
 
@@ -62,10 +62,8 @@ def evaluate(args: argparse.Namespace, depths: list[float]) -> None:
     from component.files import write_json
     from component.inference import model_facts, model_fingerprint
     from component.passkey import evaluate_passkey
-    from component.trials import check_output_file, finish_trials
+    from component.trials import finish_trials
 
-    check_output_file(args.output_file)
-    check_output_file(args.plot, "--plot")
     init_process_group()
     loaded = load_from_arguments(args)
     lengths = grid_lengths(args, loaded.context_size)

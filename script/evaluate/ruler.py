@@ -30,10 +30,11 @@ from component.generation_arguments import (  # noqa: E402
     add_model_arguments,
     check_model_arguments,
     load_from_arguments,
+    model_sources,
 )
 from component.hub import go_offline_unless_reachable  # noqa: E402
+from component.outputs import check_results  # noqa: E402
 from component.perplexity import json_safe  # noqa: E402
-from component.plot import require_matplotlib  # noqa: E402
 from component.ruler import (  # noqa: E402
     PROTOCOL,
     fit_task,
@@ -88,14 +89,12 @@ def check_args(args: argparse.Namespace) -> None:
     is_ruler = [name in TASKS for name in args.tasks]
     if args.include_path:
         require_folder(args.include_path, "--include_path")
-    if args.output_file and args.output_file.is_dir():
-        raise ValueError(f"--output_file: {str(args.output_file)!r} is a folder; give the path of a file")
-    if args.plot:
-        require_matplotlib(args.plot)
-        if not any(is_ruler):
-            raise ValueError("--plot draws RULER's scores by length; name one of its tasks (--list_tasks)")
+    if args.plot and not any(is_ruler):
+        raise ValueError("--plot draws RULER's scores by length; name one of its tasks (--list_tasks)")
     check_uses(args, ("limit", "num_fewshot", "include_path"), "lm-eval's tasks", is_used=not all(is_ruler))
     check_uses(args, ("lengths", "haystack"), "RULER's tasks", is_used=any(is_ruler))
+    sources = model_sources(args.model_name_or_path, args.adapter_name_or_path)
+    check_results(args, {"--haystack": args.haystack, "--include_path": args.include_path, **sources})
     require_extra("lm_eval", "lm-eval")
 
 
@@ -161,9 +160,8 @@ def measure(args: argparse.Namespace, text, text_facts: dict | None) -> None:
     from component.distributed import gather_objects, init_process_group
     from component.inference import model_fingerprint
     from component.lm_eval_model import data_state, evaluate_tasks, generate_answers, wrap_model
-    from component.trials import check_output_file, run_trials
+    from component.trials import run_trials
 
-    check_output_file(args.output_file)
     tokenizer, context_size = read_tokenizer(args)
 
     def count_tokens(prompt: str) -> int:

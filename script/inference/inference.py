@@ -32,8 +32,10 @@ from component.generation_arguments import (  # noqa: E402
     check_model_arguments,
     generation_options,
     load_from_arguments,
+    model_sources,
     text_template,
 )
+from component.outputs import check_outputs  # noqa: E402
 from component.text_stream import decode_utf8  # noqa: E402
 
 
@@ -69,13 +71,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--file goes with --prompt or --prompt_file; put the documents into the rows of --input_file")
     if args.raw and args.prompt_template not in ("auto", NO_TEMPLATE):
         raise ValueError(f"--raw and --prompt_template {args.prompt_template} contradict each other; give one")
-    if args.output_file and Path(args.output_file).is_dir():
-        raise ValueError(f"--output_file: {args.output_file!r} is a folder; give the path of a file")
-    if args.output_file and Path(args.output_file).exists():
-        if not args.overwrite:
+    if args.output_file:
+        outputs = [args.output_file, partial_path(Path(args.output_file))]
+        sources = model_sources(args.model_name_or_path, args.adapter_name_or_path)
+        check_outputs({"--output_file": outputs}, {"--input_file": args.input_file, **sources})
+        if Path(args.output_file).exists() and not args.overwrite:
             raise ValueError(f"--output_file: {args.output_file!r} exists; choose another or pass --overwrite")
-        if Path(args.output_file).samefile(args.input_file):
-            raise ValueError("--output_file: is the --input_file itself; choose another")
 
 
 def requested_prompts(args: argparse.Namespace) -> list[dict]:

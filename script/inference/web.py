@@ -6,10 +6,11 @@
 Prints the page's address when it is ready; Ctrl-C ends it. The page streams the answers, reads text,
 Markdown, HTML, PDF and EPUB files into the conversation and shows how much of the context is used.
 Every tab has a conversation of its own, and the model answers one at a time. Nothing is stored: uploads
-go when the page ends. Needs requirements-extras.txt.
+go when they are read. Needs requirements-extras.txt.
 
 The page is for this machine alone unless --host or --share says otherwise, and it asks for no password:
-on a server, better forward the port (ssh -L 7860:127.0.0.1:7860 SERVER).
+on a server, better forward the port (ssh -L 7860:127.0.0.1:7860 SERVER). It answers only under its own names
+(--allowed_hosts adds others), and other websites can neither read it nor send it anything.
 """
 
 import argparse
@@ -50,8 +51,12 @@ def parse_arguments() -> argparse.Namespace:
                        "%(default)s)")  # fmt: skip
     group.add_argument("--share", action="store_true",
                        help="also give the page a public address through gradio's servers (default: no)")  # fmt: skip
+    group.add_argument("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="further names of this server, "
+                       "as behind a proxy (default: its own alone)")  # fmt: skip
     group.add_argument("--max_upload_mb", type=int, default=50,
                        help="largest file that is accepted, in MiB (default: %(default)s)")  # fmt: skip
+    group.add_argument("--max_total_upload_mb", type=int, default=500, help="most that is kept of files until they are "
+                       "read, in MiB (default: %(default)s)")  # fmt: skip
     return parser.parse_args()
 
 
@@ -59,6 +64,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_model_arguments(args)
     if args.max_upload_mb < 1:
         raise ValueError(f"--max_upload_mb: must be at least 1 MiB, got {args.max_upload_mb}")
+    if args.max_total_upload_mb < args.max_upload_mb:
+        raise ValueError(
+            f"--max_total_upload_mb: {args.max_total_upload_mb} is less than --max_upload_mb {args.max_upload_mb}; "
+            "raise it"
+        )
     available_port(args.host, args.port)
 
 
@@ -95,7 +105,8 @@ def main() -> None:
         set_environment(args, upload_folder)
         page = build_page(conversations, facts_line(model_facts(loaded), template))
         port = available_port(args.host, args.port)
-        url = serve(page, STYLE, host=args.host, port=port, share=args.share, max_upload_mb=args.max_upload_mb)
+        limits = {name: getattr(args, name) for name in ("allowed_hosts", "max_upload_mb", "max_total_upload_mb")}
+        url = serve(page, STYLE, host=args.host, port=port, share=args.share, **limits)
         print(f"chat page at {url} (Ctrl-C ends it)", flush=True)
         wait_for_signal()
         conversations.stop_all()

@@ -1,0 +1,135 @@
+"""Where a command may put its results: decided here for every script, before any work.
+
+    check_outputs({"--output_file": path, "--plot": image}, {"--data_path": ids, "--base_model": folder})
+
+A result file of an earlier run is replaced. What is never replaced: what the command reads, another of its own
+outputs, anything that is no plain file, and a folder that the command did not write itself.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from component.files import partial_name
+from component.plot import require_matplotlib
+
+Place = str | os.PathLike
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that a command fills or replaces.
+
+    marker: path within it by which the command knows a folder of its own. overwrite: whether such a one may go.
+    """
+
+    path: Place
+    marker: str
+    overwrite: bool = field(default=True, kw_only=True)
+
+
+Output = Place | OutputFolder
+
+
+def check_outputs(
+    outputs: Mapping[str, Output | Sequence[Output] | None], inputs: Mapping[str, Place | Sequence[Place] | None]
+) -> None:
+    """Raise ValueError where writing `outputs` would lose something, or cannot work; writes nothing.
+
+    Both by the flag or name that gave them; None, and inputs that are no paths (hub names), are passed over. An
+    output must not be an input or another output, nor lie within a folder of them or around one: by resolved path and
+    by inode, with the hidden names that are kept beside it until it is whole.
+    """
+    taken = [(name, Path(path).expanduser(), "reads") for name, path in listed(inputs)]
+    taken = [(name, path, verb) for name, path, verb in taken if os.path.exists(path)]
+    for name, output in listed(outputs):
+        path = Path(output.path if isinstance(output, OutputFolder) else output)
+        check_kind(name, path, is_folder=isinstance(output, OutputFolder))
+        for other_name, other, verb in taken:
+            if overlaps(path, other) or (verb == "writes" and overlaps(other, path)):
+                raise ValueError(
+                    f"{name}: {str(path)!r} overlaps {str(other)!r}, which {other_name} {verb}; choose another place"
+                )
+        if isinstance(output, OutputFolder):
+            check_own(name, path, output)
+        taken.append((name, path, "writes"))
+        check_writable(name, path)
+
+
+def check_results(args: argparse.Namespace, inputs: Mapping[str, Place | Sequence[Place] | None]) -> None:
+    """`check_outputs` for --output_file and, where the script has it, --plot, which needs matplotlib too."""
+    plot = getattr(args, "plot", None)
+    if plot:
+        require_matplotlib(plot)
+    check_outputs({"--output_file": args.output_file, "--plot": plot}, inputs)
+
+
+def listed(given: Mapping) -> list[tuple[str, Output]]:
+    """(name, path) of every path there is."""
+    rows = {name: paths if isinstance(paths, (list, tuple)) else [paths] for name, paths in given.items()}
+    return [(name, path) for name, paths in rows.items() for path in paths if path]
+
+
+def check_kind(name: str, path: Path, *, is_folder: bool) -> None:
+    """A file must not be anything but a file where it exists, a folder nothing but a folder."""
+    if is_folder:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{name}: {str(path)!r} is a file; give the path of a folder")
+        if path.name in ("", ".."):
+            raise ValueError(f"{name}: {str(path)!r} has no name of its own; name the folder")
+        return
+    if path.is_dir():
+        raise ValueError(f"{name}: {str(path)!r} is a folder; give the path of a file")
+    # /dev/stdout is a link, which the result would replace.
+    if (path.exists() and not path.is_file()) or os.path.realpath(path.parent) == "/dev":
+        raise ValueError(f"{name}: {str(path)!r} is a device, pipe or socket; give the path of a file")
+
+
+def check_own(name: str, path: Path, folder: OutputFolder) -> None:
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not (path / folder.marker).exists():
+        raise ValueError(
+            f"{name}: {str(path)!r} is not empty, and no folder of this command ({folder.marker} is missing); "
+            "choose another"
+        )
+    if not folder.overwrite:
+        raise ValueError(f"{name}: {str(path)!r} is not empty; choose another folder or pass --overwrite")
+
+
+def overlaps(output: Path, other: Path) -> bool:
+    """Whether writing `output`, or its temporary file, would touch `other`."""
+    for path in (output, partial_name(output)):
+        for own in spellings(path):
+            if any(own.is_relative_to(found) or found.is_relative_to(own) for found in spellings(other)):
+                return True
+        with suppress(OSError):
+            if os.path.samefile(path, other):
+                return True
+    # Trials and windows that are done are kept there.
+    beside = f".{output.name}."
+    return any(found.name.startswith(beside) and found.parent == spellings(output)[0].parent
+               for found in spellings(other))  # fmt: skip
+
+
+def spellings(path: Path) -> tuple[Path, Path]:
+    """`path` without links but itself where it is one, and where it leads."""
+    return Path(os.path.realpath(path.parent), path.name), Path(os.path.realpath(path))
+
+
+def check_writable(name: str, path: Path) -> None:
+    folder = path.parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    try:
+        with suppress(FileNotFoundError):
+            # Its name is the longer one.
+            os.lstat(partial_name(path))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name}: cannot write in {str(path.parent)!r} ({error.strerror}); choose another") from None
