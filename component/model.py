@@ -213,7 +213,10 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Tokenizer with right padding. A missing pad token becomes UNK or EOS, which is harmless here:
     labels and masks come from lengths, never from comparing ids with the pad id."""
-    tokenizer = AutoTokenizer.from_pretrained(model_source(name_or_path), trust_remote_code=trust_remote_code)
+    # An adapter's folder may hold a tokenizer without a config.json.
+    has_tokenizer = (Path(name_or_path) / "tokenizer_config.json").is_file()
+    source = str(Path(name_or_path).resolve()) if has_tokenizer else model_source(name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "right"

@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_model, tiny_config
@@ -67,7 +68,7 @@ def test_stock_peft_gives_the_same_logits(tmp_path, tiny_tokenizer, load_in_4bit
     assert not torch.allclose(untrained.eval()(input_ids=IDS).logits, expected, rtol=0, atol=1e-2)
     names = " ".join(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     assert ("embed_tokens" in names) == bool(embedding) and ("input_layernorm" in names) == norm
-    assert ("lm_head" in names) == (embedding is True and not tied)
+    assert ("lm_head" in names) == (embedding is True or bool(tied and embedding))
     assert ("model.norm" in names) == norm
 
 
@@ -254,7 +255,7 @@ def test_longlora_checkpoint_with_a_pad_token(tmp_path, tiny_tokenizer, tied, as
 def test_longlora_checkpoint_in_the_scripts(tmp_path, tiny_tokenizer, tiny_model_dir, run_script):
     longlora_folder(tmp_path / "adapter", tiny_model_dir, tiny_tokenizer, as_safetensors=False)
     words = ["--base_model", tiny_model_dir, "--peft_model", tmp_path / "adapter", "--context_size", 64]
-    (tmp_path / "data.bin").write_bytes(torch.arange(200, dtype=torch.uint16).numpy().tobytes())
+    (tmp_path / "data.bin").write_bytes((np.arange(2000, dtype=np.uint16) % 321).tobytes())
     evaluated = run_script("script/evaluate/evaluate.py", *words, "--data_path", tmp_path / "data.bin", "--seq_len", 32)
     assert evaluated.returncode == 0 and "perplexity" in evaluated.stdout, evaluated.stderr[-1000:]
     answered = run_script("script/inference/chat.py", *words, "--max_new_tokens", 3, input="the quick\n")
