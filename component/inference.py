@@ -1,6 +1,7 @@
 """Load a base or merged model, with or without an adapter, for generation, evaluation and merging."""
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from component.adapter_folder import base_model_of, load_adapter
 from component.attention import bind_inference_attention
 from component.context import ContextRequest, apply_context, context_length, copy_context
-from component.distributed import local_device
+from component.distributed import local_device, print_main
 from component.dual_chunk_binding import dual_chunk_sizes
-from component.model import default_dtype, load_config, load_model, load_tokenizer
+from component.model import default_dtype, is_slow_on_cpu, load_config, load_model, load_tokenizer
 from component.run_record import software_versions
 
 FILES_THAT_DECIDE = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
@@ -96,13 +97,16 @@ def load_for_inference(
     base, config = resolve_config(
         model_name_or_path, adapter_name_or_path, context, trust_remote_code=trust_remote_code
     )
-    dtype = dtype or default_dtype()
+    dtype, device = dtype or default_dtype(), device or local_device()
+    if device.type == "cpu" and is_slow_on_cpu(dtype):
+        name = str(dtype).removeprefix("torch.")
+        print_main(f"warning: this CPU has no {name} arithmetic; fp32 is many times faster", file=sys.stderr)
     model = load_model(
         base,
         config,
         dtype=dtype,
         load_in_4bit=load_in_4bit,
-        device=device or local_device(),
+        device=device,
         trust_remote_code=trust_remote_code,
     )
     attention = bind_inference_attention(model)
