@@ -230,7 +230,7 @@ def test_rows_of_like_length_share_a_batch(write_yaml):
         result = json.loads((out / "train_results.json").read_text())
         seen[grouped] = next(x["num_input_tokens_seen"] for x in result["log_history"][::-1] if "loss" in x)
     assert seen[True] < 0.9 * seen[False], seen
-    assert 0 < result["data_share"] < 0.5 and result["start_up_seconds"] > 0
+    assert 0 < result["data_share"] < 1 and result["start_up_seconds"] > 0
 
 
 @pytest.mark.parametrize(
