@@ -66,8 +66,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--group_size_ratio: must lie in (0, 1], got {args.group_size_ratio}")
     if args.device.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device: must be cpu or cuda, got {args.device!r}")
-    if args.dtype == "fp16" and args.device == "cpu":
-        raise ValueError("--dtype: CPUs multiply fp16 hundreds of times slower than fp32; use bf16 or fp32")
     if args.methods is None:
         args.methods = [name for name in METHODS if args.document_length or name not in PACKED_METHODS]
     packed = [name for name in PACKED_METHODS if name in args.methods]
@@ -202,10 +200,11 @@ def main() -> None:
     import torch
 
     from benchmark.attention_plot import plot_attention
-    from benchmark.machine import describe_machine, machine_lines
+    from benchmark.machine import check_dtype, describe_machine, machine_lines
     from component.files import write_json
 
     device = torch.device(args.device)
+    check_dtype(args.dtype, device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: torch sees no CUDA device; use cpu")
     if args.threads:

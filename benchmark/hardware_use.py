@@ -27,7 +27,7 @@ def hardware_use(
 
 def product_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOPs per second of square matrix products, the best of five."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):

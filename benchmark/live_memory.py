@@ -5,16 +5,25 @@
     memory.peak_bytes
 
 On a CPU every storage that an operation returns is counted from then until it is freed, in the forward
-and in the backward pass. Scratch space inside a kernel is not seen there.
+and in the backward pass. Scratch space inside a kernel is not seen there. On a CPU without bf16 instructions 16-bit
+products are computed in fp32 meanwhile, which changes their time and not the count.
 """
 
 import weakref
+from contextlib import ExitStack
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from component.device_memory import free_host_memory
+from component.model import cpu_has_bf16
+
+PRODUCTS = {
+    getattr(torch.ops.aten, name)
+    for name in ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu",
+                 "_scaled_dot_product_flash_attention_for_cpu_backward")
+}  # fmt: skip
 
 
 class LiveStorages(TorchDispatchMode):
@@ -50,6 +59,23 @@ class LiveStorages(TorchDispatchMode):
         self.live_bytes -= num_bytes
 
 
+class ProductsInFp32(TorchDispatchMode):
+    """Computes 16-bit matrix products and attention on a CPU in fp32; the results keep their dtypes."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        narrow = {x.dtype for x in args if isinstance(x, torch.Tensor)} & {torch.bfloat16, torch.float16}
+        if function.overloadpacket not in PRODUCTS or not narrow:
+            return function(*args, **kwargs)
+        (dtype,) = narrow
+        wide_args, wide_kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+        outputs = function(*wide_args, **wide_kwargs)
+        if "out" in kwargs:
+            return kwargs["out"].copy_(outputs)
+        # Attention's log-sum-exp [B, S, H] is fp32 whatever its inputs are.
+        return tree_map_only(torch.Tensor, lambda x: x if x.dim() == 3 and x is not outputs else x.to(dtype), outputs)
+
+
 class PeakMemory:
     """Context manager; `peak_bytes` is the most memory held at once above what was held at its start."""
 
@@ -63,7 +89,11 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         else:
-            self.tracker = LiveStorages().__enter__()
+            self.modes = ExitStack()
+            if not cpu_has_bf16():
+                # Below the tracker, so that it does not see the fp32 tensors: the bytes are those of 16-bit products.
+                self.modes.enter_context(ProductsInFp32())
+            self.tracker = self.modes.enter_context(LiveStorages())
         return self
 
     def __exit__(self, *error) -> None:
@@ -71,7 +101,7 @@ class PeakMemory:
             torch.cuda.synchronize(self.device)
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self.before
         else:
-            self.tracker.__exit__(*error)
+            self.modes.__exit__(*error)
             self.peak_bytes = self.tracker.peak_bytes
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from component.generation_arguments import dtype_of
+from component.model import is_slow_on_cpu
 from component.run_record import software_versions
 
 
@@ -20,6 +22,12 @@ def describe_machine(device: torch.device) -> dict:
         facts["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
         facts["cuda"] = torch.version.cuda
     return {**facts, "versions": software_versions()}
+
+
+def check_dtype(name: str, device: torch.device) -> None:
+    """Refuse --dtype `name` on a CPU without such arithmetic, where a step takes minutes and says nothing."""
+    if device.type == "cpu" and is_slow_on_cpu(dtype_of(name)):
+        raise ValueError(f"--dtype: this CPU multiplies {name} many times slower than fp32; use fp32")
 
 
 def cpu_name() -> str:

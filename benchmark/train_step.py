@@ -98,6 +98,7 @@ def choose_device(args: argparse.Namespace):
     """The device; settles --dtype and --optim where they were left to it."""
     import torch
 
+    from benchmark.machine import check_dtype
     from component.model import default_dtype
 
     is_gpu = torch.cuda.is_available() if args.device is None else args.device == "cuda"
@@ -107,12 +108,12 @@ def choose_device(args: argparse.Namespace):
         raise ValueError("--v100 needs a CUDA device; leave it out on a CPU")
     names = {getattr(torch, value): name for name, value in DTYPE_NAMES.items()}
     args.dtype = args.dtype or ("fp16" if args.v100 else names[default_dtype()] if is_gpu else "fp32")
-    if args.dtype == "fp16" and not is_gpu:
-        raise ValueError("--dtype: CPUs multiply fp16 hundreds of times slower than fp32; use bf16 or fp32")
     args.optim = args.optim or ("paged_adamw_32bit" if is_gpu else "adamw_torch")
     if args.optim.startswith("paged") and not is_gpu:
         raise ValueError(f"--optim: {args.optim} pages GPU memory; use adamw_torch on a CPU")
-    return torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
+    check_dtype(args.dtype, device)
+    return device
 
 
 def limit_memory(cap: int, device) -> None:

@@ -41,8 +41,8 @@ def complete_deepspeed(settings: Settings) -> list[str]:
         raise ValueError(f"deepspeed: zero_optimization.stage is {stage!r}; give 0, 1, 2 or 3")
     if stage == 3 and settings.adapter.finetuning_type == "qlora":
         raise ValueError(
-            "deepspeed: ZeRO-3 cannot shard 4-bit weights (bitsandbytes issue 1249, peft issue 2016); use a ZeRO-2 "
-            "file, or finetuning_type: lora"
+            "deepspeed: ZeRO-3 cannot shard 4-bit weights (bitsandbytes issue 1249, peft issue 2016); use ZeRO-2, as "
+            "train_args/deepspeed/zero2_offload.json, or finetuning_type: lora"
         )
     if "gradient_clipping" not in config:
         config["gradient_clipping"] = "auto"

@@ -11,9 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from component.adapter_folder import adapter_vocabulary, add_embeddings, base_model_of, load_adapter
 from component.attention import bind_inference_attention
 from component.context import ContextRequest, apply_context, context_length, copy_context
-from component.distributed import local_device
+from component.distributed import local_device, print_notice
 from component.dual_chunk_binding import dual_chunk_sizes
-from component.model import default_dtype, load_config, load_model, load_tokenizer
+from component.model import default_dtype, is_slow_on_cpu, load_config, load_model, load_tokenizer
 from component.run_record import software_versions
 from component.weight_checks import check_base, check_vocabulary
 
@@ -105,13 +105,16 @@ def load_for_inference(
     source = tokenizer_source(base, adapter_name_or_path)
     tokenizer = load_tokenizer(source, model_max_length=length, trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, num_embeddings, source)
-    dtype = dtype or default_dtype()
+    dtype, device = dtype or default_dtype(), device or local_device()
+    if device.type == "cpu" and is_slow_on_cpu(dtype):
+        name = str(dtype).removeprefix("torch.")
+        print_notice(f"this CPU has no {name} arithmetic; fp32 is many times faster")
     model = load_model(
         base,
         config,
         dtype=dtype,
         load_in_4bit=load_in_4bit,
-        device=device or local_device(),
+        device=device,
         trust_remote_code=trust_remote_code,
     )
     attention = bind_inference_attention(model)

@@ -4,6 +4,7 @@ import torch
 
 from component.arguments import Settings
 from component.deepspeed_checks import offloads_optimizer
+from component.model import cpu_has_bf16
 
 
 def has_gpu(settings: Settings) -> bool:
@@ -22,9 +23,16 @@ def check_precision(settings: Settings) -> list[str]:
     training.setdefault("dataloader_pin_memory", False)
     # Without it accelerate takes each of several CPU processes for a world of one.
     training["use_cpu"] = True
-    halved = [key for key in ("fp16", "fp16_full_eval") if training.get(key)]
-    training.update(dict.fromkeys(halved, False))
-    return [f"{key} becomes false: it needs a GPU, and this CPU computes in fp32" for key in halved]
+    reasons = {"fp16": "it needs a GPU"}
+    if not cpu_has_bf16():
+        reasons["bf16"] = "this CPU has no bf16 instructions"
+    notices = []
+    for precision, reason in reasons.items():
+        for key in (precision, f"{precision}_full_eval"):
+            if training.get(key):
+                training[key] = False
+                notices.append(f"{key} becomes false: {reason}; the run computes in fp32")
+    return notices
 
 
 def check_optimizer(settings: Settings) -> list[str]:

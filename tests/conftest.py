@@ -99,14 +99,24 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model", tiny_tokenizer)
 
 
-def run_script(script: str, *args, cwd=None, input=None, timeout=120, env=None, check=False):
-    """Run a script of the repository in a process of its own, quietly, on one thread."""
+def run_script(script: str, *args, cwd=None, input="", timeout=120, env=None, check=False):
+    """Run a script of the repository in a process of its own, quietly, on one thread.
+
+    The process is forked, unless `env` asks for variables that imports may read, or there is a GPU.
+    """
+    import torch
+    from script_process import run_forked
+
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    outcome = subprocess.run(
-        [sys.executable, str(REPO / script), *map(str, args)],
-        cwd=cwd, timeout=timeout, capture_output=True, text=True,
-        env={**os.environ, **quiet, **(env or {})}, input=input if input is not None else "",
-    )  # fmt: skip
+    environment = {**os.environ, **quiet, **(env or {})}
+    words = [str(REPO / script), *map(str, args)]
+    if env or torch.cuda.is_available():
+        outcome = subprocess.run(
+            [sys.executable, *words], cwd=cwd, timeout=timeout, capture_output=True, text=True, env=environment,
+            input=input,
+        )  # fmt: skip
+    else:
+        outcome = run_forked(words, cwd=cwd, input=input, timeout=timeout, environment=environment)
     if check and outcome.returncode != 0:
         raise AssertionError(
             f"{script} ended with {outcome.returncode}\n{outcome.stdout[-3000:]}\n{outcome.stderr[-3000:]}"

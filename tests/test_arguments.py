@@ -3,30 +3,23 @@
 import dataclasses
 import importlib.util
 import json
+import platform
 from pathlib import Path
 
 import pytest
 import torch
+import upstream
 import yaml
 from conftest import REPO
 
 import component.arguments
+import component.machine_checks
 from component.arguments import read_overrides, read_settings, rename
+from component.model import cpu_has_bf16, is_slow_on_cpu
 from component.run_checks import check_settings, detached_arguments
 from component.setting_values import coerce
 
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-# The keys of upstream's YAMLs (see its README) with the paper's values; the file itself is written here.
-UPSTREAM = {
-    "output_dir": "output/x", "model_name_or_path": "some/model", "train_file": "", "deepspeed": "", "sft": False,
-    "num_train_epochs": 1, "max_steps": 1000, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16,
-    "max_seq_length": 8192, "model_max_length": 8192, "learning_rate": "2e-4", "logging_steps": 100,
-    "save_steps": 100, "save_total_limit": 1, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20,
-    "lora_rank": 64, "lora_alpha": 16, "lora_dropout": 0.05, "gradient_checkpointing": True, "disable_tqdm": False,
-    "optim": "paged_adamw_32bit", "seed": 42, "fp16": True, "report_to": "tensorboard",
-    "dataloader_num_workers": 0, "save_strategy": "steps", "weight_decay": 0, "max_grad_norm": 0.3,
-    "remove_unused_columns": False,
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -161,8 +154,9 @@ def test_checkpointing_has_the_name_that_the_installed_transformers_knows(given,
 
 def test_a_yaml_of_upstream_runs_with_its_paths_changed_alone(checked, tmp_path):
     ds = tmp_path / "ds.json"
-    ds.write_text(json.dumps({**OFFLOAD, "fp16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto"}))
-    settings, notices = checked({**UPSTREAM, "train_file": str(tmp_path / "train.jsonl"), "deepspeed": str(ds)})
+    ds.write_text(json.dumps(upstream.DEEPSPEED_S2))
+    places = {"train_file": str(tmp_path / "train.jsonl"), "output_dir": str(tmp_path / "out"), "deepspeed": str(ds)}
+    settings, notices = checked({**upstream.PRETRAIN, **places})
     training = settings.training
     assert training["learning_rate"] == 2e-4 and training["max_grad_norm"] == 0.3 and training["max_steps"] == 1000
     assert training["deepspeed"]["gradient_clipping"] == "auto"
@@ -195,10 +189,31 @@ def test_an_optimizer_of_the_gpu_without_one(gpu, offload, optim, expected, chec
     assert sum("becomes" in notice for notice in notices) == (optim != expected)
 
 
-def test_bf16_on_a_cpu_is_allowed(checked, monkeypatch):
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_on_a_cpu(has_bf16, checked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    settings, _ = checked({"bf16": True})
-    assert detached_arguments(settings).bf16 and not settings.training["dataloader_pin_memory"]
+    monkeypatch.setattr(component.machine_checks, "cpu_has_bf16", lambda: has_bf16)
+    settings, notices = checked({"bf16": True, "bf16_full_eval": True})
+    arguments = detached_arguments(settings)
+    assert arguments.bf16 == arguments.bf16_full_eval == has_bf16 and not settings.training["dataloader_pin_memory"]
+    reason = "becomes false: this CPU has no bf16 instructions; the run computes in fp32"
+    named = [notice for notice in notices if "bf16" in notice]
+    assert named == ([] if has_bf16 else [f"bf16 {reason}", f"bf16_full_eval {reason}"])
+
+
+@pytest.mark.parametrize(
+    ("machine", "onednn", "avx512_bf16", "expected"),
+    [("x86_64", True, True, True), ("x86_64", True, False, False), ("x86_64", False, True, False),
+     ("aarch64", True, False, True), ("aarch64", False, False, False)],
+)  # fmt: skip
+def test_bf16_instructions_of_a_cpu(machine, onednn, avx512_bf16, expected, monkeypatch):
+    """On x86 oneDNN also counts emulation; DNNL_MAX_CPU_ISA takes its answer away, ARM has that answer alone."""
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert cpu_has_bf16() == expected
+    assert is_slow_on_cpu(torch.bfloat16) != expected and is_slow_on_cpu(torch.float16)
+    assert not is_slow_on_cpu(torch.float32)
 
 
 def test_bf16_on_an_old_gpu_is_refused(checked, monkeypatch):

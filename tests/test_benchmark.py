@@ -11,10 +11,14 @@ import sys
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
+import benchmark.live_memory
+import component.model
 from benchmark.live_memory import LiveStorages, check_free_memory
 from benchmark.rolled_attention import materialized_attention, rolled_shift_short_attention
 from component.device_memory import is_out_of_memory
+from component.model import cpu_has_bf16
 from component.shift_short_attention import shift_short_attention
 
 G = 8
@@ -116,6 +120,33 @@ def test_tracker_sees_what_autograd_holds():
     assert 3 * KIB + 4 <= tracker.peak_bytes <= 5 * KIB
 
 
+def test_a_cpu_without_bf16_counts_the_same_bytes(monkeypatch):
+    """Products, attention and their gradients in fp32 below the tracker: same dtypes, same bytes, near values."""
+    counts, outcomes = [], []
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(benchmark.live_memory, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((2, 4, 16, 8), (8, 8)))
+        x, weight, result = x.requires_grad_(), weight.requires_grad_(), torch.empty(8, 8, dtype=torch.bfloat16)
+        with benchmark.live_memory.PeakMemory(torch.device("cpu")) as memory:
+            torch.mm(weight.detach(), weight.detach(), out=result)
+            scaled_dot_product_attention(x @ weight, x, x).sum().backward()
+        counts.append(memory.peak_bytes)
+        outcomes.append([result, x.grad, weight.grad])
+    assert counts[0] == counts[1]
+    for wide, narrow in zip(*outcomes, strict=True):
+        assert wide.dtype == narrow.dtype == torch.bfloat16 and torch.allclose(wide, narrow, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("script", ["attention", "dual_chunk_attention", "train_step", "prefill"])
+def test_a_precision_that_the_cpu_lacks_is_refused(script, repo, monkeypatch, capsys):
+    monkeypatch.setattr(component.model, "cpu_has_bf16", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        run_here(repo, monkeypatch, script, "--device", "cpu", "--dtype", "bf16")
+    message = "error: --dtype: this CPU multiplies bf16 many times slower than fp32; use fp32\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == message
+
+
 def test_out_of_memory_is_told_from_other_errors():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
@@ -177,7 +208,10 @@ def test_train_step_benchmark(tmp_path, run_script):
     assert "groups of 64 tokens" in outcome.stdout and "loss in chunks" in outcome.stdout and "nf4" in outcome.stdout
 
 
-@pytest.mark.parametrize("flags", [["--dtype", "bf16", "--train_embedding", "--train_norm"], ["--attention", "full"]])
+BF16 = ["--dtype", "bf16"] if cpu_has_bf16() else []
+
+
+@pytest.mark.parametrize("flags", [[*BF16, "--train_embedding", "--train_norm"], ["--attention", "full"]])
 def test_train_step_variants(tmp_path, repo, monkeypatch, flags):
     run_here(repo, monkeypatch, "train_step", *TRAIN_STEP, "--output_file", tmp_path / "out.json", *flags)
     check_train_step_record(tmp_path / "out.json")
@@ -239,7 +273,7 @@ def test_random_model_is_like_a_loaded_one(tiny_model_dir):
         ("attention", ["--document_length", 0], "--document_length: must be at least 1"),
         ("attention", ["--methods", "s2", "full_packed"], "--methods: full_packed needs --document_length"),
         ("attention", ["--group_size_ratio", 2], "group_size_ratio"),
-        ("attention", ["--dtype", "fp16"], "bf16 or fp32"),
+        ("attention", ["--dtype", "fp16"], "this CPU multiplies fp16 many times slower than fp32; use fp32"),
         ("attention", ["--device", "tpu"], "cpu or cuda"),
         ("attention", ["--plot", "figure.txt"], "--plot"),
         ("attention", ["--lengths", "many"], "invalid int"),

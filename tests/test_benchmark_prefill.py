@@ -65,9 +65,9 @@ def test_the_mask_of_a_block_is_what_sdpa_holds_more(tmp_path, run_here):
 
 def test_methods_and_pretraining_length_are_obeyed(tmp_path, run_here):
     out = tmp_path / "out.json"
-    flags = ["--num_tokens", 1, "--methods", "dca", "--pretraining_length", 32, "--dtype", "bf16"]
+    flags = ["--num_tokens", 1, "--methods", "dca", "--pretraining_length", 32]
     text = run_here(*PREFILL, *flags, "--output_file", out)
-    assert "pretraining length 32" in text and "bf16" in text and "sdpa" not in text
+    assert "pretraining length 32" in text and "fp32" in text and "sdpa" not in text
     assert list(json.loads(out.read_text())["results"]) == ["dca"]
 
 
@@ -80,7 +80,7 @@ def test_methods_and_pretraining_length_are_obeyed(tmp_path, run_here):
         (["--v100", "--dtype", "bf16"], "--v100 computes in fp16"),
         (["--v100"], "--v100 needs a CUDA device"),
         (["--memory_cap", "much"], "--memory_cap: 'much' is not a size"),
-        (["--dtype", "fp16"], "--dtype: CPUs"),
+        (["--dtype", "fp16"], "--dtype: this CPU multiplies fp16"),
         (["--shape", "nothing-here"], "--shape: 'nothing-here' is neither"),
         (["--pretraining_length", 100], "pretraining_length: the model reads 64 tokens"),
     ],

@@ -1,5 +1,7 @@
 """The layer function against transformers' own layers: losses, gradients, dropout, packing, dtypes, misuse."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import tiny_config
@@ -203,11 +205,11 @@ def train(model, num_steps: int = 20) -> list[float]:
 def test_losses_of_twenty_steps(dtype, tolerance):
     expected = train(build(dtype=dtype))
     assert expected[-1] < 0.8 * expected[0]
-    for keep in KEPT:
-        for num_head_chunks in (1, 2):
-            model = build(dtype=dtype)
-            bind_layers(model, LayerOptions(keep, 16, num_head_chunks))
-            assert train(model) == pytest.approx(expected, abs=tolerance), (keep, num_head_chunks)
+    # fp64 tells every way from a wrong one; fp32 shows that rounding stays small.
+    for keep, num_head_chunks in itertools.product(KEPT, (1, 2)) if dtype == torch.float64 else [(KEPT[0], 2)]:
+        model = build(dtype=dtype)
+        bind_layers(model, LayerOptions(keep, 16, num_head_chunks))
+        assert train(model) == pytest.approx(expected, abs=tolerance), (keep, num_head_chunks)
 
 
 def quantized(model):

@@ -74,8 +74,9 @@ def test_no_frozen_twin_is_held_and_the_model_still_works(is_tied):
         model(batch()["input_ids"])
 
 
+@pytest.mark.parametrize("num_steps", [150, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("uses_layer_function", [False, True])
-def test_fp16_with_loss_scaling_for_a_thousand_steps(uses_layer_function):
+def test_fp16_with_loss_scaling(uses_layer_function, num_steps):
     """As the Trainer does it on a V100: autocast, a scaled loss, fp32 weights; scale and losses stay finite."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 320}
     model = build(dtype=torch.float16, num_attention_heads=2, num_key_value_heads=2, **sizes)
@@ -84,7 +85,7 @@ def test_fp16_with_loss_scaling_for_a_thousand_steps(uses_layer_function):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, scaler = torch.optim.AdamW(trained, lr=2e-3), torch.amp.GradScaler("cpu")
     losses, skipped = [], 0
-    for _ in range(1000):
+    for _ in range(num_steps):
         with torch.autocast("cpu", torch.float16):
             loss = model(**batch(8)).loss
         scaler.scale(loss).backward()
@@ -97,4 +98,8 @@ def test_fp16_with_loss_scaling_for_a_thousand_steps(uses_layer_function):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert all(torch.isfinite(torch.tensor(losses))) and all(torch.isfinite(p).all() for p in trained)
-    assert losses[-1] < 0.2 * losses[0] and skipped < 10, (losses[0], losses[-1], skipped)
+    assert losses[-1] < (0.2 if num_steps == 1000 else 0.8) * losses[0] and skipped < 10, (
+        losses[0],
+        losses[-1],
+        skipped,
+    )

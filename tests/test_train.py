@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import upstream
 import yaml
 from conftest import sentences
 from peft import PeftModel
@@ -229,57 +230,23 @@ def test_rows_of_like_length_share_a_batch(write_yaml):
         result = json.loads((out / "train_results.json").read_text())
         seen[grouped] = next(x["num_input_tokens_seen"] for x in result["log_history"][::-1] if "loss" in x)
     assert seen[True] < 0.9 * seen[False], seen
-    assert 0 < result["data_share"] < 0.5 and result["start_up_seconds"] > 0
+    assert 0 < result["data_share"] < 1 and result["start_up_seconds"] > 0
 
 
-def test_upstream_yaml_runs_as_it_is(write_yaml, tmp_path, tiny_model_dir, data):
-    """The keys of upstream's pretraining YAML and its DeepSpeed file, with nothing changed but paths and sizes."""
-    deepspeed = tmp_path / "ds_z2.json"
-    deepspeed.write_text(json.dumps({
-        "gradient_accumulation_steps": "auto", "train_micro_batch_size_per_gpu": "auto", "steps_per_print": 200,
-        "wall_clock_breakdown": False, "optimizer": None, "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16, "min_loss_scale": 1},
-        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}},
-    }).replace('"optimizer": null, ', ""))  # fmt: skip
-    out = tmp_path / "out"
-    path = tmp_path / "upstream.yaml"
-    path.write_text(f"""
-output_dir: {out}
-model_name_or_path: {tiny_model_dir}
-train_file: {data}
-deepspeed: {deepspeed}
-sft: false
-num_train_epochs: 1
-max_steps: 2
-per_device_train_batch_size: 1
-gradient_accumulation_steps: 2
-max_seq_length: 128
-model_max_length: 128
-learning_rate: 2e-4
-logging_steps: 1
-save_steps: 2
-save_total_limit: 1
-lr_scheduler_type: constant_with_warmup
-warmup_steps: 1
-lora_rank: 8
-lora_alpha: 16
-lora_dropout: 0.05
-gradient_checkpointing: true
-disable_tqdm: false
-optim: paged_adamw_32bit
-seed: 42
-fp16: true
-report_to: "tensorboard"
-dataloader_num_workers: 0
-save_strategy: "steps"
-weight_decay: 0
-max_grad_norm: 0.3
-remove_unused_columns: false
-""")
-    train(path)
-    assert len(losses(out)) == 2
+@pytest.mark.parametrize(
+    ("values", "rows"), [(upstream.PRETRAIN, "pretrain"), (upstream.SFT, "sft")], ids=["pre", "sft"]
+)
+def test_upstream_yaml_runs_as_it_is(values, rows, tmp_path, tiny_model_dir, monkeypatch):
+    """Both YAMLs as upstream wrote them, for two steps; only the places of model, data and output are ours."""
+    monkeypatch.chdir(REPO)
+    path, out = tmp_path / "upstream.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(values))
+    places = {"model_name_or_path": tiny_model_dir, "train_file": f"data/dummy_{rows}.jsonl", "output_dir": out}
+    words = [word for key, value in places.items() for word in (f"--{key}", value)]
+    train(path, *words, "--max_steps", 2, "--logging_steps", 1, "--data_cache_dir", tmp_path / "cache")
+    assert len(losses(out)) == 2 and (out / "final" / "adapter_model.safetensors").is_file()
     log = (out / "train.log").read_text()
-    for notice in ("fp16 becomes false", "paged_adamw_32bit becomes adamw_torch", "gradient_clipping"):
+    for notice in ("fp16 becomes false", "paged_adamw_32bit becomes adamw_torch", "S2-Attn, groups of 2048 tokens"):
         assert notice in log
 
 

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import upstream
 import yaml
 from conftest import REPO
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 import train
+from component.model import cpu_has_bf16
 
 YAMLS = sorted((REPO / "train_args").glob("*.yaml"))
 SHAPES = {
@@ -75,8 +77,9 @@ def test_dry_run(path, dry):
     assert "dry run: all settings are valid" in out and "S2-Attn" in out
     table = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("LoRA", "linear", "embed"))}
     values = yaml.safe_load(path.read_text())
-    # Frozen embeddings stay in 16 bit; without a GPU fp16 becomes fp32.
-    frozen = "bfloat16" if values.get("bf16") and not values.get("train_embedding") else "float32"
+    # Frozen embeddings stay in 16 bit; without a GPU fp16 becomes fp32, and on many CPUs bf16 too.
+    is_16_bit = values.get("bf16") and cpu_has_bf16()
+    frozen = "bfloat16" if is_16_bit and not values.get("train_embedding") else "float32"
     assert table["linear"][1:3] == ["nf4", "0"] and table["LoRA"][1] == "float32" and table["embedding"][1] == frozen
     if path.stem in NUM_LORA:
         assert table["LoRA"][2] == f"{NUM_LORA[path.stem]:,}" and table["linear"][3] == f"{NUM_LINEAR[path.stem]:,}"
@@ -108,7 +111,7 @@ def test_a_mistral_with_a_sliding_window_is_refused_by_name(dry):
 @pytest.mark.parametrize(
     ("words", "linear", "trained"),
     [
-        (["--finetuning_type", "lora", "--use_cpu", "--bf16"], "bfloat16", "0"),
+        (["--finetuning_type", "lora", "--use_cpu", "--bf16"], "bfloat16" if cpu_has_bf16() else "float32", "0"),
         (["--finetuning_type", "lora"], "float32", "0"),
         (["--finetuning_type", "full"], "float32", "1,572,864"),
     ],
@@ -139,11 +142,32 @@ def test_a_deepspeed_file_leaves_to_the_yaml_what_the_yaml_decides(path):
     config = json.loads(path.read_text())
     assert config["gradient_clipping"] == config["train_micro_batch_size_per_gpu"] == "auto"
     assert config["fp16"]["enabled"] == config["bf16"]["enabled"] == "auto"
-    assert re.fullmatch(r"zero[123](_offload)?", path.stem)
-    assert config["zero_optimization"]["stage"] == int(path.stem[4])
-    assert ("offload_optimizer" in config["zero_optimization"]) == path.stem.endswith("_offload")
-    if path.stem.endswith("_offload"):
+    stem = path.resolve().stem
+    assert re.fullmatch(r"zero[123](_offload)?", stem)
+    assert config["zero_optimization"]["stage"] == int(stem[4])
+    assert ("offload_optimizer" in config["zero_optimization"]) == stem.endswith("_offload")
+    if stem.endswith("_offload"):
         assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.parametrize(("name", "target"), [("s2", "zero2_offload"), ("s3", "zero3_offload")])
+def test_upstreams_names_are_links(name, target):
+    """Two names for one file cannot drift apart. Upstream's file for ZeRO-2 offloads the optimizer too."""
+    path = REPO / "train_args" / "deepspeed" / f"deepspeed_config_{name}.json"
+    assert path.is_symlink() and path.resolve().name == f"{target}.json"
+    ours, theirs = (config["zero_optimization"] for config in (json.loads(path.read_text()), upstream.DEEPSPEED_S2))
+    assert name == "s3" or ours == {**ours, **theirs, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+
+
+def test_upstreams_yaml_with_zero_3_is_refused_in_one_line(dry, tmp_path):
+    """4-bit weights, which upstream always trains on, do not go with ZeRO-3."""
+    path = tmp_path / "upstream.yaml"
+    values = {**upstream.PRETRAIN, "model_name_or_path": "meta-llama/Llama-2-7b-hf"}
+    path.write_text(yaml.safe_dump(values))
+    words = ["--deepspeed", str(REPO / "train_args" / "deepspeed" / "deepspeed_config_s3.json")]
+    with pytest.raises(ValueError, match="deepspeed: ZeRO-3 cannot shard 4-bit .*zero2_offload.json.*type: lora"):
+        dry(path, *words)
+    assert "dry run: all settings are valid" in dry(path, *words, "--finetuning_type", "lora")
 
 
 def test_the_papers_values():

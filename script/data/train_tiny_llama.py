@@ -4,8 +4,8 @@
     python script/data/train_tiny_llama.py --corpus_dir output/base_corpus --output_dir data/tiny-llama
 
 Trains a byte-level BPE tokenizer (Llama's BOS and EOS, a pad token of its own) and a Llama from
-random weights: Muon for the matrices of the layers, AdamW for the rest, bf16 autocast, learning
-rate constant and then linear to zero. The run ends at --num_tokens or --max_minutes, whichever is
+random weights: Muon for the matrices of the layers, AdamW for the rest, bf16 autocast where the CPU has it,
+learning rate constant and then linear to zero. The run ends at --num_tokens or --max_minutes, whichever is
 first; the schedule follows the nearer of the two. Writes bf16 safetensors, tokenizer and
 training.json (figures for the model card, loss by position on unseen files).
 """
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from component.cli import run_main  # noqa: E402
 from component.files import partial_name  # noqa: E402
+from component.model import cpu_has_bf16  # noqa: E402
 from component.outputs import OutputFolder, check_outputs  # noqa: E402
 from component.saved_folder import save_config, save_tokenizer  # noqa: E402
 
@@ -156,7 +157,7 @@ def main() -> None:
             optimizer.param_groups[0]["lr"] = args.learning_rate * factor
         starts = generator.integers(0, len(ids) - CONTEXT, BATCH_SIZE)
         rows = torch.from_numpy(np.stack([ids[s : s + CONTEXT] for s in starts]).astype(np.int64))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bf16()):
             loss = model(rows, labels=rows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

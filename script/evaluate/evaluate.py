@@ -91,12 +91,10 @@ def make_plans(args: argparse.Namespace, num_tokens: int, seq_lens: list[int]) -
 def load(args: argparse.Namespace, dtype):
     """The model on this process's device, with the dense attention that was asked for."""
     from component.attention import DENSE_DESCRIPTION, bind_inference_attention
-    from component.distributed import local_device, print_main
+    from component.distributed import local_device
     from component.inference import load_for_inference
 
     device = local_device()
-    if str(dtype) == "torch.float16" and device.type == "cpu":
-        print_main("warning: fp16 on a CPU is some hundred times slower than fp32 or bf16")
     if args.flash_attn and (device.type != "cuda" or dtype.itemsize != 2):
         raise ValueError("--flash_attn works on a GPU with --dtype fp16 or bf16 only; leave the flag out")
     loaded = load_for_inference(
