@@ -7,15 +7,20 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from transformers import TrainingArguments, set_seed
 
 from component.arguments import Settings
-from component.checkpoint import check_resumable, checkpoint_to_resume, remove_checkpoints
+from component.checkpoint import FINAL, check_resumable, checkpoint_to_resume, clear_staging
 from component.distributed import barrier, is_main_process, set_single_process_environment, world_size
-from component.files import write_json
-from component.run_record import make_run_record, save_run_record
+from component.earlier_run import LOG_NAME, EarlierRun
+from component.files import partial_name, remove, write_json
+from component.plot import plot_loss_curve
+from component.run_lock import lock_output_dir
+from component.run_record import RECORD_NAME, make_run_record
+from component.termination import end_on_sigterm
 from component.trainer import LongContextTrainer
 
 logger = logging.getLogger("longqlora")
@@ -28,6 +33,8 @@ class Run:
     arguments: TrainingArguments
     checkpoint: str | None
     record: dict
+    earlier: EarlierRun
+    lock: IO | None
     started: float
 
     def log(self, text: str) -> None:
@@ -37,12 +44,12 @@ class Run:
 
     def finish(self, trainer: LongContextTrainer, *, predicted_gib: float) -> None:
         """Log and save what the run took: wall time, start-up (to the first step), the part of the training time
-        that went into waiting for data, steps, last loss, peak memory beside the predicted one."""
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        that went into waiting for data, steps, last loss, peak memory beside the predicted one; draw the losses."""
+        losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         runtime = next((x["train_runtime"] for x in trainer.state.log_history[::-1] if "train_runtime" in x), None)
         result = {
             "global_step": trainer.state.global_step,
-            "last_loss": losses[-1] if losses else None,
+            "last_loss": list(losses.values())[-1] if losses else None,
             "minutes": round((time.time() - self.started) / 60, 2),
             "start_up_seconds": trainer.start_up.seconds and round(trainer.start_up.seconds, 2),
             "data_share": round(trainer.data_seconds / runtime, 4) if runtime else None,
@@ -51,7 +58,10 @@ class Run:
             "log_history": trainer.state.log_history,
         }
         if is_main_process():
-            write_json(Path(self.arguments.output_dir) / "train_results.json", result)
+            folder = Path(self.arguments.output_dir)
+            write_json(folder / "train_results.json", result)
+            if losses:
+                plot_loss_curve(list(losses), list(losses.values()), folder / "loss.png")
         shown = {key: value for key, value in result.items() if key != "log_history" and value is not None}
         self.log("finished: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
 
@@ -59,34 +69,41 @@ class Run:
 def start_run(settings: Settings, notices: list[str], **facts) -> Run:
     """Join the other processes, decide where to resume, open the log and write the run record with `facts`."""
     started = time.time()
-    uses_deepspeed = settings.training.get("deepspeed") is not None
+    output_dir, uses_deepspeed = settings.training["output_dir"], settings.training.get("deepspeed") is not None
+    # Its exchange of heads and tokens is used without its engine too.
+    shares_rows = settings.parallel.sequence_parallel_size > 1
+    prepare_environment(uses_deepspeed=uses_deepspeed or shares_rows, output_dir=output_dir)
+    arguments = settings.training_arguments()
+    lock, lock_notices = lock_output_dir(output_dir)
     checkpoint, decision = checkpoint_to_resume(
-        settings.training.get("resume_from_checkpoint"),
-        settings.training["output_dir"],
-        overwrite=settings.output.overwrite_output_dir,
+        settings.training.get("resume_from_checkpoint"), output_dir, overwrite=settings.output.overwrite_output_dir
     )
+    earlier = EarlierRun(output_dir, checkpoint)
+    notices += [*lock_notices, *earlier.describe()]
     if checkpoint:
         notices += check_resumable(
             checkpoint, settings.as_dict(), world_size=world_size(), uses_deepspeed=uses_deepspeed
         )
-    # Its exchange of heads and tokens is used without its engine too.
-    shares_rows = settings.parallel.sequence_parallel_size > 1
-    prepare_environment(uses_deepspeed=uses_deepspeed or shares_rows, output_dir=settings.training["output_dir"])
-    arguments = settings.training_arguments()
     set_seed(arguments.seed)
     record = make_run_record(settings.as_dict(), world_size=world_size(), device=device_name(), **facts)
-    if is_main_process():
-        if not checkpoint:
-            remove_checkpoints(arguments.output_dir)
-        save_run_record(arguments.output_dir, record)
     barrier()
-    open_log(Path(arguments.output_dir) / "train.log")
-    run = Run(arguments, str(checkpoint) if checkpoint else None, record, started)
+    if is_main_process():
+        clear_unfinished(output_dir)
+        write_json(earlier.place(RECORD_NAME), record)
+    open_log(earlier.place(LOG_NAME))
+    end_on_sigterm(lambda: clear_unfinished(output_dir) or earlier.last_checkpoint())
+    run = Run(arguments, str(checkpoint) if checkpoint else None, record, earlier, lock, started)
     run.log("versions: " + json.dumps(record["versions"]))
     for notice in notices:
         logger.warning(notice) if "no effect" in notice or "becomes" in notice else logger.info(notice)
     run.log(decision)
     return run
+
+
+def clear_unfinished(output_dir: str) -> None:
+    """Delete what a stopped run left half-written."""
+    clear_staging(output_dir)
+    remove(partial_name(Path(output_dir) / FINAL))
 
 
 def prepare_environment(*, uses_deepspeed: bool, output_dir: str) -> None:
@@ -109,10 +126,17 @@ def open_log(path: Path) -> None:
     logger.handlers.clear()
     handlers = [logging.StreamHandler(sys.stdout)]
     if is_main_process():
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        handlers.append(LogFile(path, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
+
+
+class LogFile(logging.FileHandler):
+    """A log that a full disk cuts short, where logging would print a traceback for each line. Stdout has them all."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 def device_name() -> str:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import sentences
+from conftest import NUM_STEPS, sentences
 from peft import PeftModel
 from safetensors.torch import load_file
 from training_process import finish, finish_world, start
@@ -21,40 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from component.checkpoint import list_checkpoints
 
 REPO = Path(__file__).resolve().parents[1]
-NUM_STEPS = 6
-SETTINGS = {
-    "model_max_length": 128, "max_seq_length": 128, "attention": "s2", "lora_rank": 4, "train_embedding": True,
-    "train_norm": True, "max_steps": NUM_STEPS, "per_device_train_batch_size": 2, "learning_rate": "1e-2",
-    "logging_steps": 1, "save_steps": 2, "save_total_limit": 2, "gradient_checkpointing": True, "pack": True,
-    "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3, "seed": 7, "report_to": "none",
-    "dataloader_pin_memory": False,
-}  # fmt: skip
 ZERO2 = str(REPO / "train_args" / "deepspeed" / "zero2.json")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"text": sentences(20 + 37 * i % 160, seed=i)} for i in range(40)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
-@pytest.fixture
-def write_yaml(tmp_path, tiny_model_dir, data):
-    """Write a YAML of SETTINGS with changes (None leaves a key out); returns its path and the output_dir."""
-
-    def write(name="run", **changes) -> tuple[Path, Path]:
-        output_dir = tmp_path / name
-        values = {
-            "model_name_or_path": str(tiny_model_dir), "train_file": str(data), "output_dir": str(output_dir),
-            "data_cache_dir": str(tmp_path / "cache"), **SETTINGS, **changes,
-        }  # fmt: skip
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
-        return path, output_dir
-
-    return write
 
 
 def train(path: Path, *arguments, log: Path | None = None) -> None:
@@ -232,7 +198,7 @@ def test_rows_of_like_length_share_a_batch(write_yaml):
     assert 0 < result["data_share"] < 0.5 and result["start_up_seconds"] > 0
 
 
-def test_upstream_yaml_runs_as_it_is(write_yaml, tmp_path, tiny_model_dir, data):
+def test_upstream_yaml_runs_as_it_is(write_yaml, tmp_path, tiny_model_dir, train_file):
     """The keys of upstream's pretraining YAML and its DeepSpeed file, with nothing changed but paths and sizes."""
     deepspeed = tmp_path / "ds_z2.json"
     deepspeed.write_text(json.dumps({
@@ -246,7 +212,7 @@ def test_upstream_yaml_runs_as_it_is(write_yaml, tmp_path, tiny_model_dir, data)
     path.write_text(f"""
 output_dir: {out}
 model_name_or_path: {tiny_model_dir}
-train_file: {data}
+train_file: {train_file}
 deepspeed: {deepspeed}
 sft: false
 num_train_epochs: 1

@@ -61,8 +61,8 @@ def finish(process, log: Path, timeout: float = 120) -> None:
     assert process.exitcode == 0, f"training ended with {process.exitcode}\n{text[-4000:]}"
 
 
-def finish_world(*arguments: object, log: Path, num_processes: int) -> None:
-    """Run training in several processes of one world; all must succeed."""
+def start_world(*arguments: object, log: Path, num_processes: int) -> list:
+    """Start training in several processes of one world."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -73,8 +73,31 @@ def finish_world(*arguments: object, log: Path, num_processes: int) -> None:
     for rank in range(num_processes):
         environment = {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
         ranks.append(start(*arguments, log=log, environment=environment))
-    for process in ranks:
+    return ranks
+
+
+def finish_world(*arguments: object, log: Path, num_processes: int) -> None:
+    """Run training in several processes of one world; all must succeed."""
+    for process in start_world(*arguments, log=log, num_processes=num_processes):
         finish(process, log)
+
+
+def fail(path: Path, *arguments: object, num_processes: int = 1) -> str:
+    """Train with the YAML at `path`; every process must end with 2. Returns the one line that begins with error."""
+    log = path.with_suffix(".failed")
+    log.unlink(missing_ok=True)
+    words = ("--train_args_file", path, *arguments)
+    if num_processes > 1:
+        ranks = start_world(*words, log=log, num_processes=num_processes)
+    else:
+        ranks = [start(*words, log=log)]
+    for process in ranks:
+        process.join(120)
+    text = log.read_text(errors="replace")
+    assert [process.exitcode for process in ranks] == [2] * num_processes, text[-4000:]
+    errors = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "Traceback" not in text, text[-4000:]
+    return errors[0]
 
 
 def run_training(folder: Path, name: str, values: dict, *words: object, num_processes: int = 1) -> list[dict]:
