@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 
 def partial_name(path: Path) -> Path:
     """The temporary name beside `path` (same file system, so that the rename is atomic)."""
@@ -26,9 +28,9 @@ def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise named(error, path) from error.__cause__
 
 
 @contextmanager
@@ -42,9 +44,17 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield partial
         replace_folder(partial, path)
-    except BaseException:
+    except BaseException as error:
         remove(partial)
-        raise
+        raise named(error, path) from error.__cause__
+
+
+def named(error: BaseException, path: Path) -> BaseException:
+    """`error`, or where it is a failed write that does not say to which file, an OSError that does."""
+    is_unnamed = isinstance(error, OSError) and error.errno and not error.filename
+    if is_unnamed or isinstance(error, SafetensorError) and str(error).startswith("Error while serializing"):
+        return OSError(f"could not write {str(path)!r} ({error})")
+    return error
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -28,7 +28,7 @@ logger = logging.getLogger("longqlora")
 
 @dataclass
 class Run:
-    """A run that has begun."""
+    """A run that has begun. `lock` keeps others out of its output_dir for as long as it is open."""
 
     arguments: TrainingArguments
     checkpoint: str | None

@@ -7,7 +7,9 @@ import resource
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPO
+from safetensors.torch import save_file
 from training_process import fail, finish, start
 
 from component.checkpoint import list_checkpoints
@@ -41,14 +43,22 @@ def write_folder(path: Path) -> None:
         (folder / "large").write_text(TOO_MUCH)
 
 
-@pytest.mark.parametrize("write", [write_text, write_bytes, lambda path: write_json(path, TOO_MUCH), write_folder])
+def write_weights(path: Path) -> None:
+    with atomic_folder(path) as folder:
+        save_file({"weight": torch.zeros(LIMIT)}, folder / "model.safetensors")
+
+
+WRITERS = [write_text, write_bytes, lambda path: write_json(path, TOO_MUCH), write_folder, write_weights]
+
+
+@pytest.mark.parametrize("write", WRITERS)
 def test_writers_leave_what_was_there(tmp_path, full_disk, write):
     path = tmp_path / "result"
-    if write is write_folder:
+    if write in (write_folder, write_weights):
         path.mkdir()
         path = path / "kept"
     path.write_text("before")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=f"could not write '{tmp_path / 'result'}'.*File too large"):
         write(tmp_path / "result")
     assert path.read_text() == "before" and [item.name for item in tmp_path.iterdir()] == ["result"]
 

@@ -1,5 +1,6 @@
 """One run at a time in an output_dir, and none left over when its launcher ends."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -16,6 +17,13 @@ from training_process import fail, finish, start, start_world
 import component.run_lock
 from component.run_lock import lock_output_dir
 from component.termination import is_launcher
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def wait_for(path: Path, text: str, timeout: float = 60) -> None:
