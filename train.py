@@ -36,6 +36,9 @@ def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     args, overrides = parse_command_line()
+    from component.termination import end_with_launcher
+
+    end_with_launcher()
 
     from component.adapter import attach_adapter, trainable_table
     from component.arguments import read_settings
@@ -97,6 +100,7 @@ def main() -> None:
         data_collator=DataCollator(tokenizer, num_parts=size),
         processing_class=tokenizer,
         run_record=run.record,
+        earlier=run.earlier,
         sequence_parallel_size=size,
     )
     with advice_on_out_of_memory(plan):

@@ -5,11 +5,10 @@ finished, so that a killed run leaves either the whole folder or none.
 """
 
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from component.files import replace_folder
+from component.files import remove, replace_folder
 
 STAGING = ".saving"
 FINAL = "final"
@@ -21,7 +20,8 @@ class OutputConfig:
     """Where a run writes and what becomes of an earlier run there."""
 
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "delete the checkpoints of an earlier run in output_dir"}
+        default=False,
+        metadata={"help": "replace the results of an earlier run in output_dir as soon as this run has its own"},
     )
 
 
@@ -39,48 +39,43 @@ def checkpoint_to_resume(requested: str | None, output_dir: str | Path, *, overw
     """The checkpoint a run starts from, or None, and a line that says so.
 
     requested: value of resume_from_checkpoint: a folder, "true" for the last one in output_dir, or
-    None. Raises ValueError when output_dir holds checkpoints and none of the ways to treat them was chosen.
+    None. Raises ValueError when output_dir holds results of another run and none of the ways to treat them was chosen.
     """
     existing = list_checkpoints(output_dir)
     word = str(requested or "false").lower()
-    if word == "true":
-        if not existing:
-            return None, f"no complete checkpoint in {output_dir} yet: starting from the beginning"
+    if word == "true" and existing:
         return existing[-1], f"resuming from {existing[-1]}"
-    if word != "false":
-        path = Path(requested)
-        if not (path / MARK_OF_COMPLETENESS).is_file():
+    start = None
+    if word not in ("true", "false"):
+        start = Path(requested)
+        if not (start / MARK_OF_COMPLETENESS).is_file():
             raise ValueError(
                 f"resume_from_checkpoint: {requested!r} has no {MARK_OF_COMPLETENESS}; it is no complete checkpoint"
             )
-        return path, f"resuming from {path}"
-    if existing and not overwrite:
+    goes_on = start is not None and start.resolve() in [path.resolve() for path in existing]
+    results = [path.name for path in existing[-1:]] + [FINAL] * (Path(output_dir) / FINAL).exists()
+    if results and not goes_on and not overwrite:
+        resume = "--resume_from_checkpoint true to go on, " if existing else ""
         raise ValueError(
-            f"output_dir: {str(output_dir)!r} holds {existing[-1].name} of an earlier run; add "
-            "--resume_from_checkpoint true to go on, --overwrite_output_dir true to delete it, or choose another folder"
+            f"output_dir: {str(output_dir)!r} holds {' and '.join(results)} of an earlier run; add "
+            f"{resume}--overwrite_output_dir true to replace it, or choose another folder"
         )
-    return None, "starting from the beginning"
+    if start:
+        return start, f"resuming from {start}"
+    missing = f"no complete checkpoint in {output_dir} yet: " if word == "true" else ""
+    return None, f"{missing}starting from the beginning"
 
 
-def remove_checkpoints(output_dir: str | Path) -> None:
-    for path in [*list_checkpoints(output_dir), Path(output_dir) / FINAL]:
-        shutil.rmtree(path, ignore_errors=True)
+def clear_staging(output_dir: str | Path) -> None:
+    """Delete the staging folder, which a killed run or a full disk may have left half-written."""
+    remove(Path(output_dir) / STAGING)
 
 
-def clear_staging(output_dir: str | Path) -> Path:
-    """An empty staging folder, without what a killed run left there."""
-    staging = Path(output_dir) / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
-
-
-def publish(output_dir: str | Path, name: str) -> Path:
+def publish(output_dir: str | Path, name: str) -> None:
     """Give a finished checkpoint in the staging folder its final name."""
-    staging, target = Path(output_dir) / STAGING, Path(output_dir) / name
-    replace_folder(staging / name, target)
-    shutil.rmtree(staging, ignore_errors=True)
-    return target
+    staging = Path(output_dir) / STAGING
+    replace_folder(staging / name, Path(output_dir) / name)
+    remove(staging)
 
 
 def rotate(output_dir: str | Path, limit: int | None, keep: str | None = None) -> None:
@@ -90,4 +85,4 @@ def rotate(output_dir: str | Path, limit: int | None, keep: str | None = None) -
     kept = Path(keep).resolve() if keep else None
     for path in list_checkpoints(output_dir)[:-limit]:
         if path.resolve() != kept:
-            shutil.rmtree(path)
+            remove(path)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 
 def partial_name(path: Path) -> Path:
     """The temporary name beside `path` (same file system, so that the rename is atomic)."""
@@ -26,9 +28,9 @@ def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise named(error, path) from error.__cause__
 
 
 @contextmanager
@@ -37,24 +39,40 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     partial.mkdir()
     try:
         yield partial
         replace_folder(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    except BaseException as error:
+        remove(partial)
+        raise named(error, path) from error.__cause__
+
+
+def named(error: BaseException, path: Path) -> BaseException:
+    """`error`, or where it is a failed write that does not say to which file, an OSError that does."""
+    is_unnamed = isinstance(error, OSError) and error.errno and not error.filename
+    if is_unnamed or isinstance(error, SafetensorError) and str(error).startswith("Error while serializing"):
+        return OSError(f"could not write {str(path)!r} ({error})")
+    return error
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; a folder that stood there is removed only afterwards."""
+    """Rename `source` to `target`; what stood there is removed only afterwards."""
     old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    remove(old)
+    if os.path.lexists(target):
         target.rename(old)
     source.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, a file or a symbolic link, as far as possible; what a link points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -7,17 +7,22 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from transformers import TrainingArguments, set_seed
 
 from component.arguments import Settings
-from component.checkpoint import FINAL, remove_checkpoints
+from component.checkpoint import FINAL, clear_staging
 from component.checkpoint_contents import load_without_code
 from component.distributed import barrier, is_main_process, set_single_process_environment, world_size
-from component.files import write_json
+from component.earlier_run import LOG_NAME, EarlierRun
+from component.files import partial_name, remove, write_json
+from component.plot import plot_loss_curve
 from component.resuming import data_hashes, resume_point
-from component.run_record import make_run_record, save_run_record
+from component.run_lock import lock_output_dir
+from component.run_record import RECORD_NAME, make_run_record
+from component.termination import end_on_sigterm
 from component.trainer import LongContextTrainer
 
 logger = logging.getLogger("longqlora")
@@ -25,11 +30,13 @@ logger = logging.getLogger("longqlora")
 
 @dataclass
 class Run:
-    """A run that has begun."""
+    """A run that has begun. `lock` keeps others out of its output_dir for as long as it is open."""
 
     arguments: TrainingArguments
     checkpoint: str | None
     record: dict
+    earlier: EarlierRun
+    lock: IO | None
     started: float
 
     def log(self, text: str) -> None:
@@ -40,7 +47,7 @@ class Run:
     def finish(self, trainer: LongContextTrainer, *, predicted_gib: float) -> None:
         """Save what was trained as final/, and log and save what the run took: wall time, start-up (to the first
         step), the part of the training time that went into waiting for data, steps, last loss, peak memory beside the
-        predicted one. A run that was complete before it was resumed changes none of it.
+        predicted one; draw the losses. A run that was complete before it was resumed changes none of it.
         """
         final, state = Path(self.arguments.output_dir) / FINAL, trainer.state
         if self.checkpoint and trainer.start_up.seconds is None and final.is_dir():
@@ -50,11 +57,11 @@ class Run:
             )
             return
         self.log(f"saved {trainer.save_final()}")
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         runtime = next((x["train_runtime"] for x in trainer.state.log_history[::-1] if "train_runtime" in x), None)
         result = {
             "global_step": trainer.state.global_step,
-            "last_loss": losses[-1] if losses else None,
+            "last_loss": list(losses.values())[-1] if losses else None,
             "minutes": round((time.time() - self.started) / 60, 2),
             "start_up_seconds": trainer.start_up.seconds and round(trainer.start_up.seconds, 2),
             "data_share": round(trainer.data_seconds / runtime, 4) if runtime else None,
@@ -63,7 +70,10 @@ class Run:
             "log_history": trainer.state.log_history,
         }
         if is_main_process():
-            write_json(Path(self.arguments.output_dir) / "train_results.json", result)
+            folder = Path(self.arguments.output_dir)
+            write_json(folder / "train_results.json", result)
+            if losses:
+                plot_loss_curve(list(losses), list(losses.values()), folder / "loss.png")
         shown = {key: value for key, value in result.items() if key != "log_history" and value is not None}
         self.log("finished: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
 
@@ -71,24 +81,27 @@ class Run:
 def start_run(settings: Settings, notices: list[str], **facts) -> Run:
     """Join the other processes, decide where to resume, open the log and write the run record with `facts`."""
     started = time.time()
-    uses_deepspeed = settings.training.get("deepspeed") is not None
-    hashes = data_hashes(settings.data)
-    checkpoint, decision, changes = resume_point(settings, hashes)
+    output_dir, uses_deepspeed = settings.training["output_dir"], settings.training.get("deepspeed") is not None
     # Its exchange of heads and tokens is used without its engine too.
     shares_rows = settings.parallel.sequence_parallel_size > 1
-    prepare_environment(uses_deepspeed=uses_deepspeed or shares_rows, output_dir=settings.training["output_dir"])
+    prepare_environment(uses_deepspeed=uses_deepspeed or shares_rows, output_dir=output_dir)
     load_without_code(uses_deepspeed=uses_deepspeed)
     arguments = settings.training_arguments()
+    lock, lock_notices = lock_output_dir(output_dir)
+    hashes = data_hashes(settings.data)
+    checkpoint, decision, changes = resume_point(settings, hashes)
+    earlier = EarlierRun(output_dir, checkpoint)
+    notices += [*lock_notices, *earlier.describe()]
     set_seed(arguments.seed)
     facts |= {"world_size": world_size(), "device": device_name(), "data_sha256": hashes}
     record = make_run_record(settings.as_dict(), **facts)
-    if is_main_process():
-        if not checkpoint:
-            remove_checkpoints(arguments.output_dir)
-        save_run_record(arguments.output_dir, record)
     barrier()
-    open_log(Path(arguments.output_dir) / "train.log")
-    run = Run(arguments, str(checkpoint) if checkpoint else None, record, started)
+    if is_main_process():
+        clear_unfinished(output_dir)
+        write_json(earlier.place(RECORD_NAME), record)
+    open_log(earlier.place(LOG_NAME))
+    end_on_sigterm(lambda: clear_unfinished(output_dir) or earlier.last_checkpoint())
+    run = Run(arguments, str(checkpoint) if checkpoint else None, record, earlier, lock, started)
     run.log("versions: " + json.dumps(record["versions"]))
     for notice in notices:
         logger.warning(notice) if "no effect" in notice or "becomes" in notice else logger.info(notice)
@@ -97,6 +110,12 @@ def start_run(settings: Settings, notices: list[str], **facts) -> Run:
         for change in changes:
             logger.warning(change)
     return run
+
+
+def clear_unfinished(output_dir: str) -> None:
+    """Delete what a stopped run left half-written."""
+    clear_staging(output_dir)
+    remove(partial_name(Path(output_dir) / FINAL))
 
 
 def prepare_environment(*, uses_deepspeed: bool, output_dir: str) -> None:
@@ -119,10 +138,17 @@ def open_log(path: Path) -> None:
     logger.handlers.clear()
     handlers = [logging.StreamHandler(sys.stdout)]
     if is_main_process():
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        handlers.append(LogFile(path, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
+
+
+class LogFile(logging.FileHandler):
+    """A log that a full disk cuts short, where logging would print a traceback for each line. Stdout has them all."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 def device_name() -> str:

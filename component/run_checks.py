@@ -188,6 +188,7 @@ def settings_without_effect(settings: Settings) -> list[str]:
         "max_steps": (training.get("max_steps", -1) > 0, ["num_train_epochs"]),
         "save_strategy: no": (training.get("save_strategy") == "no", ["save_steps", "save_total_limit"]),
         "an optimizer in the DeepSpeed file": (bool(own_optimizer), ["optim"]),
+        "training that stops at the first loss that is not finite": (True, ["logging_nan_inf_filter"]),
     }
     return [
         f"{key} has no effect with {cause}"

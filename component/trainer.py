@@ -1,23 +1,26 @@
 """transformers' Trainer with atomic checkpoints, pickle-free adapters and a run record."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
+import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from component.adapter_folder import save_adapter
-from component.checkpoint import FINAL, STAGING, clear_staging, list_checkpoints, publish, rotate
+from component.checkpoint import FINAL, STAGING, clear_staging, publish, rotate
 from component.cli import one_line
 from component.distributed import barrier, is_main_process
+from component.divergence import DivergenceWatch, all_finite
+from component.earlier_run import EarlierRun
 from component.files import atomic_folder
-from component.plot import plot_loss_curve
 from component.run_record import save_run_record
 from component.saved_folder import save_config, save_tokenizer
 from component.sequence_parallel import PartCollator, share_rows
@@ -26,17 +29,23 @@ logger = logging.getLogger("longqlora")
 
 
 class LongContextTrainer(Trainer):
-    """Trains with next-token loss; everything trained, the extended config and the tokenizer go into
-    each checkpoint folder, which appears under its name only when it is complete."""
+    """Trains with next-token loss, and stops with ValueError where that diverges; everything trained, the extended
+    config and the tokenizer go into each checkpoint folder, which appears under its name only when it is complete."""
 
-    def __init__(self, *args, run_record: dict[str, Any], sequence_parallel_size: int = 1, **kwargs) -> None:
+    def __init__(
+        self, *args, run_record: dict[str, Any], earlier: EarlierRun, sequence_parallel_size: int = 1, **kwargs
+    ) -> None:
         super().__init__(*args, **kwargs)
+        # It puts the mean of earlier losses in the place of one that is not finite.
+        self.args.logging_nan_inf_filter = False
         self.run_record = run_record
+        self.earlier = earlier
+        self.watch = DivergenceWatch()
         self.sequence_parallel_size = sequence_parallel_size
         self.is_saving = False
         self.data_seconds = 0.0
         self.start_up = StartUp()
-        self.add_callback(LossCurve())
+        self.add_callback(StepLog())
         self.add_callback(self.start_up)
 
     def get_batch_samples(self, *args, **kwargs):
@@ -55,6 +64,41 @@ class LongContextTrainer(Trainer):
             return share_rows(super().get_train_dataloader(), size)
         finally:
             self.data_collator = whole
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        try:
+            loss = super().training_step(*args, **kwargs)
+        except Exception as error:
+            # DeepSpeed's way to say that fp16 cannot go on.
+            if "loss scale already at minimum" not in str(error):
+                raise
+            self._stop("the loss scale of fp16 is at its minimum", step=self.state.global_step + 1)
+        return self.watch.add(loss)
+
+    def _get_grad_norm(self, *args, **kwargs) -> torch.Tensor | float | None:
+        # Called once in each optimizer step, after the last backward pass.
+        grad_norm = super()._get_grad_norm(*args, **kwargs)
+        sign = self.watch.end_step(grad_norm, is_fp16=self.args.fp16)
+        if sign:
+            self._stop(sign, step=self.state.global_step + 1)
+        return grad_norm
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        if not math.isfinite(metrics.get("eval_loss", 0.0)):
+            self._stop(f"eval_loss {metrics['eval_loss']}", step=self.state.global_step)
+        return metrics
+
+    def _check_weights(self) -> None:
+        if not all_finite(self.model.parameters()):
+            self._stop("its weights are not finite", step=self.state.global_step)
+
+    def _stop(self, sign: str, *, step: int) -> NoReturn:
+        """End a run that has diverged; every rank comes here."""
+        raise ValueError(
+            f"training diverged at step {step} ({sign}), of which nothing is saved; {self.earlier.last_checkpoint()}; "
+            "lower learning_rate, or give it more warmup_steps"
+        ) from None
 
     def prediction_step(self, *args, **kwargs):
         # Else a row's loss is scaled by the tokens that other processes have in the same step, and the mean, from
@@ -85,28 +129,33 @@ class LongContextTrainer(Trainer):
         best = self.state.best_global_step
         if best:
             self.state.best_model_checkpoint = str(Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{best}")
-        self._write(lambda: clear_staging(output_dir), everywhere=False)
+        self._check_weights()
         self.is_saving = True
         try:
-            self._write(lambda: super(LongContextTrainer, self)._save_checkpoint(model, trial), everywhere=True)
+            self._write(lambda: super(LongContextTrainer, self)._save_checkpoint(model, trial), name)
         finally:
             self.is_saving = False
-        self._write(lambda: publish(output_dir, name), everywhere=False)
-        if is_main_process():
-            rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self._write(lambda: self._publish(name), name, only_main=True)
+        # Rank 0 did away with them.
+        self.earlier.checkpoints = []
 
-    def _write(self, write: Callable[[], Any], *, everywhere: bool) -> None:
-        """Run `write` on rank 0 or on every rank, then wait for all; a failure names what is still good."""
+    def _publish(self, name: str) -> None:
+        self.earlier.step_aside()
+        publish(self.args.output_dir, name)
+        self.earlier.give_way()
+        rotate(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _write(self, write: Callable[[], Any], name: str, *, only_main: bool = False) -> None:
+        """Run `write` on every rank or on rank 0, then wait for all. A failure leaves nothing half-written and says
+        what is still good."""
         try:
-            if everywhere or is_main_process():
+            if is_main_process() or not only_main:
                 write()
         except (OSError, SafetensorError, RuntimeError) as error:
+            clear_staging(self.args.output_dir)
             reason = one_line(error.__cause__ or error.__context__ or error)
-            good = list_checkpoints(self.args.output_dir)
-            clear = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
-            failure = OSError(
-                f"output_dir: could not write a checkpoint to {self.args.output_dir!r} ({reason}); {clear}"
-            )
+            problem = f"output_dir: could not write {name} to {self.args.output_dir!r} ({reason})"
+            failure = OSError(f"{problem}; {self.earlier.last_checkpoint()}")
             failure.from_one_rank = True
             raise failure from error
         barrier()
@@ -127,23 +176,28 @@ class LongContextTrainer(Trainer):
         save_run_record(folder, self.run_record)
 
     def save_final(self) -> Path:
-        """Write what was trained to output_dir/final. Raises ValueError where nothing was."""
+        """Write what was trained to output_dir/final. Raises ValueError where nothing was, or where it has diverged."""
         if self.state.global_step == 0:
             raise ValueError(
                 f"training ended without a single step, so nothing is saved as {FINAL}; give more rows in train_file, "
                 "or lower per_device_train_batch_size"
             )
+        self._check_weights()
         target = Path(self.args.output_dir) / FINAL
-        if is_main_process():
-            with atomic_folder(target) as folder:
-                self.save_model(str(folder), _internal_call=True)
-        else:
-            self.save_model(None, _internal_call=True)
+        self._write(lambda: self._write_final(target), FINAL)
         return target
 
+    def _write_final(self, target: Path) -> None:
+        if not is_main_process():
+            return self.save_model(None, _internal_call=True)
+        with atomic_folder(target) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            self.earlier.step_aside()
+        self.earlier.give_way()
 
-class LossCurve(TrainerCallback):
-    """Writes every logged line to the log and, at the end, the loss curve as PNG."""
+
+class StepLog(TrainerCallback):
+    """Writes every logged line to the log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero and logs:
@@ -152,11 +206,6 @@ class LossCurve(TrainerCallback):
                 state.global_step,
                 ", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items()),
             )
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        points = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
-        if state.is_world_process_zero and points:
-            plot_loss_curve(*zip(*points, strict=True), Path(args.output_dir) / "loss.png")
 
 
 class StartUp(TrainerCallback):

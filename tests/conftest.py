@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a tiny tokenizer and model made here, and a runner for the scripts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,12 +11,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest  # noqa: E402
+import yaml  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 SHARED = REPO.parent / "shared"
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box quietly in the long dark river night".split()
+# A training run of the tiny model: seconds.
+NUM_STEPS = 6
+SETTINGS = {
+    "model_max_length": 128, "max_seq_length": 128, "attention": "s2", "lora_rank": 4, "train_embedding": True,
+    "train_norm": True, "max_steps": NUM_STEPS, "per_device_train_batch_size": 2, "learning_rate": "1e-2",
+    "logging_steps": 1, "save_steps": 2, "save_total_limit": 2, "gradient_checkpointing": True, "pack": True,
+    "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3, "seed": 7, "report_to": "none",
+    "dataloader_pin_memory": False,
+}  # fmt: skip
 
 
 def sentences(num_words: int, seed: int = 0) -> str:
@@ -97,6 +108,31 @@ def save_tiny_model(folder: Path, tokenizer, config=None, seed: int = 0) -> Path
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model", tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [{"text": sentences(20 + 37 * i % 160, seed=i)} for i in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def write_yaml(tmp_path, tiny_model_dir, train_file):
+    """Write a YAML of SETTINGS with changes (None leaves a key out); returns its path and the output_dir."""
+
+    def write(name="run", **changes) -> tuple[Path, Path]:
+        output_dir = tmp_path / name
+        values = {
+            "model_name_or_path": str(tiny_model_dir), "train_file": str(train_file), "output_dir": str(output_dir),
+            "data_cache_dir": str(tmp_path / "cache"), **SETTINGS, **changes,
+        }  # fmt: skip
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        return path, output_dir
+
+    return write
 
 
 def run_script(script: str, *args, cwd=None, input="", timeout=120, env=None, check=False):

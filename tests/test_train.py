@@ -1,19 +1,14 @@
 """train.py from start to end on a tiny model: what a run leaves, resuming, several processes, upstream's YAML."""
 
 import json
-import os
-import random
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import upstream
 import yaml
-from conftest import sentences
+from conftest import NUM_STEPS, sentences
 from peft import PeftModel
 from safetensors.torch import load_file
 from training_process import finish, finish_world, start
@@ -22,40 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from component.checkpoint import list_checkpoints
 
 REPO = Path(__file__).resolve().parents[1]
-NUM_STEPS = 6
-SETTINGS = {
-    "model_max_length": 128, "max_seq_length": 128, "attention": "s2", "lora_rank": 4, "train_embedding": True,
-    "train_norm": True, "max_steps": NUM_STEPS, "per_device_train_batch_size": 2, "learning_rate": "1e-2",
-    "logging_steps": 1, "save_steps": 2, "save_total_limit": 2, "gradient_checkpointing": True, "pack": True,
-    "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3, "seed": 7, "report_to": "none",
-    "dataloader_pin_memory": False,
-}  # fmt: skip
 ZERO2 = str(REPO / "train_args" / "deepspeed" / "zero2.json")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"text": sentences(20 + 37 * i % 160, seed=i)} for i in range(40)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
-@pytest.fixture
-def write_yaml(tmp_path, tiny_model_dir, data):
-    """Write a YAML of SETTINGS with changes (None leaves a key out); returns its path and the output_dir."""
-
-    def write(name="run", **changes) -> tuple[Path, Path]:
-        output_dir = tmp_path / name
-        values = {
-            "model_name_or_path": str(tiny_model_dir), "train_file": str(data), "output_dir": str(output_dir),
-            "data_cache_dir": str(tmp_path / "cache"), **SETTINGS, **changes,
-        }  # fmt: skip
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
-        return path, output_dir
-
-    return write
 
 
 def train(path: Path, *arguments, log: Path | None = None) -> None:
@@ -126,32 +88,6 @@ def test_resuming_a_finished_run_adds_no_step(write_yaml, epochs):
     train(path, "--resume_from_checkpoint", "true")
     assert losses(out) == expected
     assert all(torch.equal(final[name], tensor) for name, tensor in weights(out).items())
-
-
-@pytest.mark.parametrize("deepspeed,num_kills", [(ZERO2, 5), (None, 2)], ids=["zero2", "plain"])
-def test_killed_at_any_moment_resumes_to_the_same_losses(write_yaml, deepspeed, num_kills):
-    """Each kill -9 comes at a random moment of a new run; after resuming every loss equals the whole run's bits."""
-    path, whole = write_yaml("whole", deepspeed=deepspeed)
-    started = time.monotonic()
-    train(path)
-    duration = time.monotonic() - started
-    expected = losses(whole)
-
-    generator = random.Random(11)
-    for attempt in range(num_kills):
-        path, out = write_yaml(f"killed{attempt}", deepspeed=deepspeed)
-        log = out.with_suffix(".out")
-        process = start("--train_args_file", path, log=log)
-        time.sleep(duration * generator.uniform(0.15, 0.95))
-        process.kill()
-        process.join()
-        for checkpoint in list_checkpoints(out):
-            load_file(checkpoint / "adapter_model.safetensors")
-        train(path, "--resume_from_checkpoint", "true", log=log)
-        assert losses(out) == expected, f"attempt {attempt}"
-        for name, tensor in weights(out).items():
-            assert torch.equal(tensor, weights(whole)[name]), name
-        shutil.rmtree(out)
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(write_yaml):
@@ -276,25 +212,3 @@ def test_sft_and_evaluation_during_training(write_yaml, tmp_path):
     history = json.loads((out / "train_results.json").read_text())["log_history"]
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert len(evaluations) == 2 and evaluations[1] < evaluations[0]
-
-
-def test_a_full_disk_leaves_the_last_good_checkpoint(write_yaml, tmp_path):
-    """A limit on file size stands in for a full disk: the second checkpoint cannot be written."""
-    path, out = write_yaml(max_steps=2, deepspeed=ZERO2)
-    train(path)
-    good = {item.name: item.read_bytes() for item in (out / "checkpoint-2").iterdir() if item.is_file()}
-    script = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.path.insert(0, '.');"
-        "import train; from component.cli import run_main; run_main(train.main)"
-    )
-    words = ["--train_args_file", str(path), "--resume_from_checkpoint", "true", "--max_steps", "4"]
-    outcome = subprocess.run(
-        [sys.executable, "-c", script, *words], cwd=REPO, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert outcome.returncode == 2, outcome.stderr[-3000:]
-    errors = [line for line in outcome.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "checkpoint-2" in errors[0] and "Traceback" not in outcome.stderr
-    assert [item.name for item in list_checkpoints(out)] == ["checkpoint-2"]
-    assert {item.name: item.read_bytes() for item in (out / "checkpoint-2").iterdir() if item.is_file()} == good
