@@ -1,5 +1,6 @@
 """Start and end of a training run: processes, seed, log, checkpoint to resume from, run record."""
 
+import functools
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from component.distributed import barrier, is_main_process, set_single_process_e
 from component.earlier_run import LOG_NAME, EarlierRun
 from component.files import partial_name, remove, write_json
 from component.plot import plot_loss_curve
-from component.run_lock import lock_output_dir
+from component.run_lock import check_unlocked, lock_output_dir
 from component.run_record import RECORD_NAME, make_run_record
 from component.termination import end_on_sigterm
 from component.trainer import LongContextTrainer
@@ -70,20 +71,27 @@ def start_run(settings: Settings, notices: list[str], **facts) -> Run:
     """Join the other processes, decide where to resume, open the log and write the run record with `facts`."""
     started = time.time()
     output_dir, uses_deepspeed = settings.training["output_dir"], settings.training.get("deepspeed") is not None
+    start = functools.partial(
+        checkpoint_to_resume,
+        settings.training.get("resume_from_checkpoint"),
+        output_dir,
+        overwrite=settings.output.overwrite_output_dir,
+    )
+    check_unlocked(output_dir)
+    checkpoint, decision = start()
+    if checkpoint:
+        notices += check_resumable(
+            checkpoint, settings.as_dict(), world_size=world_size(), uses_deepspeed=uses_deepspeed
+        )
     # Its exchange of heads and tokens is used without its engine too.
     shares_rows = settings.parallel.sequence_parallel_size > 1
     prepare_environment(uses_deepspeed=uses_deepspeed or shares_rows, output_dir=output_dir)
     arguments = settings.training_arguments()
     lock, lock_notices = lock_output_dir(output_dir)
-    checkpoint, decision = checkpoint_to_resume(
-        settings.training.get("resume_from_checkpoint"), output_dir, overwrite=settings.output.overwrite_output_dir
-    )
+    if start() != (checkpoint, decision):
+        raise ValueError(f"output_dir: another run just wrote to {output_dir!r}; start again to go on from there")
     earlier = EarlierRun(output_dir, checkpoint)
     notices += [*lock_notices, *earlier.describe()]
-    if checkpoint:
-        notices += check_resumable(
-            checkpoint, settings.as_dict(), world_size=world_size(), uses_deepspeed=uses_deepspeed
-        )
     set_seed(arguments.seed)
     record = make_run_record(settings.as_dict(), world_size=world_size(), device=device_name(), **facts)
     barrier()
