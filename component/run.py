@@ -20,7 +20,7 @@ from component.earlier_run import LOG_NAME, EarlierRun
 from component.files import partial_name, remove, write_json
 from component.plot import plot_loss_curve
 from component.resuming import data_hashes, resume_point
-from component.run_lock import lock_output_dir
+from component.run_lock import check_unlocked, lock_output_dir
 from component.run_record import RECORD_NAME, make_run_record
 from component.termination import end_on_sigterm
 from component.trainer import LongContextTrainer
@@ -82,14 +82,17 @@ def start_run(settings: Settings, notices: list[str], **facts) -> Run:
     """Join the other processes, decide where to resume, open the log and write the run record with `facts`."""
     started = time.time()
     output_dir, uses_deepspeed = settings.training["output_dir"], settings.training.get("deepspeed") is not None
+    check_unlocked(output_dir)
+    hashes = data_hashes(settings.data)
+    checkpoint, decision, changes = resume_point(settings, hashes)
     # Its exchange of heads and tokens is used without its engine too.
     shares_rows = settings.parallel.sequence_parallel_size > 1
     prepare_environment(uses_deepspeed=uses_deepspeed or shares_rows, output_dir=output_dir)
     load_without_code(uses_deepspeed=uses_deepspeed)
     arguments = settings.training_arguments()
     lock, lock_notices = lock_output_dir(output_dir)
-    hashes = data_hashes(settings.data)
-    checkpoint, decision, changes = resume_point(settings, hashes)
+    if resume_point(settings, hashes)[:2] != (checkpoint, decision):
+        raise ValueError(f"output_dir: another run just wrote to {output_dir!r}; start again to go on from there")
     earlier = EarlierRun(output_dir, checkpoint)
     notices += [*lock_notices, *earlier.describe()]
     set_seed(arguments.seed)

@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from component.cli import one_line
 from component.distributed import gather_objects, is_main_process
 
 LOCK_NAME = ".lock"
@@ -18,37 +19,49 @@ HELD = (errno.EACCES, errno.EAGAIN)
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
+def check_unlocked(output_dir: str | Path) -> None:
+    """Refuse an output_dir that another run holds, on any rank, and write nothing."""
+    path = Path(output_dir) / LOCK_NAME
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            acquire(file, fcntl.LOCK_SH)
+
+
 def lock_output_dir(output_dir: str | Path) -> tuple[IO | None, list[str]]:
     """Lock `output_dir` for as long as the returned file is open; also returns notices.
 
-    Raises ValueError on every rank, with process and host, when another run holds it.
+    To be called on every rank. Raises ValueError on all of them where rank 0 cannot get the lock.
     """
     file, refusal, notices = None, None, []
     if is_main_process():
-        path = Path(output_dir) / LOCK_NAME
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in UNSUPPORTED:
-                notices.append(f"output_dir: its file system has no locks ({error}); start no second run there")
-            elif file is not None and error.errno in HELD:
-                refusal = f"output_dir: another run writes to {str(output_dir)!r} ({holder(file)}); "
-                refusal += "wait for its end, or choose another folder"
-            else:
-                refusal = f"output_dir: cannot write to {str(output_dir)!r} ({error.strerror}); choose another folder"
-        else:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            file = (Path(output_dir) / LOCK_NAME).open("a+", encoding="utf-8")
+            notices = acquire(file, fcntl.LOCK_EX)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
+        except (ValueError, OSError) as error:
+            refusal = one_line(error)
     refusal = gather_objects(refusal)[0]
     if refusal:
         raise ValueError(refusal)
     return file, notices
 
 
-def holder(file: IO) -> str:
-    """Process and host as the run that holds the lock wrote them."""
-    file.seek(0)
-    return file.read() or "just started"
+def acquire(file: IO, kind: int) -> list[str]:
+    """Lock `file`, or raise ValueError with process and host of the run that holds it; returns notices."""
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        folder = str(Path(file.name).parent)
+        if error.errno in UNSUPPORTED:
+            return [f"output_dir: the file system of {folder!r} has no locks ({error}); start no second run there"]
+        if error.errno not in HELD:
+            raise
+        file.seek(0)
+        raise ValueError(
+            f"output_dir: another run writes to {folder!r} ({file.read() or 'just started'}); wait for its end, or "
+            "choose another folder"
+        ) from None
+    return []

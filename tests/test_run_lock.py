@@ -35,20 +35,20 @@ def wait_for(path: Path, text: str, timeout: float = 60) -> None:
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_second_run_in_one_folder_ends_at_once(write_yaml, num_processes):
-    path, out = write_yaml(max_steps=10_000, save_strategy="no")
+    path, out = write_yaml(max_steps=10_000, save_steps=2)
     log = path.with_suffix(".out")
     ranks = start_world("--train_args_file", path, log=log, num_processes=num_processes)
-    wait_for(log, "step 2:")
-    error = fail(path, num_processes=num_processes)
-    pids = [f"process {rank.pid} on {socket.gethostname()}" for rank in ranks[:1]]
-    assert pids[0] in error and str(out) in error
+    wait_for(log, "step 4:")
+    for words in ((), ("--resume_from_checkpoint", "true"), ("--overwrite_output_dir", "true")):
+        error = fail(path, *words, num_processes=num_processes)
+        assert f"process {ranks[0].pid} on {socket.gethostname()}" in error and str(out) in error
     assert all(rank.is_alive() for rank in ranks)
     for rank in ranks:
         rank.kill()
         rank.join()
     # A killed run holds nothing.
     log = path.with_suffix(".next")
-    finish(start("--train_args_file", path, "--max_steps", 1, log=log), log)
+    finish(start("--train_args_file", path, "--max_steps", 1, "--overwrite_output_dir", "true", log=log), log)
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
