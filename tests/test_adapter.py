@@ -255,7 +255,7 @@ def test_longlora_checkpoint_with_a_pad_token(tmp_path, tiny_tokenizer, tied, as
 def test_longlora_checkpoint_in_the_scripts(tmp_path, tiny_tokenizer, tiny_model_dir, run_script):
     longlora_folder(tmp_path / "adapter", tiny_model_dir, tiny_tokenizer, as_safetensors=False)
     words = ["--base_model", tiny_model_dir, "--peft_model", tmp_path / "adapter", "--context_size", 64]
-    (tmp_path / "data.bin").write_bytes((np.arange(2000, dtype=np.uint16) % 321).tobytes())
+    (tmp_path / "data.bin").write_bytes((np.arange(2000, dtype=np.uint16) % 320).tobytes())
     evaluated = run_script("script/evaluate/evaluate.py", *words, "--data_path", tmp_path / "data.bin", "--seq_len", 32)
     assert evaluated.returncode == 0 and "perplexity" in evaluated.stdout, evaluated.stderr[-1000:]
     answered = run_script("script/inference/chat.py", *words, "--max_new_tokens", 3, input="the quick\n")
