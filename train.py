@@ -55,7 +55,7 @@ def main() -> None:
     settings, notices = read_settings(args.train_args_file, overrides)
     notices += check_settings(settings)
     config, context = load_extended_config(settings.model, settings.context, settings.attention)
-    check_against_model(settings, config)
+    notices += check_against_model(settings, config)
     tokenizer = load_tokenizer(
         settings.model.model_name_or_path,
         model_max_length=context_length(config),
@@ -66,7 +66,7 @@ def main() -> None:
     plan = plan_memory(settings, config)
     notices += [*plan.notices, context, plan.describe()]
     if args.dry_run:
-        return dry_run(settings, config, notices)
+        return dry_run(settings, config, plan.mechanisms, notices)
 
     run = start_run(settings, notices, mechanisms=asdict(plan.mechanisms))
     is_quantized = settings.adapter.finetuning_type == "qlora"

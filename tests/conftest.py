@@ -63,6 +63,12 @@ def tiny_tokenizer():
     )
 
 
+WITH_HEAD_DIM = (
+    "qwen3", "qwen3_moe", "ernie4_5", "glm4", "gemma", "gemma2", "gemma3_text", "gpt_oss", "helium", "seed_oss",
+    "hunyuan_v1_dense", "nemotron",
+)  # fmt: skip
+
+
 def tiny_config(model_type: str = "llama", **overrides):
     """Config of a random model small enough for a test; `overrides` replace single values."""
     from transformers import AutoConfig
@@ -74,9 +80,9 @@ def tiny_config(model_type: str = "llama", **overrides):
     }  # fmt: skip
     if model_type == "mistral":
         values["sliding_window"] = None
-    if model_type in ("qwen3", "qwen3_moe", "ernie4_5", "glm4", "gemma", "gemma2", "gemma3_text", "gpt_oss"):
+    if model_type in WITH_HEAD_DIM:
         values["head_dim"] = 16
-    if model_type == "mixtral":
+    if model_type in ("mixtral", "phimoe", "granitemoe", "llama4_text", "olmoe"):
         values.update(num_local_experts=4, num_experts_per_tok=2)
     if model_type == "qwen3_moe":
         values.update(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=2)

@@ -37,7 +37,7 @@ def make(model_type="llama", **overrides):
 @pytest.mark.parametrize("model_type", ["llama", "ernie4_5", "glm4", "deepseek_v3", "cohere", "smollm3", "helium"])
 def test_dual_chunk_attention_is_dense_up_to_the_chunk_size(model_type):
     """Within chunk_size all distances are exact, though the second chunk's queries are turned once more."""
-    model = make(model_type, **({"head_dim": 16} if model_type == "helium" else {}))
+    model = make(model_type)
     apply_context(model.config, DCA)
     ids = torch.randint(4, 320, (2, CHUNK))
     results = []
@@ -54,7 +54,7 @@ def test_dual_chunk_attention_is_dense_up_to_the_chunk_size(model_type):
 @pytest.mark.parametrize(
     "model_type,overrides,attention,words",
     [
-        ("hunyuan_v1_dense", {"head_dim": 16}, "dca", "positions enter its attention.*use attention: full"),
+        ("hunyuan_v1_dense", {}, "dca", "positions enter its attention.*use attention: full"),
         ("gpt_oss", ALL_FULL, "s2", "differs from the stock model by .*use attention: full"),
         ("gemma2", ALL_FULL, "s2", "softcap.*use attention: full"),
         ("lfm2", CONVOLUTION, "pack", "differs from the stock model by .*set pack: false"),
