@@ -65,7 +65,7 @@ def main() -> None:
     settings, notices = read_settings(args.train_args_file, overrides)
     notices += check_settings(settings)
     config, context = load_extended_config(settings.model, settings.context, settings.attention)
-    check_against_model(settings, config)
+    notices += check_against_model(settings, config)
     tokenizer = load_tokenizer(
         settings.model.model_name_or_path,
         model_max_length=context_length(config),
@@ -77,7 +77,7 @@ def main() -> None:
     notices += [*plan.notices, context, plan.describe()]
     notices += check_weights_at_hand(settings, config, is_dry_run=args.dry_run)
     if args.dry_run:
-        return dry_run(settings, config, notices)
+        return dry_run(settings, config, plan.mechanisms, notices)
 
     run = start_run(settings, notices, mechanisms=asdict(plan.mechanisms))
     size, is_packed = settings.parallel.sequence_parallel_size, settings.data.pack

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -112,17 +113,56 @@ def refuse_without_adapter(module: torch.nn.Module, inputs: tuple) -> None:
 
 
 def target_module_names(model: PreTrainedModel, requested: str | None) -> list[str]:
-    """The LoRA targets: the requested ones, each checked against the model, or all linear layers."""
+    """The LoRA targets: the requested ones, each checked against the model, or all linear layers.
+
+    Left out are names that PEFT reads as the experts' fused weights; requested, they are refused.
+    """
     available = sorted({name.split(".")[-1] for name in linear_layers(model)})
+    fused = fused_expert_names(model, available)
     if not requested:
-        return available
+        return [name for name in available if name not in fused]
     names = [name.strip() for name in requested.split(",") if name.strip()]
     unknown = [name for name in names if name not in available]
     if unknown:
         raise ValueError(
             f"target_modules: no linear layer named {', '.join(unknown)}; choose from {', '.join(available)}"
         )
+    refused = [name for name in names if name in fused]
+    if refused:
+        raise ValueError(
+            f"target_modules: {', '.join(refused)}: in {model.config.model_type} PEFT takes it for the experts' fused "
+            "weights, which have no LoRA here; leave it out"
+        )
     return names
+
+
+def fused_expert_names(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Those of `names` that PEFT takes for the experts' fused weights of this model type, as transformers 4 named them.
+
+    Where experts stand beside shared experts or dense layers, linear layers have the same names.
+    """
+    fused = []
+    for name in names:
+        lora = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(lora, model, None)
+        except ValueError:
+            # One of two that are fused together.
+            lora.target_modules = []
+        if name not in lora.target_modules:
+            fused.append(name)
+    return fused
+
+
+def frozen_experts_notice(model: PreTrainedModel) -> list[str]:
+    """A notice, where `model` has experts, that LoRA leaves them as they are."""
+    if not any(parameter.ndim == 3 for parameter in model.parameters()):
+        return []
+    names = fused_expert_names(model, sorted({name.split(".")[-1] for name in linear_layers(model)}))
+    also = f", as do linear layers named {', '.join(names)}, which PEFT takes for them" if names else ""
+    return [
+        f"finetuning_type: the experts of {model.config.model_type} are no linear layers and stay as they are{also}"
+    ]
 
 
 def trained_module_names(model: PreTrainedModel, *, embedding: bool | str, norm: bool) -> list[str]:

@@ -12,21 +12,27 @@ Dimensions: B batch, S sequence, H query heads, D head dim.
 """
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from peft import PeftModel
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from component.attention_pieces import CausalPattern
+from component.binding_proof import NUM_TOKENS, prove_attention, refusing
 from component.dense_with_past import dense_with_past_forward, dense_with_past_mask
+from component.dual_chunk_attention import DualChunkSizes, RotaryLayout
 from component.dual_chunk_binding import (
     add_chunk_positions,
     dual_chunk_forward,
     dual_chunk_mask,
     dual_chunk_sizes,
     logit_scale,
+    recording_forward,
     remove_chunk_positions,
+    rotary_layouts,
 )
 from component.shift_short_attention import AttentionKernel, causal_attention, check_shift_short
 from component.shift_short_binding import (
@@ -36,12 +42,17 @@ from component.shift_short_binding import (
     shift_short_forward,
     shift_short_mask,
 )
+from component.tiny_copy import tiny_copy
 
 DENSE = "sdpa"
 SHIFT_SHORT_PREFIX = "s2_sdpa_g"
 DENSE_CHUNKED = "sdpa_with_past"
 DENSE_PACKED = "sdpa_packed"
 DENSE_DESCRIPTION = "dense causal (sdpa)"
+# On the few tokens of a proof: one group, and chunks whose distances are all exact (the first two).
+PROOF_GROUP_SIZE = 2 * NUM_TOKENS
+PROOF_SIZES = DualChunkSizes(NUM_TOKENS, chunk_size=NUM_TOKENS, local_window=NUM_TOKENS // 2)
+DCA_FIX = "use attention: full with a rope_type"
 
 
 @dataclass
@@ -96,7 +107,7 @@ def bind_attention(
     sliding-window layers, an odd number of heads, or a model that bypasses AttentionInterface.
     """
     if config.attention == "dca":
-        return bind_inference_attention(model)
+        return bind_inference_attention(model, is_packed=is_packed)
     kernel, package = causal_attention, "SDPA"
     if config.use_flash_attn:
         kernel, package = flash_kernel(), "flash-attn"
@@ -111,16 +122,35 @@ def bind_attention(
         check_model_supports_shift_short(model, group_size)
         description = f"S2-Attn, groups of {group_size} tokens, no wrap-around"
     # transformers takes any name with "flash" in it for its own flash-attn integration.
+    prove_shift_short(model, is_packed=is_packed)
     name = f"s2_fa_g{group_size}" if config.use_flash_attn else f"{SHIFT_SHORT_PREFIX}{group_size}"
     function = partial(shift_short_forward, group_size=group_size, kernel=kernel)
     if size > 1:
         name, description = f"shared_{name}", f"{description}, rows shared by {size} processes"
         attend = partial(heads_forward, group_size=group_size, size=size, is_packed=is_packed, kernel=kernel)
         function = partial(shared_forward, attend=attend, size=size)
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, shift_short_mask)
-    model.set_attn_implementation(name)
+    set_attention(model, name, function, shift_short_mask)
     return f"{description} ({package})"
+
+
+def set_attention(model: PreTrainedModel, name: str, function: Callable, mask_function: Callable) -> None:
+    """Let `model` call these two under `name`, which must say what they do: it is one for all models."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, mask_function)
+    model.set_attn_implementation(name)
+
+
+def prove_shift_short(model: PreTrainedModel, *, is_packed: bool) -> None:
+    """Raise ValueError unless attention by groups is that of `model` where a row fits into half a group.
+
+    How groups are cut and rows shared by processes is the same for every model type, and not tried here.
+    """
+    function = partial(shift_short_forward, group_size=PROOF_GROUP_SIZE, kernel=causal_attention)
+    name = f"{SHIFT_SHORT_PREFIX}{PROOF_GROUP_SIZE}"
+    prove_attention(
+        model, "attention: S2-Attn", lambda small: set_attention(small, name, function, shift_short_mask),
+        fix="use attention: full", is_packed=is_packed,
+    )  # fmt: skip
 
 
 def bind_full_attention(model: PreTrainedModel, *, is_packed: bool, use_flash_attn: bool) -> str:
@@ -128,38 +158,63 @@ def bind_full_attention(model: PreTrainedModel, *, is_packed: bool, use_flash_at
     if use_flash_attn:
         model.set_attn_implementation("flash_attention_2")
         return "full causal attention (flash-attn)"
-    name = DENSE
     if is_packed and model._supports_attention_backend and not has_sliding_window(model.config):
-        name = DENSE_PACKED
-        AttentionInterface.register(name, partial(shift_short_forward, group_size=None, kernel=causal_attention))
-        AttentionMaskInterface.register(name, shift_short_mask)
-    model.set_attn_implementation(name)
+        function = partial(shift_short_forward, group_size=None, kernel=causal_attention)
+
+        def bind(model: PreTrainedModel) -> None:
+            set_attention(model, DENSE_PACKED, function, shift_short_mask)
+
+        prove_attention(model, "pack", bind, fix="set pack: false", is_packed=True)
+        bind(model)
+    else:
+        model.set_attn_implementation(DENSE)
     return "full causal attention (SDPA)"
 
 
-def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False) -> str:
+def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False, is_packed: bool = False) -> str:
     """Set the attention that the model's config names, for use after training; returns a description.
 
     Dual chunk attention where the config carries its sizes, else dense. is_chunked: long inputs come in
-    blocks against a KV cache, for which dense attention needs no mask then.
+    blocks against a KV cache, for which dense attention needs no mask then. is_packed: as for `bind_attention`.
+    Raises ValueError, naming the model type, where ours is not that of the model.
     """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     sizes = dual_chunk_sizes(model.config)
     description = describe_inference_attention(model.config)
     if sizes is None:
         unbind_attention(model)
         if is_chunked:
-            AttentionInterface.register(DENSE_CHUNKED, dense_with_past_forward)
-            AttentionMaskInterface.register(DENSE_CHUNKED, dense_with_past_mask)
-            model.set_attn_implementation(DENSE_CHUNKED)
+
+            def bind(model: PreTrainedModel) -> None:
+                set_attention(model, DENSE_CHUNKED, dense_with_past_forward, dense_with_past_mask)
+
+            prove_attention(model, "prefill_chunk_size", bind, fix="leave prefill_chunk_size out", reads_blocks=True)
+            bind(model)
         return description
     check_model_supports(model, "dual chunk attention")
-    mscale = logit_scale(model.config)
-    add_chunk_positions(model, sizes)
-    name = f"dca_c{sizes.chunk_size}_w{sizes.local_window}{f'_m{mscale:.6f}' if mscale != 1 else ''}"
-    AttentionInterface.register(name, partial(dual_chunk_forward, mscale=mscale))
-    AttentionMaskInterface.register(name, dual_chunk_mask)
-    model.set_attn_implementation(name)
+    layouts = find_rotary_layouts(model)
+    prove_attention(
+        model, "attention: dca", partial(bind_dual_chunk, sizes=PROOF_SIZES, layouts=layouts, mscale=1.0),
+        fix=DCA_FIX, is_packed=is_packed, reads_blocks=True,
+    )  # fmt: skip
+    bind_dual_chunk(model, sizes=sizes, layouts=layouts, mscale=logit_scale(model.config))
     return description
+
+
+def bind_dual_chunk(
+    model: PreTrainedModel, *, sizes: DualChunkSizes, layouts: dict[int, RotaryLayout | None], mscale: float
+) -> None:
+    add_chunk_positions(model, sizes, layouts)
+    name = f"dca_c{sizes.chunk_size}_w{sizes.local_window}{f'_m{mscale:.6f}' if mscale != 1 else ''}"
+    set_attention(model, name, partial(dual_chunk_forward, mscale=mscale), dual_chunk_mask)
+
+
+def find_rotary_layouts(model: PreTrainedModel) -> dict[int, RotaryLayout | None]:
+    """`rotary_layouts` of a small copy of `model`."""
+    small, queries = tiny_copy(model), {}
+    with torch.no_grad(), refusing(model, "attention: dca", DCA_FIX):
+        set_attention(small, "recording", partial(recording_forward, queries=queries), lambda *args, **kwargs: None)
+        return rotary_layouts(small, queries)
 
 
 def describe_inference_attention(config: PretrainedConfig) -> str:

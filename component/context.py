@@ -139,8 +139,19 @@ def extend_rope(
     except ValueError as error:
         raise ValueError(f"rope_type: cannot scale {config.model_type} ({error})") from None
     kind, factor = decision.rope_parameters["rope_type"], decision.rope_parameters.get("factor")
+    check_rope_type(config, kind)
     how = f"{kind} x{factor:g}" if factor else f"base {decision.rope_parameters['rope_theta']:g}"
     return f"context {decision.original_max_position_embeddings} -> {target} tokens, RoPE {how}"
+
+
+def check_rope_type(config: PretrainedConfig, kind: str) -> None:
+    """Raise ValueError where transformers would refuse the RoPE of `config` when it loads or saves it."""
+    try:
+        config.validate_rope()
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"rope_type: {config.model_type} takes no RoPE of type {kind} ({error}); use rope_type: ntk, or theta"
+        ) from None
 
 
 def copy_context(source: PretrainedConfig, target: PretrainedConfig) -> None:

@@ -16,7 +16,7 @@ Query and key come rotated by RoPE at position mod s; the other two queries are 
 Pure torch; the binding to transformers is in attention.py.
 
 Dimensions: B batch, H query heads, K key/value heads (K divides H), Q queries, S keys, D head dim,
-R frequencies (2 R <= D; dimension d is paired with R + d, as in Llama).
+R frequencies (2 R <= D; `RotaryLayout` says which dimensions are pairs).
 """
 
 import math
@@ -79,6 +79,25 @@ class DualChunkSizes:
         return min(2 * self.stride - 1, self.chunk_size)
 
 
+@dataclass(frozen=True)
+class RotaryLayout:
+    """Where RoPE's pairs lie in a head: pair d is (start + d, start + R + d) as in Llama, or, interleaved,
+    (start + 2 d, start + 2 d + 1)."""
+
+    start: int = 0
+    is_interleaved: bool = False
+
+    def pairs(self, x: torch.Tensor, num_freqs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views [..., R] on the first and the second dimensions of all pairs of x [..., D]."""
+        rotary = x[..., self.start : self.start + 2 * num_freqs]
+        if self.is_interleaved:
+            return rotary[..., 0::2], rotary[..., 1::2]
+        return rotary[..., :num_freqs], rotary[..., num_freqs:]
+
+
+LLAMA_LAYOUT = RotaryLayout()
+
+
 def dual_chunk_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -86,13 +105,14 @@ def dual_chunk_attention(
     *,
     inv_freq: torch.Tensor,
     sizes: DualChunkSizes,
+    layout: RotaryLayout = LLAMA_LAYOUT,
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """DCA of the last Q of S positions: a whole prompt, a later piece of it, or one decoded token.
 
     query [B, H, Q, D] and key [B, K, S, D], rotated at position mod `sizes.stride`; value [B, K, S, D].
-    inv_freq: [R], radians per position, as the model's own RoPE has it.
+    inv_freq: [R], radians per position, as the model's own RoPE has it; layout: of its pairs.
     scaling: factor of the logits, 1 / sqrt(D) by default.
     Returns [B, H, Q, D] in the dtype of query, laid out in memory as [B, Q, H, D].
 
@@ -103,8 +123,8 @@ def dual_chunk_attention(
     if num_keys <= sizes.stride:
         return causal_attention_with_past(query, key, value, scaling)
     first, inv_freq = num_keys - num_queries, inv_freq.to(query.device)
-    blocks = list(sequence_blocks(first, num_keys, sizes, inv_freq, sum_dtype(query), query_shift=-first))
-    return merged_attention(query, key, value, blocks, scaling=scaling)
+    blocks = sequence_blocks(first, num_keys, sizes, inv_freq, layout, sum_dtype(query), query_shift=-first)
+    return merged_attention(query, key, value, list(blocks), scaling=scaling)
 
 
 def segment_dual_chunk_attention(
@@ -115,6 +135,7 @@ def segment_dual_chunk_attention(
     *,
     inv_freq: torch.Tensor,
     sizes: DualChunkSizes,
+    layout: RotaryLayout = LLAMA_LAYOUT,
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
@@ -134,7 +155,7 @@ def segment_dual_chunk_attention(
             first = max(past - start, 0)
             if segment_id >= 0 and first < length:
                 places = {"batch": slice(row, row + 1), "query_shift": start - past, "key_shift": start}
-                blocks += sequence_blocks(first, length, sizes, inv_freq, sum_dtype(query), **places)
+                blocks += sequence_blocks(first, length, sizes, inv_freq, layout, sum_dtype(query), **places)
             start += length
     return merged_attention(query, key, value, blocks, scaling=scaling)
 
@@ -154,6 +175,7 @@ def sequence_blocks(
     end: int,
     sizes: DualChunkSizes,
     inv_freq: torch.Tensor,
+    layout: RotaryLayout,
     dtype: torch.dtype,
     *,
     batch: slice = slice(None),
@@ -179,7 +201,7 @@ def sequence_blocks(
         else:
             parts = [part((start, stop), (start, stop), is_causal=True, num_chunks=num_chunks)]
             parts += [part((start, stop), (chunk * s, start))] if offset else []
-        turn_to = partial(query_turn, sizes, offset, num_rows, inv_freq, version, dtype)
+        turn_to = partial(query_turn, sizes, offset, num_rows, inv_freq, version, layout, dtype)
         if next_chunk > 1:
             has_previous = max(chunk, 1)
             rows, keys = (max(start, s), stop), ((has_previous - 1) * s, (next_chunk - 1) * s)
@@ -197,6 +219,7 @@ class RotaryTurn:
 
     cos: torch.Tensor
     sin: torch.Tensor
+    layout: RotaryLayout = LLAMA_LAYOUT
 
     def apply(self, query: torch.Tensor) -> torch.Tensor:
         return self.rotated(query, self.sin)
@@ -205,38 +228,43 @@ class RotaryTurn:
         return self.rotated(gradient, -self.sin)
 
     def rotated(self, x: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Computed in the dtype of cos, returned in that of x; dimensions from 2 R on pass through."""
-        num_freqs = self.cos.shape[-1]
-        first, second, rest = x.split([num_freqs, num_freqs, x.shape[-1] - 2 * num_freqs], dim=-1)
-        turned = torch.empty_like(x)
-        turned[..., :num_freqs] = (first * self.cos).addcmul_(second, sin, value=-1)
-        turned[..., num_freqs : 2 * num_freqs] = (second * self.cos).addcmul_(first, sin)
-        turned[..., 2 * num_freqs :] = rest
+        """Computed in the dtype of cos, returned in that of x; dimensions that are in no pair pass through."""
+        num_freqs, turned = self.cos.shape[-1], torch.empty_like(x)
+        begin, end = self.layout.start, self.layout.start + 2 * num_freqs
+        turned[..., :begin], turned[..., end:] = x[..., :begin], x[..., end:]
+        first, second = self.layout.pairs(x, num_freqs)
+        turned_first, turned_second = self.layout.pairs(turned, num_freqs)
+        turned_first.copy_((first * self.cos).addcmul_(second, sin, value=-1))
+        turned_second.copy_((second * self.cos).addcmul_(first, sin))
         return turned
 
 
-def rotate(query: torch.Tensor, delta_positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+def rotate(
+    query: torch.Tensor, delta_positions: torch.Tensor, inv_freq: torch.Tensor, layout: RotaryLayout = LLAMA_LAYOUT
+) -> torch.Tensor:
     """Move queries [..., Q, D] that RoPE has rotated by `delta_positions` [Q] further; inv_freq [R].
 
     Angles are in fp32 (fp64 for fp64 queries), the result in the dtype of query. Norms stay as they are.
     """
-    return rotary_turn(delta_positions, inv_freq, sum_dtype(query)).apply(query)
+    return rotary_turn(delta_positions, inv_freq, layout, sum_dtype(query)).apply(query)
 
 
-def rotary_turn(delta_positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype) -> RotaryTurn:
+def rotary_turn(
+    delta_positions: torch.Tensor, inv_freq: torch.Tensor, layout: RotaryLayout, dtype: torch.dtype
+) -> RotaryTurn:
     angles = torch.outer(delta_positions.to(inv_freq.device, dtype), inv_freq.to(dtype))
-    return RotaryTurn(angles.cos(), angles.sin())
+    return RotaryTurn(angles.cos(), angles.sin(), layout)
 
 
 # Every layer asks for the same few: those of whole chunks, and those of a ragged end or a decoded token.
 @lru_cache(maxsize=4)
-def query_turn(sizes: DualChunkSizes, offset, num_rows, inv_freq, version, dtype, keys: str) -> RotaryTurn:
+def query_turn(sizes: DualChunkSizes, offset, num_rows, inv_freq, version, layout, dtype, keys: str) -> RotaryTurn:
     """From the positions offset, ..., offset + num_rows - 1 in a chunk to those towards `keys` (previous, earlier)."""
     positions = torch.arange(offset, offset + num_rows, device=inv_freq.device)
     targets = torch.full_like(positions, sizes.inter_position)
     if keys == "previous":
         targets = (positions + sizes.stride).clamp_max(sizes.chunk_size)
-    return rotary_turn(targets - positions, inv_freq.detach(), dtype)
+    return rotary_turn(targets - positions, inv_freq.detach(), layout, dtype)
 
 
 def attention_mscale(num_tokens: int, pretraining_length: int, *, coefficient: float = 0.1) -> float:

@@ -3,7 +3,8 @@
 RoPE must turn a token at position p as if it stood at p modulo the stride s of the chunks. Two forward
 pre-hooks see to that, on the decoder (position ids of padded batches) and on its rotary embedding (the
 modulo), and leave every forward method as it is; so a KV cache holds keys that are turned once and for
-all. component/attention.py registers `dual_chunk_forward` and `dual_chunk_mask` with transformers.
+all. Where in a head RoPE's pairs lie, and in which layers, is read off the queries (`rotary_layouts`).
+component/attention.py registers `dual_chunk_forward` and `dual_chunk_mask` with transformers.
 
 Dimensions: B batch, H query heads, K key/value heads, Q queries, S keys, D head dim.
 """
@@ -17,24 +18,31 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from component.dual_chunk_attention import (
+    LLAMA_LAYOUT,
     DualChunkSizes,
+    RotaryLayout,
     attention_mscale,
     dual_chunk_attention,
+    rotate,
     segment_dual_chunk_attention,
 )
+from component.shift_short_attention import causal_attention
 from component.shift_short_binding import segment_ids_of_rows
 
 # The key and the names in it are those of Qwen2.5-1M's configs.
 CONFIG_KEY = "dual_chunk_attention_config"
 ATTRIBUTE = "dual_chunk_rotary"
+# A layer without RoPE knows no positions: to it every input is one chunk.
+ONE_CHUNK = DualChunkSizes(2**62)
 
 
 @dataclass
 class DualChunkRotary:
-    """The rotary embedding of a model, for its attention layers; plain, so that no layer owns it as a submodule."""
+    """The rotary embedding of a model, for an attention layer; plain, so that no layer owns it as a submodule."""
 
     module: torch.nn.Module
     sizes: DualChunkSizes
+    layout: RotaryLayout
     handles: list[RemovableHandle]
 
 
@@ -63,22 +71,58 @@ def logit_scale(config: PretrainedConfig) -> float:
     return attention_mscale(values.get("max_position_embeddings") or config.max_position_embeddings, pretraining)
 
 
-def add_chunk_positions(model: PreTrainedModel, sizes: DualChunkSizes) -> None:
-    """Let RoPE of `model` turn by positions within the chunk.
-
-    Raises ValueError for a model without the rotary embedding that the Llama family has.
-    """
+def add_chunk_positions(model: PreTrainedModel, sizes: DualChunkSizes, layouts: dict[int, RotaryLayout | None]) -> None:
+    """Let RoPE of `model` turn by positions within the chunk; layouts: by layer index, None without RoPE."""
     remove_chunk_positions(model)
     decoder = model.get_decoder()
-    rotary = getattr(decoder, "rotary_emb", None)
-    if not isinstance(getattr(rotary, "inv_freq", None), torch.Tensor):
-        raise ValueError(f"attention: dca needs rotary position embeddings, which {model.config.model_type} lacks")
+    rotary = decoder.rotary_emb
     handles = [
         decoder.register_forward_pre_hook(number_real_tokens, with_kwargs=True),
         rotary.register_forward_pre_hook(ModuloPositions(sizes.stride), with_kwargs=True),
     ]
     for module in attention_layers(decoder):
-        setattr(module, ATTRIBUTE, DualChunkRotary(rotary, sizes, handles))
+        layout = layouts.get(module.layer_idx, LLAMA_LAYOUT)
+        own_sizes = ONE_CHUNK if layout is None else sizes
+        setattr(module, ATTRIBUTE, DualChunkRotary(rotary, own_sizes, layout or LLAMA_LAYOUT, handles))
+
+
+def rotary_layouts(model: PreTrainedModel, queries: dict[int, torch.Tensor]) -> dict[int, RotaryLayout | None]:
+    """Layout of RoPE in each layer that calls the attention function, by its index; None where it has no RoPE.
+
+    model: a float32 copy whose attention function is `recording_forward` with `queries`. RoPE sees differences only:
+    with all positions shifted, queries are turned and nothing else changes. Which turn it is tells the layout.
+    Raises ValueError for a model without rotary embedding, or where no layout known here makes that turn.
+    """
+    inv_freq = getattr(getattr(model.get_decoder(), "rotary_emb", None), "inv_freq", None)
+    if not isinstance(inv_freq, torch.Tensor):
+        raise ValueError("it has no rotary position embeddings")
+    ids, shift = torch.arange(3, 9)[None], 3
+    recorded = []
+    for start in (0, shift):
+        model(input_ids=ids, position_ids=torch.arange(start, start + ids.shape[1])[None], use_cache=False)
+        recorded.append(dict(queries))
+    return {index: layout_between(first, recorded[1][index], shift, inv_freq) for index, first in recorded[0].items()}
+
+
+def layout_between(
+    query: torch.Tensor, shifted: torch.Tensor, shift: int, inv_freq: torch.Tensor
+) -> RotaryLayout | None:
+    """The layout in which `query` [B, H, Q, D] turned by `shift` positions is `shifted`; None where they are equal."""
+    rest, tolerance = query.shape[-1] - 2 * len(inv_freq), 1e-3 * float(query.abs().max())
+    if torch.allclose(query, shifted, rtol=0, atol=tolerance):
+        return None
+    for start in sorted({0, rest}) if rest >= 0 else ():
+        for layout in (RotaryLayout(start, is_interleaved) for is_interleaved in (False, True)):
+            turned = rotate(query, torch.full((query.shape[2],), shift), inv_freq, layout)
+            if torch.allclose(turned, shifted, rtol=0, atol=tolerance):
+                return layout
+    raise ValueError("positions enter its attention in another way than by RoPE alone")
+
+
+def recording_forward(module, query, key, value, attention_mask, scaling=None, *, queries, **kwargs):
+    """Attention function that notes its queries under the layer's index; causal attention."""
+    queries[module.layer_idx] = query
+    return causal_attention(query, key, value, scaling=scaling).transpose(1, 2), None
 
 
 def remove_chunk_positions(model: PreTrainedModel) -> None:
@@ -147,12 +191,11 @@ def dual_chunk_forward(
         raise ValueError("attention: dca takes padding masks [batch, tokens] and packed rows, no 4-D mask")
     inv_freq = rotary.module.inv_freq.to(query.device)
     scaling = (query.shape[-1] ** -0.5 if scaling is None else scaling) * mscale
+    options = {"inv_freq": inv_freq, "sizes": rotary.sizes, "layout": rotary.layout, "scaling": scaling}
     if attention_mask is None:
-        output = dual_chunk_attention(query, key, value, inv_freq=inv_freq, sizes=rotary.sizes, scaling=scaling)
+        output = dual_chunk_attention(query, key, value, **options)
     else:
-        output = segment_dual_chunk_attention(
-            query, key, value, attention_mask, inv_freq=inv_freq, sizes=rotary.sizes, scaling=scaling
-        )
+        output = segment_dual_chunk_attention(query, key, value, attention_mask, **options)
     return output.transpose(1, 2), None
 
 

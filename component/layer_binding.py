@@ -5,6 +5,7 @@ Any model type of `decoder_layer.MODEL_TYPES`; with an adapter or trained in ful
 and with a filled key/value cache the layers are transformers' own. `unbind_layers` undoes it.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from component.attention import attention_pattern, call_attention
+from component.binding_proof import prove_layers
 from component.decoder_layer import DecoderLayer, reason_unsupported
 from component.host_offload import HostOffload
 from component.layer_backward import LayerFunction
@@ -19,11 +21,19 @@ from component.layer_call import LayerCall, LayerOptions
 from component.memory import Mechanisms
 from component.tiled_norm import tiled_norm
 
+# Several tiles, the last one shorter, in the few tokens of a proof.
+PROOF_TILE_SIZE = 5
+
 
 def apply_mechanisms(model: nn.Module, mechanisms: Mechanisms, device: torch.device) -> None:
-    """Bind the layer function as the memory plan says; gradient checkpointing is the trainer's to switch on."""
+    """Bind the layer function as the memory plan says; gradient checkpointing is the trainer's to switch on.
+
+    Raises ValueError where the function's outputs or gradients are not those of the model's layers.
+    """
     if mechanisms.layer_function:
         options = LayerOptions(mechanisms.keep_activations, mechanisms.tile_size, mechanisms.num_head_chunks)
+        few_tokens = replace(options, tile_size=PROOF_TILE_SIZE)
+        prove_layers(model, partial(bind_layers, options=few_tokens), fix="set layer_function: false")
         bind_layers(model, options, store=HostOffload(device) if mechanisms.offload_activations else None)
 
 

@@ -4,6 +4,7 @@ import copy
 import os
 import platform
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -209,8 +210,21 @@ def empty_model(
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     """Linear layers but the output layer, by name: those that a 4-bit base quantises and LoRA adapts."""
     head = model.get_output_embeddings()
-    modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, torch.nn.Linear) and module is not head}
+    return {name: x for name, x in all_linear(model) if x is not head and not is_more_than_linear(x)}
+
+
+def routers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    """Modules that are linear layers with more to them, as the routers of some experts, by name."""
+    return {name: x for name, x in all_linear(model) if is_more_than_linear(x)}
+
+
+def all_linear(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
+    return (item for item in model.named_modules() if isinstance(item[1], torch.nn.Linear))
+
+
+def is_more_than_linear(module: torch.nn.Linear) -> bool:
+    """Whether a model's own class changed the forward pass; those of torch and bitsandbytes do the same."""
+    return type(module).forward is not torch.nn.Linear.forward and type(module).__module__.startswith("transformers")
 
 
 def keep_4bit_weights_trainable(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
-from component.adapter import target_module_names
+from component.adapter import frozen_experts_notice, target_module_names
 from component.arguments import Settings
 from component.attention import check_model_supports, check_model_supports_shift_short, flash_kernel
 from component.context import context_length
@@ -25,7 +25,7 @@ from component.deepspeed_checks import check_deepspeed_agrees, complete_deepspee
 from component.distributed import is_main_process, world_size
 from component.jsonl import check_data_file
 from component.machine_checks import check_optimizer, check_precision
-from component.model import empty_model
+from component.model import empty_model, routers
 from component.prompt import eos_id, prompt_template_for
 from component.sequence_parallel import check_sequence_parallel
 from component.weight_checks import check_base, check_vocabulary, has_weights
@@ -217,8 +217,8 @@ def check_num_rows(arguments: TrainingArguments, num_rows: int, *, processes_per
         )
 
 
-def check_against_model(settings: Settings, config: PretrainedConfig) -> None:
-    """Refuse what does not go with the model's shape. `config` is the one RoPE was set in."""
+def check_against_model(settings: Settings, config: PretrainedConfig) -> list[str]:
+    """Refuse what does not go with the model's shape; returns notices. `config` is the one RoPE was set in."""
     name, context = settings.model.model_name_or_path, context_length(config)
     if settings.data.max_seq_length > context:
         raise ValueError(
@@ -231,6 +231,11 @@ def check_against_model(settings: Settings, config: PretrainedConfig) -> None:
     if quantization:
         raise ValueError(f"model_name_or_path: {name!r} is already quantised; give the model it was made from")
     model = empty_model(config, name=name, trust_remote_code=settings.model.trust_remote_code)
+    if not model._supports_sdpa:
+        raise ValueError(
+            f"model_name_or_path: {name!r} is a {config.model_type}, whose attention torch's SDPA cannot compute; "
+            "give a model of another type"
+        )
     size, attention = settings.parallel.sequence_parallel_size, settings.attention.attention
     check_sequence_parallel(size, config, attention=attention, num_processes=world_size())
     if attention == "dca":
@@ -239,11 +244,17 @@ def check_against_model(settings: Settings, config: PretrainedConfig) -> None:
         check_model_supports(model, "sequence parallelism", fix="leave out sequence_parallel_size")
     if attention == "s2":
         check_model_supports_shift_short(model, settings.attention.group_size(settings.data.max_seq_length))
-    if settings.adapter.finetuning_type != "full":
-        if not target_module_names(model, settings.adapter.target_modules):
-            raise ValueError(
-                f"target_modules: {settings.adapter.target_modules!r} names no layer; leave it out for all"
-            )
+    if settings.adapter.finetuning_type == "full":
+        return []
+    if settings.adapter.finetuning_type == "qlora" and routers(model):
+        kind = type(next(iter(routers(model).values()))).__name__
+        raise ValueError(
+            f"finetuning_type: {config.model_type} has linear layers with more to them ({kind}), which a 4-bit base "
+            "would replace; use lora"
+        )
+    if not target_module_names(model, settings.adapter.target_modules):
+        raise ValueError(f"target_modules: {settings.adapter.target_modules!r} names no layer; leave it out for all")
+    return frozen_experts_notice(model)
 
 
 def check_tokenizer(settings: Settings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

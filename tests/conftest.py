@@ -74,6 +74,12 @@ def tiny_tokenizer():
     )
 
 
+WITH_HEAD_DIM = (
+    "qwen3", "qwen3_moe", "ernie4_5", "glm4", "gemma", "gemma2", "gemma3_text", "gpt_oss", "helium", "seed_oss",
+    "hunyuan_v1_dense", "nemotron",
+)  # fmt: skip
+
+
 def tiny_config(model_type: str = "llama", **overrides):
     """Config of a random model small enough for a test; `overrides` replace single values."""
     from transformers import AutoConfig
@@ -85,10 +91,22 @@ def tiny_config(model_type: str = "llama", **overrides):
     }  # fmt: skip
     if model_type == "mistral":
         values["sliding_window"] = None
-    if model_type == "qwen3":
+    if model_type in WITH_HEAD_DIM:
         values["head_dim"] = 16
-    if model_type == "mixtral":
+    if model_type in ("mixtral", "phimoe", "granitemoe", "llama4_text", "olmoe"):
         values.update(num_local_experts=4, num_experts_per_tok=2)
+    if model_type == "qwen3_moe":
+        values.update(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=2)
+    if model_type == "gpt_oss":
+        values.update(num_local_experts=4, num_experts_per_tok=2)
+    if model_type == "deepseek_v3":
+        values.update(
+            num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+            v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+            first_k_dense_replace=1, moe_intermediate_size=32,
+        )  # fmt: skip
+    if model_type == "smollm3":
+        values["num_hidden_layers"] = 4  # every fourth layer has no RoPE
     if model_type == "gpt_neox":
         del values["num_key_value_heads"]
     return AutoConfig.for_model(model_type, **{**values, **overrides})

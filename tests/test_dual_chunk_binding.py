@@ -21,7 +21,8 @@ from component.evaluation import TokenScorer
 from component.inference import load_for_inference
 
 PRETRAINING = 16  # chunk 12, window 2, so chunks of 10 tokens
-MODEL_TYPES = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gpt_neox"]
+# The last three: adjacent dimensions are pairs, in all of a head or in half of it, and layers without RoPE.
+MODEL_TYPES = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gpt_neox", "ernie4_5", "glm4", "smollm3"]
 DCA = ContextRequest(attention="dca", pretraining_length=PRETRAINING, context_size=64)
 
 
@@ -46,11 +47,12 @@ def reference_attention(module, query, key, value, attention_mask, scaling=None,
     half = len(inv_freq)
     for row in range(batch):
         real = torch.arange(length) if attention_mask is None else attention_mask[row].nonzero().flatten()
-        distance = distance_table(len(real))
+        distance = distance_table(len(real)) * getattr(module, "use_rope", 1)
         q, k, v = (x[row][:, real].double() for x in (query, key, value))
         logits = q[..., 2 * half :] @ k[..., 2 * half :].mT
         for pair in range(half):
-            q1, q2, k1, k2 = q[..., pair], q[..., half + pair], k[..., pair], k[..., half + pair]
+            first, second = (2 * pair, 2 * pair + 1) if module.is_interleaved else (pair, half + pair)
+            q1, q2, k1, k2 = q[..., first], q[..., second], k[..., first], k[..., second]
             cos, sin = (distance * inv_freq[pair]).cos(), (distance * inv_freq[pair]).sin()
             same = q1[..., None] * k1[:, None] + q2[..., None] * k2[:, None]
             cross = q1[..., None] * k2[:, None] - q2[..., None] * k1[:, None]
@@ -95,6 +97,7 @@ def make_pair(model_type="llama", request=DCA, **overrides):
     for module in reference.modules():
         if hasattr(module, "layer_idx"):
             module.reference = (inv_freq, rotary.attention_scaling)
+            module.is_interleaved = model_type in ("ernie4_5", "glm4")
     AttentionInterface.register("dense_reference", reference_attention)
     AttentionMaskInterface.register("dense_reference", lambda *args, attention_mask=None, **kwargs: attention_mask)
     reference.set_attn_implementation("dense_reference")

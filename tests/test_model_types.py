@@ -1,10 +1,20 @@
-"""Every model family that the README names through the whole path: train, sparse and dense, merge, reload."""
+"""Every model family that the README names through the whole path: train, sparse and dense, merge, reload.
+
+And what the dry run says of other types: that they train, which they then do, or one line on why not.
+"""
+
+import json
+import re
+import sys
 
 import pytest
 import torch
-from conftest import save_tiny_model, tiny_config
+import yaml
+from conftest import save_tiny_model, sentences, tiny_config
+from training_process import start
 from transformers import AutoModelForCausalLM
 
+import train as train_script
 from component.adapter import AdapterConfig, attach_adapter
 from component.adapter_folder import save_adapter
 from component.attention import AttentionConfig, bind_attention, unbind_attention
@@ -100,3 +110,91 @@ def test_merged_model_reloads_in_stock_transformers(base, attention, tmp_path, t
         assert torch.allclose(stock(input_ids=short).logits, model(input_ids=short).logits, atol=1e-4)
         same = torch.allclose(stock(input_ids=long).logits, expected, atol=1e-4)
         assert same == (attention == "s2")
+
+
+@pytest.fixture(scope="module")
+def write_settings(tmp_path_factory, tiny_tokenizer):
+    """Write a tiny model of a type and the YAML of a run of two steps on it; returns the YAML's path."""
+    folder = tmp_path_factory.mktemp("types")
+    data = folder / "train.jsonl"
+    data.write_text("\n".join(json.dumps({"text": sentences(60, seed=i)}) for i in range(8)))
+
+    def write(model_type, **changes):
+        model = folder / model_type
+        if not model.is_dir():
+            save_tiny_model(model, tiny_tokenizer, tiny_config(model_type))
+        values = {
+            "model_name_or_path": str(model), "train_file": str(data), "output_dir": str(folder / "run"),
+            "data_cache_dir": str(folder / "cache"), "model_max_length": TARGET, "max_seq_length": 64, "lora_rank": 4,
+            "finetuning_type": "lora", "pack": True, "max_steps": 2, "save_strategy": "no", "report_to": "none",
+            "overwrite_output_dir": True, "dataloader_pin_memory": False, **changes,
+        }  # fmt: skip
+        path = folder / f"{model_type}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "model_type,changes,refusal",
+    [
+        ("phi3", {}, "rope_type: phi3 takes no RoPE of type linear .*use rope_type: ntk, or theta"),
+        ("phi3", {"rope_type": "ntk"}, None),
+        ("phimoe", {}, "rope_type: phimoe takes no RoPE of type linear"),
+        ("qwen3_moe", {}, None),
+        ("deepseek_v3", {"attention": "dca"}, None),
+        ("deepseek_v3", {"target_modules": "o_proj,up_proj"}, "target_modules: up_proj: in deepseek_v3 PEFT takes it"),
+        ("gemma2", {"attention": "full"}, "model_name_or_path: .* is a gemma2, whose attention torch's SDPA cannot"),
+        ("llama4_text", {"finetuning_type": "qlora"}, "finetuning_type: llama4_text .*Llama4Router.*use lora"),
+        ("seed_oss", {"attention": "dca"}, "seed_oss: attention: dca has no attention dropout; set attention_dropout"),
+        ("hunyuan_v1_dense", {"attention": "dca"}, "attention: dca does not suit hunyuan_v1_dense"),
+    ],
+)
+def test_the_dry_run_says_whether_a_type_trains(write_settings, monkeypatch, capsys, model_type, changes, refusal):
+    path = write_settings(model_type, **changes)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--train_args_file", str(path), "--dry_run"])
+    state = torch.get_rng_state()
+    if refusal:
+        with pytest.raises(ValueError, match=re.compile(refusal, re.DOTALL)):
+            train_script.main()
+    else:
+        train_script.main()
+        assert "all settings are valid" in capsys.readouterr().out
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_experts_stay_as_they_are_and_lora_is_on_what_is_linear(write_settings, monkeypatch, capsys):
+    """deepseek_v3: PEFT would put LoRA on the experts' fused weights, with which it knows no dropout."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--train_args_file", str(write_settings("deepseek_v3")), "--dry_run"])
+    train_script.main()
+    assert "experts of deepseek_v3 are no linear layers" in capsys.readouterr().out
+    with torch.device("meta"):
+        model = attach_adapter(AutoModelForCausalLM.from_config(tiny_config("deepseek_v3")), AdapterConfig("lora"))
+    trained = {name.split(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["s2", "full", "dca"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *MODEL_TYPES, "qwen3_moe", "phi3", "phimoe", "gemma", "gemma2", "gemma3_text", "olmo2", "granite", "granitemoe",
+        "smollm3", "ernie4_5", "glm4", "deepseek_v3", "cohere", "cohere2", "gpt_oss", "starcoder2", "stablelm",
+        "helium", "seed_oss", "hunyuan_v1_dense", "llama4_text", "lfm2", "olmoe", "nemotron", "persimmon", "falcon",
+    ],
+)  # fmt: skip
+def test_what_passes_the_dry_run_trains(write_settings, tmp_path, model_type, attention):
+    """Two steps after a dry run that found nothing; a dry run that did says so in one line."""
+    path, outcomes = write_settings(model_type, attention=attention), []
+    for words in (["--dry_run"], []):
+        log = tmp_path / f"{len(words)}.log"
+        process = start("--train_args_file", path, *words, log=log)
+        process.join(120)
+        outcomes.append((process.exitcode, log.read_text()))
+        if process.exitcode:
+            break
+    assert outcomes[-1][0] in (0, 2) and "Traceback" not in outcomes[-1][1], outcomes[-1][1][-2000:]
+    assert len(outcomes) == 2 or outcomes[0][0] == 2, outcomes[-1][1][-2000:]
+    assert outcomes[-1][0] == (0 if len(outcomes) == 2 else 2), outcomes[-1][1][-2000:]
