@@ -195,6 +195,10 @@ def test_other_finetuning_types(write_yaml, finetuning_type):
     assert expected[4] < expected[1]
     train(path, "--resume_from_checkpoint", str(out / "checkpoint-2"))
     assert losses(out) == expected
+    saved = json.loads((out / "final" / "config.json").read_text())
+    assert saved["rope_scaling"] == {"rope_type": "linear", "factor": 2.0} and saved["max_seq_len"] == 64
+    tokenizer = json.loads((out / "final" / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     if finetuning_type == "full":
         model = AutoModelForCausalLM.from_pretrained(out / "final")
         assert model.config.rope_parameters["factor"] == 2
