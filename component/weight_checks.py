@@ -41,7 +41,7 @@ def check_weights(weights: SavedWeights, model: PreTrainedModel, folder: Path) -
     of_integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
     usable = {name: w for name, w in weights.headers.items() if w.is_floating_point() or name in of_integers}
     is_quantised = any(name.endswith("weight") for name in weights.headers.keys() - usable.keys())
-    hint = " (stored as integers: it is saved quantised); give the 16-bit model" if is_quantised else "; is it whole?"
+    hint = "; it is saved quantised (stored as integers): give the 16-bit model" if is_quantised else "; is it whole?"
     verbosity, shows_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
