@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from component.adapter import AdapterConfig, attach_adapter
+from component.device_memory import is_out_of_memory
 from component.tiny_copy import tiny_copy
 
 # Of the largest value; float32 leaves 1e-5, a missing soft cap 5e-3.
@@ -85,6 +86,8 @@ def refusing(model: PreTrainedModel, method: str, fix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{method} does not suit {model.config.model_type}: {text}; {fix}") from error
 

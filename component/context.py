@@ -134,10 +134,6 @@ def extend_rope(
     if getattr(config, "head_dim", 0) is None:
         # transformers 5.23 multiplies it by the part that is rotated in YaRN and dynamic NTK (Mixtral).
         config.head_dim = config.hidden_size // config.num_attention_heads
-    try:
-        config.validate_rope()
-    except ValueError as error:
-        raise ValueError(f"rope_type: cannot scale {config.model_type} ({error})") from None
     kind, factor = decision.rope_parameters["rope_type"], decision.rope_parameters.get("factor")
     check_rope_type(config, kind)
     how = f"{kind} x{factor:g}" if factor else f"base {decision.rope_parameters['rope_theta']:g}"

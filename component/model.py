@@ -201,7 +201,7 @@ def empty_model(
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
             )
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"model_name_or_path: config.json of {name!r} describes no model ({error}); mend it") from None

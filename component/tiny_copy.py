@@ -9,6 +9,8 @@ import copy
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from component.device_memory import is_out_of_memory
+
 # Of each attribute that a config has, the largest value; head dims and all that RoPE reads stay.
 LARGEST = {
     "vocab_size": 64, "intermediate_size": 32, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
@@ -46,6 +48,8 @@ def tiny_copy(model: PreTrainedModel, *, num_layers: int | None = None, drops: b
             small = type(model)(config).float().eval()
             randomise(small)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"model_name_or_path: {config.model_type} cannot be tried on a small copy ({type(error).__name__}: {error})"
         ) from None

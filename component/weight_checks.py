@@ -52,7 +52,6 @@ def check_weights(weights: SavedWeights, model: PreTrainedModel, folder: Path) -
             state_dict=usable,
             dtype=model.dtype,
             device_map={"": "meta"},
-            attn_implementation="sdpa",
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )

@@ -230,7 +230,7 @@ def test_a_config_without_head_dim_makes_a_model(rope_type):
 
 
 def test_a_model_that_has_a_scaling_of_its_own_is_refused_before_it_is_trained():
-    with pytest.raises(ValueError, match="rope_type: cannot scale phi3 .*longrope"):
+    with pytest.raises(ValueError, match="rope_type: phi3 takes no RoPE of type linear .*longrope"):
         extend_rope(tiny_config("phi3"), 128)
 
 

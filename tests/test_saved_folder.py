@@ -143,7 +143,9 @@ def test_parameters_by_layer_type(tmp_path):
 @pytest.fixture(scope="module")
 def other_base(tmp_path_factory, tiny_tokenizer):
     """A model folder as transformers 5 saves it, with a sentencepiece model and a special token of its own."""
-    folder = save_tiny_model(tmp_path_factory.mktemp("other") / "base", tiny_tokenizer)
+    folder = save_tiny_model(
+        tmp_path_factory.mktemp("other") / "base", tiny_tokenizer, tiny_config(vocab_size=len(tiny_tokenizer) + 1)
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["dog"]})
     tokenizer.save_pretrained(folder)
