@@ -195,6 +195,18 @@ def test_known_template(tiny_tokenizer, tmp_path):
     assert known_template(tiny_tokenizer, [str(tmp_path)]) is None
 
 
+@pytest.mark.parametrize(
+    ("dtype", "has_bf16", "warns"),
+    [("fp16", True, True), ("bf16", True, False), ("bf16", False, True), ("fp32", False, False)],
+)
+def test_a_precision_that_the_cpu_lacks_is_named(script, tiny_model_dir, monkeypatch, dtype, has_bf16, warns):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("component.model.cpu_has_bf16", lambda: has_bf16)
+    words = ["--model_name_or_path", tiny_model_dir, "--prompt", "the", "--max_new_tokens", 1, "--dtype", dtype]
+    code, out, errors = script(*words)
+    assert code == 0 and ("arithmetic; fp32 is many times faster" in errors) == warns and "arithmetic" not in out
+
+
 def test_script_in_a_process_of_its_own(tiny_model, tiny_tokenizer, tiny_model_dir, tmp_path, run_script):
     ids = encode_prompt(tiny_tokenizer, PROMPT, template="none")
     outcome = run_script(

@@ -18,7 +18,7 @@ def run_here(monkeypatch, script: str, *words) -> None:
 
 
 def test_units_of_a_layer(monkeypatch, capsys, tmp_path):
-    words = ["--shapes", "7b", "--seq_len", 256, "--hidden_size", 320, "--tile_size", 32]
+    words = ["--shapes", "7b", "--seq_len", 512, "--hidden_size", 320, "--tile_size", 32]
     run_here(monkeypatch, "layer_memory", *words, "--output_file", tmp_path / "a.json", "--plot", tmp_path / "a.png")
     result = json.loads((tmp_path / "a.json").read_text())["results"]["7b"]
     units = {

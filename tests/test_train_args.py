@@ -1,6 +1,7 @@
 """Every YAML in train_args/ is valid for the model it names: a dry run on a folder without weights."""
 
 import json
+import platform
 import re
 import sys
 from pathlib import Path
@@ -120,6 +121,17 @@ def test_the_table_names_the_dtype_of_the_run(words, linear, trained, dry):
     out = dry(REPO / "train_args" / "tiny-llama-sft.yaml", *words)
     row = next(line for line in out.splitlines() if line.startswith("linear")).split()
     assert row[1:3] == [linear, trained]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN limits instruction sets on x86 only")
+def test_onednns_limit_of_instructions_counts(run_script, tmp_path, monkeypatch):
+    """How a CPU without bf16 instructions is imitated, from the environment to the dtype of the weights."""
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    words = ["--train_args_file", "train_args/tiny-llama-sft.yaml", "--finetuning_type", "lora", "--bf16", "--use_cpu"]
+    words += ["--output_dir", tmp_path / "out", "--train_file", "data/dummy_sft.jsonl", "--dry_run"]
+    out = run_script("train.py", *words, cwd=REPO, check=True).stdout
+    assert "bf16 becomes false: this CPU has no bf16 instructions" in out
+    assert next(line for line in out.splitlines() if line.startswith("linear")).split()[1] == "float32"
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
