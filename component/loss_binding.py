@@ -10,21 +10,37 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from component.binding_proof import NUM_TOKENS, token_ids
 from component.loss import next_token_loss, token_loss
+from component.tiny_copy import tiny_copy
+
+# Of the loss; float32 leaves 1e-7, a soft cap far above the logits 1e-4.
+TOLERANCE = 1e-5
 
 
 def bind_chunked_loss(model: PreTrainedModel) -> str:
     """Let `model(..., labels=...)` compute its loss without the logits of the whole sequence.
 
-    Changes nothing for models whose head is more than one matrix product (bias, soft-capped or scaled
-    logits). Returns a one-line description for the log.
+    Changes nothing for models that have another loss then, since their output layer is more than one matrix product
+    (bias, soft-capped or scaled logits). Returns a one-line description for the log.
     """
-    head, config = model.get_output_embeddings(), model.config
-    extra = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-    if head is None or getattr(head, "bias", None) is not None or any(getattr(config, name, None) for name in extra):
-        return f"stock loss: the output layer of {config.model_type} is more than one matrix product"
+    if not has_stock_loss_in_chunks(model):
+        return f"stock loss: the output layer of {model.config.model_type} is more than one matrix product"
     model.forward = partial(chunked_loss_forward, model, model.forward)
     return "loss in chunks: the logits of the whole sequence are never held"
+
+
+def has_stock_loss_in_chunks(model: PreTrainedModel) -> bool:
+    """Whether a small copy of `model`, in float32, has the stock loss in chunks too."""
+    small, ids = tiny_copy(model, num_layers=2), token_ids(NUM_TOKENS)
+    with torch.no_grad():
+        stock = small(input_ids=ids, labels=ids).loss
+        try:
+            chunked = chunked_loss_forward(small, small.forward, ids, labels=ids).loss
+        except (AttributeError, RuntimeError, TypeError):
+            # The decoder or the output layer is not where the Llama family has it.
+            return False
+    return torch.allclose(chunked, stock, rtol=TOLERANCE, atol=0)
 
 
 def chunked_loss_forward(

@@ -115,6 +115,21 @@ def test_bound_model_equals_stock_model(model_type):
     assert model(input_ids=ids).logits.shape == (2, 30, 320)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "extra"),
+    [
+        ("cohere", {"logit_scale": 0.25}), ("granite", {"logits_scaling": 8.0}), ("phi", {}),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}), ("llama4_text", {}),
+    ],
+)  # fmt: skip
+def test_an_output_layer_that_does_more_keeps_the_stock_loss(model_type, extra):
+    """Scaled and soft-capped logits, a bias, and a decoder that is not where the Llama family has it."""
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **extra))
+    forward = model.forward
+    assert "stock loss" in bind_chunked_loss(model)
+    assert model.forward == forward
+
+
 def test_packed_rows_stay_apart_in_evaluation():
     """With a cache transformers would no longer see from the position ids that a row holds two documents."""
     torch.manual_seed(0)
