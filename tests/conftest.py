@@ -128,6 +128,13 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model", tiny_tokenizer)
 
 
+@pytest.fixture(autouse=True)
+def notices_are_said_again():
+    from component.distributed import print_notice
+
+    print_notice.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def train_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
