@@ -29,6 +29,7 @@ from component.setting_values import KIND_NAMES, coerce
 
 REPO = Path(__file__).resolve().parents[1]
 PATH_KEYS = ("model_name_or_path", "train_file", "eval_file", "deepspeed")
+FOLDER_KEYS = ("output_dir", "logging_dir", "data_cache_dir", "resume_from_checkpoint")
 REQUIRED_KEYS = ("model_name_or_path", "train_file", "output_dir")
 TRAINING_DEFAULTS = {"per_device_train_batch_size": 1, "report_to": "tensorboard", "logging_steps": 10}
 # Names that transformers dropped or is about to drop, and their successors.
@@ -221,6 +222,8 @@ def read_settings(train_args_file: str, words: list[str], *, needs_data: bool = 
         value = coerce(key, value, hints[section][key], choices)
         is_path = key in PATH_KEYS and isinstance(value, str) and (needs_data or not key.endswith("_file"))
         values[section][key] = input_path(key, value) if is_path else value
+        if key in FOLDER_KEYS and isinstance(value, str):
+            values[section][key] = os.path.expanduser(value)
         given[key] = values[section][key]
     for key in REQUIRED_KEYS:
         if not values[owners[key]].get(key):

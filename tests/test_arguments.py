@@ -285,6 +285,11 @@ def test_paths_are_found_below_the_repository_and_home(read, tmp_path, monkeypat
     assert read({"train_file": "data/dummy_pretrain.jsonl"})[0].data.train_file == "data/dummy_pretrain.jsonl"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read({"train_file": "~/train.jsonl"})[0].data.train_file == str(tmp_path / "train.jsonl")
+    settings = read({"output_dir": "~/out", "resume_from_checkpoint": "~/old", "data_cache_dir": "~/cache"})[0]
+    # transformers looks for output_dir there, so an earlier run must be looked for there too.
+    assert settings.training["output_dir"] == str(tmp_path / "out") == settings.training_arguments().output_dir
+    assert settings.training["resume_from_checkpoint"] == str(tmp_path / "old")
+    assert settings.data.data_cache_dir == str(tmp_path / "cache")
 
 
 def test_the_yaml_may_have_a_byte_order_mark_windows_lines_and_anchors(tmp_path):
