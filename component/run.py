@@ -21,7 +21,7 @@ from component.files import partial_name, remove, write_json
 from component.plot import plot_loss_curve
 from component.resuming import data_hashes, resume_point
 from component.run_lock import check_unlocked, lock_output_dir
-from component.run_record import RECORD_NAME, make_run_record
+from component.run_record import RECORD_NAME, make_run_record, read_run_record
 from component.termination import end_on_sigterm
 from component.trainer import LongContextTrainer
 
@@ -50,12 +50,16 @@ class Run:
         predicted one; draw the losses. A run that was complete before it was resumed changes none of it.
         """
         final, state = Path(self.arguments.output_dir) / FINAL, trainer.state
-        if self.checkpoint and trainer.start_up.seconds is None and final.is_dir():
-            self.log(
-                f"nothing left to train: {self.checkpoint} is at step {state.global_step} of {state.max_steps}; "
-                f"{final} stays as it is"
-            )
-            return
+        if self.checkpoint and trainer.start_up.seconds is None:
+            trained_by = read_run_record(self.checkpoint)
+            # Not so where a run overwrote another and was killed between its last checkpoint and its end.
+            if final.is_dir() and read_run_record(final) == trained_by:
+                self.log(
+                    f"nothing left to train: {self.checkpoint} is at step {state.global_step} of {state.max_steps}; "
+                    f"{final} stays as it is"
+                )
+                return
+            trainer.run_record = trained_by or trainer.run_record
         self.log(f"saved {trainer.save_final()}")
         losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
         runtime = next((x["train_runtime"] for x in trainer.state.log_history[::-1] if "train_runtime" in x), None)

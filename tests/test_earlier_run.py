@@ -87,6 +87,24 @@ def test_overwriting_replaces_the_first_run_by_a_result(finished_run, save_steps
     assert not (out / ".overwritten").exists()
 
 
+def test_an_overwriting_run_that_was_killed_before_its_end_saves_its_own_final(write_yaml):
+    """Its last checkpoint is there, and `final` still the earlier run's."""
+    path, out = write_yaml(max_steps=2, save_strategy="no")
+    train(path)
+    other_path, other = write_yaml("other", max_steps=2, seed=8)
+    train(other_path)
+    shutil.copytree(other / "checkpoint-2", out / "checkpoint-2")
+    words = ("--seed", 8, "--save_strategy", "steps", "--resume_from_checkpoint", "true")
+    for is_complete in (False, True):
+        path.with_suffix(".out").unlink()
+        train(path, *words)
+        assert (
+            contents(out / "final")["adapter_model.safetensors"]
+            == contents(other / "final")["adapter_model.safetensors"]
+        )
+        assert ("nothing left to train" in path.with_suffix(".out").read_text()) == is_complete
+
+
 def test_resuming_before_the_last_checkpoint_keeps_the_later_one_apart(write_yaml):
     """From 4 of 2, 4, 6, with one checkpoint to keep: the newest of this run survives, not the abandoned one."""
     path, out = write_yaml(save_total_limit=None)
