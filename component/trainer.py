@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from component.adapter_folder import save_adapter
-from component.checkpoint import FINAL, STAGING, clear_staging, publish, rotate
+from component.checkpoint import FINAL, MARK_OF_COMPLETENESS, STAGING, clear_staging, publish, rotate
 from component.cli import one_line
 from component.distributed import barrier, is_main_process
 from component.divergence import DivergenceWatch, all_finite
@@ -38,6 +38,8 @@ class LongContextTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # It puts the mean of earlier losses in the place of one that is not finite.
         self.args.logging_nan_inf_filter = False
+        # At the end of training it deletes all but the best, the newest and abandoned ones among them.
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.run_record = run_record
         self.earlier = earlier
         self.watch = DivergenceWatch()
@@ -125,25 +127,35 @@ class LongContextTrainer(Trainer):
         return str(Path(run_dir) / STAGING) if self.is_saving else run_dir
 
     def _save_checkpoint(self, model, trial) -> None:
-        output_dir, name = self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        best = self.state.best_global_step
-        if best:
-            self.state.best_model_checkpoint = str(Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{best}")
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._check_weights()
         self.is_saving = True
         try:
             self._write(lambda: super(LongContextTrainer, self)._save_checkpoint(model, trial), name)
         finally:
             self.is_saving = False
+        self._place_best()
         self._write(lambda: self._publish(name), name, only_main=True)
         # Rank 0 did away with them.
         self.earlier.checkpoints = []
 
+    def _place_best(self) -> None:
+        """Say where the best checkpoint will lie: transformers has found this one in the staging folder.
+
+        One of the folder that the run was resumed from stays where it is.
+        """
+        best, output_dir = self.state.best_global_step, Path(self.args.output_dir)
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        if best == self.state.global_step or (folder.is_dir() and folder not in self.earlier.checkpoints):
+            self.state.best_model_checkpoint = str(folder)
+
     def _publish(self, name: str) -> None:
+        output_dir = self.args.output_dir
+        self.state.save_to_json(str(Path(output_dir) / STAGING / name / MARK_OF_COMPLETENESS))
         self.earlier.step_aside()
-        publish(self.args.output_dir, name)
+        publish(output_dir, name)
         self.earlier.give_way()
-        rotate(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        rotate(output_dir, self.save_total_limit, self.state.best_model_checkpoint)
 
     def _write(self, write: Callable[[], Any], name: str, *, only_main: bool = False) -> None:
         """Run `write` on every rank or on rank 0, then wait for all. A failure leaves nothing half-written and says
