@@ -82,7 +82,8 @@ def main() -> None:
     run = start_run(settings, notices, mechanisms=asdict(plan.mechanisms))
     size, is_packed = settings.parallel.sequence_parallel_size, settings.data.pack
     train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log)
-    check_num_rows(run.arguments, len(train_dataset), processes_per_row=size)
+    num_eval_rows = len(eval_dataset) if eval_dataset else None
+    check_num_rows(run.arguments, len(train_dataset), num_eval_rows, processes_per_row=size)
     is_quantized = settings.adapter.finetuning_type == "qlora"
     model = load_training_model(settings.model, config, run.arguments, load_in_4bit=is_quantized)
     length = settings.data.max_seq_length

@@ -207,13 +207,23 @@ def check_data(settings: Settings) -> None:
                 check_data_file(path, sft=settings.data.sft, flag=key)
 
 
-def check_num_rows(arguments: TrainingArguments, num_rows: int, *, processes_per_row: int) -> None:
+def check_num_rows(
+    arguments: TrainingArguments, num_rows: int, num_eval_rows: int | None, *, processes_per_row: int
+) -> None:
     """Refuse rows that do not make one batch of all processes, where dataloader_drop_last leaves out a part of one."""
     num_together = arguments.train_batch_size * arguments.world_size // processes_per_row
-    if arguments.dataloader_drop_last and num_rows < num_together:
+    if not arguments.dataloader_drop_last:
+        return
+    if num_rows < num_together:
         raise ValueError(
             f"dataloader_drop_last: train_file makes {num_rows} rows, a batch of all processes takes {num_together}, "
             "so not one step would be trained; leave it out, or lower per_device_train_batch_size"
+        )
+    num_together = arguments.eval_batch_size * arguments.world_size
+    if num_eval_rows is not None and num_eval_rows < num_together:
+        raise ValueError(
+            f"dataloader_drop_last: eval_file makes {num_eval_rows} rows, a batch of all processes takes "
+            f"{num_together}, so nothing would be evaluated; leave it out, or lower per_device_eval_batch_size"
         )
 
 

@@ -15,6 +15,7 @@ from training_process import run_training, start
 
 from component.checkpoint_contents import check_contents, check_pickle, load_without_code
 from component.resuming import check_resumable
+from component.run_checks import check_num_rows
 from component.trainer import LongContextTrainer
 
 NUM_STEPS = 4
@@ -262,6 +263,14 @@ def test_too_few_rows_for_a_step_are_refused_before_the_model_loads(runs, whole)
     code, log = runs.resume(output, *words, "--resume_from_checkpoint", "false")
     assert code == 2 and "dataloader_drop_last: train_file makes 24 rows" in one_error(log)
     assert "trainable" not in log and not (output / "final").exists()
+
+
+def test_too_few_rows_for_an_evaluation_are_refused():
+    arguments = SimpleNamespace(train_batch_size=1, eval_batch_size=8, world_size=2, dataloader_drop_last=True)
+    check_num_rows(arguments, 2, None, processes_per_row=1)
+    check_num_rows(arguments, 2, 16, processes_per_row=1)
+    with pytest.raises(ValueError, match="eval_file makes 15 rows, a batch of all processes takes 16"):
+        check_num_rows(arguments, 2, 15, processes_per_row=1)
 
 
 def test_a_run_without_a_step_saves_nothing(tmp_path):
