@@ -9,6 +9,7 @@ Imported where the page is served, since starlette comes with gradio, which is a
 """
 
 import ipaddress
+import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,12 +29,13 @@ class ServerNames:
 
     Those of this machine itself, `host`, at which it listens, and `others`. A server that listens to a network is also
     asked for by its addresses, of which it does not know all (NAT, containers): a name can be made to point anywhere,
-    an address cannot.
+    an address cannot. Raises ValueError for what is no name in `others`; a scheme or port with it does not count.
     """
 
     def __init__(self, host: str, others: Iterable[str] = ()):
         host = host.strip("[]")
-        self.names = {name.lower() for name in ("localhost", "127.0.0.1", "::1", host, *others)}
+        self.others = {bare_name(other) for other in others}
+        self.names = {"localhost", "127.0.0.1", "::1", host.lower(), *self.others}
         self.is_in_network = host != "localhost" and not (is_address(host) and ipaddress.ip_address(host).is_loopback)
         if self.is_in_network:
             self.names.add(socket.gethostname().lower())
@@ -49,6 +51,17 @@ class ServerNames:
         except ValueError:
             return False
         return name in self.names or (self.is_in_network and name is not None and is_address(name))
+
+
+def bare_name(text: str) -> str:
+    """The host name in `text`, a name, name:port, or URL. Raises ValueError where there is none."""
+    try:
+        name = text.lower() if is_address(text) else urlsplit(text if "://" in text else f"//{text}").hostname
+    except ValueError:
+        name = None
+    if not name or not (is_address(name) or re.fullmatch(r"[\w.-]+", name)):
+        raise ValueError(f"--allowed_hosts: {text!r} is no host name; give one such as chat.example.org")
+    return name
 
 
 def is_address(name: str) -> bool:
@@ -70,18 +83,22 @@ class OwnPageOnly:
             refusal = None
             if headers.get("host", "") not in self.names:
                 refusal = "this server has another name; --allowed_hosts adds one"
-            elif is_foreign(headers, is_reading=is_reading):
+            elif is_foreign(headers, self.names.others, is_reading=is_reading):
                 refusal = "asked for by another page"
             if refusal:
                 return await PlainTextResponse(refusal, 403)(scope, receive, send)
         await self.app(scope, receive, send)
 
 
-def is_foreign(headers: Headers, *, is_reading: bool) -> bool:
-    """Whether another page sent a request with these headers; a link to this page on it is not meant."""
+def is_foreign(headers: Headers, proxies: Iterable[str], *, is_reading: bool) -> bool:
+    """Whether another page sent a request with these headers; a link to this page on it is not meant.
+
+    proxies: names of the page elsewhere. A proxy may leave the port out of the host, or put the server's own there.
+    """
     source = headers.get("origin") or (None if is_reading else headers.get("referer"))
     try:
-        if source is not None and urlsplit(source).netloc.lower() != headers["host"].lower():
+        page = None if source is None else urlsplit(source)
+        if page and page.netloc.lower() != headers["host"].lower() and page.hostname not in proxies:
             return True
     except ValueError:
         return True

@@ -32,6 +32,9 @@ HOSTS = [
     (("192.168.1.5", []), "192.168.1.5:7860", True), (("myserver", []), "myserver:7860", True),
     (("myserver", []), "evil.example:7860", False), (("localhost", []), "192.168.1.5", False),
     (BEHIND_PROXY, "chat.example.org", True), (BEHIND_PROXY, "www.example.org", False),
+    *[(("127.0.0.1", [other]), "chat.example.org:8443", True) for other in ("chat.example.org:8443",
+                                                                           "https://chat.example.org/chat/")],
+    (("127.0.0.1", ["fd00::2"]), "[fd00::2]", True),
 ]  # fmt: skip
 
 HERE = "http://localhost:7860"
@@ -103,6 +106,25 @@ def test_other_pages_neither_read_nor_write(headers, may_read, may_write):
     assert (client.post("/", headers=headers).status_code == 200) == may_write
     assert (client.delete("/", headers=headers).status_code == 200) == may_write
     assert hears_websocket(client, headers) == may_write
+
+
+@pytest.mark.parametrize("host", ["chat.example.org", "127.0.0.1:7860"], ids=["nginx $host", "the server's own"])
+def test_a_proxy_may_change_the_host(host):
+    """gradio's example for nginx leaves the port out; nginx and Apache put the server's address on their own."""
+    client, headers = small_app(*BEHIND_PROXY), {"host": host, "sec-fetch-site": "same-origin"}
+    for origin, is_own in (("https://chat.example.org:8443", True), ("https://chat.example.org", True),
+                           ("https://chat.example.org.evil.example", False), ("https://x@evil.example", False),
+                           ("http://localhost:3000", False), ("null", False)):  # fmt: skip
+        for send in (client.get, client.post):
+            assert (send("/", headers={**headers, "origin": origin}).status_code == 200) == is_own, origin
+    other_port = {"host": host, "origin": "https://chat.example.org:9000", "sec-fetch-site": "same-site"}
+    assert client.post("/", headers=other_port).status_code == 403
+
+
+@pytest.mark.parametrize("other", ["*", "*.example.org", "", "https://", "chat example.org", "[::1"])
+def test_what_is_no_name_is_refused(other):
+    with pytest.raises(ValueError, match="--allowed_hosts: .* is no host name"):
+        ServerNames("127.0.0.1", [other])
 
 
 def test_the_shared_name_is_added_when_it_is_known():

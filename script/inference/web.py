@@ -70,6 +70,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             "raise it"
         )
     available_port(args.host, args.port)
+    from component.web_guard import ServerNames
+
+    ServerNames(args.host, args.allowed_hosts)
 
 
 def set_environment(args: argparse.Namespace, upload_folder: str) -> None:
