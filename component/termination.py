@@ -17,7 +17,10 @@ import psutil
 from component.distributed import is_main_process
 
 LAUNCHER_COMMANDS = {"deepspeed", "ds", "torchrun", "accelerate"}
-LAUNCHER_MODULES = {"deepspeed.launcher.launch", "torch.distributed.run", "torch.distributed.launch"}
+LAUNCHER_MODULES = {
+    "deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch",
+    "accelerate.commands.launch",
+}  # fmt: skip
 SECONDS_BETWEEN_LOOKS = 1
 SECONDS_TO_END = 20
 EXIT_CODE = 128 + signal.SIGTERM
@@ -54,8 +57,10 @@ def is_launcher(process: psutil.Process) -> bool:
         words = process.cmdline()[:4]
     except psutil.Error:
         return False
-    # A shell with the same text in one argument is none.
-    return bool(LAUNCHER_MODULES & set(words) or LAUNCHER_COMMANDS & {Path(word).name for word in words[:2]})
+    # A shell is none, with the same text in one argument or running a script of that name, which may end before us.
+    names = [Path(word).name for word in words]
+    is_python = bool(names) and names[0].startswith("python")
+    return bool(LAUNCHER_COMMANDS & set(names[: 1 + is_python]) or (is_python and LAUNCHER_MODULES & set(words)))
 
 
 def is_child(process: psutil.Process, parent: int) -> bool:

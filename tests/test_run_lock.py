@@ -119,6 +119,10 @@ COMMANDS = [
     (["/venv/bin/torchrun", "train.py"], True),
     (["bash", "-c", "python -u -m deepspeed.launcher.launch train.py"], False),
     (["bash", "run.sh", "deepspeed"], False),
+    (["/bin/bash", "./deepspeed"], False),
+    (["sh", "/home/me/bin/accelerate", "launch"], False),
+    (["python3.11", "-m", "accelerate.commands.launch", "train.py"], True),
+    ([], False),
     (["python", "train.py"], False),
 ]
 
