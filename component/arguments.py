@@ -29,6 +29,7 @@ from component.setting_values import KIND_NAMES, coerce
 
 REPO = Path(__file__).resolve().parents[1]
 PATH_KEYS = ("model_name_or_path", "train_file", "eval_file", "deepspeed")
+FOLDER_KEYS = ("output_dir", "logging_dir", "resume_from_checkpoint")
 REQUIRED_KEYS = ("model_name_or_path", "train_file", "output_dir")
 TRAINING_DEFAULTS = {"per_device_train_batch_size": 1, "report_to": "tensorboard", "logging_steps": 10}
 # Names that transformers dropped or is about to drop, and their successors.
@@ -179,7 +180,7 @@ def rename(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def input_path(key: str, value: str) -> str:
     """An input path as given, or below the repository where it is not below the working directory."""
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     if value and not path.exists() and not path.is_absolute() and (REPO / path).exists():
         return str(REPO / path)
     if key != "model_name_or_path" and not path.is_file():
@@ -204,7 +205,7 @@ def read_settings(train_args_file: str, words: list[str], *, needs_data: bool = 
     train_args_file: path of the YAML; words: the command line after it, `--key value` pairs. needs_data: if not,
     data files need not exist.
     """
-    path = Path(train_args_file).expanduser()
+    path = Path(os.path.expanduser(train_args_file))
     if not path.is_file():
         raise ValueError(f"--train_args_file: no file at {train_args_file!r}; give the path of a YAML in train_args/")
     # Renamed before they are laid over each other, so that an old name in the YAML gives way to the new one.
@@ -219,6 +220,8 @@ def read_settings(train_args_file: str, words: list[str], *, needs_data: bool = 
         section = owners[key]
         choices = fields_of(SECTIONS[section])[key].metadata.get("choices")
         value = coerce(key, value, hints[section][key], choices)
+        if key in FOLDER_KEYS and isinstance(value, str):
+            value = os.path.expanduser(value)
         is_path = key in PATH_KEYS and isinstance(value, str) and (needs_data or not key.endswith("_file"))
         values[section][key] = input_path(key, value) if is_path else value
         given[key] = values[section][key]
