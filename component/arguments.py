@@ -180,7 +180,7 @@ def rename(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def input_path(key: str, value: str) -> str:
     """An input path as given, or below the repository where it is not below the working directory."""
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     if value and not path.exists() and not path.is_absolute() and (REPO / path).exists():
         return str(REPO / path)
     if key != "model_name_or_path" and not path.is_file():
@@ -205,7 +205,7 @@ def read_settings(train_args_file: str, words: list[str], *, needs_data: bool = 
     train_args_file: path of the YAML; words: the command line after it, `--key value` pairs. needs_data: if not,
     data files need not exist.
     """
-    path = Path(train_args_file).expanduser()
+    path = Path(os.path.expanduser(train_args_file))
     if not path.is_file():
         raise ValueError(f"--train_args_file: no file at {train_args_file!r}; give the path of a YAML in train_args/")
     # Renamed before they are laid over each other, so that an old name in the YAML gives way to the new one.
@@ -220,10 +220,10 @@ def read_settings(train_args_file: str, words: list[str], *, needs_data: bool = 
         section = owners[key]
         choices = fields_of(SECTIONS[section])[key].metadata.get("choices")
         value = coerce(key, value, hints[section][key], choices)
+        if key in FOLDER_KEYS and isinstance(value, str):
+            value = os.path.expanduser(value)
         is_path = key in PATH_KEYS and isinstance(value, str) and (needs_data or not key.endswith("_file"))
         values[section][key] = input_path(key, value) if is_path else value
-        if key in FOLDER_KEYS and isinstance(value, str):
-            values[section][key] = os.path.expanduser(value)
         given[key] = values[section][key]
     for key in REQUIRED_KEYS:
         if not values[owners[key]].get(key):

@@ -4,6 +4,7 @@ Knows neither a terminal nor a model: the caller gives a function that counts th
 messages, prints what comes back and generates the answers.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +132,7 @@ class ChatSession:
         for turn in self.turns:
             messages += _as_messages(turn.question, turn.answer)
         documents = [{"path": document.path, "text": document.text} for document in self.documents]
-        target = Path(path).expanduser()
+        target = Path(os.path.expanduser(path))
         check_outputs({"/save": target}, {})
         if target.exists():
             raise ValueError(f"/save: {path!r} exists; give another name")

@@ -131,7 +131,7 @@ def build_dataset(
 
 def cache_root(config: DataConfig) -> Path:
     """The folder of all caches, made where it is missing."""
-    root = Path(config.data_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "longqlora").expanduser()
+    root = Path(os.path.expanduser(config.data_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "longqlora"))
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

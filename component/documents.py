@@ -52,7 +52,7 @@ def read_document(path: str | os.PathLike, *, flag: str = "document") -> Documen
     suffix may be HTML or plain text. Raises ValueError with the fix for what is missing, empty, damaged, encrypted,
     without text or not text at all, and OSError for what cannot be opened.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         kind = " but a folder" if path.is_dir() else ""
         raise ValueError(f"{flag}: no file at {str(path)!r}{kind}; give the path of an existing file")
@@ -145,8 +145,7 @@ def find_documents(paths: Sequence[str], *, is_recursive: bool, flag: str = "--i
     whose suffix or content shows a known format; hidden ones do not. Raises ValueError for a path that is not there.
     """
     found: dict[Path, str] = {}
-    for given in map(Path, paths):
-        given = given.expanduser()
+    for given in map(Path, map(os.path.expanduser, paths)):
         if given.is_dir():
             for path in given.rglob("*") if is_recursive else given.iterdir():
                 below = path.relative_to(given)

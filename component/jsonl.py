@@ -21,7 +21,8 @@ METADATA_WORDS = frozenset(
     "tags keywords lang language languages license copyright url urls uri link links path paths file filename title "
     "titles author authors creator publisher date dates time timestamp created updated added year at version revision "
     "model models generator engine meta metadata format encoding length len size tokens count score scores rating "
-    "level quality difficulty status state separator seperator".split()
+    "level quality difficulty status state country ip agent collection identifier extractor langs languages lid "
+    "separator seperator language_script warcinfo".split()
 )
 
 
@@ -201,21 +202,34 @@ def check_unread(row: dict[str, Any], read: Collection[str], *, where: str = "")
     whole row as one "text", as tatsu-lab/alpaca has it.
     """
     known = {text.strip() for key in read if key in row for text in texts_in(row[key])}
-    for key, value in row.items():
-        if key in read or is_metadata(key) or known.issuperset(text.strip() for text in texts_in(value)):
-            continue
-        if key == "text" and isinstance(value, str) and all(text in value for text in known):
-            continue
+    unread = [
+        key
+        for key, value in row.items()
+        if not (
+            key in read
+            or is_metadata(key, value)
+            or known.issuperset(text.strip() for text in texts_in(value))
+            or (key == "text" and isinstance(value, str) and all(text in value for text in known))
+        )
+    ]
+    if unread:
+        names = ", ".join(f'"{key[:40]}"' for key in unread[:10]) + (", ..." if len(unread) > 10 else "")
+        keys, them = (f"keys {names} carry", "them") if len(unread) > 1 else (f"key {names} carries", "it")
         beside = ", ".join(name for name in row if name in read)
         raise ValueError(
-            f'{where}the key "{key[:40]}" carries text that is not read beside {beside}; '
-            'remove it, or put it under "meta"'
+            f'{where}the {keys} text that is not read beside {beside}; remove {them}, or put {them} under "meta"'
         )
 
 
-def is_metadata(key: str) -> bool:
+def is_metadata(key: str, value: Any) -> bool:
+    """Whether `key` names a description, or `value` is an object of nothing but such keys (WildChat's "header")."""
+    inner = value.items() if isinstance(value, dict) else ()
+    return is_metadata_name(key) or (bool(inner) and all(is_metadata_name(k) for k, v in inner if any(texts_in(v))))
+
+
+def is_metadata_name(key: str) -> bool:
     words = re.findall(r"[a-z]+|[A-Z]+[a-z]*", key)
-    return bool(words) and words[-1].lower() in METADATA_WORDS
+    return key.lower() in METADATA_WORDS or (bool(words) and words[-1].lower() in METADATA_WORDS)
 
 
 def texts_in(value: Any) -> Iterator[str]:

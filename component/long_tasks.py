@@ -213,7 +213,8 @@ def options_of_row(row: dict) -> tuple[str, ...]:
     options, key = row.get("options"), "options"
     if options is None and "choice_A" in row:
         options, key = [row[name] for name in OPTION_KEYS[1:] if name in row], "choice_A"
-    if options is None:
+    # InfiniteBench has an empty list where there is nothing to choose.
+    if options is None or options == []:
         return ()
     if not isinstance(options, list) or not 2 <= len(options) <= MAX_OPTIONS:
         raise ValueError(f'"{key}" is not a list of 2 to {MAX_OPTIONS} options; give one')

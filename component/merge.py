@@ -8,6 +8,7 @@ Every weight of the adapter is used exactly once, or the merge fails with its na
 stay tied where input and output embedding end up equal, and are untied where they do not.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def merge(
     for the base's. load_in_4bit: merge into the NF4 weights. max_shard_size: in bytes. Nothing that stood
     at `save_path` is touched before the merge is complete. Raises ValueError for whatever does not fit.
     """
-    save_path = Path(save_path).expanduser()
+    save_path = Path(os.path.expanduser(save_path))
     base, config = resolve_config(
         model_name_or_path, adapter_name_or_path, context, trust_remote_code=trust_remote_code
     )

@@ -73,7 +73,7 @@ def is_slow_on_cpu(dtype: torch.dtype) -> bool:
 
 def model_source(name_or_path: str, flag: str = "model_name_or_path") -> str:
     """A local folder as an absolute path, a hub name as it is; a path that is not there is refused."""
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{flag}: {str(path)!r} has no config.json; give the folder of a saved model")

@@ -44,10 +44,13 @@ def check_outputs(
     output must not be an input or another output, nor lie within a folder of them or around one: by resolved path and
     by inode, with the hidden names that are kept beside it until it is whole.
     """
-    taken = [(name, Path(path).expanduser(), "reads") for name, path in listed(inputs)]
+    taken = [(name, Path(os.path.expanduser(path)), "reads") for name, path in listed(inputs)]
     taken = [(name, path, verb) for name, path, verb in taken if os.path.exists(path)]
     for name, output in listed(outputs):
         path = Path(output.path if isinstance(output, OutputFolder) else output)
+        # As in --output_file=~/x, which a shell leaves as it is.
+        if (home := os.path.expanduser(path)) != str(path):
+            raise ValueError(f"{name}: {str(path)!r} would be a folder named '~'; write {home!r}")
         check_kind(name, path, is_folder=isinstance(output, OutputFolder))
         for other_name, other, verb in taken:
             if overlaps(path, other) or (verb == "writes" and overlaps(other, path)):

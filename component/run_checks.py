@@ -4,6 +4,7 @@ Everything here runs before weights are loaded and before anything is written.
 """
 
 import copy
+import os
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from transformers.integrations import get_available_reporting_integrations
 from component.adapter import frozen_experts_notice, target_module_names
 from component.arguments import Settings
 from component.attention import check_model_supports, check_model_supports_shift_short, flash_kernel
+from component.checkpoint import FINAL, list_checkpoints
 from component.context import context_length
 from component.deepspeed_checks import check_deepspeed_agrees, complete_deepspeed
 from component.distributed import is_main_process, world_size
@@ -129,10 +131,19 @@ def check_paths(settings: Settings) -> None:
         "data_cache_dir": settings.data.data_cache_dir,
     }
     for key, value in folders.items():
-        path = Path(value or ".").expanduser()
+        path = Path(os.path.expanduser(value or "."))
         file = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
         if file:
             raise ValueError(f"{key}: {value!r} cannot be a folder, since {str(file)!r} is a file; give another")
+    replaced = [Path(training["output_dir"], FINAL), *list_checkpoints(training["output_dir"])]
+    read = {"model_name_or_path": settings.model.model_name_or_path, "train_file": settings.data.train_file,
+            "eval_file": settings.data.eval_file}  # fmt: skip
+    for key, value in read.items():
+        for place in replaced:
+            if value and Path(os.path.realpath(value)).is_relative_to(os.path.realpath(place)):
+                raise ValueError(
+                    f"{key}: {value!r} lies in {str(place)!r}, which this run replaces; choose another output_dir"
+                )
     resume = training.get("resume_from_checkpoint")
     if resume and resume.lower() not in ("true", "false") and not Path(resume).is_dir():
         raise ValueError(

@@ -113,6 +113,15 @@ def test_resuming_from_the_last_checkpoint_may_be_a_boolean(value, checked):
     assert settings.training["resume_from_checkpoint"] == str(value).lower()
 
 
+def test_folders_in_the_home_directory(read, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folders = {"output_dir": "~/runs/a", "logging_dir": "~/logs", "resume_from_checkpoint": "~/runs/a/checkpoint-2"}
+    settings, _ = read(folders)
+    found = {"logging_dir": settings.log.logging_dir, **settings.training}
+    assert {key: found[key] for key in folders} == {k: v.replace("~", str(tmp_path)) for k, v in folders.items()}
+    assert settings.training_arguments().output_dir == settings.training["output_dir"], "one folder, not two"
+
+
 @pytest.mark.parametrize("word", ["none", None, "None"])
 def test_no_reporting(word, checked):
     settings, _ = checked({"report_to": word})

@@ -54,6 +54,7 @@ CHANGES = {
     "two precisions": ({"fp16": True, "bf16": True}, ["fp16 and bf16"]),
     "no train_file": ({"train_file": REMOVE}, ["train_file", "missing"]),
     "train_file absent": ({"train_file": "nowhere.jsonl"}, ["train_file", "nowhere.jsonl"]),
+    "train_file of nobody": ({"train_file": "~no-such-user/a.jsonl"}, ["train_file", "no file at '~no-such-user"]),
     "train_file a folder": ({"train_file": "data"}, ["train_file", "'data'"]),
     "train_file a number": ({"train_file": 5}, ["train_file", "5", "quotes"]),
     "eval_file absent": ({"eval_file": "nowhere.jsonl"}, ["eval_file", "nowhere.jsonl"]),
@@ -361,6 +362,30 @@ def test_an_earlier_run_is_not_overwritten(dry, write, tmp_path, refused):
     (tmp_path / "out" / "checkpoint-7" / "trainer_state.json").write_text("{}")
     words = ["output_dir", "checkpoint-7", "--resume_from_checkpoint true"]
     refused(write({}), *dry, words_of_error=words, may_start=True)
+
+
+@pytest.mark.parametrize("place", ["final", "checkpoint-7"])
+@pytest.mark.parametrize("key", ["model_name_or_path", "train_file", "eval_file"])
+def test_what_a_run_reads_does_not_lie_in_what_it_replaces(key, place, write, tmp_path, tiny_model_dir, refused):
+    shutil.copytree(tiny_model_dir, tmp_path / "out" / place)
+    (tmp_path / "out" / place / "trainer_state.json").write_text("{}")
+    (tmp_path / "linked").symlink_to("out")
+    rows = tmp_path / "out" / place / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    read = tmp_path / "linked" / place / ("" if key.startswith("model") else rows.name)
+    words = [f"{key}: ", f"{tmp_path / 'out' / place}', which this run replaces", "output_dir"]
+    refused(write({key: str(read), "overwrite_output_dir": True}), words_of_error=words)
+
+
+@pytest.mark.parametrize("place", ["", "data", "final-data", "checkpoint-data"])
+def test_data_beside_what_a_run_replaces_is_read(place, write, tmp_path, monkeypatch):
+    rows = tmp_path / "out" / place / "final.jsonl"
+    rows.parent.mkdir(parents=True)
+    rows.write_text('{"text": "a b c d"}\n')
+    (tmp_path / "out" / "final").mkdir()
+    path = write({"train_file": str(rows), "overwrite_output_dir": True})
+    monkeypatch.setattr(sys, "argv", ["train.py", "--train_args_file", str(path), "--dry_run"])
+    train.main()
 
 
 def test_flash_attention_that_is_not_installed(write, refused, monkeypatch):

@@ -40,6 +40,7 @@ def write_rows(path, *rows):
         ({**CHOICE, "answer": "box"}, {"answer_index": 2}),
         ({**CHOICE, "answer": "(c)"}, {"answer_index": 2}),
         ({**CHOICE, "answer": 0}, {"answer_index": 0}),
+        ({**CHOICE, "options": [], "answer": ["fox"]}, {"options": (), "references": ("fox",)}),  # InfiniteBench
         ({**CHOICE, "options": ["B", "A"], "answer": "B"}, {"answer_index": 0}),
         ({**CHOICE, "options": [1, 2.5], "answer": "2.5"}, {"options": ("1", "2.5"), "answer_index": 1}),
         ({"context": "c", "question": "q", "choice_A": "x", "choice_B": "y", "answer": "B"}, {"answer_index": 1}),

@@ -184,6 +184,8 @@ PLACES = {
     "link to a device": ({"--o": "to_null"}, {}, "is a device, pipe or socket"),
     "below a file": ({"--o": "ids.bin/x.json"}, {}, "cannot write in 'ids.bin' (Not a directory)"),
     "kernel": ({"--o": "/proc/absent/x.json"}, {}, "cannot write in '/proc/absent'"),
+    "home": ({"--o": "~/x.json"}, {}, "would be a folder named '~'; write '/"),
+    "home of nobody": ({"--o": "x.json"}, {"--i": "~no-such-user/x"}, None),
     "long name": ({"--o": "x" * 250}, {}, "cannot write in '.' (File name too long)"),
     "dotted spelling": ({"--o": "texts/../ids.bin"}, {"--i": "ids.bin"}, "overlaps 'ids.bin', which --i reads"),
     "link to the input": ({"--o": "link"}, {"--i": "ids.bin"}, "overlaps"),

@@ -21,6 +21,12 @@ ROWS = {
     "alpaca, input is null": ({"instruction": "Name it.", "input": None, "output": "P"}, turns("Name it.", "P")),
     "alpaca, input alone": ({"instruction": "", "input": "1 2", "output": "3"}, turns("1 2", "3")),
     "tatsu-lab/alpaca": ({**ALPACA, "text": ALPACA_PROMPT}, turns("Add the numbers.\n1 2", "3")),
+    "WildChat": (
+        {"conversation": [{**turn, "country": "US", "hashed_ip": "ab cd", "state": "New York", "toxic": False,
+                           "header": {"accept-language": "en, de", "user-agent": "A B"}} for turn in turns("q", "a")],
+         "header": {"accept-language": "en, de", "user-agent": "A B"}, "country": "United States"},
+        turns("q", "a"),
+    ),
     "LongAlpaca": ({"instruction": "Sum: x", "output": "y", "input": "", "file": "a b.pdf"}, turns("Sum: x", "y")),
     "LLaMA-Factory": (
         {**ALPACA, "system": "Be brief.", "history": [["Hello", "Hi"], ["How?", "So."]]},
@@ -112,11 +118,31 @@ def test_text_beside_a_pretraining_text_is_refused(extra):
         {"short_book_title": "A Title", "publication_date": 1862, "url": "http://a"},  # deepmind/pg19
         {"meta": {"redpajama_set_name": "RedPajama Book"}},  # SlimPajama
         {"id": "a", "dump": "CC", "file_path": "s3://a", "language": "en", "language_score": 0.9, "token_count": 7},
+        {"language_script": "Latn", "top_langs": '{"deu_Latn_score": 1.0}', "minhash_cluster_size": 2},  # FineWeb-2
+        {"full_doc_lid": "eng_Latn", "per_page_languages": ["eng_Latn"], "extractor": "docling"},  # FinePDFs
+        {"warcinfo": "robots: classic", "language_id_whole_page_fasttext": {"en": 0.9}},  # DCLM
+        {"identifier": "a b", "collection": "French-PD-Books", "language_type": "Written"},  # Common Corpus
         {"added": "2023", "created": "1990", "metadata": {"a": "b c"}, "source": "a b", "version": "1"},  # Dolma
     ],
 )
 def test_metadata_of_published_corpora_may_stay(row):
     assert text_of_row({"text": "a", **row}) == "a"
+
+
+@pytest.mark.parametrize(
+    "extra", [{"more": {"title": "a", "body": "lost"}}, {"x": [{"id": "lost"}]}, {"script": "lost"}]
+)
+def test_only_an_object_of_descriptions_is_one(extra):
+    with pytest.raises(ValueError, match=f'"{[*extra][0]}" carries text'):
+        text_of_row({"text": "a", **extra})
+
+
+def test_every_key_that_is_not_read_is_named_at_once():
+    words = (
+        'the keys "summary", "prompt" carry text that is not read beside text; remove them, or put them under "meta"'
+    )
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        text_of_row({"text": "a", "summary": "b", "id": "c", "prompt": "d"})
 
 
 @pytest.mark.realdata

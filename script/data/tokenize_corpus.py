@@ -10,6 +10,7 @@ Special tokens written out in a text are read as plain text.
 
 import argparse
 import gzip
+import os
 import sys
 import zlib
 from collections.abc import Iterator
@@ -148,9 +149,10 @@ def main() -> None:
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
-    if args.tokenizer.startswith((".", "/", "~")) and not Path(args.tokenizer).expanduser().is_dir():
+    local = os.path.expanduser(args.tokenizer)
+    if args.tokenizer.startswith((".", "/", "~")) and not os.path.isdir(local):
         raise ValueError(f"--tokenizer: no folder at {args.tokenizer!r}; give the folder of a tokenizer or model")
-    source = str(Path(args.tokenizer).expanduser()) if Path(args.tokenizer).expanduser().is_dir() else args.tokenizer
+    source = local if os.path.isdir(local) else args.tokenizer
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     num_dropped = 0
     with token_file_writer(
