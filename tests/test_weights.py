@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import save_tiny_model, sentences, tiny_config
 from safetensors.torch import load_file, save_file
+from test_merge import IDS, make_adapter, stock_logits
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import component.model
@@ -207,10 +208,22 @@ SOUND = {
             lambda w: {
                 **w,
                 "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8),
-                "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+                "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9, dtype=torch.float16),  # -inf
                 "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(2),
             }
         ),
+    ),
+    "tied, another head saved": (
+        tiny_config(tie_word_embeddings=True),
+        edit(lambda w: {**w, "lm_head.weight": 2 * w["model.embed_tokens.weight"].flip(0)}),
+    ),
+    "tied, saved as the head": (
+        tiny_config(tie_word_embeddings=True),
+        edit(lambda w: {"lm_head.weight": w.pop("model.embed_tokens.weight"), **w}),
+    ),
+    "without the decoder's prefix": (
+        tiny_config(),
+        edit(lambda w: {name.removeprefix("model."): tensor for name, tensor in w.items()}),
     ),
     "experts": (tiny_config("mixtral"), lambda f: None),
     "Qwen3": (tiny_config("qwen3"), lambda f: None),
@@ -218,12 +231,18 @@ SOUND = {
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_a_sound_base_passes(name, tmp_path, tiny_tokenizer):
+def test_a_sound_base_passes_and_merges(name, tmp_path, tiny_tokenizer):
     config, change = SOUND[name]
     base = save_tiny_model(tmp_path / "base", tiny_tokenizer, config)
     change(base)
     assert next(check_base(str(base), load_config(str(base))).parameters()).is_meta
     load_for_inference(str(base))
+    targets = ["query_key_value"] if config.model_type == "gpt_neox" else ["q_proj", "v_proj"]
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=targets)
+    live = load_for_inference(str(base), adapter_name_or_path=str(adapter), dtype=torch.float32).model
+    merge(str(base), str(adapter), tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(stock_logits(tmp_path / "merged"), live(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
