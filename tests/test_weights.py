@@ -1,5 +1,6 @@
 """Base weights that are not what they seem: refused with one line before anything is loaded or written."""
 
+import importlib.util
 import json
 import resource
 import shutil
@@ -104,6 +105,15 @@ FAULTS = {
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ["adapter_name_or_path"]),
     "weights by another name": (
         lambda f: edit_json(f / "config.json", transformers_weights="other.safetensors"), ["transformers_weights"]
+    ),
+    "a length in quotes": (
+        lambda f: edit_json(f / "config.json", max_position_embeddings="64"),
+        ["config.json cannot be read", "max_position_embeddings", "base"],
+    ),
+    "an unknown dtype": (lambda f: edit_json(f / "config.json", dtype="float17"), ["config.json cannot be read"]),
+    "an empty tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer of", "base", "is it whole"]),
+    "tokenizer settings in a list": (
+        lambda f: (f / "tokenizer_config.json").write_text("[]"), ["tokenizer of", "base", "is it whole"]
     ),
 }  # fmt: skip
 
@@ -346,6 +356,25 @@ def test_quantised_weights_whose_kernels_may_come_from_the_hub_need_trust(method
     with pytest.raises(ValueError, match=f"quantised as '{method}'.*trust_remote_code"):
         load_config(str(base))
     assert load_config(str(base), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("values", [{"load_in_8bit": True}, {"load_in_4bit": True, "load_in_8bit": False}])
+def test_quantised_by_bitsandbytes_of_before_it_had_a_name(values, tiny_model_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    edit_json(base / "config.json", quantization_config=values)
+    assert load_config(str(base)).quantization_config == values
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("optimum") is not None, reason="the package that is to be missing is there"
+)
+def test_a_package_that_quantised_weights_lack_is_named(tiny_model_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match="base.* cannot be loaded .*optimum"):
+        load_for_inference(str(base))
 
 
 def test_a_nested_kernel_is_dropped(tmp_path, capsys):
