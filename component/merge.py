@@ -27,7 +27,7 @@ from component.model import empty_model, linear_layers, load_config, load_tokeni
 from component.outputs import OutputFolder, check_outputs
 from component.run_record import read_run_record, save_run_record, software_versions
 from component.saved_folder import mend_tokenizer_config, save_config
-from component.weight_checks import check_vocabulary, check_weights
+from component.weight_checks import check_vocabulary, check_weights, untie_where_saved_apart
 from component.weight_shards import CheckpointNames, SavedWeights, ShardWriter
 
 MERGE_RECORD = "merge.json"
@@ -35,6 +35,8 @@ TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template*", "*.tiktoken", "spiece.model", "sentencepiece*.model",
 )  # fmt: skip
+# What old checkpoints store besides weights: RoPE frequencies and causal masks, which follow from the config.
+OLD_BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
 def stays_tied(updates: AdapterUpdates, embedding: str, head: str) -> bool:
@@ -95,14 +97,18 @@ def merge(
     folder = base_folder(base)
     weights = SavedWeights(folder)
     check_weights(weights, model, folder)
+    untie_where_saved_apart(config, weights, model)
     embedding, head = embedding_names(model)
     names = CheckpointNames(model, set(weights.file_of))
     embedding, head = names.of(embedding), head and names.of(head)
     updates.rename(names.of)
     is_tied = bool(getattr(config, "tie_word_embeddings", False)) and head is not None
     is_untied_now = is_tied and not stays_tied(updates, embedding, head)
-    check_updates(updates, weights.headers, embedding, head, num_embeddings=num_embeddings)
-    dtype = dtype or weights.read(embedding).dtype
+    # Of tied embeddings safetensors' own save_model keeps the output's.
+    stored = head if is_tied and embedding not in weights.file_of else embedding
+    headers = {**weights.headers, embedding: weights.headers[stored]}
+    check_updates(updates, headers, embedding, head, num_embeddings=num_embeddings)
+    dtype = dtype or weights.read(stored).dtype
     in_nf4 = {names.of(f"{name}.weight") for name in linear_layers(model)} if load_in_4bit else set()
 
     with atomic_folder(save_path) as output:
@@ -111,13 +117,14 @@ def merge(
             weights.tensors(), total=len(weights.file_of), desc="merge", disable=not is_main_process(), unit="tensor"
         )
         for name, weight in progress:
-            # Old checkpoints store the RoPE frequencies, which follow from the config.
-            if name.endswith("rotary_emb.inv_freq") or (is_tied and name == head):
+            is_old_buffer = name.endswith(OLD_BUFFERS) and name not in names.weights
+            if is_old_buffer or (is_tied and name == head != stored):
                 continue
+            name = embedding if name == stored else name
             weight = grown(weight, num_embeddings) if name in (embedding, head) else weight
             writer.add(name, updated(name, weight, updates, dtype=dtype, in_nf4=name in in_nf4))
         if is_untied_now:
-            old = grown(weights.read(embedding), num_embeddings)
+            old = grown(weights.read(stored), num_embeddings)
             writer.add(head, updated(head, old, updates, dtype=dtype, in_nf4=False).clone())
         writer.finish()
         config.tie_word_embeddings = is_tied and not is_untied_now

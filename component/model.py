@@ -88,8 +88,9 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
     """Config of a model folder or hub name. Raises ValueError naming the model where it cannot be read."""
     try:
         config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        text = str(error)
+    except Exception as error:
+        # Values of a wrong kind reach transformers' checks, which raise types of their own, and plain Python.
+        text = str(error) if isinstance(error, OSError | ValueError) else f"config.json cannot be read ({error!r})"
         raise ValueError(
             text if text.startswith("model_name_or_path") else f"model_name_or_path: {name_or_path!r}: {text}"
         ) from None
@@ -116,7 +117,12 @@ def refuse_hub_code(config: PretrainedConfig, name: str, *, trust_remote_code: b
             print_notice(f"the attention kernel {kernel!r} in config.json of {name!r} has no effect: it is not fetched")
     config._attn_implementation = config._experts_implementation = None
     quantization = getattr(config, "quantization_config", None) or {}
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if isinstance(quantization, dict):
+        # Configs of before transformers 4.35 do not name the method of bitsandbytes.
+        is_unnamed = quantization.get("load_in_8bit") or quantization.get("load_in_4bit")
+        method = quantization.get("quant_method") or ("bitsandbytes" if is_unnamed else None)
+    else:
+        method = quantization.quant_method
     if quantization and method not in QUANTIZERS_WITHOUT_HUB and not trust_remote_code:
         raise ValueError(
             f"model_name_or_path: {name!r} is quantised as {str(method)!r}, for which transformers may fetch code from "
@@ -170,6 +176,8 @@ def load_model(
         )
     except (SafetensorError, UnpicklingError, EOFError) as error:
         raise ValueError(f"model_name_or_path: the weights of {name_or_path!r} cannot be read ({error})") from None
+    except ImportError as error:
+        raise ValueError(f"model_name_or_path: {name_or_path!r} cannot be loaded ({error})") from None
     check_loaded(info, model, name_or_path)
     if load_in_4bit:
         keep_4bit_weights_trainable(model)
@@ -246,7 +254,13 @@ def load_tokenizer(
     # An adapter's folder may hold a tokenizer without a config.json.
     has_tokenizer = (Path(name_or_path) / "tokenizer_config.json").is_file()
     source = str(Path(name_or_path).resolve()) if has_tokenizer else model_source(name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # The tokenizers library raises nothing more special, and none of the messages says which folder.
+        raise ValueError(
+            f"model_name_or_path: the tokenizer of {name_or_path!r} cannot be read ({error!r}); is it whole?"
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "right"

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 from transformers.core_model_loading import revert_weight_conversion
 
-from component.adapter_folder import ADAPTER_CONFIG
+from component.adapter_folder import ADAPTER_CONFIG, embedding_names
+from component.distributed import print_notice
 from component.model import check_loaded, empty_model, model_source
-from component.weight_shards import WEIGHT_LAYOUTS, SavedWeights
+from component.weight_shards import WEIGHT_LAYOUTS, CheckpointNames, SavedWeights
 
 
 def check_base(
@@ -24,8 +26,21 @@ def check_base(
     folder = Path(model_source(name_or_path))
     if folder.is_dir() and not getattr(config, "quantization_config", None):
         if needs_weights or has_weights(folder):
-            check_weights(SavedWeights(folder), model, folder)
+            weights = SavedWeights(folder)
+            check_weights(weights, model, folder)
+            untie_where_saved_apart(config, weights, model)
     return model
+
+
+def untie_where_saved_apart(config: PretrainedConfig, weights: SavedWeights, model: PreTrainedModel) -> None:
+    """Where config.json ties embeddings that differ in the files, let `config` say what transformers loads: both."""
+    embedding, head = embedding_names(model)
+    if head is None or not config.tie_word_embeddings:
+        return
+    names = [CheckpointNames(model, set(weights.file_of)).of(name) for name in (embedding, head)]
+    if weights.file_of.keys() >= set(names) and not torch.equal(*map(weights.read, names)):
+        config.tie_word_embeddings = False
+        print_notice(f"tie_word_embeddings in config.json has no effect: {names[1]!r} is saved apart, and differs")
 
 
 def has_weights(folder: Path) -> bool:

@@ -142,6 +142,10 @@ class CheckpointNames:
             return name
         if name not in self.weights:
             return name
+        # Saved from the decoder alone, which transformers loads too.
+        bare = name.removeprefix(f"{self.model.base_model_prefix}.")
+        if bare in self.saved:
+            return bare
         renamed = revert_weight_conversion(self.model, {name: self.weights[name]})
         others = [other for other in renamed if other in self.saved]
         return others[0] if len(others) == 1 else name

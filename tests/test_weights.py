@@ -1,5 +1,6 @@
 """Base weights that are not what they seem: refused with one line before anything is loaded or written."""
 
+import importlib.util
 import json
 import resource
 import shutil
@@ -11,6 +12,7 @@ import torch
 import transformers
 from conftest import save_tiny_model, sentences, tiny_config
 from safetensors.torch import load_file, save_file
+from test_merge import IDS, make_adapter, stock_logits
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import component.model
@@ -103,6 +105,15 @@ FAULTS = {
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ["adapter_name_or_path"]),
     "weights by another name": (
         lambda f: edit_json(f / "config.json", transformers_weights="other.safetensors"), ["transformers_weights"]
+    ),
+    "a length in quotes": (
+        lambda f: edit_json(f / "config.json", max_position_embeddings="64"),
+        ["config.json cannot be read", "max_position_embeddings", "base"],
+    ),
+    "an unknown dtype": (lambda f: edit_json(f / "config.json", dtype="float17"), ["config.json cannot be read"]),
+    "an empty tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer of", "base", "is it whole"]),
+    "tokenizer settings in a list": (
+        lambda f: (f / "tokenizer_config.json").write_text("[]"), ["tokenizer of", "base", "is it whole"]
     ),
 }  # fmt: skip
 
@@ -207,10 +218,22 @@ SOUND = {
             lambda w: {
                 **w,
                 "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8),
-                "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+                "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9, dtype=torch.float16),  # -inf
                 "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(2),
             }
         ),
+    ),
+    "tied, another head saved": (
+        tiny_config(tie_word_embeddings=True),
+        edit(lambda w: {**w, "lm_head.weight": 2 * w["model.embed_tokens.weight"].flip(0)}),
+    ),
+    "tied, saved as the head": (
+        tiny_config(tie_word_embeddings=True),
+        edit(lambda w: {"lm_head.weight": w.pop("model.embed_tokens.weight"), **w}),
+    ),
+    "without the decoder's prefix": (
+        tiny_config(),
+        edit(lambda w: {name.removeprefix("model."): tensor for name, tensor in w.items()}),
     ),
     "experts": (tiny_config("mixtral"), lambda f: None),
     "Qwen3": (tiny_config("qwen3"), lambda f: None),
@@ -218,12 +241,18 @@ SOUND = {
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_a_sound_base_passes(name, tmp_path, tiny_tokenizer):
+def test_a_sound_base_passes_and_merges(name, tmp_path, tiny_tokenizer):
     config, change = SOUND[name]
     base = save_tiny_model(tmp_path / "base", tiny_tokenizer, config)
     change(base)
     assert next(check_base(str(base), load_config(str(base))).parameters()).is_meta
     load_for_inference(str(base))
+    targets = ["query_key_value"] if config.model_type == "gpt_neox" else ["q_proj", "v_proj"]
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=targets)
+    live = load_for_inference(str(base), adapter_name_or_path=str(adapter), dtype=torch.float32).model
+    merge(str(base), str(adapter), tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(stock_logits(tmp_path / "merged"), live(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
@@ -327,6 +356,25 @@ def test_quantised_weights_whose_kernels_may_come_from_the_hub_need_trust(method
     with pytest.raises(ValueError, match=f"quantised as '{method}'.*trust_remote_code"):
         load_config(str(base))
     assert load_config(str(base), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("values", [{"load_in_8bit": True}, {"load_in_4bit": True, "load_in_8bit": False}])
+def test_quantised_by_bitsandbytes_of_before_it_had_a_name(values, tiny_model_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    edit_json(base / "config.json", quantization_config=values)
+    assert load_config(str(base)).quantization_config == values
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("optimum") is not None, reason="the package that is to be missing is there"
+)
+def test_a_package_that_quantised_weights_lack_is_named(tiny_model_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match="base.* cannot be loaded .*optimum"):
+        load_for_inference(str(base))
 
 
 def test_a_nested_kernel_is_dropped(tmp_path, capsys):
