@@ -41,8 +41,12 @@ def lock_output_dir(output_dir: str | Path) -> tuple[IO | None, list[str]]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             refusal = one_line(error)
+        except OSError as error:
+            refusal = (
+                f"output_dir: cannot write in {str(output_dir)!r} ({error.strerror or error}); give another folder"
+            )
     refusal = gather_objects(refusal)[0]
     if refusal:
         raise ValueError(refusal)

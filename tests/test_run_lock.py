@@ -60,6 +60,14 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     assert "no locks" in notice
 
 
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "disk that is not there")
+    with pytest.raises(ValueError, match=f"output_dir: cannot write in '{tmp_path / 'out'}' .*; give another folder"):
+        lock_output_dir(tmp_path / "out")
+    with pytest.raises(ValueError, match="output_dir: cannot write in '/proc/out' .No such file or directory."):
+        lock_output_dir("/proc/out")
+
+
 @pytest.mark.parametrize("deepspeed", [None, str(REPO / "train_args" / "deepspeed" / "zero2.json")])
 def test_sigterm_ends_with_one_line(write_yaml, deepspeed):
     path, out = write_yaml(max_steps=10_000, save_steps=3, save_total_limit=1, deepspeed=deepspeed)
