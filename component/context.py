@@ -10,10 +10,15 @@ from transformers import PretrainedConfig
 
 from component.attention import AttentionConfig
 from component.context_request import ContextRequest
+from component.distributed import print_notice
 from component.dual_chunk_attention import DualChunkSizes
 from component.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
 from component.model import ModelConfig, load_config
 from component.rope_scaling import ContextConfig, check_rope_request, context_of_rope, scale_rope
+
+# The shortest length that a released model was pretrained with (Llama).
+SHORTEST_PRETRAINING = 2048
+
 
 def request_of_run(context: ContextConfig, attention: AttentionConfig) -> ContextRequest:
     """The request of a training run's settings."""
@@ -51,6 +56,7 @@ def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
     Twice is the same as once. Raises ValueError, naming the setting, for what the model cannot be given.
     """
     check_lengths_of(config)
+    read_lengths_apart(config)
     is_dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) is not None
     if request.attention == "full" or (request.attention == "auto" and not is_dual_chunk):
         if request.given_dual_chunk_settings:
@@ -78,6 +84,27 @@ def check_lengths_of(config: PretrainedConfig) -> None:
                 f"model_name_or_path: config.json of {config.name_or_path!r} has {name} {value!r}, no positive number; "
                 "mend it"
             )
+
+
+def read_lengths_apart(config: PretrainedConfig) -> None:
+    """Where config.json gives one length for two things, take the other from what it implies.
+
+    Qwen2.5-1M's max_position_embeddings is what chunks reach: RoPE reaches the original length. Linear RoPE without an
+    original length is read as LongLoRA writes it, which a notice says where the other way is possible.
+    """
+    known, rope = getattr(config, DUAL_CHUNK_KEY, None), getattr(config, "rope_parameters", None) or {}
+    if known and "max_position_embeddings" not in known and "original_max_position_embeddings" in known:
+        setattr(config, DUAL_CHUNK_KEY, {**known, "max_position_embeddings": config.max_position_embeddings})
+        config.max_position_embeddings = known["original_max_position_embeddings"]
+    if rope.get("rope_type") != "linear" or "original_max_position_embeddings" in (*rope, *config.to_dict()):
+        return
+    length, factor = config.max_position_embeddings, rope.get("factor") or 1
+    original = int(length / factor)
+    if original >= SHORTEST_PRETRAINING:
+        print_notice(
+            f"config.json says {length} tokens and linear RoPE x{factor:g}, read as {rope_context(config)} tokens; if "
+            f"{length} is what it reaches, add original_max_position_embeddings: {original} to it"
+        )
 
 
 def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:
