@@ -4,14 +4,20 @@ Both are written into the config and travel with every saved model: RoPE in `rop
 attention in `dual_chunk_attention_config`, the key and the names of Qwen2.5-1M's configs.
 """
 
+import math
+
 from transformers import PretrainedConfig
 
 from component.attention import AttentionConfig
 from component.context_request import ContextRequest
+from component.distributed import print_notice
 from component.dual_chunk_attention import DualChunkSizes
 from component.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
 from component.model import ModelConfig, load_config
 from component.rope_scaling import ContextConfig, check_rope_request, context_of_rope, scale_rope
+
+# The shortest length that a released model was pretrained with (Llama).
+SHORTEST_PRETRAINING = 2048
 
 
 def request_of_run(context: ContextConfig, attention: AttentionConfig) -> ContextRequest:
@@ -49,6 +55,8 @@ def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
 
     Twice is the same as once. Raises ValueError, naming the setting, for what the model cannot be given.
     """
+    check_lengths_of(config)
+    read_lengths_apart(config)
     is_dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) is not None
     if request.attention == "full" or (request.attention == "auto" and not is_dual_chunk):
         if request.given_dual_chunk_settings:
@@ -57,6 +65,46 @@ def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
             delattr(config, DUAL_CHUNK_KEY)
         return extend_rope(config, request.context_size, request.rope_type, request.rope_theta)
     return apply_dual_chunk(config, request)
+
+
+def check_lengths_of(config: PretrainedConfig) -> None:
+    """Raise ValueError for a length, factor or base in `config` that is no positive number."""
+    rope, dual_chunk = getattr(config, "rope_parameters", None) or {}, getattr(config, DUAL_CHUNK_KEY, None) or {}
+    if not isinstance(dual_chunk, dict):
+        raise ValueError(
+            f"model_name_or_path: {DUAL_CHUNK_KEY} in config.json is {dual_chunk!r}, not its sizes; mend it"
+        )
+    lengths = ("max_position_embeddings", "original_max_position_embeddings")
+    values = {name: getattr(config, name, None) for name in (*lengths, "original_rope_theta")}
+    values |= {f"rope_parameters.{name}": rope.get(name) for name in ("rope_theta", "factor", lengths[1])}
+    values |= {f"{DUAL_CHUNK_KEY}.{name}": dual_chunk.get(name) for name in ("chunk_size", "local_size", *lengths)}
+    for name, value in values.items():
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(
+                f"model_name_or_path: config.json of {config.name_or_path!r} has {name} {value!r}, no positive number; "
+                "mend it"
+            )
+
+
+def read_lengths_apart(config: PretrainedConfig) -> None:
+    """Where config.json gives one length for two things, take the other from what it implies.
+
+    Qwen2.5-1M's max_position_embeddings is what chunks reach: RoPE reaches the original length. Linear RoPE without an
+    original length is read as LongLoRA writes it, which a notice says where the other way is possible.
+    """
+    known, rope = getattr(config, DUAL_CHUNK_KEY, None), getattr(config, "rope_parameters", None) or {}
+    if known and "max_position_embeddings" not in known and "original_max_position_embeddings" in known:
+        setattr(config, DUAL_CHUNK_KEY, {**known, "max_position_embeddings": config.max_position_embeddings})
+        config.max_position_embeddings = known["original_max_position_embeddings"]
+    if rope.get("rope_type") != "linear" or "original_max_position_embeddings" in (*rope, *config.to_dict()):
+        return
+    length, factor = config.max_position_embeddings, rope.get("factor") or 1
+    original = int(length / factor)
+    if original >= SHORTEST_PRETRAINING:
+        print_notice(
+            f"config.json says {length} tokens and linear RoPE x{factor:g}, read as {rope_context(config)} tokens; if "
+            f"{length} is what it reaches, add original_max_position_embeddings: {original} to it"
+        )
 
 
 def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:

@@ -285,6 +285,7 @@ def test_a_config_of_qwen_1m_is_read_as_it_is():
     model = AutoModelForCausalLM.from_config(config)
     assert "chunk 262144" in bind_inference_attention(model)
     apply_context(model.config, ContextRequest(attention="full"))
+    assert context_length(model.config) == 262144, "RoPE alone reaches what it was trained for"
     assert bind_inference_attention(model) == "dense causal (sdpa)"
 
 

@@ -94,6 +94,24 @@ def test_a_folder_of_another_convention_is_saved_in_ours(tmp_path, values):
     assert set(announced(tmp_path).values()) == {2 * TARGET}
 
 
+@pytest.mark.parametrize(
+    ("length", "values", "reaches", "is_said"),
+    [
+        (4096, {}, 32768, False),  # LongLoRA: nobody pretrains with 512
+        (32768, {}, 262144, True),  # Together's LLaMA-2-7B-32K, Chinese-Alpaca-2-16k: 4096 were pretrained
+        (32768, {"original_max_position_embeddings": 4096}, 32768, False),
+    ],
+)
+def test_a_length_with_linear_rope_that_can_mean_two_things_is_said(length, values, reaches, is_said, capsys):
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
+    config = tiny_config(rope_parameters=rope, max_position_embeddings=length, **values)
+    apply_context(config, ContextRequest())
+    printed = capsys.readouterr().err
+    assert context_length(config) == reaches
+    assert ("add original_max_position_embeddings: 4096" in printed and "262144" in printed) == is_said
+    assert bool(printed) == is_said
+
+
 def test_dual_chunk_attention_is_no_length_for_readers_without_it(tmp_path):
     config = tiny_config()
     request = ContextRequest(context_size=1024, rope_type="linear", attention="dca", pretraining_length=TARGET)

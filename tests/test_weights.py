@@ -179,6 +179,35 @@ def test_a_faulty_base_is_refused_by_every_way_in(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+# What config.json says of lengths and RoPE, and the name in the error.
+NO_NUMBERS = [
+    ({"max_position_embeddings": 0}, "max_position_embeddings"),
+    ({"rope_theta": -1.0}, "rope_parameters.rope_theta"),
+    ({"rope_theta": float("nan")}, "rope_parameters.rope_theta"),
+    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_parameters.factor"),
+    ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope_parameters.factor"),
+    ({"original_max_position_embeddings": "4096"}, "original_max_position_embeddings"),
+    ({"dual_chunk_attention_config": [32, 8]}, "dual_chunk_attention_config"),
+    (
+        {"dual_chunk_attention_config": {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings": "64"}},
+        "dual_chunk_attention_config.original_max_position_embeddings",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "name"), NO_NUMBERS, ids=[str(values) for values, _ in NO_NUMBERS])
+def test_lengths_and_rope_that_are_no_positive_numbers(values, name, tiny_model_dir, tmp_path, train_words):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    saved = json.loads((base / "config.json").read_text())
+    del saved["rope_parameters"]
+    (base / "config.json").write_text(json.dumps({**saved, **values}))
+    train_words(base, "--dry_run")
+    for call in (lambda: load_for_inference(str(base)), train.main):
+        with pytest.raises(ValueError, match=f"{name}.*mend it"):
+            call()
+
+
 def test_a_dry_run_without_weights_says_so(tiny_model_dir, tmp_path, train_words, capsys):
     shutil.copytree(tiny_model_dir, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     train_words(tmp_path / "base", "--dry_run")
