@@ -14,6 +14,7 @@ from component.context import ContextRequest, apply_context
 from component.layer_binding import apply_mechanisms
 from component.memory import POLICIES
 from component.model import load_config, load_model
+from component.tiny_copy import tiny_copy
 
 CHUNK = 24
 DCA = ContextRequest(
@@ -21,6 +22,7 @@ DCA = ContextRequest(
 )  # fmt: skip
 S2 = AttentionConfig(attention="s2")
 CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
+MAMBA = {"hidden_size": 512, "num_attention_heads": 8, "mamba_n_heads": 16, "mamba_d_head": 64}
 ALL_FULL = {"layer_types": ["full_attention"] * 2}
 
 
