@@ -158,16 +158,18 @@ def bind_full_attention(model: PreTrainedModel, *, is_packed: bool, use_flash_at
     if use_flash_attn:
         model.set_attn_implementation("flash_attention_2")
         return "full causal attention (flash-attn)"
-    if is_packed and model._supports_attention_backend and not has_sliding_window(model.config):
-        function = partial(shift_short_forward, group_size=None, kernel=causal_attention)
+    is_ours = is_packed and model._supports_attention_backend and not has_sliding_window(model.config)
+    function = partial(shift_short_forward, group_size=None, kernel=causal_attention)
 
-        def bind(model: PreTrainedModel) -> None:
+    def bind(model: PreTrainedModel) -> None:
+        if is_ours:
             set_attention(model, DENSE_PACKED, function, shift_short_mask)
+        else:
+            model.set_attn_implementation(DENSE)
 
+    if is_packed:
         prove_attention(model, "pack", bind, fix="set pack: false", is_packed=True)
-        bind(model)
-    else:
-        model.set_attn_implementation(DENSE)
+    bind(model)
     return "full causal attention (SDPA)"
 
 

@@ -74,7 +74,8 @@ def prove_layers(model: PreTrainedModel | PeftModel, bind: Callable[[PreTrainedM
             small = attach_adapter(small, AdapterConfig("lora", lora_rank=2, lora_dropout=0.0, train_norm=True))
             for name, parameter in small.named_parameters():
                 if "lora_B" in name:
-                    torch.nn.init.normal_(parameter)
+                    # Larger ones make attention sharp, and its gradients rounding.
+                    torch.nn.init.normal_(parameter, std=0.1)
         expected = outputs_and_gradients(small.train(), ids)
         bind(small)
         check_equal(zip(outputs_and_gradients(small, ids), expected, strict=True))

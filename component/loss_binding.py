@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from component.binding_proof import NUM_TOKENS, token_ids
+from component.device_memory import is_out_of_memory
 from component.loss import next_token_loss, token_loss
 from component.tiny_copy import tiny_copy
 
@@ -22,24 +23,26 @@ def bind_chunked_loss(model: PreTrainedModel) -> str:
     """Let `model(..., labels=...)` compute its loss without the logits of the whole sequence.
 
     Changes nothing for models that have another loss then, since their output layer is more than one matrix product
-    (bias, soft-capped or scaled logits). Returns a one-line description for the log.
+    (bias, soft-capped or scaled logits), or that cannot be tried. Returns a one-line description for the log.
     """
     if not has_stock_loss_in_chunks(model):
-        return f"stock loss: the output layer of {model.config.model_type} is more than one matrix product"
+        return f"stock loss: in chunks {model.config.model_type} was not seen to have the same"
     model.forward = partial(chunked_loss_forward, model, model.forward)
     return "loss in chunks: the logits of the whole sequence are never held"
 
 
 def has_stock_loss_in_chunks(model: PreTrainedModel) -> bool:
     """Whether a small copy of `model`, in float32, has the stock loss in chunks too."""
-    small, ids = tiny_copy(model, num_layers=2), token_ids(NUM_TOKENS)
-    with torch.no_grad():
-        stock = small(input_ids=ids, labels=ids).loss
-        try:
+    try:
+        small, ids = tiny_copy(model, num_layers=2), token_ids(NUM_TOKENS)
+        with torch.no_grad():
+            stock = small(input_ids=ids, labels=ids, use_cache=False).loss
             chunked = chunked_loss_forward(small, small.forward, ids, labels=ids).loss
-        except (AttributeError, RuntimeError, TypeError):
-            # The decoder or the output layer is not where the Llama family has it.
-            return False
+    except Exception as error:
+        # No copy is made of it, or the decoder or the output layer is not where the Llama family has it.
+        if is_out_of_memory(error):
+            raise
+        return False
     return torch.allclose(chunked, stock, rtol=TOLERANCE, atol=0)
 
 

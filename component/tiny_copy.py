@@ -13,8 +13,9 @@ from component.device_memory import is_out_of_memory
 
 # Of each attribute that a config has, the largest value; head dims and all that RoPE reads stay.
 LARGEST = {
-    "vocab_size": 64, "intermediate_size": 32, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-    "shared_intermediate_size": 16, "intermediate_size_mlp": 32, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "vocab_size": 64, "vocab_size_per_layer_input": 64, "intermediate_size": 32, "ffn_hidden_size": 32,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "shared_intermediate_size": 16,
+    "intermediate_size_mlp": 32, "q_lora_rank": 16, "kv_lora_rank": 16,
     # As many experts as a token takes, so that rounding cannot change which.
     "num_experts": 2, "num_local_experts": 2, "n_routed_experts": 2, "moe_num_experts": 2, "num_experts_per_tok": 2,
     "moe_k": 2, "n_group": 1, "topk_group": 1,
@@ -58,12 +59,17 @@ def tiny_copy(model: PreTrainedModel, *, num_layers: int | None = None, drops: b
 
 def shrink(config: PretrainedConfig) -> None:
     """Make `config` that of a narrow model; the number of layers, head dim and RoPE stay."""
-    num_heads, num_kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    num_heads = config.num_attention_heads
     config.num_attention_heads = min(NUM_HEADS, num_heads)
     config.hidden_size = config.hidden_size // num_heads * config.num_attention_heads
-    if num_kv_heads:
-        # Keys are shared by two heads, by all or by none, as in the model.
-        config.num_key_value_heads = config.num_attention_heads if num_kv_heads == num_heads else min(num_kv_heads, 2)
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        num_kv_heads = getattr(config, name, None)
+        if num_kv_heads:
+            # Keys are shared by two heads, by all or by none, as in the model.
+            setattr(config, name, config.num_attention_heads if num_kv_heads == num_heads else min(num_kv_heads, 2))
+    if getattr(config, "mamba_d_head", None) and not getattr(config, "mamba_d_ssm", None):
+        # Mamba's heads make up a multiple of the width.
+        config.mamba_n_heads = config.mamba_expand * config.hidden_size // config.mamba_d_head
     for name, largest in LARGEST.items():
         value = getattr(config, name, None)
         if isinstance(value, int) and value > largest:

@@ -14,6 +14,7 @@ from component.context import ContextRequest, apply_context
 from component.layer_binding import apply_mechanisms
 from component.memory import POLICIES
 from component.model import load_config, load_model
+from component.tiny_copy import tiny_copy
 
 CHUNK = 24
 DCA = ContextRequest(
@@ -21,6 +22,7 @@ DCA = ContextRequest(
 )  # fmt: skip
 S2 = AttentionConfig(attention="s2")
 CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
+MAMBA = {"hidden_size": 512, "num_attention_heads": 8, "mamba_n_heads": 16, "mamba_d_head": 64}
 ALL_FULL = {"layer_types": ["full_attention"] * 2}
 
 
@@ -58,8 +60,9 @@ def test_dual_chunk_attention_is_dense_up_to_the_chunk_size(model_type):
         ("gpt_oss", ALL_FULL, "s2", "differs from the stock model by .*use attention: full"),
         ("gemma2", ALL_FULL, "s2", "softcap.*use attention: full"),
         ("lfm2", CONVOLUTION, "pack", "differs from the stock model by .*set pack: false"),
+        ("falcon", {}, "pack", "differs from the stock model by .*set pack: false"),
     ],
-    ids=["norm behind RoPE", "sinks", "soft cap", "a convolution across documents"],
+    ids=["norm behind RoPE", "sinks", "soft cap", "a convolution across documents", "a mask of its own"],
 )
 def test_what_differs_is_refused_by_name(model_type, overrides, attention, words, monkeypatch):
     with torch.device("meta"):
@@ -85,6 +88,31 @@ def test_layers_that_the_layer_function_does_not_know_are_refused(monkeypatch, h
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: 0.9 * stock(self, x))
     with pytest.raises(ValueError, match="layer_function does not suit llama: .*set layer_function: false"):
         bind()
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_a_few_large_heads_are_not_refused_for_rounding(num_heads):
+    heads = {"num_attention_heads": num_heads, "num_key_value_heads": 1, "hidden_size": 64 * num_heads}
+    model = attach_adapter(make(num_hidden_layers=4, **heads), AdapterConfig("lora", train_norm=True))
+    apply_mechanisms(model, POLICIES["max_length"], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "model_type,overrides",
+    [
+        ("falcon", {"num_attention_heads": 16, "num_kv_heads": 8, "new_decoder_architecture": True}),
+        ("falcon", {"num_attention_heads": 16, "multi_query": False, "alibi": True}),
+        ("bamba", MAMBA),
+        ("granitemoehybrid", {**MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0}),
+        ("gemma3n_text", {"vocab_size_per_layer_input": 2**18, "num_kv_shared_layers": 0}),
+    ],
+)
+def test_the_copy_of_a_model_is_small_and_computes(model_type, overrides):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides))
+    small = tiny_copy(model)
+    assert small(torch.arange(3, 9)[None], use_cache=False).logits.isfinite().all()
+    assert max(p.numel() for p in small.parameters()) < 2**20
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True], ids=["plain", "nf4"])
