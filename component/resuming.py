@@ -24,16 +24,24 @@ def data_hashes(data: DataConfig) -> dict[str, str]:
     return {key: content_hash(Path(path)).hexdigest() for key, path in files.items() if path}
 
 
+def choose_start(settings: Settings) -> tuple[Path | None, str]:
+    """The checkpoint that the settings name, or None, and a line that says so; the checkpoint itself is not read.
+
+    Raises ValueError where output_dir holds another run.
+    """
+    return checkpoint_to_resume(
+        settings.training.get("resume_from_checkpoint"),
+        settings.training["output_dir"],
+        overwrite=settings.output.overwrite_output_dir,
+    )
+
+
 def resume_point(settings: Settings, data_sha256: dict[str, str]) -> tuple[Path | None, str, list[str]]:
     """The checkpoint a run starts from, or None; a line that says so; warnings for what changed since.
 
     Raises ValueError for a checkpoint that cannot be resumed, or where output_dir holds another run.
     """
-    checkpoint, decision = checkpoint_to_resume(
-        settings.training.get("resume_from_checkpoint"),
-        settings.training["output_dir"],
-        overwrite=settings.output.overwrite_output_dir,
-    )
+    checkpoint, decision = choose_start(settings)
     if checkpoint is None:
         return None, decision, []
     changes = check_resumable(checkpoint, settings.as_dict(), world_size=world_size(), data_sha256=data_sha256)

@@ -19,7 +19,7 @@ from component.distributed import barrier, is_main_process, set_single_process_e
 from component.earlier_run import LOG_NAME, EarlierRun
 from component.files import partial_name, remove, write_json
 from component.plot import plot_loss_curve
-from component.resuming import data_hashes, resume_point
+from component.resuming import choose_start, data_hashes, resume_point
 from component.run_lock import check_unlocked, lock_output_dir
 from component.run_record import RECORD_NAME, make_run_record, read_run_record
 from component.termination import end_on_sigterm
@@ -95,7 +95,7 @@ def start_run(settings: Settings, notices: list[str], **facts) -> Run:
     load_without_code(uses_deepspeed=uses_deepspeed)
     arguments = settings.training_arguments()
     lock, lock_notices = lock_output_dir(output_dir)
-    if resume_point(settings, hashes)[:2] != (checkpoint, decision):
+    if choose_start(settings) != (checkpoint, decision):
         raise ValueError(f"output_dir: another run just wrote to {output_dir!r}; start again to go on from there")
     earlier = EarlierRun(output_dir, checkpoint)
     notices += [*lock_notices, *earlier.describe()]
