@@ -22,7 +22,7 @@ demo: $(STAMP)
 test: $(EXTRAS)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
-lint: $(STAMP)
+lint: $(EXTRAS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 

@@ -10,13 +10,9 @@ tensorboard events and a loss curve.
 """
 
 import argparse
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from component.cli import run_main
+from longqlora.cli import run_main
 
 
 def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
@@ -36,23 +32,21 @@ def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     args, overrides = parse_command_line()
-    from component.termination import end_with_launcher
+    from longqlora.training.termination import end_with_launcher
 
     end_with_launcher()
 
-    from component.adapter import attach_adapter, trainable_table
-    from component.arguments import read_settings
-    from component.attention import bind_attention
-    from component.collator import DataCollator
-    from component.context import context_length, load_extended_config
-    from component.dataset import build_datasets
-    from component.dry_run import dry_run
-    from component.layer_binding import apply_mechanisms
-    from component.loss_binding import bind_chunked_loss
-    from component.memory_plan import advice_on_out_of_memory, plan_memory
-    from component.model import load_tokenizer, load_training_model
-    from component.run import start_run
-    from component.run_checks import (
+    from longqlora.attention.binding import bind_attention
+    from longqlora.data.collator import DataCollator
+    from longqlora.data.dataset import build_datasets
+    from longqlora.memory.layer_binding import apply_mechanisms
+    from longqlora.memory.plan import advice_on_out_of_memory, plan_memory
+    from longqlora.model.adapter import attach_adapter, trainable_table
+    from longqlora.model.base import load_tokenizer, load_training_model
+    from longqlora.model.context import context_length, load_extended_config
+    from longqlora.model.loss_binding import bind_chunked_loss
+    from longqlora.settings.reader import read_settings
+    from longqlora.training.checks import (
         check_against_model,
         check_data,
         check_num_rows,
@@ -60,7 +54,9 @@ def main() -> None:
         check_tokenizer,
         check_weights_at_hand,
     )
-    from component.trainer import LongContextTrainer
+    from longqlora.training.dry_run import dry_run
+    from longqlora.training.run import start_run
+    from longqlora.training.trainer import LongContextTrainer
 
     settings, notices = read_settings(args.train_args_file, overrides)
     notices += check_settings(settings)

@@ -4,7 +4,7 @@
     python benchmark/attention.py --lengths 1024 4096 16384 --dtype bf16 --output_file out.json --plot out.png
 
 The methods run in turns within one process, so that a change in the machine's load meets all of them.
-  s2            component/shift_short_attention.py
+  s2            component/attention/shift_short.py
   materialized  the rolled form of LongLoRA's code that holds all scores of a group
   rolled_sdpa   the rolled form with torch's SDPA on the copies
   full_sdpa     full causal attention, torch's SDPA
@@ -17,15 +17,12 @@ attention allows. Inputs and results are as in a model: projections [B, S, H*D],
 
 import argparse
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from component.cli import run_main  # noqa: E402
-from component.outputs import check_results  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.outputs import check_results
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PACKED_METHODS = ("s2_packed", "s2_masked", "full_packed", "full_masked")
@@ -85,8 +82,8 @@ def make_methods(args: argparse.Namespace, length: int, group_size: int, device)
     import torch
 
     from benchmark.rolled_attention import materialized_attention, rolled_shift_short_attention
-    from component.segments import document_lengths, segment_mask
-    from component.shift_short_attention import (
+    from longqlora.attention.segments import document_lengths, segment_mask
+    from longqlora.attention.shift_short import (
         causal_attention,
         check_shift_short,
         grouped_attention,
@@ -134,7 +131,7 @@ def measure(args: argparse.Namespace, length: int, device) -> dict[str, dict]:
     from tqdm import tqdm
 
     from benchmark.live_memory import PeakMemory, check_free_memory
-    from component.device_memory import is_out_of_memory
+    from longqlora.device import is_out_of_memory
 
     group_size = int(length * args.group_size_ratio) // 2 * 2
     leaves, gradient = make_inputs(args, length, device)
@@ -201,7 +198,7 @@ def main() -> None:
 
     from benchmark.attention_plot import plot_attention
     from benchmark.machine import check_dtype, describe_machine, machine_lines
-    from component.files import write_json
+    from longqlora.files import write_json
 
     device = torch.device(args.device)
     check_dtype(args.dtype, device)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from component.files import atomic_file
+from longqlora.files import atomic_file
 
 PANELS = {"median_seconds": ("median time (ms)", 1e3), "extra_bytes": ("extra memory (MiB)", 2**-20)}
 

@@ -6,7 +6,7 @@
 One attention layer reads a prompt of each length, without gradients. The methods run in turns within one
 process, so that a change in the machine's load meets both; the time of the process on the CPU, all threads
 together, hardly feels it.
-  dca        component/dual_chunk_attention.py
+  dca        component/attention/dual_chunk.py
   full_sdpa  full causal attention, torch's SDPA
 Extra memory is what is held at once beside query, key and value, the output included; the table also gives it
 in units of query, key and value together.
@@ -14,15 +14,12 @@ in units of query, key and value together.
 
 import argparse
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from component.cli import run_main  # noqa: E402
-from component.outputs import check_results  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.outputs import check_results
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 METHODS = ("dca", "full_sdpa")
@@ -69,8 +66,8 @@ def check_args(args: argparse.Namespace) -> None:
 def make_methods(args: argparse.Namespace, sizes, device) -> dict:
     import torch
 
-    from component.dual_chunk_attention import dual_chunk_attention
-    from component.shift_short_attention import causal_attention
+    from longqlora.attention.dual_chunk import dual_chunk_attention
+    from longqlora.attention.shift_short import causal_attention
 
     inv_freq = 10000.0 ** -(torch.arange(0, args.head_dim, 2, device=device) / args.head_dim)
     methods = {"dca": partial(dual_chunk_attention, inv_freq=inv_freq, sizes=sizes), "full_sdpa": causal_attention}
@@ -92,7 +89,7 @@ def measure(args: argparse.Namespace, length: int, sizes, device) -> dict:
     from tqdm import tqdm
 
     from benchmark.live_memory import PeakMemory
-    from component.device_memory import is_out_of_memory
+    from longqlora.device import is_out_of_memory
 
     tensors = make_inputs(args, length, device)
     qkv_bytes = sum(x.nbytes for x in tensors)
@@ -167,8 +164,8 @@ def main() -> None:
 
     from benchmark.dual_chunk_plot import plot_dual_chunk_attention
     from benchmark.machine import check_dtype, describe_machine, machine_lines
-    from component.dual_chunk_attention import DualChunkSizes
-    from component.files import write_json
+    from longqlora.attention.dual_chunk import DualChunkSizes
+    from longqlora.files import write_json
 
     sizes = DualChunkSizes(args.pretraining_length, args.chunk_size, args.local_window)
     device = torch.device(args.device)

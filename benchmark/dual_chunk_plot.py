@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from component.files import atomic_file
+from longqlora.files import atomic_file
 
 LABELS = {
     "min_seconds": "forward time (s)",

@@ -6,10 +6,10 @@ import time
 import torch
 
 from benchmark.random_nf4_model import shape_config
-from component.attention import AttentionConfig
-from component.memory import Mechanisms
-from component.memory_model import step_work
-from component.memory_shape import ModelShape, RunShape
+from longqlora.memory.estimate import step_work
+from longqlora.memory.policy import Mechanisms
+from longqlora.memory.shapes import ModelShape, RunShape
+from longqlora.settings.config import AttentionConfig
 
 
 def hardware_use(

@@ -10,13 +10,10 @@ tokens: "per token" is the slope between half the length and the whole, "in all"
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from component.cli import run_main  # noqa: E402
-from component.outputs import check_results  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.outputs import check_results
 
 # (MLP width over hidden size, heads, key/value heads, hidden size): Llama-2.
 RATIOS = {"7b": (43 / 16, 32, 32, 4096), "13b": (2.7, 40, 40, 5120), "70b": (3.5, 64, 8, 8192)}
@@ -63,9 +60,10 @@ def live_bytes(config, rank: int, length: int, mechanisms) -> int:
 
     from benchmark.live_memory import PeakMemory
     from benchmark.random_nf4_model import random_nf4_model
-    from component.adapter import AdapterConfig, attach_adapter
-    from component.attention import AttentionConfig, bind_attention
-    from component.layer_binding import apply_mechanisms, decoder_layers
+    from longqlora.attention.binding import bind_attention
+    from longqlora.memory.layer_binding import apply_mechanisms, decoder_layers
+    from longqlora.model.adapter import attach_adapter
+    from longqlora.settings.config import AdapterConfig, AttentionConfig
 
     device, dtype = torch.device("cpu"), torch.bfloat16
     model = random_nf4_model(config, dtype=dtype, device=device)
@@ -99,7 +97,7 @@ def table(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    from component.plot import new_figure, save_figure
+    from longqlora.plot import new_figure, save_figure
 
     figure, (axes,) = new_figure()
     for position, (shape, sets) in enumerate(results.items()):
@@ -123,8 +121,8 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from component.files import write_json
-    from component.memory import CHECKPOINTED, LADDER, STOCK
+    from longqlora.files import write_json
+    from longqlora.memory.policy import CHECKPOINTED, LADDER, STOCK
 
     on_cpu = {"tile_size": args.tile_size, "offload_activations": False, "optim": None}
     sets = list(dict.fromkeys(replace(rung, **on_cpu) for rung in (STOCK, CHECKPOINTED, *LADDER)))

@@ -16,8 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from component.device_memory import free_host_memory
-from component.model import cpu_has_bf16
+from longqlora.device import cpu_has_bf16, free_host_memory
 
 PRODUCTS = {
     getattr(torch.ops.aten, name)

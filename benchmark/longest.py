@@ -16,12 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmark.train_step import DTYPE_NAMES  # noqa: E402
-from component.cli import run_main  # noqa: E402
-from component.device_memory import parse_size  # noqa: E402
-from component.outputs import check_results  # noqa: E402
+from benchmark.train_step import DTYPE_NAMES
+from longqlora.cli import run_main
+from longqlora.device import parse_size
+from longqlora.outputs import check_results
 
 SETS = ("checkpointing", "fast", "balanced", "max_length")
 OUT_OF_MEMORY = "out of memory"
@@ -63,10 +61,10 @@ def predicted_length(args: argparse.Namespace, name: str, cap: int) -> int:
     import torch
 
     from benchmark.random_nf4_model import shape_config
-    from component.attention import AttentionConfig
-    from component.memory import CHECKPOINTED, POLICIES
-    from component.memory_model import optimizer_bytes, predict
-    from component.memory_shape import ModelShape, RunShape
+    from longqlora.memory.estimate import optimizer_bytes, predict
+    from longqlora.memory.policy import CHECKPOINTED, POLICIES
+    from longqlora.memory.shapes import ModelShape, RunShape
+    from longqlora.settings.config import AttentionConfig
 
     mechanisms = CHECKPOINTED if name == "checkpointing" else POLICIES[name]
     shape = ModelShape.of(shape_config(args.shape))
@@ -91,7 +89,7 @@ def predicted_length(args: argparse.Namespace, name: str, cap: int) -> int:
 
 def trains(args: argparse.Namespace, name: str, length: int, cap: int) -> bool:
     """Whether two steps on a row of `length` tokens stay within `cap` bytes."""
-    from component.files import read_json
+    from longqlora.files import read_json
 
     words = ["--shape", args.shape, "--seq_len", str(length), "--steps", "1", "--attention", args.attention]
     words += ["--lora_rank", str(args.lora_rank), *(["--v100"] if args.v100 else [])]
@@ -142,7 +140,7 @@ def longest_length(args: argparse.Namespace, name: str, cap: int) -> int:
 
 
 def plot_lengths(results: dict[str, dict], cap: str, path: Path) -> None:
-    from component.plot import new_figure, save_figure
+    from longqlora.plot import new_figure, save_figure
 
     figure, (axes,) = new_figure()
     axes.barh(list(results), [row["length"] for row in results.values()])
@@ -155,7 +153,7 @@ def main() -> None:
     args = parse_args()
     cap = check_args(args)
     check_results(args, {"--shape": args.shape})
-    from component.files import write_json
+    from longqlora.files import write_json
 
     results = {}
     print(f"{'set':<16}{'predicted':>12}{'trains':>12}")

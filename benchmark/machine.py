@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from component.generation_arguments import dtype_of
-from component.model import is_slow_on_cpu
-from component.run_record import software_versions
+from longqlora.inference.arguments import dtype_of
+from longqlora.model.base import is_slow_on_cpu
+from longqlora.run_record import software_versions
 
 
 def describe_machine(device: torch.device) -> dict:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from benchmark.trl_step import TOKENIZER
-from component.decoder_layer import LINEARS
+from longqlora.memory.decoder_layer import LINEARS
 
 LORA = {"lora_alpha": 16, "lora_dropout": 0.05}
 

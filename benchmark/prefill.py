@@ -6,23 +6,20 @@
 The prompt goes through the decoder block by block against a KV cache of fixed size, and the last token's
 logits are made, as the first token of an answer needs it. The methods, one after another on one model:
   dca             dual chunk attention over --pretraining_length
-  sdpa_with_past  dense causal attention without a mask (component/merged_attention.py)
+  sdpa_with_past  dense causal attention without a mask (component/attention/merged.py)
   sdpa            dense causal attention as stock transformers does it, with a mask for each block
 Two blocks warm up. Extra memory is what is held at once beside the weights, the KV cache included. --v100 makes a
 newer GPU take the way of a V100: fp16, memory-efficient kernels only.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmark.train_step import DTYPE_NAMES, MIB, limit_memory, use_v100_kernels  # noqa: E402
-from component.cli import run_main  # noqa: E402
-from component.device_memory import parse_size  # noqa: E402
-from component.outputs import check_results  # noqa: E402
+from benchmark.train_step import DTYPE_NAMES, MIB, limit_memory, use_v100_kernels
+from longqlora.cli import run_main
+from longqlora.device import parse_size
+from longqlora.outputs import check_results
 
 METHODS = ("dca", "sdpa_with_past", "sdpa")
 
@@ -61,7 +58,7 @@ def choose_device(args: argparse.Namespace):
     import torch
 
     from benchmark.machine import check_dtype
-    from component.model import default_dtype
+    from longqlora.model.base import default_dtype
 
     is_gpu = torch.cuda.is_available() if args.device is None else args.device == "cuda"
     if is_gpu and not torch.cuda.is_available():
@@ -77,8 +74,8 @@ def choose_device(args: argparse.Namespace):
 
 def bind(model, method: str, args: argparse.Namespace) -> str:
     """Give `model` the attention of `method`, the way that evaluation and generation do; returns its description."""
-    from component.attention import bind_inference_attention
-    from component.context import ContextRequest, apply_context
+    from longqlora.attention.binding import bind_inference_attention
+    from longqlora.model.context import ContextRequest, apply_context
 
     if method == "dca":
         lengths = {"context_size": args.num_tokens, "pretraining_length": args.pretraining_length}
@@ -92,7 +89,7 @@ def read_prompt(model, input_ids, block_size: int) -> list[float]:
     """Read `input_ids` int [1, S] and make the last token's logits; returns the seconds of each block."""
     import torch
 
-    from component.prefill import states_in_blocks
+    from longqlora.attention.chunked_prefill import states_in_blocks
 
     seconds, start = [], time.perf_counter()
     blocks = states_in_blocks(model.get_decoder(), input_ids, config=model.config, block_size=block_size)
@@ -148,8 +145,8 @@ def main() -> None:
 
     from benchmark.machine import describe_machine, machine_lines
     from benchmark.random_nf4_model import random_nf4_model, shape_config
-    from component.device_memory import is_out_of_memory
-    from component.files import write_json
+    from longqlora.device import is_out_of_memory
+    from longqlora.files import write_json
 
     device = choose_device(args)
     machine, config = describe_machine(device), shape_config(args.shape)

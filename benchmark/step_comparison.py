@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from component.files import read_json, write_json
+from longqlora.files import read_json, write_json
 
 TRAIN_STEP = Path(__file__).with_name("train_step.py")
 OWN = ("ours, s2", "ours, full")
@@ -80,7 +80,7 @@ def format_comparison(results: dict[str, dict], summary: dict[str, dict[str, flo
 
 def plot_comparison(results: dict[str, dict], path: Path) -> None:
     """Bars of time and extra memory."""
-    from component.plot import new_figure, save_figure
+    from longqlora.plot import new_figure, save_figure
 
     measured = {name: result for name, result in results.items() if "error" not in result}
     figure, panels = new_figure(2)

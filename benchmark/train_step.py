@@ -16,14 +16,11 @@ the bytes of all tensors and the process's peak.
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from component.cli import run_main  # noqa: E402
-from component.device_memory import is_out_of_memory, parse_size  # noqa: E402
-from component.outputs import check_results  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.device import is_out_of_memory, parse_size
+from longqlora.outputs import check_results
 
 # Peers, the package that each needs, and whether it runs on a GPU only.
 PEERS = {
@@ -99,7 +96,7 @@ def choose_device(args: argparse.Namespace):
     import torch
 
     from benchmark.machine import check_dtype
-    from component.model import default_dtype
+    from longqlora.model.base import default_dtype
 
     is_gpu = torch.cuda.is_available() if args.device is None else args.device == "cuda"
     if is_gpu and not torch.cuda.is_available():
@@ -152,7 +149,7 @@ def main() -> None:
 
     from benchmark.machine import describe_machine, machine_lines
     from benchmark.training_step import measure
-    from component.files import write_json
+    from longqlora.files import write_json
 
     device = choose_device(args)
     machine = describe_machine(device)

@@ -23,21 +23,22 @@ from benchmark.peer_models import unsloth_model, with_liger_kernels, with_stock_
 from benchmark.random_nf4_model import random_nf4_model, shape_config
 from benchmark.step_profile import format_profile, profile_step
 from benchmark.trl_step import trl_step
-from component.adapter import AdapterConfig, attach_adapter, trainable_table
-from component.attention import AttentionConfig, bind_attention
-from component.context import extend_rope
-from component.layer_binding import apply_mechanisms
-from component.loss_binding import bind_chunked_loss
-from component.memory import CHECKPOINTED, POLICIES, STOCK, Mechanisms, MemoryConfig
+from longqlora.attention.binding import bind_attention
+from longqlora.memory.layer_binding import apply_mechanisms
+from longqlora.memory.policy import CHECKPOINTED, POLICIES, STOCK, Mechanisms, own_mechanisms
+from longqlora.model.adapter import attach_adapter, trainable_table
+from longqlora.model.context import extend_rope
+from longqlora.model.loss_binding import bind_chunked_loss
+from longqlora.settings.config import AdapterConfig, AttentionConfig, MemoryConfig
 
 
 def mechanisms_of(args: argparse.Namespace) -> Mechanisms:
     """The mechanisms that the flags ask for, as train.py resolves them."""
     names = ("layer_function", "keep_activations", "tile_size", "num_head_chunks", "offload_activations")
     memory = MemoryConfig(memory=args.memory, **{name: getattr(args, name) for name in names})
-    if memory.layer_function is False or not (memory.memory or memory.own_mechanisms()):
+    if memory.layer_function is False or not (memory.memory or own_mechanisms(memory)):
         return CHECKPOINTED if args.gradient_checkpointing else STOCK
-    return replace(POLICIES[memory.memory or "balanced"], **memory.own_mechanisms())
+    return replace(POLICIES[memory.memory or "balanced"], **own_mechanisms(memory))
 
 
 def build(

@@ -14,8 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from component.files import partial_name
-from component.plot import require_matplotlib
+from longqlora.files import partial_name
+from longqlora.plot import require_matplotlib
 
 Place = str | os.PathLike
 

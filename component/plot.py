@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from component.files import atomic_file
+from longqlora.files import atomic_file
 
 FORMATS = (".png", ".pdf", ".svg")
 # From this ratio of the largest to the smallest value on, a linear axis hides the small ones.

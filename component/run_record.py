@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from component.files import read_json, write_json
+from longqlora.files import read_json, write_json
 
 RECORD_NAME = "run_record.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "datasets", "tokenizers")

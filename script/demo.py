@@ -19,15 +19,13 @@ import sys
 import time
 from pathlib import Path
 
+from longqlora.cli import run_main
+from longqlora.distributed import print_main
+from longqlora.files import read_json, write_json
+from longqlora.outputs import OutputFolder, check_outputs
+from longqlora.plot import plot_loss_by_position, plot_perplexity
+
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-from component.cli import run_main  # noqa: E402
-from component.distributed import print_main  # noqa: E402
-from component.files import read_json, write_json  # noqa: E402
-from component.outputs import OutputFolder, check_outputs  # noqa: E402
-from component.plot import plot_loss_by_position, plot_perplexity  # noqa: E402
-
 BASE = REPO / "data" / "tiny-llama"
 LENGTHS = (256, 512, 1024)
 NUM_WINDOWS = 128

@@ -7,12 +7,9 @@ The table is made from the dataclasses that read the keys, and a test keeps the 
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from component.cli import run_main
+from longqlora.cli import run_main
 
 HEAD = """# Settings
 
@@ -37,7 +34,7 @@ TITLES = {
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
-    from component.files import atomic_file
+    from longqlora.files import atomic_file
 
     with atomic_file(Path(__file__).resolve().parents[1] / "docs" / "settings.md") as file:
         file.write(settings_page())
@@ -45,8 +42,8 @@ def main() -> None:
 
 def settings_page() -> str:
     """The text of docs/settings.md."""
-    from component.arguments import REMOVED, RENAMED, SECTIONS, TRAINING_DEFAULTS
-    from component.run_checks import UNSUPPORTED
+    from longqlora.settings.reader import REMOVED, RENAMED, SECTIONS, TRAINING_DEFAULTS
+    from longqlora.training.checks import UNSUPPORTED
 
     parts = [HEAD]
     for name, title in TITLES.items():

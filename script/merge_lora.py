@@ -12,18 +12,14 @@ adapter was trained against; then give as --dtype the dtype that training loaded
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from component.cli import require_folder, run_main  # noqa: E402
-from component.context_arguments import (  # noqa: E402
+from longqlora.cli import require_folder, run_main
+from longqlora.inference.arguments import DTYPES, dtype_of
+from longqlora.model.context_arguments import (
     add_context_arguments,
     check_context_arguments,
     context_request,
 )
-from component.generation_arguments import DTYPES, dtype_of  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,8 +44,8 @@ def main() -> None:
     require_folder(args.adapter_name_or_path, "--adapter_name_or_path")
     check_context_arguments(args)
 
-    from component.device_memory import parse_size
-    from component.merge import merge
+    from longqlora.device import parse_size
+    from longqlora.model.merge import merge
 
     record = merge(
         args.model_name_or_path,

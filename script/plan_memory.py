@@ -11,12 +11,9 @@ ask for the fastest set that fits each length.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from component.cli import run_main
+from longqlora.cli import run_main
 
 DEFAULT_MEMORY = "32GiB"
 
@@ -46,13 +43,13 @@ def main() -> None:
 
     import torch
 
-    from component.arguments import read_settings
-    from component.deepspeed_checks import complete_deepspeed
-    from component.device_memory import GIB, parse_size
-    from component.files import write_json
-    from component.memory_table import format_table, memory_table
-    from component.model import load_config
-    from component.outputs import check_outputs
+    from longqlora.device import GIB, parse_size
+    from longqlora.files import write_json
+    from longqlora.memory.plan_table import format_table, memory_table
+    from longqlora.model.base import load_config
+    from longqlora.outputs import check_outputs
+    from longqlora.settings.deepspeed import complete_deepspeed
+    from longqlora.settings.reader import read_settings
 
     settings, _ = read_settings(args.train_args_file, overrides, needs_data=False)
     data = settings.data

@@ -10,11 +10,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import yaml  # noqa: E402
+import pytest
+import yaml
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 SHARED = REPO.parent / "shared"
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box quietly in the long dark river night".split()
@@ -130,7 +129,7 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
 
 @pytest.fixture(autouse=True)
 def notices_are_said_again():
-    from component.distributed import print_notice
+    from longqlora.distributed import print_notice
 
     print_notice.cache_clear()
 

@@ -15,12 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.cli import one_line, run_main  # noqa: E402
-from component.documents import FORMAT_LIST, find_documents, read_document  # noqa: E402
-from component.files import atomic_file  # noqa: E402
-from component.outputs import check_outputs  # noqa: E402
+from longqlora.cli import one_line, run_main
+from longqlora.data.documents import FORMAT_LIST, find_documents, read_document
+from longqlora.files import atomic_file
+from longqlora.outputs import check_outputs
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,16 +14,13 @@ import hashlib
 import json
 import os
 import re
-import sys
 import sysconfig
 from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.cli import run_main  # noqa: E402
-from component.files import atomic_file, write_json  # noqa: E402
-from component.outputs import OutputFolder, check_outputs  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.files import atomic_file, write_json
+from longqlora.outputs import OutputFolder, check_outputs
 
 VALIDATION_PERCENT = 5
 MIN_BYTES, MAX_BYTES, MAX_MEAN_LINE = 512, 1_000_000, 120

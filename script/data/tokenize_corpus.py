@@ -11,18 +11,15 @@ Special tokens written out in a text are read as plain text.
 import argparse
 import gzip
 import os
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.cli import run_main  # noqa: E402
-from component.jsonl import UTF8_BOM, check_unread, checked_text, found_keys, parse_line  # noqa: E402
-from component.outputs import check_outputs  # noqa: E402
-from component.plot import plot_length_histogram, require_matplotlib  # noqa: E402
-from component.token_file import sidecar_path, token_file_writer  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.data.jsonl import UTF8_BOM, check_unread, checked_text, found_keys, parse_line
+from longqlora.data.token_file import sidecar_path, token_file_writer
+from longqlora.outputs import check_outputs
+from longqlora.plot import plot_length_histogram, require_matplotlib
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSON_SUFFIX = ".jsonl"

@@ -4,7 +4,7 @@
     python script/evaluate/passkey.py --model_name_or_path output/passkey_llama --lengths 128 256 512 1024
 
 A subject for comparing context extension methods on a CPU: it finds the key at every depth of a prompt as
-long as its context, and what it does beyond is up to the method. Rows are passkey prompts (component/passkey.py)
+long as its context, and what it does beyond is up to the method. Rows are passkey prompts (retrieval/passkey.py)
 with their answer, of random length up to the context, with random keys, depths and filler; half of the rows
 have the test's own filler, half shuffled sentences. Lengths start short and grow (AdamW, warm-up and linear
 decay, fp32). Writes safetensors, a byte-level BPE tokenizer that keeps digits apart, and
@@ -12,7 +12,6 @@ passkey_training.json with the accuracy by length.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -23,13 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.cli import run_main  # noqa: E402
-from component.files import atomic_folder, write_json  # noqa: E402
-from component.inference import load_for_inference  # noqa: E402
-from component.outputs import OutputFolder, check_outputs  # noqa: E402
-from component.passkey import (  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.evaluation.retrieval.passkey import (
     DESCRIPTION,
     FILLER,
     NEEDLE,
@@ -41,7 +35,10 @@ from component.passkey import (  # noqa: E402
     encode_after_newline,
     make_trials,
 )
-from component.saved_folder import save_config, save_tokenizer  # noqa: E402
+from longqlora.files import atomic_folder, write_json
+from longqlora.inference.load import load_for_inference
+from longqlora.model.saved_folder import save_config, save_tokenizer
+from longqlora.outputs import OutputFolder, check_outputs
 
 CONTEXT, VOCAB_SIZE, BATCH_TOKENS = 256, 512, 2048
 RECORD = "passkey_training.json"

@@ -13,7 +13,6 @@ training.json (figures for the model card, loss by position on unseen files).
 import argparse
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -23,13 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.cli import run_main  # noqa: E402
-from component.files import partial_name  # noqa: E402
-from component.model import cpu_has_bf16  # noqa: E402
-from component.outputs import OutputFolder, check_outputs  # noqa: E402
-from component.saved_folder import save_config, save_tokenizer  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.device import cpu_has_bf16
+from longqlora.files import partial_name
+from longqlora.model.saved_folder import save_config, save_tokenizer
+from longqlora.outputs import OutputFolder, check_outputs
 
 CONTEXT, VOCAB_SIZE, BATCH_SIZE = 256, 2048, 16
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]

@@ -11,15 +11,12 @@ override the YAML. With --output_file a killed run goes on where it stopped.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.cli import require_file, run_main  # noqa: E402
-from component.files import write_json  # noqa: E402
-from component.outputs import check_results  # noqa: E402
-from component.plot import plot_perplexity  # noqa: E402
+from longqlora.cli import require_file, run_main
+from longqlora.files import write_json
+from longqlora.outputs import check_results
+from longqlora.plot import plot_perplexity
 
 OVERRIDES = ("base_model", "data_path", "max_windows")
 
@@ -39,8 +36,8 @@ def main() -> None:
     args = parse_args()
     require_file(args.compare_args_file, "--compare_args_file")
 
-    from component.comparison import passkey_trials, plans_of, read_comparison
-    from component.token_file import open_token_file, sidecar_path
+    from longqlora.data.token_file import open_token_file, sidecar_path
+    from longqlora.evaluation.comparison import passkey_trials, plans_of, read_comparison
 
     overrides = {key: getattr(args, key) for key in OVERRIDES if getattr(args, key) is not None}
     settings = read_comparison(args.compare_args_file, overrides)
@@ -57,10 +54,10 @@ def run(args: argparse.Namespace, settings, data) -> None:
     """Measure every cell, print the table and write the results; `data` is None for passkey."""
     import torch
 
-    from component.comparison import table
-    from component.distributed import init_process_group, is_main_process, print_main
-    from component.method_models import MethodModels, compare_passkey, compare_perplexity, describe_models
-    from component.trials import finish_trials
+    from longqlora.distributed import init_process_group, is_main_process, print_main
+    from longqlora.evaluation.comparison import table
+    from longqlora.evaluation.method_models import MethodModels, compare_passkey, compare_perplexity, describe_models
+    from longqlora.evaluation.trials import finish_trials
 
     described = describe_models(settings)
     if data:
@@ -88,9 +85,9 @@ def run(args: argparse.Namespace, settings, data) -> None:
 def write_results(args: argparse.Namespace, settings, described: dict, cells: dict, rows: dict) -> None:
     import torch
 
-    from component.heatmap import plot_heatmap
-    from component.perplexity import json_safe
-    from component.run_record import software_versions
+    from longqlora.evaluation.perplexity import json_safe
+    from longqlora.evaluation.retrieval.heatmap import plot_heatmap
+    from longqlora.run_record import software_versions
 
     if args.output_file:
         values = {**vars(settings), "methods": {name: vars(method) for name, method in settings.methods.items()}}

@@ -5,7 +5,7 @@ r"""Measure the perplexity and next-token accuracy of a base, merged or adapter 
     torchrun --nproc_per_node 2 script/evaluate/evaluate.py ...        # the same numbers from two processes
 
 Attention is dense here, whatever the model was trained with, or dual chunk attention (--attention dca).
-The default protocol is LongLoRA's; component/perplexity.py defines both. A document of 100k tokens and more is
+The default protocol is LongLoRA's; evaluation/perplexity.py defines both. A document of 100k tokens and more is
 one window read in blocks: --seq_len 100000 --max_windows 1 --prefill_chunk_size 2048. With --output_file a
 killed run goes on where it stopped when it is started again with the same arguments. Token files are made
 by script/data/tokenize_corpus.py.
@@ -13,24 +13,21 @@ by script/data/tokenize_corpus.py.
 
 import argparse
 import importlib.util
-import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.cli import run_main  # noqa: E402
-from component.context_arguments import (  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.data.token_file import DTYPES, TokenFile, open_token_file, sidecar_path
+from longqlora.evaluation.perplexity import PROTOCOLS, WindowPlan, batches, json_safe, plan_windows, summarize
+from longqlora.files import write_json
+from longqlora.inference.arguments import model_sources
+from longqlora.model.context_arguments import (
     add_context_arguments,
     check_context_arguments,
     context_request,
 )
-from component.files import write_json  # noqa: E402
-from component.generation_arguments import model_sources  # noqa: E402
-from component.outputs import check_results  # noqa: E402
-from component.perplexity import PROTOCOLS, WindowPlan, batches, json_safe, plan_windows, summarize  # noqa: E402
-from component.plot import plot_evaluation  # noqa: E402
-from component.token_file import DTYPES, TokenFile, open_token_file, sidecar_path  # noqa: E402
+from longqlora.outputs import check_results
+from longqlora.plot import plot_evaluation
 
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -90,9 +87,9 @@ def make_plans(args: argparse.Namespace, num_tokens: int, seq_lens: list[int]) -
 
 def load(args: argparse.Namespace, dtype):
     """The model on this process's device, with the dense attention that was asked for."""
-    from component.attention import DENSE_DESCRIPTION, bind_inference_attention
-    from component.distributed import local_device
-    from component.inference import load_for_inference
+    from longqlora.attention.binding import DENSE_DESCRIPTION, bind_inference_attention
+    from longqlora.distributed import local_device
+    from longqlora.inference.load import load_for_inference
 
     device = local_device()
     if args.flash_attn and (device.type != "cuda" or dtype.itemsize != 2):
@@ -118,7 +115,7 @@ def load(args: argparse.Namespace, dtype):
 
 def describe_run(args: argparse.Namespace, loaded, data: TokenFile) -> dict:
     """What every result of this run says about itself."""
-    from component.inference import model_facts
+    from longqlora.inference.load import model_facts
 
     return {
         "sliding_window": args.sliding_window,
@@ -132,9 +129,9 @@ def describe_run(args: argparse.Namespace, loaded, data: TokenFile) -> dict:
 
 def start_ledger(args: argparse.Namespace, loaded, facts: dict):
     """The record of finished windows, valid for runs that agree in everything that decides the number."""
-    from component.distributed import print_main
-    from component.evaluation import WindowLedger
-    from component.inference import model_fingerprint
+    from longqlora.distributed import print_main
+    from longqlora.evaluation.scoring import WindowLedger
+    from longqlora.inference.load import model_fingerprint
 
     decisive = {
         **{name: value for name, value in facts.items() if name not in ("versions", "data_file")},
@@ -155,7 +152,7 @@ def measure_length(plan: WindowPlan, facts: dict, losses_of, longest_input: floa
     """Measure one window length with `losses_of` and report it; the result is the same on every rank."""
     import torch
 
-    from component.distributed import print_main
+    from longqlora.distributed import print_main
 
     if plan.seq_len > longest_input:
         print_main(f"warning: seq_len {plan.seq_len} is beyond the model's context of {facts['context_size']} tokens")
@@ -187,11 +184,10 @@ def evaluate(args: argparse.Namespace, data: TokenFile) -> None:
     """Load the model, measure every window length and write the results."""
     import torch
 
-    from component.context import context_length
-    from component.distributed import init_process_group, local_device
-    from component.evaluation import TokenScorer, measure
-    from component.inference import resolve_config
-    from component.model import default_dtype
+    from longqlora.distributed import init_process_group, local_device
+    from longqlora.evaluation.scoring import TokenScorer, measure
+    from longqlora.model.base import default_dtype
+    from longqlora.model.context import context_length, resolve_config
 
     try:
         _, config = resolve_config(
@@ -222,7 +218,7 @@ def evaluate(args: argparse.Namespace, data: TokenFile) -> None:
 
 def finish(args: argparse.Namespace, results: list[dict], ledger) -> None:
     """Write the results on rank 0, then drop the record of single windows."""
-    from component.distributed import is_main_process, print_main
+    from longqlora.distributed import is_main_process, print_main
 
     if is_main_process():
         if args.output_file:

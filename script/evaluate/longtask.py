@@ -11,25 +11,11 @@ on where it stopped when it is started again with the same arguments.
 """
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.answer_scores import METRICS, require_rouge  # noqa: E402
-from component.cli import run_main  # noqa: E402
-from component.files import write_json  # noqa: E402
-from component.generation import NO_TEMPLATE, GenerationOptions, generate_text  # noqa: E402
-from component.generation_arguments import (  # noqa: E402
-    TEMPLATE_NAMES,
-    add_model_arguments,
-    check_model_arguments,
-    load_from_arguments,
-    model_sources,
-    text_template,
-)
-from component.long_task_prompts import (  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.evaluation.longtask.prompts import (
     QUESTION_LEAD,
     PromptForm,
     check_fits,
@@ -37,16 +23,27 @@ from component.long_task_prompts import (  # noqa: E402
     letter_ids,
     log_likelihoods,
 )
-from component.long_task_report import (  # noqa: E402
+from longqlora.evaluation.longtask.report import (
     plot_tasks,
     score_answer,
     summarize_lengths,
     summarize_tasks,
     task_table,
 )
-from component.long_tasks import LongTask, needs_rouge, read_tasks  # noqa: E402
-from component.outputs import check_results  # noqa: E402
-from component.perplexity import json_safe  # noqa: E402
+from longqlora.evaluation.longtask.scores import METRICS, require_rouge
+from longqlora.evaluation.longtask.tasks import LongTask, needs_rouge, read_tasks
+from longqlora.evaluation.perplexity import json_safe
+from longqlora.files import write_json
+from longqlora.inference.arguments import (
+    TEMPLATE_NAMES,
+    add_model_arguments,
+    check_model_arguments,
+    load_from_arguments,
+    model_sources,
+    text_template,
+)
+from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, generate_text
+from longqlora.outputs import check_results
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -150,9 +147,9 @@ def evaluate(args: argparse.Namespace, tasks: list[LongTask], shots: list[LongTa
     """Load the model, answer every question, and write what came out."""
     import torch
 
-    from component.distributed import init_process_group, is_main_process
-    from component.inference import model_facts, model_fingerprint
-    from component.trials import finish_trials, run_trials
+    from longqlora.distributed import init_process_group, is_main_process
+    from longqlora.evaluation.trials import finish_trials, run_trials
+    from longqlora.inference.load import model_facts, model_fingerprint
 
     init_process_group()
     loaded = load_from_arguments(args)

@@ -8,19 +8,24 @@ r"""Needle in a haystack: does the model find a sentence hidden in your own long
 
 The needle is put at the sentence border nearest to each depth, and prompts have exactly the lengths asked for, in
 tokens of the model's tokenizer; a shorter haystack is repeated, which is said. No judge: the score is the share of
-the expected answer's words that the answer has (component/needle.py). Answers are greedy. With --output_file a
+the expected answer's words that the answer has (retrieval/needle.py). Answers are greedy. With --output_file a
 killed run goes on where it stopped when it is started again.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.cli import run_main  # noqa: E402
-from component.generation import NO_TEMPLATE  # noqa: E402
-from component.generation_arguments import (  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.evaluation.retrieval.grid import (
+    add_grid_arguments,
+    context_warnings,
+    grid_depths,
+    grid_lengths,
+    grid_table,
+)
+from longqlora.evaluation.retrieval.haystack import read_haystack
+from longqlora.evaluation.retrieval.needle import ANSWER, MAX_NEW_TOKENS, NEEDLE, QUESTION, NeedleTask, contains
+from longqlora.inference.arguments import (
     TEMPLATE_NAMES,
     add_model_arguments,
     check_model_arguments,
@@ -28,16 +33,8 @@ from component.generation_arguments import (  # noqa: E402
     model_sources,
     text_template,
 )
-from component.haystack import read_haystack  # noqa: E402
-from component.needle import ANSWER, MAX_NEW_TOKENS, NEEDLE, QUESTION, NeedleTask, contains  # noqa: E402
-from component.outputs import check_results  # noqa: E402
-from component.retrieval_grid import (  # noqa: E402
-    add_grid_arguments,
-    context_warnings,
-    grid_depths,
-    grid_lengths,
-    grid_table,
-)
+from longqlora.inference.generation import NO_TEMPLATE
+from longqlora.outputs import check_results
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,11 +78,11 @@ def evaluate(args: argparse.Namespace, depths: list[float], text: str) -> None:
     """Load the model, ask it and write the results."""
     import torch
 
-    from component.distributed import init_process_group, is_main_process, print_main
-    from component.files import write_json
-    from component.inference import model_facts, model_fingerprint
-    from component.needle import evaluate_needle
-    from component.trials import finish_trials
+    from longqlora.distributed import init_process_group, is_main_process, print_main
+    from longqlora.evaluation.retrieval.needle import evaluate_needle
+    from longqlora.evaluation.trials import finish_trials
+    from longqlora.files import write_json
+    from longqlora.inference.load import model_facts, model_fingerprint
 
     init_process_group()
     loaded = load_from_arguments(args)
@@ -118,7 +115,7 @@ def evaluate(args: argparse.Namespace, depths: list[float], text: str) -> None:
             write_json(args.output_file, {**result, "haystack_files": args.haystack, **model_facts(loaded)})
             print_main(f"wrote {args.output_file}")
         if args.plot:
-            from component.heatmap import plot_heatmap
+            from longqlora.evaluation.retrieval.heatmap import plot_heatmap
 
             name = Path(args.adapter_name_or_path or args.model_name_or_path).resolve().name
             plot_heatmap({name: cells}, args.plot, value="score", label="recall of the answer's words")

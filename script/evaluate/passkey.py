@@ -6,32 +6,29 @@ r"""Measure passkey retrieval: does the model find a number hidden in a long pro
     torchrun --nproc_per_node 2 script/evaluate/passkey.py ...         # the same results from two processes
 
 Prompts have exactly the lengths and depths asked for, in tokens of the model's tokenizer; wording and scoring are
-in component/passkey.py. Raw text behind BOS, greedy answers. Prints the accuracy in percent by length and depth.
+in retrieval/passkey.py. Raw text behind BOS, greedy answers. Prints the accuracy in percent by length and depth.
 With --output_file a killed run goes on where it stopped when it is started again.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.cli import run_main  # noqa: E402
-from component.generation_arguments import (  # noqa: E402
-    add_model_arguments,
-    check_model_arguments,
-    load_from_arguments,
-    model_sources,
-)
-from component.outputs import check_results  # noqa: E402
-from component.passkey import make_trials  # noqa: E402
-from component.retrieval_grid import (  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.evaluation.retrieval.grid import (
     add_grid_arguments,
     context_warnings,
     grid_depths,
     grid_lengths,
     grid_table,
 )
+from longqlora.evaluation.retrieval.passkey import make_trials
+from longqlora.inference.arguments import (
+    add_model_arguments,
+    check_model_arguments,
+    load_from_arguments,
+    model_sources,
+)
+from longqlora.outputs import check_results
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,11 +55,11 @@ def evaluate(args: argparse.Namespace, depths: list[float]) -> None:
     """Load the model, ask it and write the results."""
     import torch
 
-    from component.distributed import init_process_group, is_main_process, print_main
-    from component.files import write_json
-    from component.inference import model_facts, model_fingerprint
-    from component.passkey import evaluate_passkey
-    from component.trials import finish_trials
+    from longqlora.distributed import init_process_group, is_main_process, print_main
+    from longqlora.evaluation.retrieval.passkey import evaluate_passkey
+    from longqlora.evaluation.trials import finish_trials
+    from longqlora.files import write_json
+    from longqlora.inference.load import model_facts, model_fingerprint
 
     init_process_group()
     loaded = load_from_arguments(args)
@@ -86,7 +83,7 @@ def evaluate(args: argparse.Namespace, depths: list[float]) -> None:
             write_json(args.output_file, {**result, **model_facts(loaded)})
             print_main(f"wrote {args.output_file}")
         if args.plot:
-            from component.heatmap import plot_heatmap
+            from longqlora.evaluation.retrieval.heatmap import plot_heatmap
 
             name = Path(args.adapter_name_or_path or args.model_name_or_path).resolve().name
             plot_heatmap({name: result["cells"]}, args.plot, label="passkey accuracy")

@@ -16,26 +16,12 @@ With --output_file every finished task and length is kept, and a killed run goes
 
 import argparse
 import os
-import sys
 from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.cli import require_folder, run_main  # noqa: E402
-from component.context_arguments import context_request  # noqa: E402
-from component.extras import require_extra  # noqa: E402
-from component.files import write_json  # noqa: E402
-from component.generation_arguments import (  # noqa: E402
-    add_model_arguments,
-    check_model_arguments,
-    load_from_arguments,
-    model_sources,
-)
-from component.hub import go_offline_unless_reachable  # noqa: E402
-from component.outputs import check_results  # noqa: E402
-from component.perplexity import json_safe  # noqa: E402
-from component.ruler import (  # noqa: E402
+from longqlora.cli import require_folder, run_main
+from longqlora.evaluation.perplexity import json_safe
+from longqlora.evaluation.ruler.task import (
     PROTOCOL,
     fit_task,
     make_samples,
@@ -46,7 +32,18 @@ from component.ruler import (  # noqa: E402
     ruler_result,
     score_table,
 )
-from component.ruler_tasks import TASKS, check_tasks, default_tasks, describe_tasks  # noqa: E402
+from longqlora.evaluation.ruler.tasks import TASKS, check_tasks, default_tasks, describe_tasks
+from longqlora.extras import require_extra
+from longqlora.files import write_json
+from longqlora.inference.arguments import (
+    add_model_arguments,
+    check_model_arguments,
+    load_from_arguments,
+    model_sources,
+)
+from longqlora.model.context_arguments import context_request
+from longqlora.model.hub import go_offline_unless_reachable
+from longqlora.outputs import check_results
 
 
 def parse_args() -> argparse.Namespace:
@@ -109,9 +106,8 @@ def check_uses(args: argparse.Namespace, names: tuple[str, ...], tasks: str, *, 
 
 def read_tokenizer(args: argparse.Namespace):
     """Tokenizer and context in tokens of the model that the arguments name, without its weights."""
-    from component.context import context_length
-    from component.inference import resolve_config, tokenizer_source
-    from component.model import load_tokenizer
+    from longqlora.model.base import load_tokenizer
+    from longqlora.model.context import context_length, resolve_config, tokenizer_source
 
     adapter = args.adapter_name_or_path
     try:
@@ -129,7 +125,7 @@ def read_tokenizer(args: argparse.Namespace):
 
 def fit_tasks(args: argparse.Namespace, text, count_tokens, context_size: int) -> dict:
     """(task, length) -> RULER's task fitted to that length."""
-    from component.distributed import print_main
+    from longqlora.distributed import print_main
 
     names, lengths = [name for name in args.tasks if name in TASKS], sorted(set(args.lengths or [context_size]))
     if names and lengths[-1] > context_size:
@@ -140,7 +136,7 @@ def fit_tasks(args: argparse.Namespace, text, count_tokens, context_size: int) -
 
 def read_other_tasks(args: argparse.Namespace, context_size: int) -> dict:
     """Name -> loaded tasks of lm-eval."""
-    from component.lm_eval_model import check_fit, load_tasks, set_answer_tokens
+    from longqlora.evaluation.harness import check_fit, load_tasks, set_answer_tokens
 
     # For those tasks of lm-eval that make their data themselves.
     given = {"tokenizer": args.model_name_or_path or args.adapter_name_or_path}
@@ -157,10 +153,10 @@ def read_other_tasks(args: argparse.Namespace, context_size: int) -> dict:
 
 def measure(args: argparse.Namespace, text, text_facts: dict | None) -> None:
     """Fit the samples, read the other tasks, then load the model and run what is not done yet."""
-    from component.distributed import gather_objects, init_process_group
-    from component.inference import model_fingerprint
-    from component.lm_eval_model import data_state, evaluate_tasks, generate_answers, wrap_model
-    from component.trials import run_trials
+    from longqlora.distributed import gather_objects, init_process_group
+    from longqlora.evaluation.harness import data_state, evaluate_tasks, generate_answers, wrap_model
+    from longqlora.evaluation.trials import run_trials
+    from longqlora.inference.load import model_fingerprint
 
     tokenizer, context_size = read_tokenizer(args)
 
@@ -214,9 +210,9 @@ def finish(args: argparse.Namespace, loaded, settings: dict, results: list[dict]
     """Print and write the results on rank 0, then drop what was kept for resuming."""
     import torch
 
-    from component.distributed import is_main_process, print_main
-    from component.inference import model_facts
-    from component.trials import finish_trials
+    from longqlora.distributed import is_main_process, print_main
+    from longqlora.evaluation.trials import finish_trials
+    from longqlora.inference.load import model_facts
 
     of_ruler = [result for result in results if "length" in result]
     of_lm_eval = [result for result in results if "length" not in result]

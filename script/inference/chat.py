@@ -26,16 +26,11 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.chat_session import ChatSession  # noqa: E402
-from component.cli import one_line, run_main  # noqa: E402
-from component.context_arguments import context_request  # noqa: E402
-from component.documents import FORMAT_LIST, read_document  # noqa: E402
-from component.generation import GenerationOptions, generate_text  # noqa: E402
-from component.generation_arguments import (  # noqa: E402
+from longqlora.cli import one_line, run_main
+from longqlora.data.documents import FORMAT_LIST, read_document
+from longqlora.data.prompt import encode_conversation
+from longqlora.inference.arguments import (
     add_conversation_arguments,
     add_generation_arguments,
     add_model_arguments,
@@ -44,7 +39,9 @@ from component.generation_arguments import (  # noqa: E402
     generation_options,
     load_from_arguments,
 )
-from component.prompt import encode_conversation  # noqa: E402
+from longqlora.inference.chat.session import ChatSession
+from longqlora.inference.generation import GenerationOptions, generate_text
+from longqlora.model.context_arguments import context_request
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,8 +68,8 @@ def check_streaming_arguments(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name}: has an effect with --streaming only; add that, or leave it out")
         return
-    from component.inference import resolve_config
-    from component.sink_cache import DEFAULT_NUM_SINKS, check_streaming
+    from longqlora.inference.sink_cache import DEFAULT_NUM_SINKS, check_streaming
+    from longqlora.model.context import resolve_config
 
     args.num_sinks = DEFAULT_NUM_SINKS if args.num_sinks is None else args.num_sinks
     _, config = resolve_config(
@@ -174,8 +171,8 @@ def make_session(args: argparse.Namespace, loaded, options: GenerationOptions) -
     """The conversation, how to reply in it, and a line that describes it."""
     template = conversation_template(args, loaded)
     if args.streaming:
-        from component.sink_cache import sink_cache
-        from component.streaming_session import StreamingSession
+        from longqlora.inference.chat.streaming import StreamingSession
+        from longqlora.inference.sink_cache import sink_cache
 
         cache = sink_cache(loaded.model, window=args.streaming_window, num_sinks=args.num_sinks)
         streaming = StreamingSession(

@@ -19,13 +19,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.batch_generation import partial_path, read_prompts, write_answers  # noqa: E402
-from component.cli import require_file, run_main  # noqa: E402
-from component.documents import FORMAT_LIST, read_document, with_documents  # noqa: E402
-from component.generation import NO_TEMPLATE, encode_prompt, fit_prompt, generate_text  # noqa: E402
-from component.generation_arguments import (  # noqa: E402
+from longqlora.cli import require_file, run_main
+from longqlora.data.documents import FORMAT_LIST, read_document, with_documents
+from longqlora.inference.arguments import (
     TEMPLATE_NAMES,
     add_generation_arguments,
     add_model_arguments,
@@ -35,8 +31,10 @@ from component.generation_arguments import (  # noqa: E402
     model_sources,
     text_template,
 )
-from component.outputs import check_outputs  # noqa: E402
-from component.text_stream import decode_utf8  # noqa: E402
+from longqlora.inference.batch import partial_path, read_prompts, write_answers
+from longqlora.inference.generation import NO_TEMPLATE, encode_prompt, fit_prompt, generate_text
+from longqlora.inference.text_stream import decode_utf8
+from longqlora.outputs import check_outputs
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -16,16 +16,12 @@ on a server, better forward the port (ssh -L 7860:127.0.0.1:7860 SERVER). It ans
 import argparse
 import os
 import signal
-import sys
 import tempfile
 import threading
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from component.cli import run_main  # noqa: E402
-from component.extras import require_extra  # noqa: E402
-from component.generation_arguments import (  # noqa: E402
+from longqlora.cli import run_main
+from longqlora.extras import require_extra
+from longqlora.inference.arguments import (
     add_conversation_arguments,
     add_generation_arguments,
     add_model_arguments,
@@ -34,9 +30,9 @@ from component.generation_arguments import (  # noqa: E402
     generation_options,
     load_from_arguments,
 )
-from component.web_chat import Conversations, SharedModel  # noqa: E402
-from component.web_page import STYLE, build_page, facts_line  # noqa: E402
-from component.web_server import available_port, serve, shut_down  # noqa: E402
+from longqlora.inference.chat.web_chat import Conversations, SharedModel
+from longqlora.inference.chat.web_page import STYLE, build_page, facts_line
+from longqlora.inference.chat.web_server import available_port, serve, shut_down
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,7 +66,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             "raise it"
         )
     available_port(args.host, args.port)
-    from component.web_guard import ServerNames
+    from longqlora.inference.chat.web_guard import ServerNames
 
     ServerNames(args.host, args.allowed_hosts)
 
@@ -100,7 +96,7 @@ def main() -> None:
     check_arguments(args)
     options = generation_options(args)
     loaded = load_from_arguments(args)
-    from component.inference import model_facts
+    from longqlora.inference.load import model_facts
 
     template = conversation_template(args, loaded)
     conversations = Conversations(SharedModel(loaded, template), options, args.system)

@@ -1,0 +1,52 @@
+"""Segments: the documents and the padding of rows, as ids int [B, S]; negative ids are padding.
+
+Tokens attend only within equal ids. Where the tokens of each id lie side by side, lengths say as much as a mask.
+
+Dimensions: B batch, S sequence.
+
+Pure maths: knows nothing of Hugging Face.
+"""
+
+from functools import lru_cache
+
+import torch
+
+# For each row of a batch the lengths of its documents, in order, padding included.
+Documents = tuple[tuple[int, ...], ...]
+
+
+def segment_runs(segment_ids: torch.Tensor) -> list[list[tuple[int, int]]]:
+    """(id, length) of each run of equal ids, row by row; waits for the device, once for a forward pass."""
+    # Inference tensors do not count changes.
+    return find_runs(segment_ids, None if segment_ids.is_inference() else segment_ids._version)
+
+
+@lru_cache(maxsize=4)
+def find_runs(segment_ids: torch.Tensor, version: int | None) -> list[list[tuple[int, int]]]:
+    """`segment_runs` of a tensor in this version."""
+    rows = [torch.unique_consecutive(ids, return_counts=True) for ids in segment_ids.cpu()]
+    return [list(zip(values.tolist(), lengths.tolist(), strict=True)) for values, lengths in rows]
+
+
+def document_lengths(segment_ids: torch.Tensor) -> Documents | None:
+    """Documents of rows with these ids; None where tokens of one id do not lie side by side.
+
+    Each run of padding is a document of its own.
+    """
+    rows = segment_runs(segment_ids)
+    for row in rows:
+        real = [value for value, _ in row if value >= 0]
+        if len(set(real)) < len(real):
+            return None
+    return tuple(tuple(length for _, length in row) for row in rows)
+
+
+def segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
+    """Bool mask [B, 1, S, S]: causal and within a segment.
+
+    segment_ids: int [B, S], negative on padding. Padding sees padding, so that no row of the softmax is
+    empty (an empty row is NaN, and its gradient reaches real tokens).
+    """
+    positions = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return (same & (positions[:, None] >= positions[None, :]))[:, None]

@@ -1,0 +1,251 @@
+"""Prompt templates: the one place that turns a conversation into token ids, for training and inference.
+
+A prompt and the answer to it are always encoded apart, so the ids that a model sees before its first
+answer token are the same ids in a training row and at inference, whatever the answer is.
+"""
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE, PROMPT_TEMPLATES
+
+IGNORE_INDEX = -100
+ROLES = ("system", "user", "assistant")
+CHAT_TEMPLATE = "chat_template"
+DEFAULT_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class TurnTemplate:
+    """A template of plain text: `{system}{separator}USER: {user}{separator}ASSISTANT:{lead}{answer}</s>USER: ...`.
+
+    `lead_in_prompt` says on which side of the cut between prompt and answer the space before the answer lies.
+    """
+
+    separator: str
+    lead_in_prompt: bool
+
+
+# `vicuna_v1.1` is the form LongQLoRA's released models were trained with (yangjianxin1/LongQLoRA
+# component/data/dataset.py): turns on lines of their own, the prompt ends in "ASSISTANT: ", and the answer is encoded
+# by itself. `vicuna_v1.1_fastchat` is the form of lmsys/vicuna-*-v1.5 (fastchat/conversation.py, sep=" ",
+# sep2="</s>"): one line, the prompt ends in "ASSISTANT:", and the space belongs to the answer's first token.
+TURN_TEMPLATES = {
+    "vicuna_v1.1": TurnTemplate(separator="\n", lead_in_prompt=True),
+    "vicuna_v1.1_fastchat": TurnTemplate(separator=" ", lead_in_prompt=False),
+}
+assert PROMPT_TEMPLATES == (*TURN_TEMPLATES, CHAT_TEMPLATE), "name each template in settings/config.py"
+
+
+def prompt_template_for(tokenizer: Any, requested: str | None) -> str:
+    """The template to use: `requested`, else the tokenizer's own where it has one, else `vicuna_v1.1`.
+
+    Raises ValueError for an unknown name and for "chat_template" with a tokenizer that has none.
+    """
+    has_chat_template = bool(getattr(tokenizer, "chat_template", None))
+    if requested is None:
+        return CHAT_TEMPLATE if has_chat_template else DEFAULT_PROMPT_TEMPLATE
+    if requested not in PROMPT_TEMPLATES:
+        raise ValueError(f"prompt_template: unknown template {requested!r}; use one of {', '.join(PROMPT_TEMPLATES)}")
+    if requested == CHAT_TEMPLATE and not has_chat_template:
+        raise ValueError(
+            f"prompt_template: the tokenizer has no chat template of its own; use {DEFAULT_PROMPT_TEMPLATE!r}"
+        )
+    return requested
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of `text` alone: nothing added, and text that spells a special token stays text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def bos_ids(tokenizer: Any) -> list[int]:
+    """What a document starts with: [BOS], or [] for a tokenizer whose models are pretrained without.
+
+    The tokenizer's own switch is not asked: a bare Llama `tokenizer.model` adds no BOS although every Llama was
+    trained with it. A BOS that is also the EOS (GPT-NeoX) only separates documents.
+    """
+    bos = tokenizer.bos_token_id
+    return [] if bos is None or bos == tokenizer.eos_token_id else [bos]
+
+
+def eos_id(tokenizer: Any) -> int:
+    """The id that ends a document or an answer. Raises ValueError where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise ValueError(
+            f"the tokenizer of {name!r} has no EOS token, so no model could learn to stop; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer.eos_token_id
+
+
+def check_messages(messages: Any, *, last_role: str | None = None) -> None:
+    """Raise ValueError unless `messages` is [system,] user, assistant, user, ... with text contents.
+
+    last_role: the role of the last message; None accepts user and assistant.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('the conversation is empty; give a list of {"role": ..., "content": ...}')
+    for position, message in enumerate(messages):
+        where = f"message {position + 1}"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            found = sorted(map(str, message)) if isinstance(message, dict) else type(message).__name__
+            raise ValueError(f'{where} has no "role" and "content" (found {found}); give both')
+        if message["role"] not in ROLES:
+            raise ValueError(f"{where} has the unknown role {message['role']!r}; use one of {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            kind = type(message["content"]).__name__
+            raise ValueError(f"{where} has a content of type {kind}; give a string")
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != [("user", "assistant")[position % 2] for position in range(len(turns))] or not turns:
+        raise ValueError(
+            f"the roles are {', '.join(roles)}; give an optional system message, then user and assistant in turn"
+        )
+    if last_role is not None and roles[-1] != last_role:
+        fix = "add the answer or remove the last message" if last_role == "assistant" else "remove the last message"
+        raise ValueError(f"the conversation ends with {roles[-1]!r}, not {last_role!r}; {fix}")
+
+
+def encode_conversation(
+    tokenizer: Any, messages: list[dict], *, template: str = DEFAULT_PROMPT_TEMPLATE, add_generation_prompt: bool
+) -> list[int]:
+    """Ids of a conversation, starting with BOS where the tokenizer has one.
+
+    messages: [{"role": "system" | "user" | "assistant", "content": str}, ...].
+    add_generation_prompt: end where the assistant's answer starts; the last message must then be the user's.
+    Raises ValueError for messages or a template that do not fit.
+    """
+    check_messages(messages, last_role="user" if add_generation_prompt else None)
+    if prompt_template_for(tokenizer, template) == CHAT_TEMPLATE:
+        return apply_chat_template(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    ids, _ = encode_turns(tokenizer, messages, TURN_TEMPLATES[template], add_generation_prompt=add_generation_prompt)
+    return ids
+
+
+def encode_for_training(
+    tokenizer: Any, messages: list[dict], *, template: str = DEFAULT_PROMPT_TEMPLATE
+) -> tuple[list[int], list[int]]:
+    """Ids of a whole conversation and its labels: the answers and the EOS after each, -100 elsewhere.
+
+    Labels are not shifted (the model shifts them). Raises ValueError for messages or a template that do not fit.
+    """
+    check_messages(messages, last_role="assistant")
+    if prompt_template_for(tokenizer, template) == CHAT_TEMPLATE:
+        return encode_chat_template_for_training(tokenizer, messages)
+    return encode_turns(tokenizer, messages, TURN_TEMPLATES[template], add_generation_prompt=False)
+
+
+def encode_turns(
+    tokenizer: Any, messages: list[dict], template: TurnTemplate, *, add_generation_prompt: bool
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation in a template of plain text."""
+    eos = eos_id(tokenizer)
+    ids = bos_ids(tokenizer)
+    labels = [IGNORE_INDEX] * len(ids)
+    assistant = f"{template.separator}ASSISTANT:{' ' if template.lead_in_prompt else ''}"
+    system = messages[0]["content"].strip() if messages[0]["role"] == "system" else DEFAULT_SYSTEM
+    pending = system + template.separator if system else ""
+    for message in messages:
+        content = message["content"].strip()
+        if message["role"] == "user":
+            pending += f"USER: {content}"
+        elif message["role"] == "assistant":
+            prompt = encode_text(tokenizer, pending + assistant)
+            answer = [*encode_answer(tokenizer, content, template), eos]
+            ids += prompt + answer
+            labels += [IGNORE_INDEX] * len(prompt) + answer
+            pending = ""
+    if messages[-1]["role"] != "assistant":
+        prompt = encode_text(tokenizer, pending + (assistant if add_generation_prompt else ""))
+        ids += prompt
+        labels += [IGNORE_INDEX] * len(prompt)
+    return ids, labels
+
+
+def encode_answer(tokenizer: Any, answer: str, template: TurnTemplate) -> list[int]:
+    """Ids of an answer as they follow the prompt."""
+    if template.lead_in_prompt:
+        return encode_text(tokenizer, answer)
+    # A SentencePiece tokenizer puts a space before whatever it encodes first: encode after the prompt's last
+    # character, so that " Yes" is the one token that a model writes after "ASSISTANT:".
+    before = encode_text(tokenizer, ":")
+    both = encode_text(tokenizer, f": {answer}")
+    return both[len(before) :] if both[: len(before)] == before else encode_text(tokenizer, f" {answer}")
+
+
+def apply_chat_template(tokenizer: Any, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:
+    """Ids of the tokenizer's own chat template, with a BOS in front where the template writes none."""
+    options = {"add_generation_prompt": add_generation_prompt, "return_dict": False}
+    # Newer transformers can keep text that spells a control token as text.
+    if "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters:
+        options["sanitize_control_tokens"] = True
+    try:
+        ids = tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+    bos = bos_ids(tokenizer)
+    return ids if ids[: len(bos)] == bos else bos + ids
+
+
+def encode_chat_template_for_training(tokenizer: Any, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """Ids and labels of the tokenizer's own chat template.
+
+    The answers are what the template marks with `{% generation %}`; without that mark, what an assistant message
+    adds to the prompt before it. Raises ValueError where the two cannot be told apart.
+    """
+    ids = apply_chat_template(tokenizer, messages, add_generation_prompt=False)
+    mask = generation_mask(tokenizer, messages, ids)
+    if mask is None:
+        mask = [False] * len(ids)
+        for position, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start, end = answer_span(tokenizer, messages, position, ids)
+                mask[start:end] = [True] * (end - start)
+    return ids, [token if wanted else IGNORE_INDEX for token, wanted in zip(ids, mask, strict=True)]
+
+
+def generation_mask(tokenizer: Any, messages: list[dict], ids: list[int]) -> list[bool] | None:
+    """Which of `ids` the template marks as the assistant's; None where it marks nothing or other ids."""
+    template = tokenizer.get_chat_template()
+    if not tokenizer.is_fast or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        return None
+    marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    num_added = len(ids) - len(marked["input_ids"])
+    if num_added < 0 or ids[num_added:] != marked["input_ids"] or ids[:num_added] != bos_ids(tokenizer)[:num_added]:
+        return None
+    return [False] * num_added + [bool(mark) for mark in marked["assistant_masks"]]
+
+
+def answer_span(tokenizer: Any, messages: list[dict], position: int, ids: list[int]) -> tuple[int, int]:
+    """Start and end in `ids` of the assistant message at `position`: what follows its prompt, up to its EOS."""
+    prompt = apply_chat_template(tokenizer, messages[:position], add_generation_prompt=True)
+    if ids[: len(prompt)] != prompt:
+        raise ValueError(
+            f"the tokenizer's chat template writes the prompt of message {position + 1} differently when its answer "
+            "follows, so prompt and answer cannot be told apart; mark the answer with {% generation %} in the "
+            f"template, or use prompt_template {DEFAULT_PROMPT_TEMPLATE!r}"
+        )
+    start = len(prompt)
+    upto = apply_chat_template(tokenizer, messages[: position + 1], add_generation_prompt=False)
+    eos = tokenizer.eos_token_id
+    if ids[: len(upto)] == upto:
+        answer = ids[start : len(upto)]
+        # Templates write a line break between the EOS and the next turn; it is not part of the answer.
+        return start, start + len(answer) - (answer[::-1].index(eos) if eos in answer else 0)
+    # Some templates write the last answer unlike the others (Qwen3 drops earlier thoughts): it ends at its EOS.
+    if eos not in ids[start:]:
+        raise ValueError(
+            f"the tokenizer's chat template does not end message {position + 1} with the EOS token, so the end of the "
+            "answer cannot be told; mark the answer with {% generation %} in the template, or use prompt_template "
+            f"{DEFAULT_PROMPT_TEMPLATE!r}"
+        )
+    return start, start + ids[start:].index(eos) + 1

@@ -1,0 +1,161 @@
+"""Prompts of long tasks, fitted to the context, and the likelihood of each option's letter.
+
+A text that is too long loses its middle and keeps head and tail in equal parts, as in LongBench (arXiv 2308.14508,
+section 4.1); question, options and examples are never cut.
+
+Dimensions: S sequence, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from longqlora.data.prompt import CHAT_TEMPLATE, TURN_TEMPLATES, encode_answer, encode_text
+from longqlora.evaluation.longtask.scores import option_letter
+from longqlora.evaluation.longtask.tasks import LongTask
+from longqlora.inference.generation import NO_TEMPLATE, encode_prompt
+
+CHOICE_REQUEST = "Answer with the letter of the right option."
+QUESTION_LEAD, ANSWER_LEAD = "Question: ", "Answer:"
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """How prompts are made. template: of `encode_prompt`; max_new_tokens is kept free in context_size (tokens)."""
+
+    template: str
+    context_size: int
+    max_new_tokens: int
+    shots: tuple[LongTask, ...] = ()
+    num_shots: int = 0
+
+    @property
+    def room(self) -> int:
+        """Most tokens that a prompt may have."""
+        return self.context_size - self.max_new_tokens
+
+    def shots_for(self, task: LongTask) -> list[LongTask]:
+        """The first `num_shots` examples that are not the question itself."""
+        others = [shot for shot in self.shots if (shot.context, shot.question) != (task.context, task.question)]
+        return others[: self.num_shots]
+
+
+@dataclass(frozen=True)
+class FittedPrompt:
+    """Text and ids of a prompt; lengths in tokens, num_tokens_cut those of the context that were left out."""
+
+    text: str
+    ids: list[int]
+    num_context_tokens: int
+    num_tokens_cut: int
+
+
+def shown_answer(task: LongTask) -> str:
+    """The answer as an example shows it."""
+    return option_letter(task.answer_index) if task.options else task.references[0]
+
+
+def question_block(task: LongTask, context: str, *, is_asked: bool) -> str:
+    """Context, own examples, question, options and the place of the answer; with `is_asked` False the answer too."""
+    examples = [f"{QUESTION_LEAD}{question.strip()}\n{ANSWER_LEAD} {answer}" for question, answer in task.examples]
+    lines = [f"{QUESTION_LEAD}{task.question.strip()}"] if task.question.strip() else []
+    lines += [f"({option_letter(index)}) {option}" for index, option in enumerate(task.options)]
+    lines += [CHOICE_REQUEST] if task.options else []
+    lines.append(ANSWER_LEAD if is_asked else f"{ANSWER_LEAD} {shown_answer(task)}")
+    return "\n\n".join([*filter(None, [context.strip()]), *examples, "\n".join(lines)])
+
+
+def prompt_text(task: LongTask, context: str, shots: Sequence[LongTask]) -> str:
+    """The whole prompt: examples, context, question. A text that brings its own question stands alone."""
+    if not (task.question.strip() or task.options or task.examples or shots):
+        return context
+    return "\n\n".join([*(question_block(shot, shot.context, is_asked=False) for shot in shots),
+                        question_block(task, context, is_asked=True)])  # fmt: skip
+
+
+def check_fits(tokenizer, task: LongTask, form: PromptForm) -> None:
+    """Raise ValueError where the prompt is too long even without its context."""
+    shots = form.shots_for(task)
+    num_tokens = len(encode_prompt(tokenizer, prompt_text(task, "", shots), template=form.template))
+    if num_tokens >= form.room:
+        examples = f" and {len(shots)} examples" if shots else ""
+        raise ValueError(
+            f"question {task.id} of {task.task}: question, options{examples} make {num_tokens} tokens, but {form.room} "
+            f"fit in the context of {form.context_size} beside --max_new_tokens {form.max_new_tokens}; raise "
+            "--context_size or lower --num_shots"
+        )
+
+
+def fitted_prompt(tokenizer, task: LongTask, form: PromptForm) -> FittedPrompt:
+    """The prompt of `task` with as much of its context as fits. Raises ValueError as `check_fits` does."""
+    shots = form.shots_for(task)
+    context_ids = encode_text(tokenizer, task.context)
+    num_kept, context = len(context_ids), task.context
+    while True:
+        text = prompt_text(task, context, shots)
+        ids = encode_prompt(tokenizer, text, template=form.template)
+        num_over = len(ids) - form.room
+        if num_over <= 0:
+            return FittedPrompt(text, ids, len(context_ids), len(context_ids) - num_kept)
+        if num_kept == 0:
+            check_fits(tokenizer, task, form)
+        # Tokens at the new seam may split in two, so that one cut may not be enough.
+        num_kept = max(0, num_kept - num_over)
+        context = without_middle(tokenizer, context_ids, num_kept)
+
+
+def without_middle(tokenizer, ids: Sequence[int], num_kept: int) -> str:
+    """Text of the first and last tokens of `ids`, `num_kept` together."""
+    num_head = (num_kept + 1) // 2
+    head, tail = (
+        tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for part in (ids[:num_head], ids[len(ids) - (num_kept - num_head) :])
+    )
+    # A character of several tokens may have been cut.
+    return head.rstrip("\ufffd") + tail.lstrip("\ufffd")
+
+
+def letter_ids(tokenizer, prompt: FittedPrompt, num_options: int, template: str) -> list[list[int]]:
+    """Ids of each option's letter as it follows the prompt."""
+    letters = [option_letter(index) for index in range(num_options)]
+    if template == CHAT_TEMPLATE:
+        return [encode_text(tokenizer, letter) for letter in letters]
+    if template != NO_TEMPLATE:
+        return [encode_answer(tokenizer, letter, TURN_TEMPLATES[template]) for letter in letters]
+    whole = [encode_prompt(tokenizer, f"{prompt.text} {letter}", template=template) for letter in letters]
+    num_shared = len(prompt.ids)
+    if all(ids[:num_shared] == prompt.ids and len(ids) > num_shared for ids in whole):
+        return [ids[num_shared:] for ids in whole]
+    return [encode_text(tokenizer, f" {letter}") for letter in letters]
+
+
+def log_likelihoods(model, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+    """Log-probability (nats) of each of the continuations of one prompt, but for what all of them begin with.
+
+    Continuations that differ in one last token, as letters do, take a single forward pass.
+    """
+    num_shared = 0
+    while (
+        all(len(ids) > num_shared + 1 for ids in continuations) and len({ids[num_shared] for ids in continuations}) == 1
+    ):
+        num_shared += 1
+    start = [*prompt_ids, *continuations[0][:num_shared]]
+    rests = [list(ids[num_shared:]) for ids in continuations]
+    if all(len(rest) == 1 for rest in rests):
+        scores = next_log_probabilities(model, start, 1)[-1]
+        return [float(scores[rest[0]]) for rest in rests]
+    sums = []
+    for rest in rests:
+        scores = next_log_probabilities(model, start + rest[:-1], len(rest))
+        sums.append(float(sum(row[token] for row, token in zip(scores, rest, strict=True))))
+    return sums
+
+
+def next_log_probabilities(model, ids: Sequence[int], num_positions: int):
+    """fp32 [num_positions, V]: log-probabilities of the token after each of the last positions of `ids` [S]."""
+    import torch
+
+    with torch.inference_mode():
+        output = model(
+            input_ids=torch.tensor([list(ids)], device=model.device), logits_to_keep=num_positions, use_cache=False
+        )
+        return output.logits[0, -num_positions:].float().log_softmax(-1).cpu()

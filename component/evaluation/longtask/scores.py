@@ -1,0 +1,218 @@
+"""Scores of an answer against its references: exact match, F1, ROUGE, exams, and the letter of a multiple choice.
+
+All scores are between 0 and 1. Text is normalised as SQuAD does (lower case, without punctuation and the articles a,
+an, the); for ASCII text the numbers are those of SQuAD's script and of rouge-score, and words of other scripts count
+as words too, each character of Chinese and Japanese as one. ROUGE itself is the package rouge-score.
+
+Pure: strings in, numbers out.
+"""
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import takewhile
+from typing import Any
+
+from longqlora.extras import require_extra
+
+MAX_OPTIONS = 26
+ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
+METRICS = ("exact_match", "f1", *ROUGE_METRICS, "exam", "accuracy")
+# Han, kana: scripts that are written without spaces.
+UNSPACED = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+UNSPACED_CHARACTER = re.compile(f"([{UNSPACED}])")
+ARTICLE = re.compile(r"\b(a|an|the)\b")
+LETTERS = r"[\s(*]*[A-J](?:(?:[\s,&/()]|and)*[A-J])*"
+# What an exam's reference may be, beside a text: letters of options, "(B) its text", true or false, a number.
+LETTERS_REFERENCE = re.compile(r"\s*(?:[A-J]{1,10}|\([A-J]\)(?:\s.*)?)\s*", re.DOTALL)
+TRUTH = re.compile(r"\b(true|false)\b", re.IGNORECASE)
+NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+PART_OF_THE_LETTERS = 0.25
+# Porter's rules are for English words; like rouge-score, short ones are left alone.
+STEMMABLE = re.compile(r"[a-z0-9]{4,}")
+
+
+def normalize_answer(text: str) -> str:
+    """`text` as SQuAD compares it: lower case, no punctuation, no articles, single spaces.
+
+    A text of nothing but articles keeps them: "A" may be the letter of an option.
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = "".join(c for c in text if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
+    without_articles = ARTICLE.sub(" ", text)
+    return " ".join(UNSPACED_CHARACTER.sub(r" \1 ", without_articles if without_articles.strip() else text).split())
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1 where the normalised texts are the same, else 0."""
+    return float(normalize_answer(prediction) == normalize_answer(reference))
+
+
+def f1(prediction: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over normalised words, each counted as often as it occurs.
+
+    Where one side has no words left, 1 if the other has none either, else 0.
+    """
+    words, expected = normalize_answer(prediction).split(), normalize_answer(reference).split()
+    if not words or not expected:
+        return float(words == expected)
+    num_common = sum((Counter(words) & Counter(expected)).values())
+    return 2 * num_common / (len(words) + len(expected))
+
+
+def rouge(prediction: str, reference: str, metric: str, *, use_stemmer: bool = True) -> float:
+    """F-measure of ROUGE-1, -2 or -L (`metric` of `ROUGE_METRICS`), with or without Porter's stemmer.
+
+    Raises ValueError where the package rouge-score is not installed.
+    """
+    return rouge_scorer(use_stemmer).score(reference, prediction)[metric].fmeasure
+
+
+@lru_cache(maxsize=2)
+def rouge_scorer(use_stemmer: bool) -> Any:
+    require_rouge()
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(ROUGE_METRICS), tokenizer=RougeTokenizer(use_stemmer=use_stemmer))
+
+
+def require_rouge() -> None:
+    """Raise ValueError where the package rouge-score is not installed."""
+    require_extra("rouge_score", "rouge-score")
+
+
+class RougeTokenizer:
+    """The words that ROUGE compares: rouge-score's own for ASCII text, and those of other scripts, which it drops."""
+
+    def __init__(self, *, use_stemmer: bool):
+        self.stem: Callable[[str], str] | None = None
+        if use_stemmer:
+            from nltk.stem.porter import PorterStemmer
+
+            self.stem = PorterStemmer().stem
+
+    def tokenize(self, text: str) -> list[str]:
+        # Letters, digits and the marks upon them; Python's \w would cut the words of India's scripts at their vowels.
+        text = unicodedata.normalize("NFC", text).lower()
+        text = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text)
+        words = UNSPACED_CHARACTER.sub(r" \1 ", text).split()
+        return [self.stem(word) if self.stem and STEMMABLE.fullmatch(word) else word for word in words]
+
+
+def best_score(metric: str, prediction: str, references: Sequence[str], *, use_stemmer: bool = True) -> float:
+    """The best score of `prediction` over `references`, by any of `METRICS` but accuracy, which has `is_choice`."""
+    if not references:
+        raise ValueError("there are no references to score against; give at least one")
+    if metric in ROUGE_METRICS:
+        return max(rouge(prediction, reference, metric, use_stemmer=use_stemmer) for reference in references)
+    scores = {"exact_match": exact_match, "f1": f1, "exam": exam}
+    if metric not in scores:
+        raise ValueError(f"unknown metric {metric!r}; use one of {', '.join(METRICS[:-1])}")
+    return max(scores[metric](prediction, reference) for reference in references)
+
+
+def exam(prediction: str, reference: str) -> float:
+    """Score of an exam's answer as L-Eval compares it (arXiv 2307.11088); the form of the reference decides how.
+
+    Letters ("B", "ACD", "(B) the option's text"): the letters that the answer names; 0.25 for some of them and none
+    else. "True" or "False": the first of these words. A number: the number after "the answer is", else the last one.
+    A list in brackets: the last such list. Any other text: whether it occurs in the answer, but for case and spaces.
+    """
+    if LETTERS_REFERENCE.fullmatch(reference):
+        found, wanted = parse_letters(prediction), parse_letters(reference)
+        if found:
+            return 1.0 if found == wanted else PART_OF_THE_LETTERS * (found < wanted)
+        option = normalize_answer(re.sub(r"^\s*\([A-J]\)", "", reference))
+        return float(normalize_answer(prediction) == option)
+    if TRUTH.fullmatch(reference.strip()):
+        found = TRUTH.search(prediction)
+        return float(found is not None and found[0].lower() == reference.strip().lower())
+    if NUMBER.fullmatch(reference.strip()):
+        return float(last_number(prediction) == last_number(reference))
+    if reference.strip().startswith("[") and (wanted := last_list(reference)):
+        return float(last_list(prediction) == wanted)
+    wanted, found = ("".join(text.lower().split()) for text in (reference, prediction))
+    return float(wanted in found)
+
+
+def last_number(text: str) -> float | None:
+    """The number after the first "the answer is", else the last number; None where there is none."""
+    stated = re.split(r"(?i)\bthe answer is\b", text, maxsplit=1)
+    numbers = NUMBER.findall(stated[-1])
+    if not numbers:
+        return None
+    return float(numbers[0 if len(stated) > 1 else -1].replace(",", ""))
+
+
+def last_list(text: str) -> list[str]:
+    """The last list in brackets, as its brackets, numbers and words; [] where there is none."""
+    parts = re.findall(r"[\[\]]|[^\s,\[\]'\"\\]+", text)
+    end = max((index for index, part in enumerate(parts) if part == "]"), default=-1)
+    depth = 0
+    for start in range(end, -1, -1):
+        depth += (parts[start] == "]") - (parts[start] == "[")
+        if depth == 0:
+            return [part.removesuffix(".0").removesuffix(".") for part in parts[start : end + 1]]
+    return []
+
+
+def option_letter(index: int) -> str:
+    return string.ascii_uppercase[index]
+
+
+def parse_choice(text: str, options: Sequence[str]) -> int | None:
+    """Index of the option that an answer names; None where it names none, or more than one.
+
+    In this order: a letter at the start ("B", "(b)", "B. because"), a letter after "answer is", "answer:", "option" or
+    "choice", the only letter in brackets, the whole text of an option, the only option whose text occurs, and the only
+    capital letter that stands alone and is no English word.
+    """
+    letters = string.ascii_uppercase[: len(options)]
+    span = f"[{letters}{letters.lower()}]"
+    stripped = text.strip()
+    patterns = [
+        rf"^[*\s]*\(\s*({span})\s*\)",
+        rf"^[*\s]*({span})\s*(?:[).:,;*\]]|$|\n)",
+        rf"(?i:\b(?:answer|option|choice)\b(?:\s+(?:is|would\s+be))?)\s*:?[*\s]*(?:\(\s*({span})\s*\)|([{letters}])\b)",
+    ]
+    for pattern in patterns:
+        if found := re.search(pattern, stripped):
+            return letters.index(next(filter(None, found.groups())).upper())
+    named = set(re.findall(rf"\(\s*({span})\s*\)", stripped))
+    if named:
+        return only({letters.index(letter.upper()) for letter in named})
+    words = normalize_answer(stripped)
+    wanted = [normalize_answer(option) for option in options]
+    if words and words in wanted:
+        return only({index for index, option in enumerate(wanted) if option == words})
+    occurring = {index for index, option in enumerate(wanted) if option and f" {option} " in f" {words} "}
+    if occurring:
+        return only(occurring)
+    alone = set(re.findall(rf"(?<![\w'’])([{letters}])(?![\w'’])", stripped)) - {"A", "I"}
+    return only({letters.index(letter) for letter in alone})
+
+
+def parse_letters(text: str) -> frozenset[str]:
+    """Capital letters A to J that an answer to a question with several right options names; empty if none.
+
+    In this order: a first line of nothing but letters, lines that begin with "A." or "(A)", letters after "answers
+    are" and its like, and what `parse_choice` finds.
+    """
+    lines = text.strip().split("\n")
+    if re.fullmatch(rf"{LETTERS}[\s).:*]*", lines[0]):
+        return frozenset(re.findall(r"[A-J]", lines[0]))
+    starts = [re.match(r"[*\s]*(?:\(\s*([A-J])\s*\)|([A-J])[.):])", line) for line in lines if line.strip()]
+    if starts and starts[0]:
+        return frozenset(found[1] or found[2] for found in takewhile(bool, starts))
+    if found := re.search(rf"(?i:\b(?:answers|options|choices)\s+are)\s*:?({LETTERS})\b", text):
+        return frozenset(re.findall(r"[A-J]", found[1]))
+    index = parse_choice(text, [""] * 10)
+    return frozenset() if index is None else frozenset(option_letter(index))
+
+
+def only(indices: set[int]) -> int | None:
+    """The one element of a set; None where there are none or several."""
+    return next(iter(indices)) if len(indices) == 1 else None

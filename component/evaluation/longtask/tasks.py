@@ -1,0 +1,261 @@
+"""Questions about long texts from jsonl files, in the forms that the common benchmarks use.
+
+tasks = read_tasks(["qasper.jsonl"], "--data_path")
+
+A row is one question: a text under "context" (or "document", "input"), a question under "question" (or "instruction",
+"query", "input" beside a context), and answers under "references" (or "answers", "answer", "outputs", "output"), or
+"options" with the right one under "answer" (its letter, its text, or its index from 0). L-Eval's rows hold several:
+"instructions" and "outputs" are lists of equal length. data/README.md lists all keys; text under another is refused.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from longqlora.cli import require_file
+from longqlora.data.jsonl import UTF8_BOM, check_unread, checked_text, error_at, found_keys, parse_line
+from longqlora.evaluation.longtask.scores import (
+    LETTERS_REFERENCE,
+    MAX_OPTIONS,
+    METRICS,
+    ROUGE_METRICS,
+    normalize_answer,
+    option_letter,
+)
+
+CONTEXT_KEYS = ("context", "document", "input")
+QUESTION_KEYS = ("question", "instruction", "query")
+ANSWER_KEYS = ("references", "answers", "answer", "outputs", "output")
+OPTION_KEYS = ("options", *(f"choice_{option_letter(index)}" for index in range(MAX_OPTIONS)))
+TASK_KEYS = ("task", "dataset")
+ID_KEYS = ("id", "_id")
+# ChunkLlama's few-shot rows: examples of their own, between the text and the question.
+EXAMPLE_KEYS = ("query_examples", "output_examples")
+# What L-Eval's "evaluation" says; its other values name judges, which are not asked here.
+EVALUATIONS = {"exam": "exam", "f1": "f1", "rouge": "rougeL"}
+# An answer of L-Eval's sci_fi: what is true in the story, and what in the real world.
+STORY_AND_FACT = re.compile(r"\s*(true|false)\s*\[fact:\s*(true|false)\s*\]\s*", re.IGNORECASE)
+IN_THE_STORY, IN_THE_WORLD = "based on the world described in the document", "based on facts of the real world"
+# References longer than this are compared as summaries, not as answers.
+MAX_ANSWER_WORDS = 30
+
+
+@dataclass(frozen=True)
+class LongTask:
+    """One question. references: accepted answers; with options, the text of the right one.
+
+    answer_index: of the right option; None without options. metric: what the row asks for, or None. examples: pairs
+    of a question about the same text and its answer.
+    """
+
+    id: str
+    task: str
+    context: str
+    question: str
+    references: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    answer_index: int | None = None
+    metric: str | None = None
+    examples: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def has_letters(self) -> bool:
+        """Whether the answer is letters of options that stand in the question."""
+        return not self.options and all(map(LETTERS_REFERENCE.fullmatch, self.references))
+
+    @property
+    def usual_metric(self) -> str:
+        """The metric of `--metric auto`: the row's; accuracy with options; ROUGE-L for long references, else F1."""
+        if self.metric:
+            return self.metric
+        if self.options:
+            return "accuracy"
+        num_words = max(len(normalize_answer(reference).split()) for reference in self.references)
+        return "rougeL" if num_words > MAX_ANSWER_WORDS else "f1"
+
+
+def read_tasks(
+    paths: Sequence[str | os.PathLike], flag: str, *, max_rows: int | None = None, needs_context: bool = True
+) -> list[LongTask]:
+    """The questions of jsonl files, in order; of each file the first `max_rows` rows.
+
+    needs_context: whether a row without a text is an error; examples in a prompt may have none.
+    Raises ValueError naming file and line for a bad row, and for a file without rows.
+    """
+    tasks = []
+    for path in map(Path, paths):
+        found = []
+        for number, row in islice(numbered_rows(path, flag), max_rows):
+            try:
+                found += tasks_of_row(row, number, path.name.removesuffix(".jsonl"), needs_context=needs_context)
+            except ValueError as error:
+                raise error_at(path, number, error, flag=flag) from None
+        if not found:
+            raise ValueError(f"{flag}: {str(path)!r} holds no rows; give one JSON object per line")
+        tasks += merged(found)
+    return tasks
+
+
+def numbered_rows(path: Path, flag: str) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of a jsonl file; blank lines, CRLF and a byte order mark are tolerated."""
+    with require_file(path, flag).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(UTF8_BOM) if number == 1 else line
+            if line.strip():
+                try:
+                    yield number, parse_line(line)
+                except ValueError as error:
+                    raise error_at(path, number, error, flag=flag) from None
+
+
+def tasks_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_context: bool) -> list[LongTask]:
+    """The question of one row, or the several of an L-Eval row. Raises ValueError saying what is wrong."""
+    context_key = first_key(row, CONTEXT_KEYS)
+    if context_key is None and needs_context:
+        raise ValueError(f'no text under "context", "document" or "input" (found {found_keys(row)}); give one')
+    context = checked_text(row[context_key], f'"{context_key}"') if context_key else ""
+    if context_key and not context.strip():
+        raise ValueError(f'"{context_key}" is empty; give the text that the question is about')
+    task_key = first_key(row, (*TASK_KEYS, "source") if "instructions" in row else TASK_KEYS)
+    task = name_of(row[task_key], task_key) if task_key else file_name
+    id_key = first_key(row, ID_KEYS)
+    name = name_of(row[id_key], id_key) if id_key else str(number)
+    one = LongTask(name, task, context, "", (), metric=metric_of_row(row), examples=examples_of(row))
+    read = [key for key in (context_key, task_key, id_key, "metric", "evaluation", *EXAMPLE_KEYS) if key]
+    if "instructions" in row:
+        check_unread(row, [*read, "instructions", "outputs"])
+        numbered = enumerate(instruction_pairs(row), start=1)
+        return [part for k, (q, a) in numbered for part in asked(replace(one, id=f"{name}-{k}", question=q), a)]
+    question_key = first_key(row, QUESTION_KEYS)
+    if question_key is None and context_key != "input" and "input" in row:
+        question_key = "input"
+    question = checked_text(row[question_key], f'"{question_key}"') if question_key else ""
+    options = options_of_row(row)
+    answer_key = first_key(row, ANSWER_KEYS)
+    if answer_key is None:
+        raise ValueError(f'no "references", "answers" or "answer" (found {found_keys(row)}); give the right answers')
+    check_unread(row, [*read, question_key, answer_key, *OPTION_KEYS])
+    if options:
+        index = option_index(row[answer_key], options, answer_key)
+        return [replace(one, question=question, references=(options[index],), options=options, answer_index=index)]
+    one = replace(one, question=question, references=references_of(row[answer_key], answer_key))
+    if one.metric == "accuracy" and not one.has_letters:
+        raise ValueError('"metric" is accuracy, but there are no "options"; give them or another metric')
+    return [one]
+
+
+def asked(task: LongTask, answer: str) -> list[LongTask]:
+    """The one question of an entry of L-Eval, or the two of sci_fi: by the story, and without it by the real world."""
+    if not (both := STORY_AND_FACT.fullmatch(answer)):
+        return [replace(task, references=(answer,))]
+    fact = replace(task, id=f"{task.id}-fact", task=f"{task.task} (fact)", context="", references=(both[2],),
+                   question=task.question.replace(IN_THE_STORY, IN_THE_WORLD))  # fmt: skip
+    return [replace(task, references=(both[1],)), fact]
+
+
+def merged(tasks: Sequence[LongTask]) -> list[LongTask]:
+    """One task for rows that differ in their answer alone: SCROLLS has a row for each reference of a question."""
+    references: dict[LongTask, list[str]] = {}
+    for task in tasks:
+        references.setdefault(replace(task, references=()), []).extend(task.references)
+    return [replace(task, references=tuple(dict.fromkeys(found))) for task, found in references.items()]
+
+
+def examples_of(row: dict) -> tuple[tuple[str, str], ...]:
+    """(question, answer) of the examples that a row of ChunkLlama's few-shot files brings along."""
+    questions, answers = (row.get(key) or [] for key in EXAMPLE_KEYS)
+    if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
+        raise ValueError(
+            f'"{EXAMPLE_KEYS[0]}" and "{EXAMPLE_KEYS[1]}" are no lists of equal length; give an answer each'
+        )
+    return tuple((checked_text(q, f'"{EXAMPLE_KEYS[0]}"'), answer_text(a, f'"{EXAMPLE_KEYS[1]}"'))
+                 for q, a in zip(questions, answers, strict=True))  # fmt: skip
+
+
+def first_key(row: dict, keys: Sequence[str]) -> str | None:
+    return next((key for key in keys if row.get(key) is not None), None)
+
+
+def name_of(value: Any, key: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f'"{key}" is of type {type(value).__name__}; give a string')
+    return checked_text(str(value), f'"{key}"')
+
+
+def metric_of_row(row: dict) -> str | None:
+    """The metric that a row names under "metric", or that L-Eval's "evaluation" means; None for neither."""
+    if row.get("metric") is None:
+        return EVALUATIONS.get(row["evaluation"]) if isinstance(row.get("evaluation"), str) else None
+    if row["metric"] not in METRICS:
+        raise ValueError(f'"metric" is {row["metric"]!r}; use one of {", ".join(METRICS)}')
+    return row["metric"]
+
+
+def instruction_pairs(row: dict) -> list[tuple[str, str]]:
+    """(question, answer) of the lists of an L-Eval row."""
+    questions, answers = row["instructions"], row.get("outputs")
+    for key, value in (("instructions", questions), ("outputs", answers)):
+        if not isinstance(value, list) or not value:
+            raise ValueError(f'"{key}" is no list of strings; give "instructions" and "outputs" of equal length')
+    if len(questions) != len(answers):
+        raise ValueError(f'{len(questions)} "instructions", but {len(answers)} "outputs"; give one for each')
+    return [(checked_text(question, '"instructions"'), answer_text(answer, '"outputs"'))
+            for question, answer in zip(questions, answers, strict=True)]  # fmt: skip
+
+
+def options_of_row(row: dict) -> tuple[str, ...]:
+    """The options of a multiple choice: a list, or LongBench v2's choice_A, choice_B, ...; () without any."""
+    options, key = row.get("options"), "options"
+    if options is None and "choice_A" in row:
+        options, key = [row[name] for name in OPTION_KEYS[1:] if name in row], "choice_A"
+    # InfiniteBench has an empty list where there is nothing to choose.
+    if options is None or options == []:
+        return ()
+    if not isinstance(options, list) or not 2 <= len(options) <= MAX_OPTIONS:
+        raise ValueError(f'"{key}" is not a list of 2 to {MAX_OPTIONS} options; give one')
+    options = tuple(answer_text(option, f'"{key}"') for option in options)
+    if len(set(options)) < len(options):
+        raise ValueError(f'"{key}" has the same option twice; remove one')
+    return options
+
+
+def option_index(answer: Any, options: Sequence[str], key: str) -> int:
+    """Index of the right option, given as its text, its letter or its index from 0."""
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
+        return answer
+    if isinstance(answer, str):
+        letters = [option_letter(index) for index in range(len(options))]
+        for candidates, given in ((options, answer), ([option.strip() for option in options], answer.strip()),
+                                  (letters, answer.strip().strip("()").upper())):  # fmt: skip
+            if given in candidates:
+                return list(candidates).index(given)
+    raise ValueError(f'"{key}" is {str(answer)[:60]!r}, none of the {len(options)} options; give one\'s letter or text')
+
+
+def references_of(value: Any, key: str) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ValueError(f'"{key}" is empty; give at least one right answer')
+    return tuple(answer_text(entry, f'"{key}"') for entry in values)
+
+
+def answer_text(value: Any, name: str) -> str:
+    """An answer or option as text; numbers count as their digits."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(value)
+    text = checked_text(value, name)
+    if not text.strip():
+        raise ValueError(f"{name} holds an empty text; give an answer")
+    return text
+
+
+def needs_rouge(tasks: Sequence[LongTask], metric: str) -> bool:
+    """Whether scoring `tasks` by `metric` (auto: what is usual for each) takes the package rouge-score."""
+    return metric in ROUGE_METRICS or (metric == "auto" and any(t.usual_metric in ROUGE_METRICS for t in tasks))

@@ -1,0 +1,253 @@
+"""Perplexity over long windows: which windows a protocol measures, and how their losses become one number.
+
+Two protocols (L = seq_len, n = tokens in the file):
+
+longlora    What LongLoRA, LongQLoRA and landmark-attention report (LongLoRA eval.py). Windows of L tokens
+            start at range(0, n - L, stride), the last start dropped. Each window scores its L - 1 tokens
+            that have a predecessor in it; the mean over windows of the window means is exponentiated.
+stride      Windows of L tokens advance by stride and score only the tokens no earlier window scored, the
+            last, shorter window included: every token but the file's first is scored exactly once. The
+            mean over tokens is exponentiated.
+
+Accuracy is the share of the same tokens that the model holds most likely, averaged as the losses are. LongLoRA's
+val_acc also counts the token after each window, so that it is a mean over L tokens, not L - 1.
+
+Only plain numbers here: no model, no files.
+
+Pure maths: knows nothing of Hugging Face.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+PROTOCOLS = ("longlora", "stride")
+MAX_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens start .. start + length - 1; those from offset `score_from` (>= 1) on are scored."""
+
+    start: int
+    length: int
+    score_from: int = 1
+
+    @property
+    def num_scored(self) -> int:
+        return self.length - self.score_from
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """The windows that one measurement runs over, and what it leaves out."""
+
+    protocol: str
+    seq_len: int
+    stride: int
+    num_file_tokens: int
+    windows: tuple[Window, ...]
+    num_windows_dropped: int
+    num_windows_skipped: int
+
+    @property
+    def num_scored_tokens(self) -> int:
+        return sum(window.num_scored for window in self.windows)
+
+    @property
+    def num_uncovered_tokens(self) -> int:
+        """Tokens of the file that lie in no window, at its end or between windows."""
+        covered, end = 0, 0
+        for window in self.windows:
+            covered += window.start + window.length - max(end, window.start)
+            end = window.start + window.length
+        return self.num_file_tokens - covered
+
+    def describe(self) -> str:
+        """One line with all that decides which tokens count."""
+        left_out = f"{self.num_uncovered_tokens} of {self.num_file_tokens} tokens in no window"
+        if self.protocol == "longlora":
+            text = (
+                f"longlora: {len(self.windows)} windows of {self.seq_len} tokens, stride {self.stride}, "
+                f"the last window dropped, {left_out}, "
+                f"mean over windows of the mean over {self.seq_len - 1} tokens"
+            )
+        else:
+            text = (
+                f"stride: {len(self.windows)} windows of up to {self.seq_len} tokens, stride {self.stride}, "
+                f"only new tokens scored, {left_out}, mean over {self.num_scored_tokens} tokens"
+            )
+        if self.num_windows_skipped:
+            text += f"; evenly spread subset, {self.num_windows_skipped} windows skipped"
+        return text
+
+
+def plan_windows(
+    num_tokens: int, *, seq_len: int, stride: int, protocol: str = "longlora", max_windows: int | None = None
+) -> WindowPlan:
+    """Lay the windows of `protocol` over a file of `num_tokens` tokens.
+
+    `max_windows` keeps an evenly spread subset. Raises `ValueError` for values that give no window; the
+    message says how many tokens are needed.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
+    if seq_len < 2:
+        raise ValueError(f"seq_len must be at least 2, to have a token to predict, not {seq_len}")
+    if stride < 1:
+        raise ValueError(f"the stride (sliding_window) must be at least 1, not {stride}")
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows must be at least 1, not {max_windows}")
+    num_dropped = 0
+    if protocol == "longlora":
+        windows = [Window(start, seq_len) for start in range(0, num_tokens - seq_len, stride)][:-1]
+        num_dropped = 1
+        if not windows:
+            raise ValueError(
+                f"the file has {num_tokens} tokens; seq_len {seq_len} with stride {stride} needs at least "
+                f"{seq_len + stride + 1} (the longlora protocol drops the last window); "
+                "give a longer file, a smaller seq_len or stride, or --protocol stride"
+            )
+    else:
+        windows = _stride_windows(num_tokens, seq_len, stride)
+    kept = spread(windows, max_windows)
+    return WindowPlan(protocol, seq_len, stride, num_tokens, tuple(kept), num_dropped, len(windows) - len(kept))
+
+
+def _stride_windows(num_tokens: int, seq_len: int, stride: int) -> list[Window]:
+    if stride >= seq_len:
+        raise ValueError(
+            f"the stride protocol needs a stride (sliding_window) of at most {seq_len - 1} for seq_len {seq_len}, not "
+            f"{stride}: a window's first token has no predecessor in it"
+        )
+    if num_tokens < 2:
+        raise ValueError(f"the file has {num_tokens} token; the stride protocol needs at least 2")
+    windows, scored = [], 1
+    for start in range(0, num_tokens, stride):
+        end = min(start + seq_len, num_tokens)
+        windows.append(Window(start, end - start, scored - start))
+        scored = end
+        if end == num_tokens:
+            break
+    return windows
+
+
+def spread(items: Sequence, limit: int | None) -> list:
+    """At most `limit` of `items`, evenly spread, first and last included when limit > 1."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    if limit == 1:
+        return [items[0]]
+    return [items[round(index * (len(items) - 1) / (limit - 1))] for index in range(limit)]
+
+
+def batches(windows: Sequence[Window], batch_size: int) -> list[list[int]]:
+    """Indices of `windows` in batches of equal window length, in order; nothing is ever padded."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    groups: list[list[int]] = []
+    for index, window in enumerate(windows):
+        last = windows[groups[-1][0]] if groups else None
+        if last and last.length == window.length and len(groups[-1]) < batch_size:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def position_blocks(seq_len: int, max_blocks: int = MAX_BLOCKS) -> list[int]:
+    """Edges of at most `max_blocks` nearly equal blocks of the positions 1 .. seq_len - 1, the scored ones."""
+    num_blocks = min(max_blocks, seq_len - 1)
+    return [1 + (seq_len - 1) * block // num_blocks for block in range(num_blocks + 1)]
+
+
+@dataclass(frozen=True)
+class WindowLoss:
+    """What one window gave: summed negative log-likelihoods (nats), whole and by position block, and right tokens."""
+
+    total: float
+    block_totals: tuple[float, ...]
+    num_correct: int
+
+    def row(self) -> list:
+        """The fields, in the order of `WINDOW_FIELDS`, as a list that JSON can hold."""
+        return [self.total, list(self.block_totals), self.num_correct]
+
+    @classmethod
+    def of_row(cls, row: Sequence) -> "WindowLoss":
+        total, block_totals, num_correct = row
+        return cls(total, tuple(block_totals), num_correct)
+
+
+# Part of the fingerprint of stored windows: those that hold less are measured again.
+WINDOW_FIELDS = [field.name for field in fields(WindowLoss)]
+
+
+def summarize(plan: WindowPlan, losses: Sequence[WindowLoss]) -> dict:
+    """Reduce window losses, in the order of `plan.windows`, to the reported numbers.
+
+    Sums are exactly rounded, so neither batching nor the number of processes can enter through their
+    order. loss in nats a token; perplexity is exp(loss), `inf` where that overflows; accuracy between 0 and 1.
+    """
+    assert len(losses) == len(plan.windows)
+    if plan.protocol == "longlora":
+        means = [loss.total / window.num_scored for loss, window in zip(losses, plan.windows, strict=True)]
+        loss = exact_sum(means) / len(means)
+        shares = [loss.num_correct / window.num_scored for loss, window in zip(losses, plan.windows, strict=True)]
+        accuracy = exact_sum(shares) / len(shares)
+    else:
+        loss = exact_sum([loss.total for loss in losses]) / plan.num_scored_tokens
+        accuracy = sum(loss.num_correct for loss in losses) / plan.num_scored_tokens
+    return {
+        "perplexity": perplexity(loss),
+        "loss": loss,
+        "accuracy": accuracy,
+        "num_windows": len(plan.windows),
+        "num_tokens": plan.num_scored_tokens,
+        "num_windows_nonfinite": sum(not math.isfinite(loss.total) for loss in losses),
+        "loss_by_position": _loss_by_position(plan, losses),
+    }
+
+
+def _loss_by_position(plan: WindowPlan, losses: Sequence[WindowLoss]) -> list[dict]:
+    edges = position_blocks(plan.seq_len)
+    counts = [0] * (len(edges) - 1)
+    for window in plan.windows:
+        for block, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
+            counts[block] += max(0, min(end, window.length) - max(first, window.score_from))
+    return [
+        {
+            "start": first,
+            "end": end,
+            "num_tokens": count,
+            "loss": exact_sum([loss.block_totals[block] for loss in losses]) / count,
+        }
+        for block, (first, end, count) in enumerate(zip(edges, edges[1:], counts, strict=False))
+        if count
+    ]
+
+
+def exact_sum(values: Sequence[float]) -> float:
+    """Sum rounded once; nan or inf where a value is, rather than an error."""
+    if all(math.isfinite(value) for value in values):
+        return math.fsum(values)
+    return sum(values)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), `inf` where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def json_safe(value):
+    """Replace numbers that JSON cannot hold (inf, nan) by None, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    return value

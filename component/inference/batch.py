@@ -1,0 +1,85 @@
+"""Answer a jsonl file of prompts into a jsonl file of answers, so that an interrupted run can be continued."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from longqlora.cli import require_file
+from longqlora.data.jsonl import UTF8_BOM, error_at, parse_line
+from longqlora.inference.generation import Generation
+
+
+def read_prompts(path: str | os.PathLike, flag: str) -> list[dict]:
+    """The objects of a jsonl file, each with a text under "prompt". Raises ValueError naming file and line."""
+    prompts = []
+    with require_file(path, flag).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(UTF8_BOM) if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                record = parse_line(line)
+                if not isinstance(record.get("prompt"), str):
+                    raise ValueError('no text under "prompt"; give {"prompt": ...}')
+            except ValueError as error:
+                raise error_at(path, number, error, flag=flag) from None
+            prompts.append(record)
+    if not prompts:
+        raise ValueError(f'{flag}: {str(path)!r} holds no prompts; give one {{"prompt": ...}} per line')
+    return prompts
+
+
+def partial_path(path: Path) -> Path:
+    """Where the answers gather until all are there."""
+    return Path(f"{path}.partial")
+
+
+def write_answers(path: Path, prompts: list[dict], answer_prompt: Callable[[int], Generation]) -> None:
+    """Write each prompt with its answer to `path`, continuing what an interrupted run left behind.
+
+    answer_prompt: answers the prompt of a given position. Answers gather in PATH.partial, one line each,
+    which becomes `path` when all are there.
+    """
+    partial = partial_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_done = keep_finished_answers(partial, prompts)
+    if num_done:
+        print(f"continuing {str(partial)!r}: {num_done} of {len(prompts)} answers are there", file=sys.stderr)
+    with partial.open("a", encoding="utf-8") as file:
+        for position in tqdm(range(num_done, len(prompts)), initial=num_done, total=len(prompts), desc="generate"):
+            answer = answer_prompt(position)
+            facts = {
+                "output": answer.text,
+                "finish_reason": answer.finish_reason,
+                "num_prompt_tokens": answer.num_prompt_tokens,
+                "num_new_tokens": answer.num_new_tokens,
+            }
+            file.write(json.dumps({**prompts[position], **facts}, ensure_ascii=False) + "\n")
+            file.flush()
+    partial.replace(path)
+
+
+def keep_finished_answers(partial: Path, prompts: list[dict]) -> int:
+    """Number of whole answers in `partial`, which loses a last line that was cut off while being written.
+
+    Raises ValueError where they answer other prompts.
+    """
+    if not partial.is_file():
+        return 0
+    data = partial.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    try:
+        known = [parse_line(line)["prompt"] for line in whole.splitlines()]
+    except (ValueError, KeyError):
+        known = [None]
+    if known != [record["prompt"] for record in prompts[: len(known)]]:
+        raise ValueError(
+            f"--output_file: {str(partial)!r} holds answers to other prompts; remove it or choose another name"
+        )
+    with partial.open("r+b") as file:
+        file.truncate(len(whole))
+    return len(known)

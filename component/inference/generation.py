@@ -1,0 +1,227 @@
+"""Generate text: the options, the prompt as ids, and a streaming `generate_text`.
+
+Streaming runs in the calling thread: a stopping criterion sees every new token, turns it into text,
+looks for stop strings and asks whether it was told to stop. So there is no thread to leave behind,
+and what was streamed is exactly what is returned.
+
+torch is imported where it is used, which keeps --help and bad input fast.
+
+Dimensions: B batch (always 1), S sequence.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from longqlora.data.prompt import bos_ids, encode_conversation, encode_text, prompt_template_for
+from longqlora.inference.text_stream import StopStringFilter, StreamDecoder
+from longqlora.run_record import read_run_record
+
+NO_TEMPLATE = "none"
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to sample. Raises ValueError for a value outside its range.
+
+    temperature 0 means greedy, as does do_sample False; top_k 0 means no limit. The seed is set before
+    every answer, so that each is reproducible by itself. `stop` strings end the text and are not part of it.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.35
+    top_p: float = 0.9
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    do_sample: bool = True
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        checks = [
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (no limit) or above"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
+        ]
+        for name, is_valid, expected in checks:
+            if not is_valid:
+                raise ValueError(f"--{name}: must be {expected}, got {getattr(self, name)}")
+        if "" in self.stop:
+            raise ValueError("--stop: an empty string would stop before the first token; leave it out")
+
+    @property
+    def is_greedy(self) -> bool:
+        return not self.do_sample or self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. finish_reason: eos, stop (a stop string), length (max_new_tokens) or interrupted.
+
+    new_ids: what the model wrote, with the end token or stop string that `text` leaves out.
+    """
+
+    text: str
+    num_prompt_tokens: int
+    num_new_tokens: int
+    finish_reason: str
+    new_ids: tuple[int, ...]
+
+
+def known_template(tokenizer, folders: Sequence[str | None]) -> str | None:
+    """Template that a model was tuned with: that of its run record, or the tokenizer's own; None if neither is known.
+
+    folders: where to look for a run record, in this order.
+    """
+    for folder in filter(None, folders):
+        arguments = (read_run_record(folder) or {}).get("arguments", {})
+        if arguments.get("data", {}).get("sft"):
+            return prompt_template_for(tokenizer, arguments["data"].get("prompt_template"))
+    return prompt_template_for(tokenizer, "chat_template") if getattr(tokenizer, "chat_template", None) else None
+
+
+def encode_prompt(tokenizer, text: str, *, template: str, system: str | None = None) -> list[int]:
+    """Ids of a prompt: with template "none" raw text behind BOS, as in pretraining; else one user message.
+
+    Raises ValueError for text that is no Unicode (half a surrogate pair, from JSON or the command line).
+    """
+    try:
+        f"{text}{system or ''}".encode()
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is not valid Unicode text (it holds half a surrogate pair)") from None
+    if template == NO_TEMPLATE:
+        return [*bos_ids(tokenizer), *encode_text(tokenizer, text)]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    return encode_conversation(tokenizer, messages, template=template, add_generation_prompt=True)
+
+
+class StreamingCriterion:
+    """Stopping criterion of `generate` that streams the text of its one sequence."""
+
+    def __init__(self, tokenizer, prompt_ids: Sequence[int], stop: Sequence[str], on_text, stop_event):
+        self.decoder = StreamDecoder(tokenizer, prompt_ids)
+        self.filter = StopStringFilter(stop)
+        self.num_seen = len(prompt_ids)
+        self.on_text, self.stop_event = on_text, stop_event
+        self.pieces: list[str] = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        """input_ids [B, S] int64; returns [B] bool, True to end."""
+        import torch
+
+        for token_id in input_ids[0, self.num_seen :].tolist():
+            if not self.filter.is_stopped:
+                self._give_out(self.filter.put(self.decoder.put(token_id)))
+        self.num_seen = input_ids.shape[1]
+        is_done = self.filter.is_stopped or self.stop_event.is_set()
+        return torch.full((input_ids.shape[0],), is_done, device=input_ids.device, dtype=torch.bool)
+
+    def finish(self) -> str:
+        """Give out what was held back and return the whole text."""
+        if not self.filter.is_stopped:
+            self._give_out(self.filter.put(self.decoder.flush()))
+            self._give_out(self.filter.flush())
+        return "".join(self.pieces)
+
+    def _give_out(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
+            if self.on_text is not None:
+                self.on_text(text)
+
+
+def end_token_ids(model, tokenizer) -> list[int]:
+    """Ids that end an answer: those of the model's generation config and the tokenizer's EOS."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({token_id for token_id in [*ids, tokenizer.eos_token_id] if token_id is not None})
+
+
+def generate_text(
+    model,
+    tokenizer,
+    prompt_ids: Sequence[int],
+    options: GenerationOptions,
+    *,
+    on_text: Callable[[str], None] | None = None,
+    stop_event: threading.Event | None = None,
+    past_key_values=None,
+) -> Generation:
+    """Continue `prompt_ids`; `on_text` gets each piece of the text as soon as it is certain.
+
+    Setting `stop_event`, from a signal handler or another thread, ends the answer after the current
+    token; the text so far is returned. Raises ValueError for an empty prompt.
+
+    past_key_values: a transformers Cache that has seen the beginning of `prompt_ids`, not all of them. It then holds
+    all of `prompt_ids` and the new ids but the last.
+    """
+    import torch
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    if not prompt_ids:
+        raise ValueError("the prompt is empty and the tokenizer adds no token of its own; give some text")
+    stop_event = stop_event or threading.Event()
+    eos_ids = end_token_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos_ids or [0])[0]
+    # Every value is given: what is None would be filled in from the generation config of the model.
+    sampling = (
+        {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        if options.is_greedy
+        else {
+            "do_sample": True,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "top_k": options.top_k,
+        }
+    )
+    config = GenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        repetition_penalty=options.repetition_penalty,
+        num_beams=1,
+        eos_token_id=eos_ids or None,
+        pad_token_id=pad_id,
+        **sampling,
+    )
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    criterion = StreamingCriterion(tokenizer, prompt_ids, options.stop, on_text, stop_event)
+    input_ids = torch.tensor([list(prompt_ids)], device=model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([criterion]),
+            past_key_values=past_key_values,
+        )
+    new_ids = output[0, len(prompt_ids) :].tolist()
+    text = criterion.finish()
+    if criterion.filter.is_stopped:
+        reason = "stop"
+    elif new_ids[-1] in eos_ids:
+        reason = "eos"
+    else:
+        reason = "interrupted" if stop_event.is_set() else "length"
+    return Generation(text, len(prompt_ids), len(new_ids), reason, tuple(new_ids))
+
+
+def fit_prompt(prompt_ids: list[int], *, context_size: int, max_new_tokens: int, truncate: bool) -> list[int]:
+    """Return `prompt_ids` where they fit in `context_size` tokens; with `truncate`, else their end.
+
+    A cut prompt keeps its first token (BOS) and leaves room for the answer, though never more than half
+    of the context. Raises ValueError, with the numbers, for a prompt that does not fit.
+    """
+    if len(prompt_ids) < context_size:
+        return prompt_ids
+    if not truncate:
+        raise ValueError(
+            f"the prompt has {len(prompt_ids)} tokens and the context {context_size}; shorten it, raise --context_size "
+            "or pass --truncate_prompt to keep its end"
+        )
+    room = context_size - min(max_new_tokens, context_size // 2)
+    return [prompt_ids[0], *prompt_ids[len(prompt_ids) - room + 1 :]]

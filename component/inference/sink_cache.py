@@ -1,0 +1,217 @@
+"""A KV cache of constant size for endless input: the first tokens and the latest ones (StreamingLLM, arXiv 2309.17453).
+
+Kept are `num_sinks` tokens, on which attention leans whatever they say, and the `window - num_sinks` latest ones. A
+query sees these and the tokens of its own forward pass, at distances as if no token had ever stood between sinks and
+window (section 3.2 of the paper). RoPE knows distances only: the latest keys stay as they were rotated, at positions
+that go on growing, and the sink keys are rotated forward by the number of tokens evicted, from their originals each
+time, so that nothing adds up.
+
+Positions need not grow for ever: `SinkCache.rebase` turns the state into that of a cache that has seen the kept
+tokens only. RoPE computes angles in fp32, whose error is 0.03 rad at position 10^6.
+
+Dimensions: B batch, K key/value heads, S sequence, D head dim, R RoPE frequencies (2 R <= D).
+"""
+
+import copy
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from longqlora.attention.binding import has_sliding_window
+from longqlora.attention.dual_chunk import rotate
+from longqlora.attention.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
+from longqlora.model.context import context_length
+
+DEFAULT_NUM_SINKS = 4
+MAX_BLOCK_SIZE = 1024
+NUM_TOKENS_PROBED = 32
+
+
+class SinkLayer(DynamicLayer):
+    """Keys and values of one layer: those of the first `num_sinks` tokens and of the latest `window - num_sinks`.
+
+    Counts as many tokens as it was ever given since the last `rebase`. Tensors are replaced and never written to, so
+    that a shallow copy is a snapshot.
+    """
+
+    # What is evicted cannot come back.
+    is_croppable = False
+
+    def __init__(self, inv_freq: torch.Tensor, window: int, num_sinks: int):
+        super().__init__()
+        self.inv_freq, self.window, self.num_sinks = inv_freq, window, num_sinks
+        self.num_seen = 0
+        self.sink_keys: torch.Tensor | None = None
+
+    @property
+    def num_kept(self) -> int:
+        return min(self.num_seen, self.window)
+
+    @property
+    def num_evicted(self) -> int:
+        return self.num_seen - self.num_kept
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add key_states and value_states [B, K, n, D]; returns those of kept and new tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        num_new = key_states.shape[2]
+        if self.num_seen:
+            key_states = torch.cat([*self._kept_keys(), key_states], dim=2)
+            value_states = torch.cat([*self._split(self.values), value_states], dim=2)
+        self.keys, self.values = key_states, value_states
+        self.num_seen += num_new
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(number of keys, position of the first): the sinks stand where the tokens before the window were."""
+        return self.num_kept + query_length, self.num_evicted
+
+    def get_seq_length(self) -> int:
+        return self.num_seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        # Dropped, not zeroed as transformers 5.17 does: they may be inference tensors.
+        self.keys = self.values = self.sink_keys = None
+        self.is_initialized, self.num_seen = False, 0
+
+    def rebase(self) -> None:
+        """Let the kept tokens have the positions 0 to num_kept - 1: one rotation of the latest keys."""
+        if self.num_evicted:
+            _, latest = self._kept_keys()
+            self.keys = torch.cat([self.sink_keys, self._rotated(latest, -self.num_evicted)], dim=2)
+            self.values = torch.cat(self._split(self.values), dim=2)
+            self.num_seen = self.num_kept
+
+    def _kept_keys(self) -> list[torch.Tensor]:
+        """Keys of the sinks, rotated to stand right before the window, and of the latest tokens."""
+        sinks, latest = self._split(self.keys)
+        if not self.num_evicted:
+            return [sinks, latest]
+        if self.sink_keys is None:
+            self.sink_keys = sinks.clone()
+        return [self._rotated(self.sink_keys, self.num_evicted), latest]
+
+    def _rotated(self, keys: torch.Tensor, num_positions: int) -> torch.Tensor:
+        return rotate(keys, self.inv_freq.new_full((1,), num_positions), self.inv_freq)
+
+    def _split(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """Sinks and latest tokens, [B, K, S, D] each, of the states that the last forward pass saw."""
+        num_latest = max(self.num_kept - self.num_sinks, 0)
+        return [states[:, :, : self.num_sinks], states[:, :, states.shape[2] - num_latest :]]
+
+
+class SinkCache(Cache):
+    """The cache of a model; made by `sink_cache`. `block_size` is the most tokens that one forward pass may add."""
+
+    def __init__(self, inv_freq: torch.Tensor, num_layers: int, *, window: int, num_sinks: int, block_size: int):
+        super().__init__(layers=[SinkLayer(inv_freq, window, num_sinks) for _ in range(num_layers)])
+        self.window, self.num_sinks, self.block_size = window, num_sinks, block_size
+
+    @property
+    def num_evicted(self) -> int:
+        return self.layers[0].num_evicted
+
+    def rebase(self, ids: list[int]) -> list[int]:
+        """Count from 0 again. ids: those of all tokens seen since the last time, and any not seen yet; returns them
+        without the evicted ones, as the cache counts them now.
+
+        Where at least `window` tokens are evicted from one time to the next, no key is rotated twice by it.
+        """
+        kept = [*ids[: self.num_sinks], *ids[self.num_sinks + self.num_evicted :]]
+        for layer in self.layers:
+            layer.rebase()
+        return kept
+
+    def snapshot(self) -> list[CacheLayerMixin]:
+        """The present state, for `restore`; takes no memory until the cache moves on."""
+        return [copy.copy(layer) for layer in self.layers]
+
+    def restore(self, snapshot: list[CacheLayerMixin]) -> None:
+        # One assignment: an interrupt finds the one state or the other.
+        self.layers = snapshot
+
+
+def default_window(context_size: int) -> int:
+    """Tokens to keep of a context of `context_size`: all but the block in which long inputs are read."""
+    return context_size - min(MAX_BLOCK_SIZE, max(1, context_size // 8))
+
+
+def check_sinks(window: int | None, num_sinks: int) -> None:
+    """Raise ValueError for sizes that no model allows."""
+    if num_sinks < 0:
+        raise ValueError(f"--num_sinks: must be 0 or more tokens, got {num_sinks}; the paper uses {DEFAULT_NUM_SINKS}")
+    if window is not None and window <= num_sinks:
+        raise ValueError(
+            f"--streaming_window: must be more than the {num_sinks} of --num_sinks, which it contains, got {window}"
+        )
+
+
+def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int) -> int:
+    """Window in tokens for a model with `config`; None takes the default one.
+
+    Raises ValueError, naming the flag, for sizes or a model with which sinks and a window make no context.
+    """
+    check_sinks(window, num_sinks)
+    if getattr(config, DUAL_CHUNK_KEY, None):
+        raise ValueError("--streaming: does not go with dual chunk attention; pass --attention full")
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if rope_type in ("dynamic", "longrope"):
+        raise ValueError(
+            f"--streaming: {rope_type} RoPE rotates by other angles as the text grows, which kept keys cannot follow; "
+            "use a model with another rope_type"
+        )
+    if has_sliding_window(config):
+        raise ValueError(f"--streaming: {config.model_type} has sliding-window layers, which forget its sinks")
+    context_size = context_length(config)
+    chosen = default_window(context_size) if window is None else window
+    if not num_sinks < chosen < context_size:
+        raise ValueError(
+            f"--streaming_window: must be less than the model's context of {context_size} tokens and more than the "
+            f"{num_sinks} of --num_sinks, got {chosen}"
+        )
+    return chosen
+
+
+def sink_cache(model: PreTrainedModel, *, window: int | None = None, num_sinks: int = DEFAULT_NUM_SINKS) -> SinkCache:
+    """An empty cache for `model`; window None is `default_window` of its context.
+
+    Raises ValueError as `check_streaming` does, and for a model without RoPE in Llama's layout in every layer.
+    """
+    window = check_streaming(model.config, window, num_sinks)
+    inv_freq = getattr(getattr(model.get_decoder(), "rotary_emb", None), "inv_freq", None)
+    if not isinstance(inv_freq, torch.Tensor) or not rotates_as_llama(model, inv_freq):
+        raise ValueError(
+            f"--streaming: needs rotary position embeddings as Llama has them, in every layer, and "
+            f"{model.config.model_type} has others"
+        )
+    num_layers = model.config.get_text_config().num_hidden_layers
+    block_size = min(MAX_BLOCK_SIZE, context_length(model.config) - window)
+    return SinkCache(inv_freq, num_layers, window=window, num_sinks=num_sinks, block_size=block_size)
+
+
+@torch.no_grad()
+def rotates_as_llama(model: PreTrainedModel, inv_freq: torch.Tensor) -> bool:
+    """Whether `rotate` moves the model's keys from one position to another, in every layer.
+
+    One token repeated has the same state at every position of every layer, so its keys differ by RoPE alone. Looked at
+    is the fastest pair of dimensions, d and R + d for d = 0, which leaves rounding in 16 bit far behind.
+    """
+    token, columns = model.config.get_text_config().vocab_size // 2, [0, len(inv_freq)]
+    cache, ids = DynamicCache(), torch.full((1, NUM_TOKENS_PROBED), token, device=inv_freq.device)
+    model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        if 2 * len(inv_freq) > layer.keys.shape[-1]:
+            return False
+        first = layer.keys[:, :, :1].float().expand_as(layer.keys)
+        expected = rotate(first, torch.arange(NUM_TOKENS_PROBED), inv_freq)
+        error, movement = ((expected - other)[..., columns].norm() for other in (layer.keys.float(), first))
+        if error > 0.5 * movement:
+            return False
+    return True

@@ -1,0 +1,81 @@
+"""The memory policy: which mechanisms a training run uses, by one word or one by one.
+
+    memory: auto | fast | balanced | max_length
+
+- fast: everything that a product computed is kept for the backward pass; nothing is made twice.
+- balanced: attention's output is kept, the rest of a layer is made again.
+- max_length: like balanced, with what is kept in host memory, attention in chunks of heads and a paged 8-bit
+  optimizer.
+- auto: the fastest of LADDER that fits the GPU (memory_plan.py).
+
+Without `memory`, `gradient_checkpointing` decides as in transformers. A mechanism that is set by its own key
+overrules the policy.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+from longqlora.settings.config import MemoryConfig
+
+
+@dataclass(frozen=True)
+class Mechanisms:
+    """How a run spends memory. Without layer_function, only gradient_checkpointing counts.
+
+    optim: the optimizer that goes with it on a GPU where the user names none; None for the default.
+    """
+
+    layer_function: bool = True
+    keep_activations: str = "attention"
+    tile_size: int = 2048
+    num_head_chunks: int = 1
+    offload_activations: bool = False
+    gradient_checkpointing: bool = False
+    optim: str | None = None
+
+    def describe(self) -> str:
+        if not self.layer_function:
+            return f"gradient checkpointing {'on' if self.gradient_checkpointing else 'off'}, layers as in transformers"
+        parts = [f"layer function, tiles of {self.tile_size} tokens", f"{self.keep_activations} kept"]
+        parts += [f"{self.num_head_chunks} head chunks"] if self.num_head_chunks > 1 else []
+        parts += ["in host memory"] if self.offload_activations else []
+        return ", ".join(parts + ([self.optim] if self.optim else []))
+
+
+STOCK = Mechanisms(layer_function=False)
+CHECKPOINTED = Mechanisms(layer_function=False, gradient_checkpointing=True)
+FAST = Mechanisms(keep_activations="all")
+BALANCED = Mechanisms()
+MAX_LENGTH = Mechanisms(
+    keep_activations="attention", offload_activations=True, tile_size=1024, num_head_chunks=4, optim="paged_adamw_8bit"
+)
+POLICIES = {"fast": FAST, "balanced": BALANCED, "max_length": MAX_LENGTH}
+# From the fastest to the one that reaches furthest.
+LADDER = (
+    FAST,
+    replace(FAST, keep_activations="projections"),
+    BALANCED,
+    replace(BALANCED, keep_activations="input"),
+    replace(BALANCED, offload_activations=True),
+    replace(MAX_LENGTH, num_head_chunks=1, keep_activations="input"),
+    MAX_LENGTH,
+    replace(MAX_LENGTH, keep_activations="input"),
+    replace(MAX_LENGTH, num_head_chunks=8, keep_activations="input"),
+)
+# Models whose layers the layer function does not know.
+STOCK_LADDER = (STOCK, CHECKPOINTED)
+
+
+def own_mechanisms(memory: MemoryConfig) -> dict[str, object]:
+    """Mechanisms set by their own key."""
+    names = [mechanism.name for mechanism in fields(Mechanisms)]
+    return {name: getattr(memory, name) for name in names if getattr(memory, name, None) is not None}
+
+
+def mechanisms_without_effect(memory: MemoryConfig, *, is_on_gpu: bool, num_kv_heads: int) -> list[str]:
+    """Notices of mechanisms that were asked for by name and cannot do what they say."""
+    notices = []
+    if memory.offload_activations and not is_on_gpu:
+        notices.append("offload_activations has no effect without a GPU: activations are in host memory as it is")
+    if memory.num_head_chunks and memory.num_head_chunks > num_kv_heads:
+        notices.append(f"num_head_chunks: {memory.num_head_chunks} acts as {num_kv_heads}, the key/value heads")
+    return notices

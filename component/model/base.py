@@ -1,0 +1,249 @@
+"""Load the base model, its config and its tokenizer."""
+
+import copy
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from longqlora.device import cpu_has_bf16
+from longqlora.distributed import print_notice
+from longqlora.settings.config import ModelConfig
+
+# Forms of quantised weights whose kernels come from installed packages; for others transformers may ask the hub.
+QUANTIZERS_WITHOUT_HUB = ("bitsandbytes", "gptq", "awq")
+
+
+def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def default_dtype() -> torch.dtype:
+    """bf16 on Ampere or later, fp16 on older GPUs, fp32 on a CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def is_slow_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether products in `dtype` are much slower than in fp32 on this CPU: fp16 on all, bf16 on many."""
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu_has_bf16())
+
+
+def model_source(name_or_path: str, flag: str = "model_name_or_path") -> str:
+    """A local folder as an absolute path, a hub name as it is; a path that is not there is refused."""
+    path = Path(os.path.expanduser(name_or_path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{flag}: {str(path)!r} has no config.json; give the folder of a saved model")
+        return str(path.resolve())
+    is_hub_name = name_or_path.count("/") <= 1 and not name_or_path.startswith((".", "/", "~", os.sep))
+    if not is_hub_name or path.is_file():
+        raise ValueError(f"{flag}: no model folder at {name_or_path!r}; give an existing folder or a hub name")
+    return name_or_path
+
+
+def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Config of a model folder or hub name. Raises ValueError naming the model where it cannot be read."""
+    try:
+        config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # Values of a wrong kind reach transformers' checks, which raise types of their own, and plain Python.
+        text = str(error) if isinstance(error, OSError | ValueError) else f"config.json cannot be read ({error!r})"
+        raise ValueError(
+            text if text.startswith("model_name_or_path") else f"model_name_or_path: {name_or_path!r}: {text}"
+        ) from None
+    if getattr(config, "max_position_embeddings", None) is None:
+        raise ValueError(f"model_name_or_path: {config.model_type} says no max_position_embeddings in its config.json")
+    if getattr(config, "transformers_weights", None):
+        raise ValueError(
+            f"model_name_or_path: config.json of {name_or_path!r} names a weight file of its own "
+            "(transformers_weights); give it the usual name, model.safetensors, and remove the key"
+        )
+    refuse_hub_code(config, name_or_path, trust_remote_code=trust_remote_code)
+    config.use_cache = True
+    return config
+
+
+def refuse_hub_code(config: PretrainedConfig, name: str, *, trust_remote_code: bool) -> None:
+    """Keep a config.json from deciding which compiled code (kernels) transformers fetches from the hub and runs.
+
+    Attention is bound by this repository, so a kernel named for it, in nested configs too, is dropped with a notice.
+    """
+    parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
+    for kernel in sorted({str(getattr(part, "_attn_implementation", None)) for part in parts}):
+        if "/" in kernel:
+            print_notice(f"the attention kernel {kernel!r} in config.json of {name!r} has no effect: it is not fetched")
+    config._attn_implementation = config._experts_implementation = None
+    quantization = getattr(config, "quantization_config", None) or {}
+    if isinstance(quantization, dict):
+        # Configs of before transformers 4.35 do not name the method of bitsandbytes.
+        is_unnamed = quantization.get("load_in_8bit") or quantization.get("load_in_4bit")
+        method = quantization.get("quant_method") or ("bitsandbytes" if is_unnamed else None)
+    else:
+        method = quantization.quant_method
+    if quantization and method not in QUANTIZERS_WITHOUT_HUB and not trust_remote_code:
+        raise ValueError(
+            f"model_name_or_path: {name!r} is quantised as {str(method)!r}, for which transformers may fetch code from "
+            "the hub; give the 16-bit model, or set trust_remote_code"
+        )
+
+
+def training_dtype(arguments: TrainingArguments) -> torch.dtype:
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+
+
+def load_training_model(
+    model: ModelConfig, config: PretrainedConfig, arguments: TrainingArguments, *, load_in_4bit: bool
+) -> PreTrainedModel:
+    """The base model in the precision of the run, on this process's device."""
+    return load_model(
+        model.model_name_or_path,
+        config,
+        dtype=training_dtype(arguments),
+        load_in_4bit=load_in_4bit,
+        device=None if is_deepspeed_zero3_enabled() else arguments.device,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def load_model(
+    name_or_path: str,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    load_in_4bit: bool,
+    device: torch.device | None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load the base weights onto `device` (None: where DeepSpeed ZeRO-3 places them).
+
+    `dtype` is that of the 16- or 32-bit weights, and of the products with the 4-bit ones. Raises ValueError for
+    weights that are missing, damaged or of another shape, which transformers would make up at random.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_source(name_or_path),
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization_config(dtype) if load_in_4bit else None,
+            device_map=None if device is None else {"": device},
+            trust_remote_code=trust_remote_code,
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # named by check_loaded
+            output_loading_info=True,
+        )
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        raise ValueError(f"model_name_or_path: the weights of {name_or_path!r} cannot be read ({error})") from None
+    except ImportError as error:
+        raise ValueError(f"model_name_or_path: {name_or_path!r} cannot be loaded ({error})") from None
+    check_loaded(info, model, name_or_path)
+    if load_in_4bit:
+        keep_4bit_weights_trainable(model)
+    return model
+
+
+def check_loaded(info: dict, model: PreTrainedModel, name: str, *, hint: str = "; is it whole?") -> None:
+    """Raise ValueError for the first weight in which `info`, transformers' report on loading, finds a fault.
+
+    A weight that the model has no place for is one where it belongs to a decoder layer: such models compute
+    something else without it.
+    """
+    layers = next((n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)), "layers")
+    in_layers = re.compile(rf"(^|\.){layers.rpartition('.')[2]}\.\d+\.")
+    faults = [f"lacks {weight!r}" for weight in sorted(info["missing_keys"])]
+    for weight, found, expected in sorted(info["mismatched_keys"]):
+        faults.append(f"has {weight!r} of shape {list(found)}, where its config.json says {list(expected)}")
+    faults += [str(message) for message in info["error_msgs"]]
+    surplus = sorted(weight for weight in info["unexpected_keys"] if in_layers.search(weight))
+    faults += [f"has {weight!r}, for which its config.json has no place" for weight in surplus]
+    if faults:
+        raise ValueError(f"model_name_or_path: {name!r} {faults[0]} ({len(faults)} such weights){hint}")
+
+
+def empty_model(
+    config: PretrainedConfig, *, name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of `config` on the meta device, without memory; ValueError, with `name`, where it describes none."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"model_name_or_path: config.json of {name!r} describes no model ({error}); mend it") from None
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    """Linear layers but the output layer, by name: those that a 4-bit base quantises and LoRA adapts."""
+    head = model.get_output_embeddings()
+    return {name: x for name, x in all_linear(model) if x is not head and not is_more_than_linear(x)}
+
+
+def routers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    """Modules that are linear layers with more to them, as the routers of some experts, by name."""
+    return {name: x for name, x in all_linear(model) if is_more_than_linear(x)}
+
+
+def all_linear(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
+    return (item for item in model.named_modules() if isinstance(item[1], torch.nn.Linear))
+
+
+def is_more_than_linear(module: torch.nn.Linear) -> bool:
+    """Whether a model's own class changed the forward pass; those of torch and bitsandbytes do the same."""
+    return type(module).forward is not torch.nn.Linear.forward and type(module).__module__.startswith("transformers")
+
+
+def keep_4bit_weights_trainable(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place on CPUs with avx512_bf16.
+
+    It does so at the first evaluation without gradient; gradients through repacked weights are then
+    silently lost (bitsandbytes 0.50.2, nn/modules.py, Linear4bit.forward).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_tokenizer(
+    name_or_path: str, *, model_max_length: int | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Tokenizer with right padding. A missing pad token becomes UNK or EOS, which is harmless here:
+    labels and masks come from lengths, never from comparing ids with the pad id."""
+    # An adapter's folder may hold a tokenizer without a config.json.
+    has_tokenizer = (Path(name_or_path) / "tokenizer_config.json").is_file()
+    source = str(Path(name_or_path).resolve()) if has_tokenizer else model_source(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # The tokenizers library raises nothing more special, and none of the messages says which folder.
+        raise ValueError(
+            f"model_name_or_path: the tokenizer of {name_or_path!r} cannot be read ({error!r}); is it whole?"
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    if model_max_length is not None:
+        tokenizer.model_max_length = model_max_length
+    return tokenizer

@@ -1,0 +1,261 @@
+"""Give a config the context that a run or a command line asks for: RoPE scaling, and dual chunk attention on top.
+
+Both are written into the config and travel with every saved model: RoPE in `rope_parameters`, dual chunk
+attention in `dual_chunk_attention_config`, the key and the names of Qwen2.5-1M's configs.
+"""
+
+import math
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from longqlora.attention.dual_chunk import DualChunkSizes
+from longqlora.attention.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
+from longqlora.distributed import print_notice
+from longqlora.model.adapter_folder import base_model_of
+from longqlora.model.base import load_config
+from longqlora.model.context_request import ContextRequest
+from longqlora.model.rope_scaling import check_rope_request, context_of_rope, scale_rope
+from longqlora.settings.config import AttentionConfig, ContextConfig, ModelConfig
+
+# The shortest length that a released model was pretrained with (Llama).
+SHORTEST_PRETRAINING = 2048
+
+
+def request_of_run(context: ContextConfig, attention: AttentionConfig) -> ContextRequest:
+    """The request of a training run's settings."""
+    # Without a length to reach they have no effect, which run_checks says.
+    reaches = context.model_max_length is not None or attention.attention == "dca"
+    return ContextRequest(
+        context_size=context.model_max_length,
+        rope_type=context.rope_type if reaches else None,
+        rope_theta=context.rope_theta if reaches else None,
+        attention="dca" if attention.attention == "dca" else "full",
+        pretraining_length=attention.pretraining_length,
+        dca_chunk_size=attention.dca_chunk_size,
+        dca_local_window=attention.dca_local_window,
+        dca_mscale=attention.dca_mscale,
+    )
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Tokens that the model reads with the attention and RoPE its config names."""
+    dual_chunk = getattr(config, DUAL_CHUNK_KEY, None)
+    if dual_chunk and "max_position_embeddings" in dual_chunk:
+        return dual_chunk["max_position_embeddings"]
+    return rope_context(config)
+
+
+def rope_context(config: PretrainedConfig) -> int:
+    """Tokens that RoPE alone covers."""
+    original = getattr(config, "original_max_position_embeddings", None)
+    return context_of_rope(getattr(config, "rope_parameters", None) or {}, config.max_position_embeddings, original)
+
+
+def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
+    """Set RoPE and dual chunk attention in `config`; returns a one-line description for the log.
+
+    Twice is the same as once. Raises ValueError, naming the setting, for what the model cannot be given.
+    """
+    check_lengths_of(config)
+    read_lengths_apart(config)
+    is_dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) is not None
+    if request.attention == "full" or (request.attention == "auto" and not is_dual_chunk):
+        if request.given_dual_chunk_settings:
+            raise ValueError(f"{request.given_dual_chunk_settings[0]}: has an effect with attention: dca only")
+        if is_dual_chunk:
+            delattr(config, DUAL_CHUNK_KEY)
+        return extend_rope(config, request.context_size, request.rope_type, request.rope_theta)
+    return apply_dual_chunk(config, request)
+
+
+def check_lengths_of(config: PretrainedConfig) -> None:
+    """Raise ValueError for a length, factor or base in `config` that is no positive number."""
+    rope, dual_chunk = getattr(config, "rope_parameters", None) or {}, getattr(config, DUAL_CHUNK_KEY, None) or {}
+    if not isinstance(dual_chunk, dict):
+        raise ValueError(
+            f"model_name_or_path: {DUAL_CHUNK_KEY} in config.json is {dual_chunk!r}, not its sizes; mend it"
+        )
+    lengths = ("max_position_embeddings", "original_max_position_embeddings")
+    values = {name: getattr(config, name, None) for name in (*lengths, "original_rope_theta")}
+    values |= {f"rope_parameters.{name}": rope.get(name) for name in ("rope_theta", "factor", lengths[1])}
+    values |= {f"{DUAL_CHUNK_KEY}.{name}": dual_chunk.get(name) for name in ("chunk_size", "local_size", *lengths)}
+    for name, value in values.items():
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(
+                f"model_name_or_path: config.json of {config.name_or_path!r} has {name} {value!r}, no positive number; "
+                "mend it"
+            )
+
+
+def read_lengths_apart(config: PretrainedConfig) -> None:
+    """Where config.json gives one length for two things, take the other from what it implies.
+
+    Qwen2.5-1M's max_position_embeddings is what chunks reach: RoPE reaches the original length. Linear RoPE without an
+    original length is read as LongLoRA writes it, which a notice says where the other way is possible.
+    """
+    known, rope = getattr(config, DUAL_CHUNK_KEY, None), getattr(config, "rope_parameters", None) or {}
+    if known and "max_position_embeddings" not in known and "original_max_position_embeddings" in known:
+        setattr(config, DUAL_CHUNK_KEY, {**known, "max_position_embeddings": config.max_position_embeddings})
+        config.max_position_embeddings = known["original_max_position_embeddings"]
+    if rope.get("rope_type") != "linear" or "original_max_position_embeddings" in (*rope, *config.to_dict()):
+        return
+    length, factor = config.max_position_embeddings, rope.get("factor") or 1
+    original = int(length / factor)
+    if original >= SHORTEST_PRETRAINING:
+        print_notice(
+            f"config.json says {length} tokens and linear RoPE x{factor:g}, read as {rope_context(config)} tokens; if "
+            f"{length} is what it reaches, add original_max_position_embeddings: {original} to it"
+        )
+
+
+def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:
+    known = getattr(config, DUAL_CHUNK_KEY, None) or {}
+    own_length = rope_context(config)
+    pretraining = request.pretraining_length or known.get("original_max_position_embeddings") or own_length
+    if request.rope_type is None and pretraining > own_length:
+        raise ValueError(
+            f"pretraining_length: the model reads {own_length} tokens, not {pretraining}; lower it, or name the "
+            "rope_type that takes RoPE there first"
+        )
+    if request.rope_type is not None and not request.pretraining_length:
+        raise ValueError(
+            "pretraining_length: with attention: dca and a rope_type, say how far RoPE is scaled; chunks reach the rest"
+        )
+    text = extend_rope(config, pretraining, request.rope_type, request.rope_theta) if request.rope_type else "RoPE kept"
+    # Sizes that a config names belong to its own pretraining length.
+    known_sizes = known if pretraining == known.get("original_max_position_embeddings", pretraining) else {}
+    try:
+        sizes = DualChunkSizes(
+            pretraining_length=pretraining,
+            chunk_size=request.dca_chunk_size or known_sizes.get("chunk_size"),
+            local_window=request.dca_local_window or known_sizes.get("local_size"),
+        )
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("pretraining_length") else f"dca_{text}") from None
+    values = {
+        "chunk_size": sizes.chunk_size,
+        "local_size": sizes.local_window,
+        "original_max_position_embeddings": pretraining,
+        "max_position_embeddings": request.context_size or (context_length(config) if known else pretraining),
+    }
+    if request.dca_mscale or known.get("mscale"):
+        values["mscale"] = True
+    setattr(config, DUAL_CHUNK_KEY, values)
+    return f"context of {context_length(config)} tokens by dual chunk attention over {pretraining}; {text}"
+
+
+def extend_rope(
+    config: PretrainedConfig, target: int | None, rope_type: str | None = None, rope_theta: float | None = None
+) -> str:
+    """Set RoPE for `target` tokens in `config`; returns a one-line description for the log.
+
+    The original length and base are remembered in the config, as `original_max_position_embeddings` and
+    `original_rope_theta`, and travel with every saved config. None leaves the config as it is.
+    """
+    check_rope_request(rope_type, rope_theta, target)
+    present = rope_context(config)
+    if target is None:
+        if rope_type is not None:
+            raise ValueError(f"rope_type: {rope_type} has no effect without a context to reach; give its length too")
+        return f"context of {present} tokens, RoPE unchanged"
+    rope_parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in rope_parameters:
+        raise ValueError(
+            f"model_max_length: cannot scale {config.model_type}, which has no single set of RoPE parameters"
+        )
+    decision = scale_rope(
+        rope_parameters,
+        max_position_embeddings=config.max_position_embeddings,
+        rotary_dim=rotary_dim(config),
+        model_max_length=target,
+        rope_type=rope_type,
+        rope_theta=rope_theta,
+        original_max_position_embeddings=getattr(config, "original_max_position_embeddings", None),
+        original_rope_theta=getattr(config, "original_rope_theta", None),
+    )
+    if decision.context_length == present and decision.rope_parameters == rope_parameters:
+        return f"context of {target} tokens fits the model's {present}, RoPE unchanged"
+    config.rope_parameters = decision.rope_parameters
+    config.original_max_position_embeddings = decision.original_max_position_embeddings
+    config.original_rope_theta = decision.original_rope_theta
+    config.max_position_embeddings = decision.max_position_embeddings
+    if getattr(config, "head_dim", 0) is None:
+        # transformers 5.23 multiplies it by the part that is rotated in YaRN and dynamic NTK (Mixtral).
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    kind, factor = decision.rope_parameters["rope_type"], decision.rope_parameters.get("factor")
+    check_rope_type(config, kind)
+    how = f"{kind} x{factor:g}" if factor else f"base {decision.rope_parameters['rope_theta']:g}"
+    return f"context {decision.original_max_position_embeddings} -> {target} tokens, RoPE {how}"
+
+
+def check_rope_type(config: PretrainedConfig, kind: str) -> None:
+    """Raise ValueError where transformers would refuse the RoPE of `config` when it loads or saves it."""
+    try:
+        config.validate_rope()
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"rope_type: {config.model_type} takes no RoPE of type {kind} ({error}); use rope_type: ntk, or theta"
+        ) from None
+
+
+def copy_context(source: PretrainedConfig, target: PretrainedConfig) -> None:
+    """Give the config `target` all that says how far the model of `source` reads."""
+    names = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings", "original_rope_theta")
+    for name in (*names, DUAL_CHUNK_KEY):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+        elif hasattr(target, name):
+            delattr(target, name)
+
+
+def rotary_dim(config: PretrainedConfig) -> int:
+    """Dimensions of a head that RoPE turns."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+def load_extended_config(
+    model: ModelConfig, context: ContextConfig, attention: AttentionConfig
+) -> tuple[PretrainedConfig, str]:
+    """Config of the base model with the context of the run, and a one-line description for the log."""
+    config = load_config(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+    return config, apply_context(config, request_of_run(context, attention))
+
+
+def resolve_config(
+    model_name_or_path: str | None,
+    adapter_name_or_path: str | None = None,
+    context: ContextRequest | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[str, PretrainedConfig]:
+    """Base model and its config with the context of the adapter, changed as `context` asks."""
+    named_base = base_model_of(adapter_name_or_path) if adapter_name_or_path else None
+    base = model_name_or_path or named_base
+    if not base:
+        raise ValueError("model_name_or_path: name the base model; the adapter folder does not")
+    config = load_config(base, trust_remote_code=trust_remote_code)
+    if adapter_name_or_path and (Path(adapter_name_or_path) / "config.json").is_file():
+        saved = load_config(adapter_name_or_path, trust_remote_code=trust_remote_code)
+        for name in ("model_type", "hidden_size", "num_hidden_layers"):
+            if getattr(saved, name, None) != getattr(config, name, None):
+                raise ValueError(
+                    f"model_name_or_path: {base!r} has {name} {getattr(config, name, None)}, but the adapter was "
+                    f"trained on {getattr(saved, name, None)}; give the base model of the adapter"
+                )
+        # Folders written by other tools may carry it; it describes their loading, not the base checkpoint.
+        if hasattr(saved, "quantization_config"):
+            del saved.quantization_config
+        # The base is loaded with its own vocabulary; `adapter_vocabulary` says what becomes of it.
+        saved.vocab_size = config.vocab_size
+        config = saved
+    apply_context(config, context or ContextRequest())
+    return base, config
+
+
+def tokenizer_source(base: str, adapter_name_or_path: str | None) -> str:
+    """Where the tokenizer is read from: the adapter folder where it has one, else the base."""
+    has_own = adapter_name_or_path and (Path(adapter_name_or_path) / "tokenizer_config.json").is_file()
+    return adapter_name_or_path if has_own else base

@@ -1,0 +1,105 @@
+"""Next-token cross-entropy from hidden states, without the logits of the whole sequence.
+
+At 8192 tokens and 32000 words fp32 logits, their shifted copy and their gradient take 3 GiB; here one
+chunk of tokens at a time is projected, reduced and turned into gradients. torch >= 2.13 has the
+operation for full precision; `ChunkedLinearCrossEntropy` does the same elsewhere and in 16 bit.
+
+Dimensions: T tokens, C hidden size, V vocabulary.
+
+Pure maths: knows nothing of Hugging Face.
+"""
+
+import torch
+import torch.nn.functional as F
+
+IGNORE_INDEX = -100
+CHUNK_BYTES = 64 * 2**20
+
+
+def next_token_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy of predicting labels[:, 1:] from hidden[:, :-1].
+
+    hidden [B, S, C]; weight [V, C], the output embedding; labels int [B, S], IGNORE_INDEX where
+    nothing is to be learned. The sum over tokens is divided by `num_items`, or by the number of
+    labels that count when it is None. Returns a scalar; zero when no label counts.
+    """
+    # Shifting the labels rather than the states spares a copy of the states at batch size one.
+    return token_loss(hidden[:, :-1], weight, labels[:, 1:], num_items=num_items)
+
+
+def token_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """The same for targets int [B, S] that stand beside their hidden [B, S, C]: each token's next one."""
+    targets = targets.reshape(-1).to(hidden.device)
+    total = linear_cross_entropy_sum(hidden.reshape(-1, hidden.shape[-1]), weight, targets)
+    if num_items is None:
+        num_items = (targets != IGNORE_INDEX).sum().clamp_min(1)
+    if torch.is_tensor(num_items):
+        num_items = num_items.to(total.device)
+    return total / num_items
+
+
+def linear_cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of cross_entropy(hidden @ weight.T, targets). hidden [T, C], weight [V, C], targets int [T].
+
+    Returns a scalar in fp32, or fp64 for fp64 input.
+    """
+    # torch's operation returns the sum in the input's dtype: infinite in fp16 from some 5000 tokens on.
+    is_full_precision = hidden.dtype == weight.dtype and hidden.dtype in (torch.float32, torch.float64)
+    if hasattr(F, "linear_cross_entropy") and is_full_precision:
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(
+            hidden, weight, targets, reduction="sum", ignore_index=IGNORE_INDEX, options=options
+        )
+    return ChunkedLinearCrossEntropy.apply(hidden, weight, targets)
+
+
+class ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """Gradients are computed chunk by chunk in the forward pass, while the chunk's logits exist.
+
+    Softmax in fp32 (fp64 for fp64 input); matrix products in the input dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        compute = sum_dtype(hidden)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=compute) if need_weight else None
+        total = torch.zeros((), dtype=compute, device=hidden.device)
+        num_rows = max(1, CHUNK_BYTES // (weight.shape[0] * 4))
+        for start in range(0, len(hidden), num_rows):
+            rows = slice(start, start + num_rows)
+            into = None if grad_hidden is None else grad_hidden[rows]
+            total += chunk_of_loss(hidden[rows], weight, targets[rows], into, grad_weight)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        grads = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors]
+        return grads[0], grads[1], None
+
+
+def chunk_of_loss(hidden, weight, targets, grad_hidden, grad_weight) -> torch.Tensor:
+    """Summed loss of some tokens; gradients are written into grad_hidden [T, C] and added to grad_weight [V, C]."""
+    compute = sum_dtype(hidden)
+    counted, index = (targets != IGNORE_INDEX)[:, None], targets.clamp_min(0)[:, None]
+    log_probs = (hidden @ weight.T.to(hidden.dtype)).to(compute).log_softmax(-1)
+    total = -(log_probs.gather(1, index) * counted).sum()
+    if grad_hidden is None and grad_weight is None:
+        return total
+    grad_logits = log_probs.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=compute)).mul_(counted)
+    grad_logits = grad_logits.to(hidden.dtype)
+    if grad_hidden is not None:
+        torch.matmul(grad_logits, weight.to(hidden.dtype), out=grad_hidden)
+    if grad_weight is not None:
+        grad_weight += grad_logits.T @ hidden
+    return total
+
+
+def sum_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

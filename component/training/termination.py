@@ -1,0 +1,84 @@
+"""How a run is stopped from outside: SIGTERM, and a launcher that is gone.
+
+`deepspeed train.py` is three processes: the one the user sees starts deepspeed.launcher.launch, and that the trainer.
+A SIGTERM ends the first only, and kill -9 of torchrun or of either ends nothing below; the trainer would go on unseen.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from longqlora.distributed import is_main_process
+
+LAUNCHER_COMMANDS = {"deepspeed", "ds", "torchrun", "accelerate"}
+LAUNCHER_MODULES = {
+    "deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch",
+    "accelerate.commands.launch",
+}  # fmt: skip
+SECONDS_BETWEEN_LOOKS = 1
+SECONDS_TO_END = 20
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+def end_with_launcher() -> None:
+    """End this process when the launcher that started it ends. Without one (`python train.py`, nohup) do nothing."""
+    links = launcher_links(psutil.Process())
+    if not links:
+        return
+
+    def watch() -> None:
+        while all(is_child(process, parent) for process, parent in links):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        # A signal waits for the call that the main thread is in, which may be a collective without partners.
+        time.sleep(SECONDS_TO_END)
+        os._exit(EXIT_CODE)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def launcher_links(process: psutil.Process) -> list[tuple[psutil.Process, int]]:
+    """`process` and the launchers above it, each with the id of its parent, which is a launcher."""
+    links = []
+    while (parent := process.parent()) is not None and is_launcher(parent):
+        links.append((process, parent.pid))
+        process = parent
+    return links
+
+
+def is_launcher(process: psutil.Process) -> bool:
+    try:
+        words = process.cmdline()[:4]
+    except psutil.Error:
+        return False
+    # A shell is none, with the same text in one argument or running a script of that name, which may end before us.
+    names = [Path(word).name for word in words]
+    is_python = bool(names) and names[0].startswith("python")
+    return bool(LAUNCHER_COMMANDS & set(names[: 1 + is_python]) or (is_python and LAUNCHER_MODULES & set(words)))
+
+
+def is_child(process: psutil.Process, parent: int) -> bool:
+    try:
+        return process.ppid() == parent
+    except psutil.Error:
+        return False
+
+
+def end_on_sigterm(before_the_end: Callable[[], str]) -> None:
+    """On SIGTERM call `before_the_end` on rank 0, print the line that it returns and end with code 143."""
+    owner = os.getpid()
+
+    def handler(signum, frame) -> None:
+        # Not in the workers forked from this process. Output buffers may be in use: write past them.
+        if os.getpid() == owner and is_main_process():
+            sys.stderr.isatty() and os.write(2, b"\n")
+            os.write(2, f"ended by SIGTERM; {before_the_end()}\n".encode())
+        os._exit(EXIT_CODE)
+
+    signal.signal(signal.SIGTERM, handler)

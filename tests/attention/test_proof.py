@@ -1,0 +1,149 @@
+"""What a binding shows before it is used: it equals stock transformers, or is refused by name, and leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+from conftest import save_tiny_model, tiny_config
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+
+from longqlora.attention.binding import bind_attention, bind_inference_attention
+from longqlora.attention.tiny_copy import tiny_copy
+from longqlora.memory.layer_binding import apply_mechanisms
+from longqlora.memory.policy import POLICIES
+from longqlora.model.adapter import attach_adapter
+from longqlora.model.base import load_config, load_model
+from longqlora.model.context import ContextRequest, apply_context
+from longqlora.settings.config import AdapterConfig, AttentionConfig
+
+CHUNK = 24
+DCA = ContextRequest(
+    attention="dca", pretraining_length=32, context_size=64, dca_chunk_size=CHUNK, dca_local_window=12
+)  # fmt: skip
+S2 = AttentionConfig(attention="s2")
+CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
+MAMBA = {"hidden_size": 512, "num_attention_heads": 8, "mamba_n_heads": 16, "mamba_d_head": 64}
+ALL_FULL = {"layer_types": ["full_attention"] * 2}
+
+
+def make(model_type="llama", **overrides):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Far from uniform attention.
+            parameter.mul_(8) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "ernie4_5", "glm4", "deepseek_v3", "cohere", "smollm3", "helium"])
+def test_dual_chunk_attention_is_dense_up_to_the_chunk_size(model_type):
+    """Within chunk_size all distances are exact, though the second chunk's queries are turned once more."""
+    model = make(model_type)
+    apply_context(model.config, DCA)
+    ids = torch.randint(4, 320, (2, CHUNK))
+    results = []
+    for attention in ("eager", "dca"):
+        model.set_attn_implementation("eager") if attention == "eager" else bind_inference_attention(model)
+        model.zero_grad()
+        logits = model(ids, use_cache=False).logits
+        logits.sin().sum().backward()
+        results.append([logits.detach(), *[p.grad.clone() for p in model.parameters() if p.grad is not None]])
+    for ours, stock in zip(*reversed(results), strict=True):
+        assert (ours - stock).abs().max() <= 1e-4 * stock.abs().max()
+
+
+@pytest.mark.parametrize(
+    "model_type,overrides,attention,words",
+    [
+        ("hunyuan_v1_dense", {}, "dca", "positions enter its attention.*use attention: full"),
+        ("gpt_oss", ALL_FULL, "s2", "differs from the stock model by .*use attention: full"),
+        ("gemma2", ALL_FULL, "s2", "softcap.*use attention: full"),
+        ("lfm2", CONVOLUTION, "pack", "differs from the stock model by .*set pack: false"),
+        ("falcon", {}, "pack", "differs from the stock model by .*set pack: false"),
+    ],
+    ids=["norm behind RoPE", "sinks", "soft cap", "a convolution across documents", "a mask of its own"],
+)
+def test_what_differs_is_refused_by_name(model_type, overrides, attention, words, monkeypatch):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides))
+    # Two of these say themselves that SDPA does not do; the proof does not lean on it.
+    monkeypatch.setattr(type(model), "_supports_sdpa", True)
+    if attention == "dca":
+        apply_context(model.config, DCA)
+    config = AttentionConfig(attention="full" if attention == "pack" else attention)
+    with pytest.raises(ValueError, match=f"does not suit {model_type}: .*{words}"):
+        bind_attention(model, config, 64, is_packed=attention == "pack")
+
+
+@pytest.mark.parametrize("has_adapter", [True, False], ids=["adapter", "full"])
+def test_layers_that_the_layer_function_does_not_know_are_refused(monkeypatch, has_adapter):
+    def bind():
+        model = make()
+        model = attach_adapter(model, AdapterConfig("lora" if has_adapter else "full", lora_rank=4))
+        apply_mechanisms(model, POLICIES["balanced"], torch.device("cpu"))
+
+    bind()
+    stock = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: 0.9 * stock(self, x))
+    with pytest.raises(ValueError, match="layer_function does not suit llama: .*set layer_function: false"):
+        bind()
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_a_few_large_heads_are_not_refused_for_rounding(num_heads):
+    heads = {"num_attention_heads": num_heads, "num_key_value_heads": 1, "hidden_size": 64 * num_heads}
+    model = attach_adapter(make(num_hidden_layers=4, **heads), AdapterConfig("lora", train_norm=True))
+    apply_mechanisms(model, POLICIES["max_length"], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "model_type,overrides",
+    [
+        ("falcon", {"num_attention_heads": 16, "num_kv_heads": 8, "new_decoder_architecture": True}),
+        ("falcon", {"num_attention_heads": 16, "multi_query": False, "alibi": True}),
+        ("bamba", MAMBA),
+        ("granitemoehybrid", {**MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0}),
+        ("gemma3n_text", {"vocab_size_per_layer_input": 2**18, "num_kv_shared_layers": 0}),
+    ],
+)
+def test_the_copy_of_a_model_is_small_and_computes(model_type, overrides):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides))
+    small = tiny_copy(model)
+    assert small(torch.arange(3, 9)[None], use_cache=False).logits.isfinite().all()
+    assert max(p.numel() for p in small.parameters()) < 2**20
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["plain", "nf4"])
+def test_a_proof_leaves_no_trace(load_in_4bit, tmp_path, tiny_tokenizer):
+    folder = save_tiny_model(tmp_path / "model", tiny_tokenizer)
+    config = load_config(str(folder))
+    apply_context(config, DCA)
+    model = load_model(
+        str(folder), config, dtype=torch.float32, load_in_4bit=load_in_4bit, device=torch.device("cpu")
+    ).train()  # fmt: skip
+    stock = copy.deepcopy(model)
+    model = attach_adapter(model, AdapterConfig("qlora" if load_in_4bit else "lora", lora_rank=4))
+    base = model.get_base_model()
+
+    def state():
+        tensors = {**model.state_dict(), **dict(model.named_buffers())}
+        flags = [(module.training, [p.requires_grad for p in module.parameters()]) for module in model.modules()]
+        return {name: x.clone() for name, x in tensors.items() if isinstance(x, torch.Tensor)}, flags
+
+    tensors, flags = state()
+    random_state = torch.get_rng_state()
+    for attention in ("s2", "full", "dca"):
+        bind_attention(base, AttentionConfig(attention=attention), 64, is_packed=True)
+    apply_mechanisms(model, POLICIES["balanced"], torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    after, flags_after = state()
+    assert flags_after == flags and after.keys() == tensors.keys()
+    assert all(torch.equal(after[name], x) for name, x in tensors.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    # The matrices B are 0 still, so the loss through all that was bound is the plain model's.
+    ids = torch.randint(4, 320, (1, CHUNK))
+    ours, plain = (x(input_ids=ids, use_cache=False).logits for x in (model, stock))
+    assert torch.allclose(ours, plain, atol=1e-4)

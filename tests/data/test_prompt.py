@@ -1,0 +1,234 @@
+"""Prompt templates: the text they write, the labels, BOS and EOS, and the same ids in training and inference."""
+
+import copy
+
+import pytest
+
+from longqlora.data.prompt import (
+    DEFAULT_SYSTEM,
+    IGNORE_INDEX,
+    TURN_TEMPLATES,
+    check_messages,
+    encode_conversation,
+    encode_for_training,
+    encode_text,
+    prompt_template_for,
+)
+from longqlora.settings.config import PROMPT_TEMPLATES
+
+CHATML = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+MARKED = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}<|assistant|>\n"
+    "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}\n"
+    "{% else %}<|{{ message.role }}|>\n{{ message.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+TWO_TURNS = [user("the fox"), assistant("jumps over"), user("and the dog"), assistant("box quietly")]
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer):
+    return copy.deepcopy(tiny_tokenizer)
+
+
+@pytest.fixture(params=[*TURN_TEMPLATES, "unmarked", "marked"])
+def tokenizer_and_template(request, tokenizer):
+    """The tokenizer and template name of each way to encode a conversation."""
+    if request.param in TURN_TEMPLATES:
+        return tokenizer, request.param
+    tokenizer.chat_template = CHATML if request.param == "unmarked" else MARKED
+    return tokenizer, "chat_template"
+
+
+def learned(tokenizer, labels):
+    """The runs of labels that are learned, decoded."""
+    runs, current = [], []
+    for label in [*labels, IGNORE_INDEX]:
+        if label != IGNORE_INDEX:
+            current.append(label)
+        elif current:
+            runs.append(tokenizer.decode(current))
+            current = []
+    return runs
+
+
+def test_template_text(tokenizer):
+    ids = encode_conversation(tokenizer, TWO_TURNS[:1], template="vicuna_v1.1", add_generation_prompt=True)
+    assert tokenizer.decode(ids) == f"<s>{DEFAULT_SYSTEM}\nUSER: the fox\nASSISTANT: "
+    ids, _ = encode_for_training(tokenizer, TWO_TURNS, template="vicuna_v1.1")
+    assert tokenizer.decode(ids) == (
+        f"<s>{DEFAULT_SYSTEM}\nUSER: the fox\nASSISTANT: jumps over</s>USER: and the dog\nASSISTANT: box quietly</s>"
+    )
+    ids, _ = encode_for_training(tokenizer, TWO_TURNS, template="vicuna_v1.1_fastchat")
+    assert tokenizer.decode(ids) == (
+        f"<s>{DEFAULT_SYSTEM} USER: the fox ASSISTANT: jumps over</s>USER: and the dog ASSISTANT: box quietly</s>"
+    )
+
+
+def test_system_message_takes_the_place_of_the_sentence(tokenizer):
+    messages = [{"role": "system", "content": " Be lazy. "}, user("the fox")]
+    ids = encode_conversation(tokenizer, messages, template="vicuna_v1.1", add_generation_prompt=True)
+    assert tokenizer.decode(ids) == "<s>Be lazy.\nUSER: the fox\nASSISTANT: "
+    ids = encode_conversation(
+        tokenizer, [{"role": "system", "content": ""}, user("the fox")], add_generation_prompt=True
+    )
+    assert tokenizer.decode(ids) == "<s>USER: the fox\nASSISTANT: "
+
+
+def test_answers_and_their_eos_are_learned(tokenizer_and_template):
+    tokenizer, template = tokenizer_and_template
+    ids, labels = encode_for_training(tokenizer, TWO_TURNS, template=template)
+    lead = " " if template == "vicuna_v1.1_fastchat" else ""
+    assert learned(tokenizer, labels) == [f"{lead}jumps over</s>", f"{lead}box quietly</s>"]
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
+
+
+@pytest.mark.parametrize("num_messages", [1, 3])
+def test_training_starts_with_the_ids_of_inference(tokenizer_and_template, num_messages):
+    tokenizer, template = tokenizer_and_template
+    for answer in ("jumps", " jumps", "\njumps", "1", ".", "...", "é", "ASSISTANT: x"):
+        messages = [*TWO_TURNS[:num_messages], assistant(answer)]
+        prompt = encode_conversation(tokenizer, messages[:-1], template=template, add_generation_prompt=True)
+        ids, labels = encode_for_training(tokenizer, messages, template=template)
+        assert ids[: len(prompt)] == prompt
+        assert labels[len(prompt)] == ids[len(prompt)]
+        assert labels[len(prompt) - 1] == IGNORE_INDEX
+
+
+def test_whole_conversation_is_the_same_without_labels(tokenizer_and_template):
+    tokenizer, template = tokenizer_and_template
+    ids, _ = encode_for_training(tokenizer, TWO_TURNS, template=template)
+    assert encode_conversation(tokenizer, TWO_TURNS, template=template, add_generation_prompt=False) == ids
+
+
+def test_one_bos_at_the_start(tokenizer_and_template):
+    tokenizer, template = tokenizer_and_template
+    ids, _ = encode_for_training(tokenizer, TWO_TURNS, template=template)
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    if template == "chat_template":
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+        assert encode_for_training(tokenizer, TWO_TURNS, template=template)[0] == ids
+    tokenizer.bos_token = None
+    if template != "chat_template":
+        assert encode_for_training(tokenizer, TWO_TURNS, template=template)[0] == ids[1:]
+
+
+def test_pad_equal_to_eos_keeps_the_eos(tokenizer_and_template):
+    tokenizer, template = tokenizer_and_template
+    before = encode_for_training(tokenizer, TWO_TURNS, template=template)
+    tokenizer.pad_token = tokenizer.eos_token
+    assert encode_for_training(tokenizer, TWO_TURNS, template=template) == before
+    assert before[1].count(tokenizer.eos_token_id) == 2
+
+
+def test_text_that_spells_a_special_token_stays_text(tokenizer_and_template):
+    tokenizer, template = tokenizer_and_template
+    assert tokenizer.eos_token_id not in encode_text(tokenizer, "a </s> b <s>")
+    plain, _ = encode_for_training(tokenizer, [user("a b"), assistant("c")], template=template)
+    ids, labels = encode_for_training(tokenizer, [user("a </s> b"), assistant("c </s><s> d")], template=template)
+    assert ids.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id)
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert "".join(learned(tokenizer, labels)).strip() == "c </s><s> d</s>"
+
+
+def test_encoding_leaves_the_tokenizer_as_it_was(tokenizer):
+    before = tokenizer("a </s>").input_ids
+    encode_text(tokenizer, "a </s>")
+    assert tokenizer("a </s>").input_ids == before
+
+
+def test_generation_marks_decide_what_is_learned(tokenizer):
+    tokenizer.chat_template = MARKED.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}")
+    _, labels = encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
+    assert learned(tokenizer, labels) == ["jumps over", "box quietly"]
+
+
+def test_chat_template_that_writes_earlier_answers_otherwise(tokenizer):
+    # As Qwen3: only the last answer has its thoughts.
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|{{ message.role }}|>\n"
+        "{% if message.role == 'assistant' and loop.last %}think{% endif %}{{ message.content }}{{ eos_token }}\n"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    _, labels = encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
+    assert learned(tokenizer, labels) == ["jumps over</s>", "thinkbox quietly</s>"]
+
+
+def test_chat_template_without_a_common_prefix_is_refused(tokenizer):
+    tokenizer.chat_template = "{{ messages | length }} {% for message in messages %}{{ message.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="generation.*vicuna_v1.1"):
+        encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
+
+
+def test_chat_template_that_refuses_is_a_value_error(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(ValueError, match="no system here"):
+        encode_conversation(tokenizer, TWO_TURNS[:1], template="chat_template", add_generation_prompt=True)
+
+
+def test_prompt_template_for(tokenizer):
+    assert prompt_template_for(tokenizer, None) == "vicuna_v1.1"
+    with pytest.raises(ValueError, match="no chat template"):
+        prompt_template_for(tokenizer, "chat_template")
+    with pytest.raises(ValueError, match="unknown template 'alpaca'"):
+        prompt_template_for(tokenizer, "alpaca")
+    tokenizer.chat_template = CHATML
+    assert prompt_template_for(tokenizer, None) == "chat_template"
+    for name in PROMPT_TEMPLATES:
+        assert prompt_template_for(tokenizer, name) == name
+
+
+def test_tokenizer_without_eos_is_refused(tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no EOS token"):
+        encode_for_training(tokenizer, TWO_TURNS)
+
+
+@pytest.mark.parametrize(
+    ("messages", "last_role", "message"),
+    [
+        ([], None, "empty"),
+        ("hello", None, "empty"),
+        ([user("a"), user("b")], None, "in turn"),
+        ([assistant("a")], None, "in turn"),
+        ([user("a"), {"role": "system", "content": "b"}], None, "in turn"),
+        ([{"role": "system", "content": "b"}], None, "in turn"),
+        ([{"role": "tool", "content": "b"}], None, "unknown role 'tool'"),
+        ([{"role": ["user"], "content": "b"}], None, "unknown role"),
+        ([{"from": "human", "value": "b"}], None, "message 1 has no"),
+        ([user("a"), "b"], None, "message 2 has no"),
+        ([user(None)], None, "NoneType"),
+        ([user([{"type": "text", "text": "a"}])], None, "list"),
+        ([user("a")], "assistant", "ends with 'user'"),
+        (TWO_TURNS, "user", "ends with 'assistant'"),
+    ],
+)
+def test_bad_messages(messages, last_role, message):
+    with pytest.raises(ValueError, match=message):
+        check_messages(messages, last_role=last_role)
+
+
+@pytest.mark.realdata
+def test_llama2_ids_are_those_of_the_whole_text(shared_data):
+    """FastChat encodes the whole text at once, with Llama's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    llama = AutoTokenizer.from_pretrained(shared_data / "llama2_tokenizer")
+    text = f"{DEFAULT_SYSTEM} USER: Hi there ASSISTANT: Hello, you.</s>USER: Bye ASSISTANT: (waves) 7</s>"
+    messages = [user("Hi there"), assistant("Hello, you."), user("Bye"), assistant("(waves) 7")]
+    assert encode_for_training(llama, messages, template="vicuna_v1.1_fastchat")[0] == llama(text).input_ids
+    ids = encode_conversation(llama, messages[:1], template="vicuna_v1.1", add_generation_prompt=True)
+    assert llama.decode(ids[1:]) == f"{DEFAULT_SYSTEM}\nUSER: Hi there\nASSISTANT: "

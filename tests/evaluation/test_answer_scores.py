@@ -1,0 +1,174 @@
+"""Scores of answers: SQuAD's normalisation and F1, ROUGE against its own package, letters of multiple choices."""
+
+import pytest
+
+from longqlora.evaluation.longtask.report import score_answer
+from longqlora.evaluation.longtask.scores import (
+    best_score,
+    exact_match,
+    f1,
+    normalize_answer,
+    parse_choice,
+    parse_letters,
+    rouge,
+)
+from longqlora.evaluation.longtask.tasks import LongTask
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Quick, brown fox!", "quick brown fox"),
+        ("an  apple and A pear", "apple and pear"),
+        ("U.S.A.", "usa"),
+        ("well-known $5 <b>", "wellknown 5 b"),
+        ("“Größe” — 1", "größe 1"),
+        ("北京，中国。", "北 京 中 国"),
+        ("Ｆｕｌｌ１", "full1"),
+        ("cafe\u0301", "café"),
+        ("हिन्दी है।", "हिन्दी है"),
+        ("theatre Anna", "theatre anna"),
+        ("A", "a"),
+        ("the", "the"),
+        (" .!? ", ""),
+    ],
+)
+def test_normalisation(text, expected):
+    assert normalize_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("The fox.", "fox", (1, 1.0)),
+        ("the quick brown fox", "brown dog", (0, 2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))),
+        ("fox fox fox", "fox", (0, 0.5)),
+        ("fox", "dog", (0, 0.0)),
+        ("", "fox", (0, 0.0)),
+        ("", "...", (1, 1.0)),
+        ("北京", "北京市", (0, 0.8)),
+        ("B", "A", (0, 0.0)),
+        ("", "A", (0, 0.0)),
+    ],
+)
+def test_exact_match_and_f1(prediction, reference, expected):
+    assert (exact_match(prediction, reference), f1(prediction, reference)) == (expected[0], pytest.approx(expected[1]))
+
+
+@pytest.mark.parametrize("use_stemmer", [True, False])
+@pytest.mark.parametrize("metric", ["rouge1", "rouge2", "rougeL"])
+def test_rouge_is_that_of_the_package_on_ascii(metric, use_stemmer):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    texts = ["The foxes were running_quickly, over 12 lazy dogs!", "a fox ran over the dog's 12 bodies", "",
+             "cats don't", "his", "hi",
+             "he was jumping; the foxes' jumps were higher than running dogs"]  # fmt: skip
+    official = RougeScorer([metric], use_stemmer=use_stemmer)
+    pairs = [(a, b) for a in texts for b in texts]
+    found = [rouge(a, b, metric, use_stemmer=use_stemmer) for a, b in pairs]
+    assert found == [official.score(b, a)[metric].fmeasure for a, b in pairs] and 0 < sum(found) < len(found)
+
+
+def test_rouge_of_other_scripts_and_its_stemmer():
+    assert rouge("北京很大", "北京大", "rouge1") == pytest.approx(2 * 3 / 7)
+    assert rouge("Größe zählt", "größe fehlt", "rouge1") == 0.5
+    assert rouge("हिन्दी है", "हिन्दी था", "rouge1") == 0.5
+    assert (
+        rouge("he jumped", "he jumps", "rouge1") == 1
+        and rouge("he jumped", "he jumps", "rouge1", use_stemmer=False) == 0.5
+    )
+
+
+def test_the_best_reference_counts():
+    assert best_score("f1", "brown fox", ["dog", "the brown fox", "fox"]) == 1
+    assert best_score("rougeL", "brown fox", ["dog", "fox"]) == pytest.approx(2 / 3)
+    for metric, references, words in (("f1", [], "no references"), ("bleu", ["a"], "unknown metric 'bleu'")):
+        with pytest.raises(ValueError, match=words):
+            best_score(metric, "a", references)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("B", 1), ("b", 1), (" (b) ", 1), ("B. because of A", 1), ("**C**", 2), ("A: the dog", 0), ("A\nB", 0),
+        ("The answer is C", 2), ("the correct answer is (b).", 1), ("Answer: A", 0), ("I choose option B", 1),
+        ("A good guess: the answer is B", 1), ("I would say (C) here", 2),
+        ("either (A) or (B)", None),
+        ("red fox", 1), ("The Red Fox!", 1), ("It was the red fox, surely", 1), ("red fox or old dog", None),
+        ("I think it is C", 2), ("A dog I know", None), ("maybe B or C", None), ("", None), ("D", None),
+        ("Because", None),
+        ("bad", None), ("A's", None), ("answer is unclear", None), ("北京", 3),
+    ],
+)  # fmt: skip
+def test_letters_of_answers(text, expected):
+    options = ["old dog", "red fox", "cat", "北京"][: 4 if text == "北京" else 3]
+    assert parse_choice(text, options) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("A. red\nC. blue", "AC"), ("(A) red\n\n(B) a\nBoth.", "AB"), ("The correct options are A, C, and D.", "ACD"),
+     ("BC", "BC"), ("B, C", "BC"), ("(B) and (C)", "BC"), ("A.", "A"), ("The answer is D.", "D"), ("C\nA B", "C"),
+     ("A good one", ""), ("", ""), ("none", "")],
+)  # fmt: skip
+def test_several_letters(text, expected):
+    assert parse_letters(text) == set(expected)
+
+
+def test_a_choice_is_scored_by_letter_by_likelihood_or_by_text():
+    task = LongTask("1", "t", "c", "q", ("fox",), ("dog", "fox"), 1)
+
+    def score(task, metric="auto", **result):
+        return score_answer(task, result, metric, use_stemmer=True)
+
+    assert score(task, answer="(B)")["score"] == 1
+    assert score(task, answer="B", choice=0)["score"] == 0, "the likelihoods chose"
+    lost = score(task, answer="who knows")
+    assert lost["score"] == 0 and lost["choice"] is None and lost["right_choice"] == "B"
+    assert score(task, "f1", answer="the fox")["score"] == 1
+    letters = LongTask("1", "t", "c", "q", ("BC",), metric="exam")
+    assert score(letters, answer="C, B")["score"] == 1 and score(letters, answer="B")["score"] == 0.25
+    assert score(letters, "accuracy", answer="B") == {**score(letters, answer="B"), "metric": "accuracy", "score": 0}
+    assert score(letters, answer="no idea")["choice"] is None
+
+
+# Answers of OpenLMLab/LEval in the form of its files, each with answers that are right, and that are wrong.
+EXAMS = {
+    "coursera": ("ACD", ["ACD", "D, A, C", "A. one\nC. two\nD. three"], ["", "B", "ABCD", "As a model, I can not"]),
+    "coursera, one": ("A", ["A", "A. AVERAGE", "So the answer is A."], ["B", "AB", "C. AVERAGE"]),
+    "quality": (
+        "(B) Their subconscious knew it.",
+        ["(B) Their subconscious knew it.", "B", "(B)", "B. Their", "Their subconscious knew it"],
+        ["(C) Their subconscious knew it.", "A", "Nobody knew it", ""],
+    ),
+    "tpo": ("C", ["C", "C. carbonic acid", "(c)"], ["A", "B. carbonic acid"]),
+    "sci_fi": ("False", ["False", "false.", "False [fact: True]", "It is **False**, not true"], ["True", "", "maybe"]),
+    "gsm100": (
+        "57500",
+        ["57500", "The answer is $57,500.", "2 * 28750 = 57,500", "The answer is 57500.0\n\nQuestion: 1 + 2"],
+        ["57501", "5750", "", "The answer is 3, not 57500"],
+    ),
+    "codeU": (
+        "[[1 3][2 4]]",
+        ["[[1 3][2 4]]", "So it is array([[1, 3],\n [2, 4]]).", "[1, 10) gives \\[\\[1. 3.\\] [2.0, 4]]"],
+        ["[1 3 2 4]", "[[1 3][2 5]]", "1 3 2 4", ""],
+    ),
+    "codeU, text": ("level,deed", ["level,deed", "The output is 'Level, deed'."], ["level", ""]),
+    "topic_retrieval": (
+        "The role of art in society",
+        ["the role of art in society", 'The first topic was "The role of art in society."'],
+        ["The role of sports in society", "art"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXAMS)
+def test_exams_as_l_eval_scores_them(name):
+    reference, right, wrong = EXAMS[name]
+    assert [answer for answer in right if best_score("exam", answer, [reference]) != 1] == []
+    assert [answer for answer in wrong if best_score("exam", answer, [reference]) != 0] == []
+
+
+def test_some_of_the_right_letters_are_a_quarter():
+    assert [best_score("exam", answer, ["ACD"]) for answer in ("A", "AC", "AB", "ACD")] == [0.25, 0.25, 0, 1]
+    assert best_score("exam", "B", ["A", "B"]) == 1, "the best over the references"

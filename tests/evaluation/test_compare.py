@@ -1,0 +1,203 @@
+"""The comparison of methods: cells equal evaluate.py's numbers, settings are checked by name."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny_model, tiny_config
+
+from longqlora.data.token_file import open_token_file
+from longqlora.evaluation.comparison import read_comparison
+from longqlora.evaluation.method_models import MethodModels, compare_perplexity
+from longqlora.evaluation.scoring import TokenScorer
+from longqlora.inference.load import load_for_inference, set_context
+from longqlora.model.context import ContextRequest
+
+METHODS = """
+  none: {}
+  PI: {rope_type: linear}
+  NTK: {rope_type: ntk}
+  dynamic: {rope_type: dynamic}
+  YaRN: {rope_type: yarn}
+  llama3: {rope_type: llama3}
+  theta: {rope_type: theta, rope_theta: 500000}
+  DCA: {attention: dca}
+  DCA on PI: {attention: dca, rope_type: linear, pretraining_length: 128}
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ids") / "ids.bin"
+    np.random.default_rng(0).integers(4, 320, 2000).astype("<u2").tofile(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_tokenizer):
+    return save_tiny_model(tmp_path_factory.mktemp("base") / "model", tiny_tokenizer, tiny_config(head_dim=16))
+
+
+def write_yaml(folder, base, data, methods=METHODS, **settings):
+    values = {"base_model": base, "lengths": "[64, 160]", "data_path": data, "sliding_window": 200, "max_windows": 4,
+              "dtype": "fp32", **settings}  # fmt: skip
+    path = folder / "compare.yaml"
+    path.write_text("".join(f"{k}: {v}\n" for k, v in values.items() if v is not None) + f"methods:{methods}\n")
+    return path
+
+
+REQUESTS = {
+    "plain": ContextRequest(),
+    "linear": ContextRequest(context_size=256, rope_type="linear"),
+    "dynamic": ContextRequest(context_size=256, rope_type="dynamic"),
+    "yarn": ContextRequest(context_size=256, rope_type="yarn"),
+    "ntk": ContextRequest(context_size=256, rope_type="ntk"),
+    "dca": ContextRequest(attention="dca", context_size=256),
+    "dca on yarn": ContextRequest(attention="dca", context_size=256, pretraining_length=128, rope_type="yarn"),
+}
+
+
+def test_a_changed_context_equals_a_fresh_load(base):
+    """Through all pairs of methods in turn, in both orders."""
+    ids = torch.randint(4, 320, (1, 200), generator=torch.Generator().manual_seed(0))
+    fresh = {}
+    for name, request in REQUESTS.items():
+        loaded = load_for_inference(str(base), context=request, dtype=torch.float32)
+        fresh[name] = (TokenScorer(loaded.model)(ids)[0], loaded.context_size, loaded.attention)
+    assert len({losses.sum().item() for losses, *_ in fresh.values()}) == len(fresh), "methods must differ"
+    for name in [*REQUESTS, *reversed(REQUESTS)]:
+        set_context(loaded, REQUESTS[name])
+        losses, context_size, attention = fresh[name]
+        assert torch.equal(TokenScorer(loaded.model)(ids)[0], losses), name
+        assert (loaded.context_size, loaded.attention) == (context_size, attention)
+        assert loaded.tokenizer.model_max_length == context_size
+
+
+def test_every_cell_equals_evaluate(base, data, tmp_path, run_script):
+    yaml, output, plot = write_yaml(tmp_path, base, data), tmp_path / "out.json", tmp_path / "out.png"
+    outcome = run_script("script/evaluate/compare.py", "--compare_args_file", yaml, "--output_file", output, "--plot",
+                         plot, cwd=tmp_path, check=True)  # fmt: skip
+    result = json.loads(output.read_text())
+    assert plot.read_bytes().startswith(b"\x89PNG") and "DCA on PI" in outcome.stdout
+    assert not list(tmp_path.glob(".out*")), "what made it resumable is gone"
+    flags = {"YaRN": ["--rope_type", "yarn"], "DCA": ["--attention", "dca"]}
+    for name, options in flags.items():
+        single = tmp_path / "single.json"
+        context = ["--context_size", 160]
+        run_script("script/evaluate/evaluate.py", "--base_model", base, "--data_path", data, "--seq_len", 160,
+                   "--sliding_window", 200, "--max_windows", 4, "--output_file", single, *context, *options,
+                   check=True)  # fmt: skip
+        expected = json.loads(single.read_text())["results"][0]
+        assert expected["context_size"] == 160
+        found = result["results"][name]["160"]
+        assert found["loss"] == expected["loss"] and found["num_windows"] == expected["num_windows"]
+        assert result["models"][name]["160"]["attention"] == expected["attention"]
+    at_64 = {
+        cell["64"]["loss"] for name, cell in result["results"].items() if name not in ("theta", "DCA", "DCA on PI")
+    }
+    assert len(at_64) == 1, "within its own length, a method scaled to that length changes nothing"
+    assert len({cell["160"]["loss"] for cell in result["results"].values()}) == len(result["results"])
+
+
+def test_passkey_measure(base, tmp_path, run_script):
+    methods = "\n  none: {}\n  PI: {rope_type: linear}"
+    yaml = write_yaml(tmp_path, base, None, methods, measure="passkey", data_path=None, lengths="[300]", num_trials=1,
+                      num_depths=2, sliding_window=None, max_windows=None)  # fmt: skip
+    output, plot = tmp_path / "out.json", tmp_path / "out.png"
+    run_script("script/evaluate/compare.py", "--compare_args_file", yaml, "--output_file", output, "--plot", plot,
+               check=True)  # fmt: skip
+    cells = json.loads(output.read_text())["results"]
+    assert [cell["depth"] for cell in cells["PI"]] == [0.0, 1.0] and plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_are_loaded_once_for_all_rope_methods(base, data, tmp_path, monkeypatch):
+    settings = read_comparison(str(write_yaml(tmp_path, base, data)), {})
+    models, loads = MethodModels(settings), []
+    import longqlora.evaluation.method_models as module
+
+    original = module.load_for_inference
+    monkeypatch.setattr(module, "load_for_inference", lambda *a, **k: loads.append(1) or original(*a, **k))
+    for name in settings.methods:
+        for length in (64, 160):
+            models.get(name, length)
+    assert len(loads) == 1
+
+
+def test_a_killed_comparison_goes_on_and_takes_up_new_methods(base, data, tmp_path, monkeypatch):
+    output, scored = tmp_path / "out.json", []
+    import longqlora.evaluation.method_models as module
+
+    original = module.score_windows
+
+    def score(scorer, tokens, plan, indices, device):
+        if len(scored) == 5:
+            scored.append(None)
+            raise KeyboardInterrupt
+        scored.append(indices)
+        return original(scorer, tokens, plan, indices, device)
+
+    monkeypatch.setattr(module, "score_windows", score)
+    tokens = open_token_file(str(data))
+    old = read_comparison(str(write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: linear}")), {})
+    with pytest.raises(KeyboardInterrupt):
+        compare_perplexity(old, tokens, MethodModels(old), output)
+    more = "\n  none: {}\n  PI: {rope_type: linear}\n  NTK: {rope_type: ntk}"
+    new = read_comparison(str(write_yaml(tmp_path, base, data, more)), {})
+    found = compare_perplexity(new, tokens, MethodModels(new), output)
+    assert len(scored) - 1 == 3 * 2 * 4, "no window was scored twice"
+    assert found == compare_perplexity(new, tokens, MethodModels(new), None)
+
+
+def test_blocks_need_no_mask_in_any_method(base, data, tmp_path):
+    settings = read_comparison(str(write_yaml(tmp_path, base, data, prefill_chunk_size=32)), {})
+    models = MethodModels(settings)
+    names = {name: models.get(name, 160).model.config._attn_implementation for name in ("none", "DCA", "YaRN")}
+    assert names["none"] == names["YaRN"] == "sdpa_with_past" and names["DCA"].startswith("dca_")
+
+
+BAD = {
+    "unknown key": ({"lengthes": "[3]"}, METHODS, "lengthes: unknown setting"),
+    "unknown method key": ({}, "\n  PI: {rope: linear}", "methods: PI: rope: unknown setting"),
+    "bad rope_type": ({}, "\n  PI: {rope_type: spiral}", "methods: PI: rope_type"),
+    "theta without base": ({}, "\n  T: {rope_type: theta}", "rope_theta"),
+    "base without theta": ({}, "\n  T: {rope_type: linear, rope_theta: 5}", "rope_theta"),
+    "no methods": ({}, " {}", "methods: give a mapping"),
+    "method is a list": ({}, "\n  PI: [linear]", "methods: PI: give a mapping"),
+    "no adapter": ({}, "\n  A: {peft_model: nowhere}", "peft_model"),
+    "lengths": ({"lengths": "[0]"}, METHODS, "lengths: give"),
+    "lengths as text": ({"lengths": "abc"}, METHODS, "lengths"),
+    "no data": ({"data_path": None}, METHODS, "data_path: perplexity needs"),
+    "data not there": ({"data_path": "nowhere.bin"}, METHODS, "data_path: no file"),
+    "too short": ({"lengths": "[5000]"}, METHODS, "5000"),
+    "measure": ({"measure": "speed"}, METHODS, "measure: 'speed'"),
+    "protocol": ({"protocol": "mine"}, METHODS, "protocol"),
+    "dtype": ({"dtype": "fp8"}, METHODS, "dtype"),
+    "dca without room": ({}, "\n  D: {attention: dca, pretraining_length: 4}", "pretraining_length"),
+    "dca beyond rope": ({}, "\n  D: {attention: dca, pretraining_length: 4096}", "methods: D: pretraining_length"),
+    "no base": ({"base_model": "./nowhere"}, METHODS, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings_are_one_line(name, base, data, tmp_path, monkeypatch):
+    """Everything that the script does before weights are loaded."""
+    from longqlora.evaluation.comparison import passkey_trials, plans_of
+    from longqlora.evaluation.method_models import describe_models
+
+    settings, methods, text = BAD[name]
+    path = write_yaml(tmp_path, base, data, methods, **settings)
+    with pytest.raises(ValueError) as error:
+        comparison = read_comparison(str(path), {})
+        plans_of(comparison, open_token_file(comparison.data_path).num_tokens)
+        describe_models(comparison)
+        passkey_trials(comparison)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["compare", "compare-books", "compare-passkey"])
+def test_the_shipped_yamls_are_valid(repo, monkeypatch, name):
+    monkeypatch.setattr("longqlora.evaluation.comparison.input_path", lambda key, value: value)
+    monkeypatch.setattr("longqlora.evaluation.comparison.require_folder", lambda path, flag: path)
+    settings = read_comparison(str(repo / "script" / "evaluate" / f"{name}.yaml"), {})
+    assert {"none", "PI", "NTK", "dynamic NTK", "YaRN", "DCA"} <= set(settings.methods)

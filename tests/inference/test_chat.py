@@ -1,0 +1,265 @@
+"""Chat: history and commands without a model, then the script through a pipe and under Ctrl-C."""
+
+import builtins
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPO, save_tiny_model
+
+from longqlora.inference.chat.session import HELP, ChatSession
+
+CHAT = "script/inference/chat.py"
+
+
+def count_words(messages) -> int:
+    """A token count for the tests: one for each word and each role."""
+    return sum(1 + len(message["content"].split()) for message in messages)
+
+
+def make_session(context_size=40, max_new_tokens=10, **kwargs) -> ChatSession:
+    return ChatSession(count_words, context_size=context_size, max_new_tokens=max_new_tokens, **kwargs)
+
+
+def roles(prompt) -> str:
+    return " ".join(message["role"][0] for message in prompt.messages)
+
+
+def test_history_is_sent_in_order():
+    session = make_session(system="be brief")
+    session.add_turn("one", "two")
+    prompt = session.prompt("three")
+    assert [message["content"] for message in prompt.messages] == ["be brief", "one", "two", "three"]
+    assert roles(prompt) == "s u a u" and prompt.notice is None
+    assert prompt.num_tokens == count_words(prompt.messages) and prompt.max_new_tokens == 10
+
+
+def test_oldest_whole_turns_are_left_out_and_it_is_said_once():
+    session = make_session(system="be brief")
+    for number in range(4):
+        session.add_turn(f"question {number} " + "w " * 3, f"answer {number}")
+    prompt = session.prompt("last question")
+    assert prompt.num_tokens <= session.room == 30
+    assert roles(prompt) == "s u a u a u" and "question 2" in prompt.messages[1]["content"]
+    assert prompt.notice == "the context of 40 tokens is full: left out 2 oldest turns"
+    assert session.prompt("last question").notice is None
+    assert len(session.turns) == 4, "left out of the prompt, yet still there for /save"
+
+
+def test_window_is_as_large_as_fits():
+    session = make_session(context_size=30, max_new_tokens=10)
+    session.add_turn("a b c", "d e f")  # 8 tokens
+    session.add_turn("a b c", "d e f")
+    assert session.room == 20
+    assert roles(session.prompt("a b c")) == "u a u a u"  # 8 + 8 + 4 = 20: exactly full
+    assert roles(session.prompt("a b c d")) == "u a u"
+
+
+def test_files_outlast_turns_and_the_system_message_outlasts_files(tmp_path):
+    session = make_session(context_size=60, max_new_tokens=10, system="be brief")
+    (tmp_path / "a.txt").write_text("material " * 20)
+    session.add_document(str(tmp_path / "a.txt"))
+    session.add_turn("old " * 5, "answer")
+    prompt = session.prompt("new " * 10)
+    assert roles(prompt) == "s u" and "material" in prompt.messages[1]["content"]
+    assert prompt.messages[1]["content"].endswith("new " * 10) and prompt.notice.endswith("1 oldest turn")
+    prompt = session.prompt("new " * 40)
+    assert roles(prompt) == "s u" and "material" not in prompt.messages[1]["content"]
+    assert prompt.notice.endswith("1 oldest file")
+    with pytest.raises(ValueError, match="50 fit in the context of 60"):
+        session.prompt("new " * 60)
+
+
+def test_a_message_that_never_fits_drops_nothing():
+    session = make_session()
+    session.add_turn("one", "two")
+    with pytest.raises(ValueError, match="shorten it"):
+        session.prompt("w " * 100)
+    assert roles(session.prompt("three")) == "u a u"
+
+
+def test_room_for_the_answer_is_at_most_half():
+    assert make_session(context_size=40, max_new_tokens=1000).room == 20
+    assert make_session(context_size=40, max_new_tokens=1000).prompt("a").max_new_tokens == 38
+
+
+def test_file_command(tmp_path):
+    session = make_session(context_size=100)
+    path = tmp_path / "my file.txt"
+    path.write_bytes(b"\xef\xbb\xbfthe text\r\n")
+    result = session.run_command(f'/file "{path}"')
+    assert result.text.startswith(f"read {path}: ") and not result.is_exit
+    assert session.documents[0].text == "the text"
+    path.write_text("other text")
+    session.run_command(f"/file {path}")
+    assert [document.text for document in session.documents] == ["other text"], "read again: replaced"
+    content = session.prompt("and now?").messages[0]["content"]
+    assert "other text" in content and content.endswith("and now?")
+
+
+def test_bad_commands_are_one_line_and_change_nothing(tmp_path):
+    session = make_session()
+    session.add_turn("one", "two")
+    (tmp_path / "binary").write_bytes(b"\xff\xfd\x00\x01")
+    (tmp_path / "nul").write_bytes(b"a\0b")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "long").write_text("w " * 500)
+    expected = {
+        "/file": "give a path",
+        "/save": "give a path",
+        "/file  ": "give a path",
+        f"/file {tmp_path}/missing": "no file",
+        f"/file {tmp_path}": "no file",
+        f"/file {tmp_path}/binary": "not UTF-8",
+        f"/file {tmp_path}/nul": "not a text file",
+        f"/file {tmp_path}/empty": "is empty",
+        f"/file {tmp_path}/long": "too many for a context of 40",
+        f"/save {tmp_path}": "is a folder",
+        f"/save {tmp_path}/nul": "exists; give another name",
+        f"/save {tmp_path}/pipe": "is a device",
+        f"/save {tmp_path}/binary/x.json": "error",
+        "/fiel x": "unknown command '/fiel'",
+        "/": "unknown command '/'",
+    }
+    for line, message in expected.items():
+        result = session.run_command(line)
+        assert result.text.startswith("error: ") and message in result.text and "\n" not in result.text, line
+        assert not result.is_exit
+    assert not session.documents and len(session.turns) == 1
+
+
+def test_clear_help_exit():
+    session = make_session(system="be brief")
+    session.add_turn("one", "two")
+    assert session.run_command("/clear").text == "cleared"
+    assert roles(session.prompt("three")) == "s u"
+    assert session.run_command("/help").text == HELP
+    assert session.run_command("/exit").is_exit
+    documented = {line.split()[0] for line in HELP.splitlines() if line.startswith("/")}
+    assert all("unknown" not in (session.run_command(name).text or "") for name in documented)
+
+
+def test_save_is_atomic_and_whole(tmp_path):
+    session = make_session(system="be brief")
+    session.add_turn("one", "zwei ü")
+    path = tmp_path / "chat.json"
+    assert session.run_command(f"/save {path}").text == f"saved {path}"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
+    assert saved["messages"][2]["content"] == "zwei ü" and saved["documents"] == []
+    assert [file.name for file in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_ctrl_c_at_the_prompt_leaves_at_the_second(monkeypatch, capsys):
+    read_lines = runpy.run_path(str(REPO / CHAT))["read_lines"]
+    keys = iter([KeyboardInterrupt, "hello", KeyboardInterrupt, KeyboardInterrupt, "never read"])
+
+    def fake_input(prompt):
+        key = next(keys)
+        if isinstance(key, str):
+            return key
+        raise key
+
+    monkeypatch.setattr(builtins, "input", fake_input)
+    assert list(read_lines(True)) == ["hello"]
+    assert "again" in capsys.readouterr().err
+
+
+def save_parrot(folder: Path, tokenizer) -> Path:
+    """A model that writes " the" for ever: its layers do nothing and its head knows one token."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    save_tiny_model(folder, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "norm" in name or "embed" in name else 0.0)
+        model.lm_head.weight[tokenizer(" the", add_special_tokens=False)["input_ids"][0]] = 1.0
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_chat_through_a_pipe(tiny_tokenizer, tmp_path, run_script):
+    model = save_parrot(tmp_path / "model", tiny_tokenizer)
+    (tmp_path / "paper.txt").write_text("wizards box")
+    lines = [
+        "hello", "/nonsense", "/file paper.txt", "/file missing.txt", "", "what does it say?", "/save full.json",
+        "/clear", "/save empty.json", "/help", "long " * 600, " /not a command",
+    ]  # fmt: skip
+    outcome = run_script(
+        CHAT, "--model_name_or_path", model, "--context_size", 512, "--max_new_tokens", 3, "--no-do_sample",
+        cwd=tmp_path, input="\n".join(lines), check=True,
+    )  # fmt: skip
+    assert outcome.stdout == "the the the\n" * 3
+    for message in (
+        "unknown command '/nonsense'",
+        "read paper.txt",
+        "no file at 'missing.txt'",
+        "cleared",
+        "shorten it",
+    ):
+        assert outcome.stderr.count(message) == 1, message
+    assert "Traceback" not in outcome.stderr
+    saved = json.loads((tmp_path / "full.json").read_text())
+    assert [message["content"] for message in saved["messages"]] == [
+        "hello", "the the the", "what does it say?", "the the the",
+    ]  # fmt: skip
+    assert saved["documents"] == [{"path": "paper.txt", "text": "wizards box"}]
+    assert json.loads((tmp_path / "empty.json").read_text()) == {"messages": [], "documents": []}
+
+
+def wait_for(condition, process, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode}"
+        assert time.monotonic() < deadline, "nothing came"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(tiny_tokenizer, tmp_path):
+    model = save_parrot(tmp_path / "model", tiny_tokenizer)
+    command = [
+        sys.executable, str(REPO / CHAT), "--model_name_or_path", str(model), "--no-do_sample",
+        "--context_size", "1000000", "--max_new_tokens", "500000",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    seen = {"stdout": b"", "stderr": b""}
+
+    def follow(name):
+        while data := os.read(getattr(process, name).fileno(), 4096):
+            seen[name] += data
+
+    readers = [threading.Thread(target=follow, args=(name,), daemon=True) for name in seen]
+    for reader in readers:
+        reader.start()
+    try:
+        for number in (1, 2):
+            already = len(seen["stdout"])
+            process.stdin.write(b"hello\n")
+            process.stdin.flush()
+            wait_for(lambda start=already: seen["stdout"].count(b" the", start) >= 3, process)
+            process.send_signal(signal.SIGINT)
+            wait_for(lambda count=number: seen["stderr"].count(b"(interrupted)") == count, process)
+        process.stdin.write(b"/save chat.json\n")
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        for reader in readers:
+            reader.join(timeout=10)
+    messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert all(message["content"].startswith("the the") for message in messages[1::2])

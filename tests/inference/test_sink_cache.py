@@ -1,0 +1,223 @@
+"""Attention sinks and a window against a reference that holds everything and knows no cache."""
+
+import pytest
+import torch
+from conftest import tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from longqlora.inference.sink_cache import SinkLayer, check_streaming, default_window, sink_cache
+
+WINDOW, NUM_SINKS = 16, 4
+
+
+def make_model(model_type="llama", **overrides):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides)).eval()
+
+
+def random_ids(num_tokens: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(4, 320, (1, num_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+class Rotary64(torch.nn.Module):
+    """RoPE of a model in float64 throughout."""
+
+    def __init__(self, inv_freq):
+        super().__init__()
+        self.inv_freq = inv_freq.double()
+
+    def forward(self, x, position_ids):
+        angles = (position_ids[..., None].double() * self.inv_freq).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+
+def make_exact_model(**overrides):
+    """A Llama that computes nothing in fp32, as stock norms and RoPE do even in a float64 model."""
+    model = make_model(**overrides).double()
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+                setattr(parent, name, norm)
+    model.model.rotary_emb = Rotary64(model.model.rotary_emb.inv_freq)
+    return model
+
+
+@torch.no_grad()
+def run_blocks(model, cache, ids, blocks) -> torch.Tensor:
+    """Logits [S, V] of `ids` [1, S], fed in blocks of these lengths."""
+    pieces = ids.split(blocks, dim=1)
+    return torch.cat([model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0] for piece in pieces])
+
+
+def rotated(states, positions, inv_freq):
+    """Llama's RoPE of states [H, S, D] at these positions [S], written as complex numbers."""
+    half = states.shape[-1] // 2
+    turned = torch.complex(states[..., :half], states[..., half:]) * torch.polar(
+        torch.ones(len(positions), half, dtype=torch.float64), torch.outer(positions.double(), inv_freq)
+    )
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+@torch.no_grad()
+def reference_logits(model, ids, blocks, *, window, num_sinks) -> torch.Tensor:
+    """Logits [S, V]: for each token, plain attention over the tokens it may see, at positions within them.
+
+    Keys and values of all tokens are held, keys not rotated; who sees whom follows from `blocks`, one at a time.
+    """
+    inv_freq, decoder = model.model.rotary_emb.inv_freq, model.model
+    num_heads, head_dim = model.config.num_attention_heads, decoder.layers[0].self_attn.head_dim
+    keys, values = ([[] for _ in decoder.layers] for _ in range(2))
+    logits, block_start = [], 0
+    for block in blocks:
+        kept = list(range(block_start))
+        if len(kept) > window:
+            kept = kept[:num_sinks] + kept[len(kept) - (window - num_sinks) :]
+        for position in range(block_start, block_start + block):
+            seen = [*kept, *range(block_start, position + 1)]
+            places = torch.arange(len(seen))
+            hidden = decoder.embed_tokens(ids[0, position])
+            for number, layer in enumerate(decoder.layers):
+                attention, x = layer.self_attn, layer.input_layernorm(hidden)
+                query, key, value = (
+                    project(x).view(-1, 1, head_dim)
+                    for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+                )
+                keys[number].append(key)
+                values[number].append(value)
+                all_keys, all_values = (torch.cat([known[number][j] for j in seen], 1) for known in (keys, values))
+                group = num_heads // all_keys.shape[0]
+                query = rotated(query, places[-1:], inv_freq)
+                all_keys = rotated(all_keys, places, inv_freq).repeat_interleave(group, dim=0)
+                weights = (query @ all_keys.mT / head_dim**0.5).softmax(dim=-1)
+                out = (weights @ all_values.repeat_interleave(group, dim=0)).reshape(-1)
+                hidden = hidden + attention.o_proj(out)
+                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            logits.append(model.lm_head(decoder.norm(hidden)))
+        block_start += block
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 1])
+@pytest.mark.parametrize(
+    "num_sinks, blocks", [(4, [1] * 60), (0, [1] * 40), (15, [1] * 40), (4, [2, 5, 20, 1, 1, 40, 9, 3])]
+)
+def test_a_token_sees_sinks_and_window_at_positions_within_them(num_kv_heads, num_sinks, blocks):
+    model = make_exact_model(num_key_value_heads=num_kv_heads)
+    ids = random_ids(sum(blocks))
+    cache = sink_cache(model, window=WINDOW, num_sinks=num_sinks)
+    expected = reference_logits(model, ids, blocks, window=WINDOW, num_sinks=num_sinks)
+    torch.testing.assert_close(run_blocks(model, cache, ids, blocks), expected, rtol=0, atol=1e-9)
+    assert cache.get_seq_length() == ids.shape[1] and cache.num_evicted == ids.shape[1] - WINDOW
+
+
+def test_counting_from_0_again_changes_nothing():
+    model, ids = make_exact_model(), random_ids(120)
+    plain, rebased = (sink_cache(model, window=WINDOW) for _ in range(2))
+    expected = run_blocks(model, plain, ids, [1] * 120)
+    logits, known = [], []
+    for first in range(0, 120, 20):
+        known = rebased.rebase(known) + ids[0, first : first + 20].tolist()
+        logits.append(run_blocks(model, rebased, ids[:, first : first + 20], [1] * 20))
+        assert rebased.get_seq_length() == len(known) <= WINDOW + 20
+    torch.testing.assert_close(torch.cat(logits), expected, rtol=0, atol=1e-9)
+    assert rebased.rebase([*known, 7, 8]) == ids[0, :4].tolist() + ids[0, -12:].tolist() + [7, 8]
+    assert rebased.rebase(list(range(20))) == list(range(20)), "nothing is evicted yet"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_before_the_window_is_full_it_is_stock_attention(dtype):
+    model, ids, blocks = make_model().to(dtype), random_ids(24), [9, 1, 1, 5, 7, 1]
+    model.model.rotary_emb.inv_freq = make_model().model.rotary_emb.inv_freq
+    stock = run_blocks(model, DynamicCache(), ids, blocks)
+    assert torch.equal(run_blocks(model, sink_cache(model, window=24), ids, blocks), stock)
+    evicting = run_blocks(model, sink_cache(model, window=WINDOW), ids, blocks)
+    assert torch.equal(evicting[:16], stock[:16]) and not torch.equal(evicting[-1], stock[-1])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "gpt_neox", "qwen3"])
+def test_model_types(model_type):
+    # With one layer, keys and values depend on the token alone: streaming is reading the kept tokens by themselves.
+    model, ids = make_model(model_type, num_hidden_layers=1), random_ids(50)
+    logits = run_blocks(model, sink_cache(model, window=WINDOW), ids, [1] * 50)
+    for position in (10, 16, 17, 30, 49):
+        seen = ids[:, : position + 1]
+        if position > WINDOW:
+            seen = torch.cat([seen[:, :NUM_SINKS], seen[:, position - (WINDOW - NUM_SINKS) :]], dim=1)
+        with torch.no_grad():
+            expected = model(input_ids=seen).logits[0, -1]
+        torch.testing.assert_close(logits[position], expected, rtol=0, atol=2e-5)
+
+
+def test_memory_is_constant_and_sinks_do_not_wear_off():
+    inv_freq = make_model().model.rotary_emb.inv_freq
+    layer, sizes = SinkLayer(inv_freq, WINDOW, NUM_SINKS), set()
+    sinks = torch.randn(1, 2, NUM_SINKS, 16)
+    layer.update(sinks, torch.zeros_like(sinks))
+    for step in range(5000):
+        keys, values = layer.update(torch.randn(1, 2, 1, 16), torch.full((1, 2, 1, 16), float(step)))
+        if step > 2 * WINDOW:
+            held = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+            sizes.add(sum(tensor.untyped_storage().nbytes() for tensor in held))
+    per_token = 2 * 16 * 4  # bytes of the keys of one token
+    assert sizes == {per_token * (2 * (WINDOW + 1) + NUM_SINKS) + inv_freq.nbytes}
+    assert keys.shape == values.shape == (1, 2, WINDOW + 1, 16)
+    assert values[0, 0, NUM_SINKS:, 0].tolist() == list(range(4999 - 12, 5000))
+    expected = rotated(sinks[0].double(), torch.full((4,), 5000 + 3 - WINDOW), inv_freq.double()).float()
+    torch.testing.assert_close(keys[0, :, :NUM_SINKS], expected, rtol=0, atol=3e-3)
+    assert layer.get_seq_length() == 5004 and not layer.is_croppable
+
+
+def test_a_reset_layer_remembers_nothing():
+    inv_freq = make_model().model.rotary_emb.inv_freq
+    used, fresh = (SinkLayer(inv_freq, WINDOW, NUM_SINKS) for _ in range(2))
+    for _ in range(3):
+        used.update(torch.randn(1, 2, 10, 16), torch.randn(1, 2, 10, 16))
+    used.reset()
+    assert used.get_seq_length() == 0 and used.get_mask_sizes(3) == (3, 0)
+    for _ in range(3):
+        keys, values = torch.randn(2, 1, 2, 10, 16)
+        seen = zip(used.update(keys, values), fresh.update(keys, values), strict=True)
+        assert all(torch.equal(one, other) for one, other in seen)
+
+
+NOPE = AutoConfig.for_model(
+    "smollm3", hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=320, max_position_embeddings=64, pad_token_id=3,
+)  # fmt: skip
+DCA = {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "config, sizes, words",
+    [
+        (tiny_config(), (4, 4), ["--streaming_window", "4", "--num_sinks"]),
+        (tiny_config(), (10, -1), ["--num_sinks", "-1"]),
+        (tiny_config(), (64, 4), ["--streaming_window", "context of 64", "got 64"]),
+        (tiny_config(), (None, 56), ["--num_sinks", "56"]),
+        (tiny_config(dual_chunk_attention_config=DCA), (16, 4), ["--attention full"]),
+        (tiny_config(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}), (16, 4), ["dynamic"]),
+        (tiny_config("mistral", sliding_window=32), (16, 4), ["mistral", "sliding-window"]),
+    ],
+)
+def test_refused_by_the_config_alone(config, sizes, words):
+    with pytest.raises(ValueError) as error:
+        check_streaming(config, *sizes)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    "config", [tiny_config("gpt2"), tiny_config("cohere"), NOPE], ids=["no RoPE", "interleaved", "not in every layer"]
+)
+def test_models_without_llamas_rope_are_refused(config):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=f"rotary position embeddings .* {config.model_type} has others"):
+        sink_cache(AutoModelForCausalLM.from_config(config).eval(), window=WINDOW)
+
+
+def test_block_and_window_fill_the_context():
+    assert [default_window(size) for size in (64, 8192, 32768)] == [56, 7168, 31744]
+    assert check_streaming(tiny_config(), None, 4) == 56
+    model = make_model()
+    assert sink_cache(model).block_size == 8 and sink_cache(model, window=63).block_size == 1

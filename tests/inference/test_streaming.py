@@ -1,0 +1,274 @@
+"""The endless chat: what it reads, that nothing can put its ids and its cache at odds, and its flags."""
+
+import copy
+import io
+import json
+import logging
+import runpy
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import REPO, save_tiny_model, sentences, tiny_config
+from transformers import AutoModelForCausalLM
+
+from longqlora.cli import run_main
+from longqlora.data.prompt import encode_conversation
+from longqlora.inference.chat.streaming import StreamingSession
+from longqlora.inference.generation import GenerationOptions, generate_text
+from longqlora.inference.sink_cache import sink_cache
+
+CHAT = "script/inference/chat.py"
+WINDOW = 16
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + ('</s>' if m.role == 'assistant' else '') + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+GREEDY = GenerationOptions(do_sample=False, max_new_tokens=6)
+
+
+def make_session(tokenizer, *, window=WINDOW, template="vicuna_v1.1", options=GREEDY, context=64, **kwargs):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(max_position_embeddings=context)).eval()
+    model.generation_config.eos_token_id = 2
+    cache = sink_cache(model, window=window)
+    return StreamingSession(model, tokenizer, cache, template=template, options=options, **kwargs)
+
+
+def ask(session, question, stop_event=None) -> tuple[bool, str]:
+    pieces = []
+    return session.reply(question, pieces.append, stop_event or threading.Event()), "".join(pieces)
+
+
+def test_two_turns_equal_all_ids_at_once_within_the_window(tiny_tokenizer):
+    session = make_session(tiny_tokenizer, window=1000, context=1024, system="be brief")
+    ask(session, "the quick brown fox")
+    first = list(session.ids)
+    _, text = ask(session, "over a lazy dog")
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the quick brown fox"}]
+    prompt = encode_conversation(tiny_tokenizer, messages, add_generation_prompt=True)
+    assert first[: len(prompt)] == prompt and len(first) == len(prompt) + 6
+    second = [*first, 2, *tiny_tokenizer.encode("USER: over a lazy dog\nASSISTANT: ", add_special_tokens=False)]
+    expected = generate_text(session.model, tiny_tokenizer, second, GREEDY)
+    assert session.ids == [*second, *expected.new_ids] and text == expected.text
+
+
+def follow_reading(session) -> list[int]:
+    """A list that grows by the number of tokens of each forward pass."""
+    blocks = []
+    session.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: blocks.append(args[0].shape[1]))
+    return blocks
+
+
+def test_reading_in_blocks_and_counting_anew_answers_as_the_cache_by_hand(tiny_tokenizer, tmp_path):
+    session, by_hand = (make_session(tiny_tokenizer) for _ in range(2))
+    path = tmp_path / "long.txt"
+    path.write_text(sentences(200))
+    blocks = follow_reading(session)
+    assert session.run_command(f"/file {path}").text.endswith(" tokens")
+    assert ask(session, "what is it?")[0] and session.cache.get_seq_length() < 3 * WINDOW + 48 + 6
+    ids = session._first_ids(f"Below is the text of {path}.\n\n{sentences(200)}\n\nThe text ends here.\n\nwhat is it?")
+    with torch.no_grad():
+        for block in torch.tensor([ids]).split(48, dim=1):
+            logits = by_hand.model(input_ids=block, past_key_values=by_hand.cache, use_cache=True).logits[0]
+    assert session.ids[-6] == logits[-1].argmax() and session.ids[:4] == ids[:4] and session.ids[-18:-6] == ids[-12:]
+    assert max(blocks) == 64 - WINDOW and sum(blocks) == len(ids) + 5, "block and window fill the context"
+
+
+def test_a_file_is_read_with_the_next_question_and_again_on_request(tiny_tokenizer, tmp_path):
+    session = make_session(tiny_tokenizer)
+    path = tmp_path / "long.txt"
+    path.write_text(sentences(200))
+    blocks = follow_reading(session)
+    for command, is_long in ((f"/file {path}", True), ("/help", False), (f"/file {path}", True), ("/help", False)):
+        session.run_command(command)
+        blocks.clear()
+        ask(session, "what is it?")
+        assert (sum(blocks) > 200) == is_long, command
+
+
+def test_ids_and_cache_agree_over_many_turns(tiny_tokenizer):
+    session = make_session(tiny_tokenizer)
+    for number in range(12):
+        ask(session, f"question {number} " + sentences(number * 5 + 1))
+        assert session.cache.get_seq_length() == len(session.ids) - 1 < 400
+    session.run_command("/clear")
+    assert session.ids == [] and session.cache.get_seq_length() == 0
+    fresh = make_session(tiny_tokenizer)
+    assert ask(session, "hello") == ask(fresh, "hello") and session.ids == fresh.ids
+
+
+def test_an_end_of_the_models_choice_is_written_once(tiny_tokenizer):
+    session = make_session(tiny_tokenizer, window=1000, context=1024)
+    ask(session, "hello")
+    session.end_ids.add(session.ids[-1])
+    session.model.generation_config.eos_token_id = [2, session.ids[-1]]
+    session.clear()
+    ask(session, "hello")
+    seen = session.cache.get_seq_length()
+    assert session.ids[-1] != max(session.end_ids) and seen == len(session.ids)
+    ask(session, "more")
+    assert session.ids[seen : seen + 2] == [2, tiny_tokenizer.encode("USER", add_special_tokens=False)[0]]
+
+
+def test_a_stop_string_ends_the_text_and_stays_in_the_stream(tiny_tokenizer):
+    session = make_session(tiny_tokenizer)
+    _, text = ask(session, "hello")
+    whole, start = list(session.ids), len(text) // 2
+    session = make_session(
+        tiny_tokenizer, options=GenerationOptions(do_sample=False, max_new_tokens=6, stop=(text[start : start + 2],))
+    )
+    assert ask(session, "hello") == (True, text[:start])
+    assert session.ids == whole[: len(session.ids)] and session.cache.get_seq_length() == len(session.ids) - 1
+
+
+def test_transformers_does_not_compare_the_stream_with_the_context(tiny_tokenizer):
+    make_session(tiny_tokenizer)
+    logger = logging.getLogger("transformers.generation.stopping_criteria")
+    messages = {"... has exceeded the model's predefined maximum length (64).": False, "anything else": True}
+    for message, is_shown in messages.items():
+        record = logger.makeRecord(logger.name, logging.WARNING, "", 0, message, (), None)
+        assert bool(logger.filter(record)) == is_shown
+
+
+class InterruptAt:
+    """Raise KeyboardInterrupt, or set an event, in the n-th call of a layer."""
+
+    def __init__(self, model, num_calls: int, act):
+        self.num_calls, self.act = num_calls, act
+        self.handle = model.model.layers[1].register_forward_pre_hook(self)
+
+    def __call__(self, module, args):
+        self.num_calls -= 1
+        if self.num_calls == 0:
+            self.act()
+
+
+def raise_interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("num_calls", [1, 3, 7], ids=["first block", "while reading", "while answering"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_hard_interrupt_takes_the_question_back(tiny_tokenizer, num_calls, is_first):
+    session, untouched = (make_session(tiny_tokenizer) for _ in range(2))
+    if not is_first:
+        assert ask(session, sentences(90)) == ask(untouched, sentences(90))
+    hook, event = InterruptAt(session.model, num_calls, raise_interrupt), threading.Event()
+    assert not ask(session, sentences(40, seed=1), event)[0] and event.is_set()
+    hook.handle.remove()
+    assert session.ids == untouched.ids and session.cache.get_seq_length() == untouched.cache.get_seq_length()
+    assert ask(session, "next one") == ask(untouched, "next one") and session.ids == untouched.ids
+
+
+def test_ctrl_c_ends_reading_at_once_and_an_answer_after_a_token(tiny_tokenizer):
+    session = make_session(tiny_tokenizer)
+    ask(session, "hello")
+    before, event = list(session.ids), threading.Event()
+    hook = InterruptAt(session.model, 2, event.set)
+    assert not ask(session, sentences(300), event)[0] and session.ids == before
+    assert hook.num_calls == 0, "no further block"
+    hook.handle.remove()
+    event = threading.Event()
+    InterruptAt(session.model, 3, event.set)
+    assert ask(session, "more", event)[0] and session.cache.get_seq_length() == len(session.ids) - 1
+
+
+def test_an_error_takes_the_question_back(tiny_tokenizer):
+    session = make_session(tiny_tokenizer)
+    ask(session, "hello")
+    before = list(session.ids)
+    hook = InterruptAt(session.model, 2, lambda: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        ask(session, sentences(100))
+    hook.handle.remove()
+    assert session.ids == before and session.cache.get_seq_length() == len(before) - 1
+
+
+def with_template(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_next_turn_of_a_chat_template(tiny_tokenizer):
+    tokenizer = with_template(tiny_tokenizer, CHATML)
+    session = make_session(tokenizer, template="chat_template", system="be brief")
+    expected = tokenizer.encode("</s>\n<|user|>what now?\n<|assistant|>", add_special_tokens=False)
+    assert session.next_turn_ids("what now?") == expected
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        (CHATML.replace("</s>", ""), "does not end an answer with a token of its own"),
+        ("{{ messages | length }}" + CHATML, "rewrites earlier turns"),
+    ],
+)
+def test_a_template_without_prefixes_is_refused(tiny_tokenizer, template, reason):
+    with pytest.raises(ValueError, match=f"--streaming: .*{reason}.*--prompt_template vicuna_v1.1"):
+        make_session(with_template(tiny_tokenizer, template), template="chat_template")
+
+
+def run_chat(flags, monkeypatch, *, lines=(), may_load=True) -> None:
+    """What `python script/inference/chat.py FLAGS` does, with `lines` in its pipe."""
+    script = runpy.run_path(str(REPO / CHAT))
+    monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags)])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(lines).encode())))
+    if not may_load:
+        monkeypatch.setitem(script["main"].__globals__, "load_from_arguments", lambda args: pytest.fail("it loaded"))
+    run_main(script["main"])
+
+
+def test_chat_through_a_pipe_beyond_the_context(tiny_tokenizer, tmp_path, monkeypatch, capsys):
+    model = save_tiny_model(tmp_path / "model", tiny_tokenizer)
+    capsys.readouterr()
+    (tmp_path / "paper.txt").write_text(sentences(400))
+    lines = [sentences(100), "/file paper.txt", "what does it say?", "ünïcode", "/save full.json", "/clear", "hello"]
+    flags = ["--model_name_or_path", model, "--streaming", "--streaming_window", 40, "--max_new_tokens", 90]
+    monkeypatch.chdir(tmp_path)
+    sizes = {}
+    record = lambda model, **given: sizes.update(given) or sink_cache(model, **given)  # noqa: E731
+    monkeypatch.setattr("longqlora.inference.sink_cache.sink_cache", record)
+    run_chat([*flags, "--num_sinks", 2, "--no-do_sample"], monkeypatch, lines=lines)
+    assert sizes == {"window": 40, "num_sinks": 2}
+    shown = capsys.readouterr()
+    notes = [line for line in shown.err.splitlines() if line and "Loading weights" not in line]
+    assert notes[0].startswith("read paper.txt: ") and notes[1:] == ["saved full.json", "cleared"]
+    messages = json.loads((tmp_path / "full.json").read_text(encoding="utf-8"))["messages"]
+    assert [message["content"] for message in messages[::2]] == [sentences(100), "what does it say?", "ünïcode"]
+    assert all(len(message["content"]) > 90 for message in messages[1::2])
+    assert shown.out.startswith(messages[1]["content"] + "\n")
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_question_that_was_taken_back_is_not_saved(tiny_tokenizer, is_kept, capsys):
+    session = make_session(tiny_tokenizer)
+
+    def reply(question, on_text, stop_event) -> bool:
+        on_text("it")
+        stop_event.set()
+        return is_kept
+
+    runpy.run_path(str(REPO / CHAT))["answer"](session, reply, "what?")
+    assert [turn.answer for turn in session.turns] == ["it"] * is_kept
+    assert ("as if it had not been asked" in capsys.readouterr().err) != is_kept
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--streaming_window", "20"], ["--streaming_window", "--streaming only"]),
+        (["--num_sinks", "0"], ["--num_sinks", "--streaming only"]),
+        (["--streaming", "--streaming_window", "0"], ["--streaming_window", "got 0"]),
+        (["--streaming", "--streaming_window", "64"], ["--streaming_window", "context of 64"]),
+        (["--streaming", "--attention", "dca"], ["--streaming", "--attention full"]),
+        (["--streaming", "--context_size", "128", "--rope_type", "dynamic"], ["--streaming", "dynamic"]),
+    ],
+)
+def test_bad_flags(flags, words, tiny_model_dir, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_chat(["--model_name_or_path", tiny_model_dir, *flags], monkeypatch, may_load=False)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words), error

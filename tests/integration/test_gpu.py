@@ -1,0 +1,322 @@
+"""What only a CUDA device can show: kernels in 16 bit, NF4 on the GPU, the command lines end to end.
+
+    pytest -m gpu
+
+Tolerances, relative to the largest expected value, against fp32 or fp64 from the same 16-bit inputs:
+fp16 4e-3, bf16 3e-2 (a few units in the last place of values of that size); fp32 1e-4.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import sentences
+from test_shift_short_attention import reference
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import longqlora.model.loss as loss_module
+from longqlora.attention.binding import bind_attention, flash_kernel
+from longqlora.attention.segments import document_lengths
+from longqlora.attention.shift_short import causal_attention, shift_short_attention
+from longqlora.inference.load import load_for_inference
+from longqlora.model.adapter import attach_adapter
+from longqlora.model.adapter_folder import save_adapter
+from longqlora.model.base import load_config, load_model
+from longqlora.model.context import extend_rope
+from longqlora.model.loss_binding import bind_chunked_loss
+from longqlora.settings.config import AdapterConfig, AttentionConfig
+
+HAS_CUDA = torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device, and torch.cuda.is_available() is false"),
+]
+
+DEVICE = torch.device("cuda")
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}
+HAS_BF16 = HAS_CUDA and torch.cuda.is_bf16_supported(including_emulation=False)
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not HAS_BF16, reason="this GPU has no bf16"))
+BF16_NAME = pytest.param("bf16", marks=pytest.mark.skipif(not HAS_BF16, reason="this GPU has no bf16"))
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+G = 128
+
+
+def assert_close(ours, expected, tolerance):
+    expected = expected.double().cpu()
+    error = (ours.double().cpu() - expected).abs().max() / expected.abs().max()
+    assert error <= tolerance, f"relative error {error:.2e} is above {tolerance:.0e}"
+
+
+def inputs(heads, kv_heads, length, dim, dtype, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, length, h, dim) for h in (heads, kv_heads, kv_heads)]
+    return [torch.randn(s, generator=generator).to(DEVICE, dtype).transpose(1, 2).requires_grad_() for s in shapes]
+
+
+def skip_where_missing(backend, dtype, dim):
+    """Skip where SDPA has no such kernel for plain causal attention on this GPU."""
+    try:
+        with sdpa_kernel(BACKENDS[backend]):
+            F.scaled_dot_product_attention(*inputs(2, 2, G, dim, dtype), is_causal=True).sum().backward()
+    except RuntimeError as error:
+        pytest.skip(f"no {backend} kernel here for {dtype}, head dim {dim}: {str(error).splitlines()[0]}")
+
+
+def check_against_reference(kernel, heads, kv_heads, length, dim, dtype):
+    tensors = inputs(heads, kv_heads, length, dim, dtype)
+    output = shift_short_attention(*tensors, G, kernel=kernel)
+    exact = [x.detach().cpu().double().requires_grad_() for x in tensors]
+    expected = reference(*exact, G)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    output.backward(gradient)
+    expected.backward(gradient.cpu().double())
+    assert output.dtype == dtype
+    assert_close(output, expected, TOLERANCE[dtype])
+    for ours, theirs in zip(tensors, exact, strict=True):
+        assert_close(ours.grad, theirs.grad, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+@pytest.mark.parametrize("heads,kv_heads,dim", [(8, 8, 64), (8, 8, 128), (8, 2, 128), (8, 1, 64)])
+@pytest.mark.parametrize("length", [4 * G, 5 * G + 60])
+def test_s2_equals_the_reference_on_every_backend(backend, dtype, heads, kv_heads, dim, length):
+    skip_where_missing(backend, dtype, dim)
+    with sdpa_kernel(BACKENDS[backend]):
+        check_against_reference(causal_attention, heads, kv_heads, length, dim, dtype)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="the flash-attn package is not installed")
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+@pytest.mark.parametrize("heads,kv_heads", [(8, 8), (8, 2)])
+def test_s2_through_flash_attn_equals_the_reference(dtype, heads, kv_heads):
+    check_against_reference(flash_kernel(), heads, kv_heads, 5 * G + 60, 128, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_s2_with_padding_on_the_left(dtype, kv_heads):
+    """The kernel that takes a mask, and document by document. Rows of padding are left out: nothing reads them."""
+    length = 3 * G
+    tensors = [x.detach() for x in inputs(8, kv_heads, length, 64, dtype)]
+    segment_ids = torch.zeros(2, length, dtype=torch.long, device=DEVICE)
+    segment_ids[0, :70] = -1
+    expected = reference(*(x.cpu().double() for x in tensors), G, segment_ids.cpu())
+    for known in ({"segment_ids": segment_ids}, {"documents": document_lengths(segment_ids)}):
+        output = shift_short_attention(*tensors, G, **known)
+        assert torch.isfinite(output).all()
+        assert_close(output[0, :, 70:], expected[0, :, 70:], TOLERANCE[dtype])
+        assert_close(output[1], expected[1], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_changed_future_changes_nothing_before(backend, dtype):
+    """A value raised by 64 moves what reads it by far more than the tolerance."""
+    skip_where_missing(backend, dtype, 64)
+    length = 3 * G + 20
+    tensors = [x.detach() for x in inputs(4, 4, length, 64, dtype)]
+    with sdpa_kernel(BACKENDS[backend]):
+        before = shift_short_attention(*tensors, G)
+        for token in (1, G // 2, G - 1, G, 2 * G + 5, length - 1):
+            changed = [x.clone() for x in tensors]
+            changed[1][:, :, token:] += 1
+            changed[2][:, :, token:] += 64
+            after = shift_short_attention(*changed, G)
+            assert (after[:, :, :token] - before[:, :, :token]).abs().max() <= TOLERANCE[dtype]
+            assert (after[:, :, token] - before[:, :, token]).abs().max() > 10 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("implementation", ["library", "own"])
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_chunked_loss_equals_stock(monkeypatch, implementation, dtype):
+    if implementation == "own":
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+        monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 1000 * 100)
+    elif not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("torch older than 2.13 has no linear_cross_entropy")
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 500, 64, generator=generator).to(DEVICE, dtype)
+    weight = (0.1 * torch.randn(1000, 64, generator=generator)).to(DEVICE, dtype)
+    labels = torch.randint(1000, (2, 500), generator=generator).to(DEVICE)
+    labels[0, :50] = -100
+    ours = [states.clone().requires_grad_(), weight.clone().requires_grad_()]
+    exact = [states.float().requires_grad_(), weight.float().requires_grad_()]
+    loss = loss_module.next_token_loss(*ours, labels)
+    logits = exact[0] @ exact[1].T
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    # fp16 gradients of a mean over 1000 tokens need the scale that training gives them.
+    (loss * 1024).backward()
+    (expected * 1024).backward()
+    # A loss of 7 in bf16 would be known to 0.03 only.
+    assert abs(loss.item() - expected.item()) < 5e-3
+    for x, y in zip(ours, exact, strict=True):
+        assert_close(x.grad, y.grad, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_loss_of_a_long_row_is_finite(dtype):
+    """The sum over 9000 tokens is 124,000, beyond the range of fp16; the loss itself is not."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 9000, 16, generator=generator).to(DEVICE, dtype).requires_grad_()
+    weight = torch.randn(1000, 16, generator=generator).to(DEVICE, dtype)
+    labels = torch.randint(1000, (1, 9000), generator=generator).to(DEVICE)
+    loss = loss_module.next_token_loss(states, weight, labels)
+    loss.backward()
+    assert abs(loss.item() - 13.81) < 0.02 and torch.isfinite(states.grad).all() and states.grad.any()
+
+
+def nf4_model(folder, dtype):
+    config = load_config(str(folder))
+    extend_rope(config, 256)
+    model = load_model(str(folder), config, dtype=dtype, load_in_4bit=True, device=DEVICE)
+    bind_attention(model, AttentionConfig(attention="s2"), 256)
+    bind_chunked_loss(model)
+    return attach_adapter(model, AdapterConfig(lora_rank=8, lora_dropout=0, train_embedding=True, train_norm=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+def test_nf4_training_reaches_the_adapter_alone_and_survives_saving(tmp_path, tiny_model_dir, dtype):
+    torch.manual_seed(0)
+    model = nf4_model(tiny_model_dir, dtype).train()
+    ids = torch.randint(4, 320, (2, 200), device=DEVICE)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    losses = []
+    for step in range(6):
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=ids, labels=ids).loss
+        (loss * 128).backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+            # B is zero at first, so A gets its first gradient in the second step.
+            assert not parameter.requires_grad or "lora_A" in name or parameter.grad.any(), name
+            assert step == 0 or not parameter.requires_grad or parameter.grad.any(), name
+            if parameter.requires_grad:
+                parameter.grad /= 128
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert abs(losses[0] - math.log(320)) < 0.5 and losses[-1] < losses[0] - 0.2
+    for name, parameter in model.named_parameters():
+        assert name not in frozen or torch.equal(parameter, frozen[name]), name
+
+    model.eval()
+    save_adapter(model, tmp_path / "adapter")
+    loaded = load_for_inference(
+        None, adapter_name_or_path=str(tmp_path / "adapter"), load_in_4bit=True, dtype=dtype, device=DEVICE
+    )
+    with torch.no_grad(), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        expected, logits = model(input_ids=ids).logits, loaded.model(input_ids=ids).logits
+    assert_close(logits, expected, TOLERANCE[dtype])
+
+
+@pytest.fixture
+def train_file(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": sentences(400, seed)}) + "\n" for seed in range(40)))
+    return path
+
+
+def train(tmp_path, tiny_model_dir, train_file, repo, precision, *, launcher, deepspeed=True):
+    settings = {
+        "model_name_or_path": tiny_model_dir, "train_file": train_file, "output_dir": tmp_path / "run",
+        "model_max_length": 256, "max_seq_length": 256, "max_steps": 3, "save_steps": 3, "logging_steps": 1,
+        "warmup_steps": 1, "lora_rank": 8, "per_device_train_batch_size": 2, "report_to": "none",
+        "optim": "paged_adamw_32bit", "data_cache_dir": tmp_path / "cache", precision: "true",
+    }  # fmt: skip
+    if not deepspeed:
+        settings["deepspeed"] = "null"
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    command = [
+        *launcher,
+        str(repo / "train.py"),
+        "--train_args_file",
+        str(repo / "train_args/tiny-llama-pretrain.yaml"),
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    outcome = subprocess.run(
+        [*command, *words], capture_output=True, text=True, timeout=900, env=environment, cwd=tmp_path
+    )
+    assert outcome.returncode == 0, outcome.stdout[-3000:] + outcome.stderr[-3000:]
+    result = json.loads((tmp_path / "run" / "train_results.json").read_text())
+    assert result["global_step"] == 3 and math.isfinite(result["last_loss"]) and result["last_loss"] < 7
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()
+    return result
+
+
+@pytest.mark.parametrize("precision", ["fp16", BF16_NAME])
+def test_training_without_deepspeed(tmp_path, tiny_model_dir, train_file, repo, precision):
+    result = train(tmp_path, tiny_model_dir, train_file, repo, precision, launcher=[sys.executable], deepspeed=False)
+    assert result["peak_gpu_memory_gib"] is not None
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
+@pytest.mark.parametrize("precision", ["fp16", BF16_NAME])
+def test_training_under_the_deepspeed_launcher(tmp_path, tiny_model_dir, train_file, repo, precision):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", str(port)]
+    train(tmp_path, tiny_model_dir, train_file, repo, precision, launcher=launcher)
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
+def test_training_with_deepspeed_and_no_launcher(tmp_path, tiny_model_dir, train_file, repo):
+    train(tmp_path, tiny_model_dir, train_file, repo, "fp16", launcher=[sys.executable])
+
+
+@pytest.mark.parametrize("flags", [[], ["--load_in_4bit"]])
+def test_evaluation_on_the_gpu_agrees_with_the_cpu(tmp_path, tiny_model_dir, run_script, flags):
+    np.random.default_rng(0).integers(4, 320, 4096).astype("<u2").tofile(tmp_path / "ids.bin")
+    perplexities = []
+    for device, environment in (("gpu", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": ""})):
+        out = tmp_path / f"{device}.json"
+        run_script(
+            "script/evaluate/evaluate.py", "--base_model", tiny_model_dir, "--data_path", tmp_path / "ids.bin",
+            "--seq_len", 64, "--sliding_window", 64, "--output_file", out, *flags, check=True, env=environment,
+            timeout=600,
+        )  # fmt: skip
+        perplexities.append(json.loads(out.read_text())["results"][0]["perplexity"])
+    assert math.isclose(*perplexities, rel_tol=0.02) and 200 < perplexities[0] < 600
+
+
+def test_attention_benchmark_on_the_gpu(tmp_path, run_script):
+    out = tmp_path / "out.json"
+    run_script("benchmark/attention.py", "--device", "cuda", "--dtype", "fp16", "--output_file", out, check=True)
+    figures = json.loads(out.read_text())["results"]["4096"]
+    assert figures["s2"]["extra_bytes"] <= figures["materialized"]["extra_bytes"] / 4
+
+
+@pytest.mark.parametrize("flags", [[], ["--v100"], ["--attention", "full"]])
+def test_train_step_on_the_gpu(tmp_path, run_script, flags):
+    out = tmp_path / "out.json"
+    run_script(
+        "benchmark/train_step.py", "--shape", "tiny", "--seq_len", 1024, "--memory_cap", "4GiB", "--output_file", out,
+        *flags, check=True, timeout=600,
+    )  # fmt: skip
+    record = json.loads(out.read_text())
+    assert record["peak_reserved_bytes"] >= record["peak_allocated_bytes"] > record["weight_bytes"] > 0
+    assert record["peak_reserved_bytes"] <= 4 * 2**30 and all(map(math.isfinite, record["losses"]))
+
+
+def test_train_step_beyond_the_memory_cap(run_script):
+    outcome = run_script("benchmark/train_step.py", "--shape", "tiny", "--seq_len", 2**22, "--memory_cap", "1GiB")
+    assert outcome.returncode == 2 and "Traceback" not in outcome.stderr
+    assert "out of memory within --memory_cap 1GiB" in outcome.stderr

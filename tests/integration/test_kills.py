@@ -1,0 +1,140 @@
+"""Runs that are killed, started twice or out of disk go on to the same bits.
+
+The slow tests repeat what the quick ones do once or a few times; NUM_KILLS says how often (40).
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+from safetensors.torch import load_file
+from training_process import finish, history_of, losses_of, start
+
+from longqlora.training.checkpoint import list_checkpoints
+
+ZERO2 = str(REPO / "train_args" / "deepspeed" / "zero2.json")
+RESUME = ("--resume_from_checkpoint", "true")
+NUM_KILLS = int(os.environ.get("NUM_KILLS", "40"))
+slow = pytest.mark.slow
+KINDS = pytest.mark.parametrize(
+    "deepspeed,num_attempts",
+    [
+        pytest.param(ZERO2, 3, id="zero2"),
+        pytest.param(None, 2, id="plain"),
+        pytest.param(ZERO2, NUM_KILLS // 2, id="zero2-often", marks=slow),
+        pytest.param(None, NUM_KILLS // 2, id="plain-often", marks=slow),
+    ],
+)
+
+
+@pytest.fixture
+def whole(write_yaml):
+    """Train without a stop: returns a check that another run has the same bits, and the seconds it took."""
+
+    def train(deepspeed: str | None):
+        path, folder = write_yaml("whole", deepspeed=deepspeed)
+        started = time.monotonic()
+        finish(start("--train_args_file", path, log=path.with_suffix(".out")), path.with_suffix(".out"))
+        seconds = time.monotonic() - started
+
+        def check(out: Path) -> None:
+            assert losses_of(history_of(out)) == losses_of(history_of(folder))
+            expected = load_file(folder / "final" / "adapter_model.safetensors")
+            for name, tensor in load_file(out / "final" / "adapter_model.safetensors").items():
+                assert torch.equal(tensor, expected.pop(name)), name
+            assert not expected
+
+        return check, seconds
+
+    return train
+
+
+def kill_some_time(processes: list, seconds: float) -> None:
+    time.sleep(seconds)
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+@KINDS
+def test_killed_at_any_moment_resumes_to_the_same_bits(write_yaml, whole, deepspeed, num_attempts):
+    check, seconds = whole(deepspeed)
+    generator = random.Random(11)
+    for attempt in range(num_attempts):
+        path, out = write_yaml(f"killed{attempt}", deepspeed=deepspeed)
+        log = out.with_suffix(".out")
+        kill_some_time([start("--train_args_file", path, log=log)], seconds * generator.uniform(0.15, 0.95))
+        for checkpoint in list_checkpoints(out):
+            load_file(checkpoint / "adapter_model.safetensors")
+        finish(start("--train_args_file", path, *resume_or_overwrite(out), log=log), log)
+        check(out)
+        shutil.rmtree(out)
+
+
+def resume_or_overwrite(out: Path) -> tuple[str, ...]:
+    """How to go on after a kill at any moment, the one behind `final` and before the last line among them."""
+    return RESUME if list_checkpoints(out) or not (out / "final").exists() else ("--overwrite_output_dir", "true")
+
+
+@KINDS
+def test_two_runs_started_at_once_do_not_harm_each_other(write_yaml, whole, deepspeed, num_attempts):
+    check, seconds = whole(deepspeed)
+    generator = random.Random(12)
+    for attempt in range(num_attempts):
+        path, out = write_yaml(f"twice{attempt}", deepspeed=deepspeed)
+        logs = [out.with_suffix(f".{number}") for number in range(2)]
+        kill_some_time(
+            [start("--train_args_file", path, log=log) for log in logs], seconds * generator.uniform(0.15, 1.5)
+        )
+        both = [start("--train_args_file", path, *RESUME, log=log) for log in logs]
+        for process in both:
+            process.join(240)
+        text = "".join(log.read_text(errors="replace") for log in logs)
+        # Where one ends before the other looks, the other finds nothing left to do.
+        assert sorted(process.exitcode for process in both) in ([0, 2], [0, 0]), text[-4000:]
+        assert "Traceback" not in text, text[-4000:]
+        check(out)
+        shutil.rmtree(out)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, num_bytes: int):
+    """A file system of its own on `folder`; returns what makes it large."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=1g", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@slow
+@pytest.mark.parametrize("deepspeed", [ZERO2, None], ids=["zero2", "plain"])
+def test_a_disk_that_fills_at_any_moment_loses_nothing(write_yaml, whole, deepspeed):
+    check, _ = whole(deepspeed)
+    used = sum(path.stat().st_size for path in (write_yaml("whole")[1]).rglob("*") if path.is_file())
+    generator = random.Random(13)
+    for attempt in range(NUM_KILLS // 4):
+        path, out = write_yaml(f"full{attempt}", deepspeed=deepspeed)
+        log = out.with_suffix(".out")
+        with small_disk(out, int(used * generator.uniform(0.05, 1.0))) as enlarge:
+            process = start("--train_args_file", path, log=log)
+            process.join(240)
+            text = log.read_text(errors="replace")
+            errors = [line for line in text.splitlines() if line.startswith("error:")]
+            assert (process.exitcode, len(errors)) in ((0, 0), (2, 1)) and "Traceback" not in text, text[-4000:]
+            assert not (out / ".saving").exists() and not list(out.glob(".*.partial"))
+            for checkpoint in list_checkpoints(out):
+                load_file(checkpoint / "adapter_model.safetensors")
+            enlarge()
+            finish(start("--train_args_file", path, *resume_or_overwrite(out), log=log), log)
+            check(out)

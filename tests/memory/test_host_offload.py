@@ -1,0 +1,167 @@
+"""Host memory's copies in the worst order: on streams that do nothing before they are waited for.
+
+The device is played by the CPU: the computing stream runs at once, copies as late as the waits allow. What reads
+or writes memory that was given away by then, or comes before the work that it needs, fails here.
+`tests/test_memory_gpu.py` has the real streams.
+"""
+
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from longqlora.memory import host_offload
+from longqlora.memory.host_offload import HostOffload
+
+NUM_LAYERS = 5
+
+
+class Streams:
+    """torch.cuda's streams, as far as HostOffload uses them."""
+
+    def __init__(self):
+        self.num_computed, self.current, self.device_tensors = 0, None, []
+
+    @contextmanager
+    def stream(self, stream):
+        self.current = stream
+        yield
+        self.current = None
+
+    def copy(self, target, source, *, is_pinned):
+        """`copy` of host_offload: later, on tensors that must still be there by then."""
+        assert self.current.seen == self.num_computed, "a copy that does not wait for the work before it"
+        device_side = source if self.current.to_host else target
+        self.device_tensors.append(weakref.ref(device_side))
+        sides = [weakref.ref(x) if x is device_side else (lambda x=x: x) for x in (target, source)]
+
+        def work():
+            there, here = (side() for side in sides)
+            assert there is not None and here is not None, "device memory was given away before its copy was done"
+            there.copy_(here)
+
+        self.current.queue.append(work)
+
+    def num_present(self) -> int:
+        return len({id(x()) for x in self.device_tensors if x() is not None})
+
+
+class SideStream:
+    def __init__(self, streams, *, to_host):
+        self.streams, self.to_host, self.queue, self.num_done, self.seen = streams, to_host, [], 0, -1
+
+    def wait_stream(self, compute):
+        self.seen = self.streams.num_computed
+
+    def wait_event(self, event):
+        self.queue.append(event.finish)
+
+    def record_event(self):
+        return Event(self, len(self.queue))
+
+
+class Event:
+    def __init__(self, stream, position):
+        self.stream, self.position = stream, position
+
+    def finish(self):
+        while self.stream.num_done < self.position:
+            self.stream.num_done += 1
+            self.stream.queue[self.stream.num_done - 1]()
+
+
+class ComputingStream:
+    def wait_event(self, event):
+        event.finish()
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    streams, compute = Streams(), ComputingStream()
+    monkeypatch.setattr(torch.cuda, "stream", streams.stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(host_offload, "copy", streams.copy)
+    monkeypatch.setattr(host_offload, "register", lambda block: True)
+    return streams
+
+
+@pytest.fixture
+def store(streams):
+    store = HostOffload(torch.device("cpu"))
+    store.is_used, store.registered = True, []
+    store.to_host, store.to_device = SideStream(streams, to_host=True), SideStream(streams, to_host=False)
+    return store
+
+
+def layer_values(step: int, layer: int) -> list[torch.Tensor]:
+    return [torch.full((3, 4), 100.0 * step + layer), torch.full((7,), -100 * step - layer, dtype=torch.bfloat16)]
+
+
+def forward(store, streams, step: int) -> list:
+    handles = []
+    for layer in range(NUM_LAYERS):
+        streams.num_computed += 1
+        handles.append(store.put(layer_values(step, layer)))
+        assert streams.num_present() <= 4, "two layers of two tensors"
+    return handles
+
+
+def test_what_is_put_comes_back_in_the_worst_order(store, streams):
+    for step in range(3):
+        handles = forward(store, streams, step)
+        for layer in reversed(range(NUM_LAYERS)):
+            streams.num_computed += 1
+            tensors = store.get(handles[layer])
+            assert streams.num_present() <= 4, "two layers of two tensors"
+            for got, expected in zip(tensors, layer_values(step, layer), strict=True):
+                assert got.dtype == expected.dtype and torch.equal(got, expected)
+                got.fill_(float("nan"))
+            del tensors, got
+            handles.pop()
+    sizes = sorted(block.nbytes for blocks in store.blocks.values() for block in blocks)
+    assert sizes == sorted(x.nbytes for x in layer_values(0, 0) * NUM_LAYERS), "exact sizes, one set for all steps"
+    assert sum(x.nbytes for x in store.registered) == sum(sizes)
+
+
+@pytest.mark.parametrize("num_got", range(NUM_LAYERS + 1))
+def test_a_step_that_was_given_up_leaves_its_memory_to_the_next(store, streams, num_got):
+    handles = forward(store, streams, step=0)
+    for _ in range(num_got):
+        streams.num_computed += 1
+        store.get(handles.pop())
+    del handles
+    assert streams.num_present() == 0
+    for layer, handle in reversed(list(enumerate(forward(store, streams, step=1)))):
+        streams.num_computed += 1
+        for got, expected in zip(store.get(handle), layer_values(1, layer), strict=True):
+            assert torch.equal(got, expected)
+    assert len(store.registered) == 2 * NUM_LAYERS
+
+
+def test_only_layers_that_have_left_the_device_are_copied_back(store, streams):
+    handles = forward(store, streams, step=0)
+    while handles:
+        streams.num_computed += 1
+        store.get(handles.pop())
+    num_copies = 2 * NUM_LAYERS
+    assert len(streams.device_tensors) == num_copies + num_copies - 2, "the last layer's tensors were still there"
+
+
+def test_a_host_that_runs_short_is_named(store, monkeypatch):
+    monkeypatch.setattr(host_offload, "free_host_memory", lambda: 47)
+    with pytest.raises(ValueError, match="offload_activations: .* keep_activations: input"):
+        store.put([torch.zeros(3, 4)])
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(store, streams, monkeypatch):
+    monkeypatch.setattr(host_offload, "register", lambda block: False)
+    with pytest.warns(UserWarning, match="cannot be pinned"):
+        handle = store.put(layer_values(0, 0))
+    assert not store.registered and torch.equal(store.get(handle)[0], layer_values(0, 0)[0])
+
+
+def test_on_a_cpu_tensors_stay_where_they_are():
+    store, tensors = HostOffload(torch.device("cpu")), layer_values(0, 0)
+    handle = store.put(tensors)
+    assert all(x is y for x, y in zip(store.get(handle), tensors, strict=True))

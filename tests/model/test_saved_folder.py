@@ -1,0 +1,225 @@
+"""What our folders mean to others: config.json to four readers, tokenizer files to transformers 4.
+
+Each reader's rule is restated in a line or two and linked. tests/test_transformers_4.py runs transformers 4 itself.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import save_tiny_model, tiny_config
+from test_merge import make_adapter
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from longqlora.inference.load import load_for_inference
+from longqlora.model.adapter_folder import save_adapter
+from longqlora.model.base import load_tokenizer
+from longqlora.model.context import ContextRequest, apply_context, context_length, extend_rope
+from longqlora.model.merge import merge
+from longqlora.model.rope_scaling import ROPE_METHODS
+from longqlora.model.saved_folder import save_config, save_tokenizer
+
+ORIGINAL, TARGET = 64, 256
+
+
+def by_transformers(config) -> int:
+    """https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/modeling_rope_utils.py: dynamic RoPE is
+    scaled from max_position_embeddings on, by the factor; to all else that is the longest input."""
+    rope = config.rope_parameters
+    return int(config.max_position_embeddings * (rope["factor"] if rope["rope_type"] == "dynamic" else 1))
+
+
+def by_vllm(config) -> int:
+    """https://github.com/vllm-project/vllm/blob/v0.33.0/vllm/config/model.py, _get_and_verify_max_len, and
+    transformers_utils/model_arch_config_convertor.py, derive_max_model_len_and_key."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "seq_len")
+    length = min(getattr(config, name) for name in names if getattr(config, name, None) is not None)
+    rope = config.rope_parameters
+    return int(length * (1 if rope["rope_type"] in ("longrope", "llama3", "yarn") else rope.get("factor", 1)))
+
+
+def by_older_vllm(config) -> int:
+    """https://github.com/vllm-project/vllm/blob/v0.11.0/vllm/config/model.py: YaRN from the original length."""
+    if config.rope_parameters["rope_type"] == "yarn":
+        return int(config.rope_parameters["original_max_position_embeddings"] * config.rope_parameters["factor"])
+    return by_vllm(config)
+
+
+def by_sglang(config) -> int:
+    """https://github.com/sgl-project/sglang/blob/v0.5.23/python/sglang/srt/utils/hf_transformers/common.py,
+    get_context_length; config.rope_scaling is rope_parameters there."""
+    names = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
+    length = next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
+    rope = config.rope_parameters
+    keeps = "original_max_position_embeddings" in rope or rope["rope_type"] == "llama3"
+    return int(length * (1 if keeps else rope.get("factor", 1)))
+
+
+def by_llama_cpp(config) -> int:
+    """https://github.com/ggml-org/llama.cpp/blob/00bd27a621f92be9a99d24d7c5117a263b9b3c01/conversion/base.py,
+    TextModel.set_gguf_parameters."""
+    return config.max_position_embeddings
+
+
+READERS = [context_length, by_transformers, by_vllm, by_older_vllm, by_sglang, by_llama_cpp]
+
+
+def announced(folder) -> dict[str, int]:
+    config = AutoConfig.from_pretrained(folder)
+    return {reader.__name__: reader(config) for reader in READERS}
+
+
+@pytest.mark.parametrize("rope_type", [*ROPE_METHODS, None])
+def test_every_reader_announces_the_context(tmp_path, rope_type):
+    config = tiny_config()
+    if rope_type:
+        extend_rope(config, TARGET, rope_type, 5e5 if rope_type == "theta" else None)
+    save_config(config, tmp_path)
+    expected = dict.fromkeys((reader.__name__ for reader in READERS), TARGET if rope_type else ORIGINAL)
+    if rope_type == "dynamic":
+        expected["by_llama_cpp"] = ORIGINAL  # it has no dynamic RoPE
+    assert announced(tmp_path) == expected
+
+
+@pytest.mark.parametrize("values", [{}, {"original_max_position_embeddings": ORIGINAL}], ids=["released", "earlier"])
+def test_a_folder_of_another_convention_is_saved_in_ours(tmp_path, values):
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    length = TARGET if values else ORIGINAL
+    config = tiny_config(rope_parameters=rope, max_position_embeddings=length, **values)
+    save_config(config, tmp_path)
+    assert set(announced(tmp_path).values()) == {TARGET}
+    extend_rope(config, 2 * TARGET)
+    save_config(config, tmp_path)
+    assert set(announced(tmp_path).values()) == {2 * TARGET}
+
+
+@pytest.mark.parametrize(
+    ("length", "values", "reaches", "is_said"),
+    [
+        (4096, {}, 32768, False),  # LongLoRA: nobody pretrains with 512
+        (32768, {}, 262144, True),  # Together's LLaMA-2-7B-32K, Chinese-Alpaca-2-16k: 4096 were pretrained
+        (32768, {"original_max_position_embeddings": 4096}, 32768, False),
+    ],
+)
+def test_a_length_with_linear_rope_that_can_mean_two_things_is_said(length, values, reaches, is_said, capsys):
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
+    config = tiny_config(rope_parameters=rope, max_position_embeddings=length, **values)
+    apply_context(config, ContextRequest())
+    printed = capsys.readouterr().err
+    assert context_length(config) == reaches
+    assert ("add original_max_position_embeddings: 4096" in printed and "262144" in printed) == is_said
+    assert bool(printed) == is_said
+
+
+def test_dual_chunk_attention_is_no_length_for_readers_without_it(tmp_path):
+    config = tiny_config()
+    request = ContextRequest(context_size=1024, rope_type="linear", attention="dca", pretraining_length=TARGET)
+    apply_context(config, request)
+    save_config(config, tmp_path)
+    expected = dict.fromkeys((reader.__name__ for reader in READERS), TARGET)
+    assert announced(tmp_path) == {**expected, "context_length": 1024}
+
+
+MODEL_TYPES = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gpt_neox", "phi", "stablelm"]
+
+
+@pytest.mark.parametrize("rope_type", list(ROPE_METHODS))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_transformers_4_finds_its_names_and_5_reads_the_same(tmp_path, model_type, rope_type):
+    config = tiny_config(model_type)
+    extend_rope(config, TARGET, rope_type, 5e5 if rope_type == "theta" else None)
+    save_config(config, tmp_path)
+    values, rope = json.loads((tmp_path / "config.json").read_text()), config.rope_parameters
+    neox = model_type == "gpt_neox"
+    assert values["rotary_emb_base" if neox else "rope_theta"] == rope["rope_theta"]
+    assert values.get("rotary_pct" if neox else "partial_rotary_factor") == rope.get("partial_rotary_factor")
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    assert values.get("rope_scaling", {"rope_type": "default"}) == scaling
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert (loaded.rope_parameters, loaded.max_position_embeddings) == (rope, config.max_position_embeddings)
+    # Its own names alone, as in a config.json of transformers 4, say the same.
+    del values["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope
+
+
+def test_parameters_by_layer_type(tmp_path):
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    config = tiny_config("gemma3_text", head_dim=16, layer_types=list(rope), rope_parameters=rope)
+    save_config(config, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert (values["rope_theta"], values["rope_local_base_freq"]) == (2e6, 2e4)
+    assert values["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    assert values["max_position_embeddings"] == ORIGINAL and "max_seq_len" not in values
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory, tiny_tokenizer):
+    """A model folder as transformers 5 saves it, with a sentencepiece model and a special token of its own."""
+    folder = save_tiny_model(
+        tmp_path_factory.mktemp("other") / "base", tiny_tokenizer, tiny_config(vocab_size=len(tiny_tokenizer) + 1)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["dog"]})
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(b"sentencepiece")
+    return folder
+
+
+def tokenizer_values(folder) -> dict:
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    assert values["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert values["model_input_names"] == ["input_ids", "attention_mask"]
+    assert "extra_special_tokens" not in values and values["additional_special_tokens"] == ["dog"]
+    assert (folder / "tokenizer.model").read_bytes() == b"sentencepiece"
+    return values
+
+
+def test_a_tokenizer_is_saved_in_words_that_transformers_4_knows(tmp_path, other_base):
+    tokenizer = load_tokenizer(str(other_base))
+    save_tokenizer(tokenizer, tmp_path)
+    assert tokenizer_values(tmp_path)["added_tokens_decoder"]["2"]["content"] == "</s>"
+    (tmp_path / "config.json").write_bytes((other_base / "config.json").read_bytes())
+    again = load_tokenizer(str(tmp_path))
+    text = "the lazy dog</s> sleeps"
+    assert again(text) == tokenizer(text) and again.all_special_tokens == tokenizer.all_special_tokens
+    save_tokenizer(again, tmp_path / "again")
+    tokenizer_values(tmp_path / "again")
+
+
+@pytest.mark.parametrize("of_adapter", [True, False])
+def test_a_merged_folder_carries_the_tokenizer_of_adapter_or_base(tmp_path, other_base, of_adapter):
+    adapter = make_adapter(other_base, tmp_path / "adapter", load_tokenizer(str(other_base)) if of_adapter else None)
+    merge(str(other_base), str(adapter), tmp_path / "out")
+    assert tokenizer_values(tmp_path / "out")["model_max_length"] == TARGET
+    assert set(announced(tmp_path / "out").values()) == {TARGET}
+
+
+def test_an_adapter_folder_is_written_the_same_way(tmp_path, tiny_model_dir):
+    loaded = load_for_inference(
+        str(tiny_model_dir),
+        adapter_name_or_path=str(make_adapter(tiny_model_dir, tmp_path / "adapter")),
+        dtype=torch.float32,
+    )
+    save_adapter(loaded.model, tmp_path / "final")
+    assert set(announced(tmp_path / "final").values()) == {TARGET}
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["rope_scaling"]["factor"] == 4.0
+
+
+def test_an_earlier_folder_gives_the_same_logits(tmp_path, tiny_model_dir):
+    """Folders written before: the length reached and the factor, with the original length stated."""
+    earlier, ours = tmp_path / "earlier", tmp_path / "ours"
+    for folder in (earlier, ours):
+        shutil.copytree(tiny_model_dir, folder)
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    extend_rope(config, TARGET)
+    config.save_pretrained(earlier)
+    save_config(AutoConfig.from_pretrained(earlier), ours)
+    ids = torch.arange(4, 204)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (earlier, ours)]
+    assert torch.equal(*logits)

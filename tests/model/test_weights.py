@@ -1,0 +1,417 @@
+"""Base weights that are not what they seem: refused with one line before anything is loaded or written."""
+
+import importlib.util
+import json
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import save_tiny_model, sentences, tiny_config
+from safetensors.torch import load_file, save_file
+from test_merge import IDS, make_adapter, stock_logits
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+import longqlora.model.base
+import longqlora.training.run
+import train
+from longqlora.cli import run_main
+from longqlora.inference.load import load_for_inference
+from longqlora.model.adapter import attach_adapter
+from longqlora.model.adapter_folder import save_adapter
+from longqlora.model.base import empty_model, load_config, load_model, refuse_hub_code
+from longqlora.model.merge import merge
+from longqlora.model.weight_checks import check_base
+from longqlora.settings.config import AdapterConfig
+
+UP = "model.layers.1.mlp.up_proj.weight"
+INDEX = "model.safetensors.index.json"
+
+
+def edit(change):
+    """A change of a folder that changes the weights in its one file; `change` gets and returns all of them."""
+
+    def spoil(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+    return spoil
+
+
+def cut(name: str, keep: int | None):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+def as_bin(folder: Path, change=lambda weights: weights) -> None:
+    torch.save(change(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def in_shards(folder: Path, change=lambda index: index) -> None:
+    """Split the weights into two shards with an index, which `change` may spoil."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, weight_map = sorted(weights), {}
+    for file, part in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
+        save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": change(weight_map)}))
+
+
+def bin_then(change):
+    return lambda folder: (as_bin(folder), change(folder))
+
+
+# name: (what is done to the folder, words of the error)
+FAULTS = {
+    "missing": (edit(lambda w: {n: t for n, t in w.items() if n != UP}), [f"lacks {UP!r}"]),
+    "shape": (edit(lambda w: {**w, UP: torch.ones(96, 64)}), [UP, "[96, 64]", "config.json says [128, 64]"]),
+    "vocabulary": (
+        edit(lambda w: {**w, "model.embed_tokens.weight": torch.ones(300, 64)}), ["embed_tokens", "[300, 64]", "[320"]
+    ),
+    "more layers": (
+        edit(lambda w: {**w, UP.replace("1", "2"): torch.ones(128, 64)}), [UP.replace("1", "2"), "no place"]
+    ),
+    "a bias": (edit(lambda w: {**w, UP.replace("weight", "bias"): torch.ones(128)}), ["up_proj.bias", "no place"]),
+    "integers": (
+        edit(lambda w: {n: (100 * t).to(torch.int8) if "proj" in n else t for n, t in w.items()}),
+        ["lacks", "stored as integers", "16-bit model"],
+    ),
+    "8-bit floats": (edit(lambda w: {**w, UP: w[UP].to(torch.float8_e4m3fn)}), [f"lacks {UP!r}", "quantised"]),
+    "cut off": (cut("model.safetensors", -500), ["model.safetensors", "cannot be read as weights"]),
+    "empty": (cut("model.safetensors", 0), ["model.safetensors", "cannot be read as weights"]),
+    "text": (lambda f: (f / "model.safetensors").write_text("x" * 99), ["cannot be read as weights"]),
+    "empty .bin": (bin_then(cut("pytorch_model.bin", 0)), ["pytorch_model.bin", "cannot be read", "it is empty"]),
+    "cut .bin": (bin_then(cut("pytorch_model.bin", -500)), ["pytorch_model.bin", "cannot be read as weights"]),
+    "a list in .bin": (lambda f: as_bin(f, lambda w: list(w.values())), ["pytorch_model.bin", "something else"]),
+    "missing in .bin": (lambda f: as_bin(f, lambda w: w.pop(UP) is None or w), [f"lacks {UP!r}"]),
+    "nothing": (lambda f: (f / "model.safetensors").unlink(), ["has no weights"]),
+    "shard gone": (lambda f: (in_shards(f), (f / "b.safetensors").unlink()), ["lacks b.safetensors"]),
+    "shard empty": (lambda f: (in_shards(f), cut("b.safetensors", 0)(f)), ["b.safetensors", "cannot be read"]),
+    "weight not where the index says": (
+        lambda f: in_shards(f, lambda index: {**index, UP: ({*index.values()} - {index[UP]}).pop()}),
+        [UP, "the index says"],
+    ),
+    "absolute shard": (lambda f: in_shards(f, lambda index: {**index, UP: "/etc/hosts"}), ["/etc/hosts", "no file of"]),
+    "shard outside": (lambda f: in_shards(f, lambda index: {**index, UP: "../x.safetensors"}), ["../x", "no file of"]),
+    "shard without name": (lambda f: in_shards(f, lambda index: {**index, UP: 3}), ["names 3"]),
+    "index without metadata": (lambda f: (in_shards(f), edit_json(f / INDEX, metadata=None)), ["no metadata"]),
+    "index of nothing": (lambda f: in_shards(f, lambda index: {}), ["lists no weights"]),
+    "twice": (
+        lambda f: (in_shards(f), shutil.copy(f / "a.safetensors", f / "b.safetensors")), ["is in a.safetensors too"]
+    ),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ["adapter_name_or_path"]),
+    "weights by another name": (
+        lambda f: edit_json(f / "config.json", transformers_weights="other.safetensors"), ["transformers_weights"]
+    ),
+    "a length in quotes": (
+        lambda f: edit_json(f / "config.json", max_position_embeddings="64"),
+        ["config.json cannot be read", "max_position_embeddings", "base"],
+    ),
+    "an unknown dtype": (lambda f: edit_json(f / "config.json", dtype="float17"), ["config.json cannot be read"]),
+    "an empty tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer of", "base", "is it whole"]),
+    "tokenizer settings in a list": (
+        lambda f: (f / "tokenizer_config.json").write_text("[]"), ["tokenizer of", "base", "is it whole"]
+    ),
+}  # fmt: skip
+
+
+def edit_json(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture
+def adapter(tmp_path, tiny_model_dir) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    save_adapter(attach_adapter(model, AdapterConfig(finetuning_type="lora", lora_rank=4)), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def train_words(tmp_path, monkeypatch):
+    """train_words(base, *more) sets the command line of a run on `base` into tmp_path/out."""
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": sentences(100)}) + "\n")
+    (tmp_path / "run.yaml").write_text("max_steps: 1\nmodel_max_length: 64\nmax_seq_length: 64\nlora_rank: 4\n")
+
+    def train_words(base: Path, *more: str) -> None:
+        files = ["--train_file", str(tmp_path / "train.jsonl"), "--output_dir", str(tmp_path / "out")]
+        words = ["--train_args_file", str(tmp_path / "run.yaml"), "--model_name_or_path", str(base), *files, *more]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+
+    return train_words
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_base_is_refused_by_every_way_in(
+    fault, tiny_model_dir, tmp_path, adapter, train_words, monkeypatch, capsys
+):
+    spoil, words = FAULTS[fault]
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    spoil(base)
+
+    def too_late(*args, **kwargs):
+        raise AssertionError("the checks let it pass")
+
+    monkeypatch.setattr(longqlora.model.base.AutoModelForCausalLM, "from_pretrained", too_late)
+    monkeypatch.setattr(longqlora.training.run, "start_run", too_late)
+    before = sorted(tmp_path.rglob("*"))
+    for call in (
+        lambda: load_for_inference(str(base)),
+        lambda: load_for_inference(str(base), adapter_name_or_path=str(adapter), load_in_4bit=True),
+        lambda: merge(str(base), str(adapter), tmp_path / "merged"),
+    ):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert not [word for word in words if word not in str(error.value)], error.value
+    for more in ([], ["--dry_run"]):
+        if more and fault == "nothing":
+            continue
+        train_words(base, *more)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_main(train.main)
+        lines = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        assert not [word for word in words if word not in lines[0]], lines[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# What config.json says of lengths and RoPE, and the name in the error.
+NO_NUMBERS = [
+    ({"max_position_embeddings": 0}, "max_position_embeddings"),
+    ({"rope_theta": -1.0}, "rope_parameters.rope_theta"),
+    ({"rope_theta": float("nan")}, "rope_parameters.rope_theta"),
+    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_parameters.factor"),
+    ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope_parameters.factor"),
+    ({"original_max_position_embeddings": "4096"}, "original_max_position_embeddings"),
+    ({"dual_chunk_attention_config": [32, 8]}, "dual_chunk_attention_config"),
+    (
+        {"dual_chunk_attention_config": {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings": "64"}},
+        "dual_chunk_attention_config.original_max_position_embeddings",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "name"), NO_NUMBERS, ids=[str(values) for values, _ in NO_NUMBERS])
+def test_lengths_and_rope_that_are_no_positive_numbers(values, name, tiny_model_dir, tmp_path, train_words):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    saved = json.loads((base / "config.json").read_text())
+    del saved["rope_parameters"]
+    (base / "config.json").write_text(json.dumps({**saved, **values}))
+    train_words(base, "--dry_run")
+    for call in (lambda: load_for_inference(str(base)), train.main):
+        with pytest.raises(ValueError, match=f"{name}.*mend it"):
+            call()
+
+
+def test_a_dry_run_without_weights_says_so(tiny_model_dir, tmp_path, train_words, capsys):
+    shutil.copytree(tiny_model_dir, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    train_words(tmp_path / "base", "--dry_run")
+    train.main()
+    assert "has no weights: a run would end here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["missing", "cut off", "shape"])
+def test_what_slips_past_the_headers_is_found_after_loading(name, tiny_model_dir, tmp_path):
+    """A model from the hub is first looked at when it is loaded."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    FAULTS[name][0](base)
+    with pytest.raises(ValueError, match="base"):
+        load_model(
+            str(base), load_config(str(base)), dtype=torch.float32, load_in_4bit=False, device=torch.device("cpu")
+        )
+
+
+# name: (config, what is done to the folder); sound, whatever its form
+SOUND = {
+    "tied": (tiny_config(tie_word_embeddings=True), lambda f: None),
+    "tied, head saved": (
+        tiny_config(tie_word_embeddings=True),
+        edit(lambda w: {**w, "lm_head.weight": w["model.embed_tokens.weight"].clone()}),
+    ),
+    "old RoPE frequencies": (
+        tiny_config(),
+        edit(lambda w: {**w, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
+    ),
+    ".bin": (tiny_config(), as_bin),
+    "shards": (tiny_config(), in_shards),
+    "16 bit": (tiny_config(), edit(lambda w: {n: t.half() for n, t in w.items()})),
+    "old GPT-NeoX": (
+        tiny_config("gpt_neox"),
+        edit(
+            lambda w: {
+                **w,
+                "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8),
+                "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9, dtype=torch.float16),  # -inf
+                "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(2),
+            }
+        ),
+    ),
+    "tied, another head saved": (
+        tiny_config(tie_word_embeddings=True),
+        edit(lambda w: {**w, "lm_head.weight": 2 * w["model.embed_tokens.weight"].flip(0)}),
+    ),
+    "tied, saved as the head": (
+        tiny_config(tie_word_embeddings=True),
+        edit(lambda w: {"lm_head.weight": w.pop("model.embed_tokens.weight"), **w}),
+    ),
+    "without the decoder's prefix": (
+        tiny_config(),
+        edit(lambda w: {name.removeprefix("model."): tensor for name, tensor in w.items()}),
+    ),
+    "experts": (tiny_config("mixtral"), lambda f: None),
+    "Qwen3": (tiny_config("qwen3"), lambda f: None),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_sound_base_passes_and_merges(name, tmp_path, tiny_tokenizer):
+    config, change = SOUND[name]
+    base = save_tiny_model(tmp_path / "base", tiny_tokenizer, config)
+    change(base)
+    assert next(check_base(str(base), load_config(str(base))).parameters()).is_meta
+    load_for_inference(str(base))
+    targets = ["query_key_value"] if config.model_type == "gpt_neox" else ["q_proj", "v_proj"]
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=targets)
+    live = load_for_inference(str(base), adapter_name_or_path=str(adapter), dtype=torch.float32).model
+    merge(str(base), str(adapter), tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(stock_logits(tmp_path / "merged"), live(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+EXPERT = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: {n: t for n, t in w.items() if n != EXPERT}, f"lacks {EXPERT!r}"),
+        (lambda w: {n: t for n, t in w.items() if "layers.0.block_sparse_moe.experts.3" not in n}, "[34], "),
+        (lambda w: {**w, EXPERT: torch.ones(7, 64)}, "do not fit together"),
+    ],
+    ids=["one matrix", "a whole expert", "shape"],
+)
+def test_experts_are_complete(change, words, tmp_path, tiny_tokenizer):
+    base = save_tiny_model(tmp_path / "base", tiny_tokenizer, tiny_config("mixtral"))
+    edit(change)(base)
+    with pytest.raises(ValueError, match=words):
+        load_for_inference(str(base))
+
+
+def test_a_large_model_is_checked_without_its_values(tmp_path):
+    """The headers of a 7B model over 13 GB of nothing, in a sparse file: seconds, and no memory."""
+    config, header, end = LlamaConfig(), {}, 0
+    for name, tensor in empty_model(config, name="7B").state_dict().items():
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + 2 * tensor.numel()]}
+        end += 2 * tensor.numel()
+    config.save_pretrained(tmp_path)
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    check_base(str(tmp_path), config)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6, "a gigabyte, in KiB"
+
+
+@pytest.mark.parametrize("way", ["inference", "merge", "dry run"])
+def test_a_tokenizer_of_another_model_is_refused(way, tiny_tokenizer, tmp_path, train_words, capsys, adapter):
+    base = save_tiny_model(tmp_path / "base", tiny_tokenizer, tiny_config(vocab_size=300))
+    edit_json(adapter / "config.json", vocab_size=300)
+    words = "ids up to 319 .*300 embeddings"
+    if way == "dry run":
+        train_words(base, "--dry_run")
+        with pytest.raises(ValueError, match=words):
+            train.main()
+    elif way == "merge":
+        with pytest.raises(ValueError, match=words):
+            merge(str(base), str(adapter), tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+    else:
+        with pytest.raises(ValueError, match=words):
+            load_for_inference(str(base))
+
+
+# name: what config.json says
+KERNELS = {
+    "as saved": {"_attn_implementation": "org/kernel"},
+    "as given": {"attn_implementation": "org/kernel@v1:forward"},
+    "by part": {"attn_implementation": {"": "org/kernel"}},
+    "paged": {"attn_implementation": "paged|org/kernel"},
+    "flash": {"attn_implementation": "flash_attention_2"},
+    "flash 3": {"_attn_implementation": "flash_attention_3", "use_kernels": True},
+    "no text": {"attn_implementation": 7},
+    "experts": {"experts_implementation": "org/kernel"},
+    "known experts": {"_experts_implementation": "sonicmoe"},
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_named_by_config_json_is_not_fetched(name, tiny_model_dir, tmp_path, monkeypatch, capsys, train_words):
+    """As if the kernels package were installed: transformers would fetch what config.json names, and run it."""
+    from transformers.integrations import hub_kernels
+
+    def fetched(*args, **kwargs):
+        raise AssertionError("a kernel is fetched from the hub")
+
+    for place in (hub_kernels, transformers.modeling_utils):
+        monkeypatch.setattr(place, "is_kernels_available", lambda *args, **kwargs: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", fetched)
+    monkeypatch.setattr(hub_kernels, "get_kernel_hub", fetched, raising=False)
+    base = tmp_path / name.replace(" ", "-")
+    shutil.copytree(tiny_model_dir, base)
+    edit_json(base / "config.json", **KERNELS[name])
+    loaded = load_for_inference(str(base))
+    assert loaded.model(torch.tensor([[1, 5, 9]])).logits.isfinite().all()
+    train_words(base, "--dry_run")
+    train.main()
+    printed = capsys.readouterr()
+    assert "all settings are valid" in printed.out
+    notices = [line for line in printed.err.splitlines() if line.startswith("notice: ")]
+    is_named = "org/kernel" in str(KERNELS[name]) and "experts" not in name
+    assert len(notices) == is_named and all("org/kernel" in line and base.name in line for line in notices), notices
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8", "eetq", "metal", "new"])
+def test_quantised_weights_whose_kernels_may_come_from_the_hub_need_trust(method, tiny_model_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    edit_json(base / "config.json", quantization_config={"quant_method": method})
+    with pytest.raises(ValueError, match=f"quantised as '{method}'.*trust_remote_code"):
+        load_config(str(base))
+    assert load_config(str(base), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("values", [{"load_in_8bit": True}, {"load_in_4bit": True, "load_in_8bit": False}])
+def test_quantised_by_bitsandbytes_of_before_it_had_a_name(values, tiny_model_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    edit_json(base / "config.json", quantization_config=values)
+    assert load_config(str(base)).quantization_config == values
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("optimum") is not None, reason="the package that is to be missing is there"
+)
+def test_a_package_that_quantised_weights_lack_is_named(tiny_model_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match="base.* cannot be loaded .*optimum"):
+        load_for_inference(str(base))
+
+
+def test_a_nested_kernel_is_dropped(tmp_path, capsys):
+    text = {"model_type": "gemma3_text", "num_hidden_layers": 1, "_attn_implementation": "org/kernel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.text_config._attn_implementation = "org/kernel"
+    config.max_position_embeddings = 64
+    refuse_hub_code(config, "nested", trust_remote_code=False)
+    assert config.text_config._attn_implementation is None and "org/kernel" in capsys.readouterr().err

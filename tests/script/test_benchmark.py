@@ -1,0 +1,290 @@
+"""The benchmarks run and write what they say; what they measure against computes what it claims.
+
+Tolerance: 1e-10 in fp64 where two ways compute the same thing.
+"""
+
+import gc
+import json
+import math
+import runpy
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import benchmark.live_memory
+import longqlora.model.base
+from benchmark.live_memory import LiveStorages, check_free_memory
+from benchmark.rolled_attention import materialized_attention, rolled_shift_short_attention
+from longqlora.attention.shift_short import shift_short_attention
+from longqlora.device import cpu_has_bf16, is_out_of_memory
+
+G = 8
+KIB = 1024
+
+
+def inputs(batch=2, heads=4, kv_heads=2, length=4 * G, dim=16):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, length, h, dim) for h in (heads, kv_heads, kv_heads)]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).transpose(1, 2) for s in shapes]
+    return [x.requires_grad_() for x in tensors]
+
+
+def wrapped_reference(query, key, value, group_size):
+    """The rolled form from its definition: rolled position p = (t - G/2) mod S orders the shifted heads."""
+    heads, length, dim = query.shape[1:]
+    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    allowed = torch.zeros(heads, length, length, dtype=torch.bool)
+    for head in range(heads):
+        order = (torch.arange(length) - (group_size // 2 if head >= heads // 2 else 0)) % length
+        same_group = order[:, None] // group_size == order[None, :] // group_size
+        allowed[head] = same_group & (order[:, None] >= order[None, :])
+    scores = query @ key.transpose(-1, -2) / math.sqrt(dim)
+    return scores.masked_fill(~allowed, -math.inf).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("kernel", [None, materialized_attention])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_rolled_form_equals_its_definition(kernel, kv_heads):
+    options = {} if kernel is None else {"kernel": kernel}
+    # The held scores go through an fp32 softmax, as in LongLoRA's code.
+    tolerance = 1e-10 if kernel is None else 1e-6
+    results = []
+    for method in (lambda *x: rolled_shift_short_attention(*x, G, **options), lambda *x: wrapped_reference(*x, G)):
+        tensors = inputs(kv_heads=kv_heads)
+        output = method(*tensors)
+        output.pow(2).sum().backward()
+        results.append([output, *[x.grad for x in tensors]])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(ours, expected, rtol=0, atol=10 * tolerance)
+
+
+def test_rolled_form_differs_from_ours_only_where_it_wraps():
+    tensors = [x.detach() for x in inputs()]
+    rolled, ours = rolled_shift_short_attention(*tensors, G), shift_short_attention(*tensors, G)
+    differs = (rolled - ours).abs().amax(-1) > 1e-10
+    # Only the first half group of the shifted heads is put behind the sequence's end.
+    assert differs[:, 2:, : G // 2].all()
+    assert not differs[:, :2].any() and not differs[:, 2:, G // 2 :].any()
+
+
+def test_rolled_form_lets_the_first_tokens_see_the_last():
+    tensors = [x.detach() for x in inputs()]
+    changed = [x.clone() for x in tensors]
+    changed[2][:, :, -1] += 1
+    moved = [
+        (method(*changed, G) - method(*tensors, G)).abs().amax((0, 1, 3)) > 0
+        for method in (rolled_shift_short_attention, shift_short_attention)
+    ]
+    assert moved[0][: G // 2].all() and not moved[1][:-1].any()
+
+
+def test_rolled_form_refuses_a_ragged_length():
+    with pytest.raises(ValueError, match="multiple of the group size"):
+        rolled_shift_short_attention(*inputs(length=G + 2), G)
+
+
+def test_tracker_counts_storages_once_and_frees_them():
+    before = torch.ones(256)
+    with LiveStorages() as tracker:
+        first = before + 1
+        first.add_(1)
+        view = first.view(16, 16).transpose(0, 1)
+        alias = first.detach()
+        assert tracker.live_bytes == tracker.peak_bytes == KIB
+        second = torch.zeros(512)
+        assert tracker.live_bytes == 3 * KIB
+        del first, alias
+        assert tracker.live_bytes == 3 * KIB, "the view still holds the storage"
+        del view
+        assert tracker.live_bytes == 2 * KIB
+        del second
+        assert tracker.live_bytes == 0
+        third = before * 2
+    assert tracker.live_bytes == KIB and tracker.peak_bytes == 3 * KIB
+    del third
+    assert tracker.live_bytes == 0
+
+
+def test_tracker_sees_what_autograd_holds():
+    """exp saves its output: it lives on though no Python name holds it, and goes with the graph."""
+    x = torch.ones(256, requires_grad=True)
+    with LiveStorages() as tracker:
+        total = x.exp().exp().sum()
+        gc.collect()
+        assert tracker.live_bytes == 2 * KIB + 4
+        total.backward()
+        assert tracker.live_bytes == KIB + 4, "the gradient and the sum"
+    assert 3 * KIB + 4 <= tracker.peak_bytes <= 5 * KIB
+
+
+def test_a_cpu_without_bf16_counts_the_same_bytes(monkeypatch):
+    """Products, attention and their gradients in fp32 below the tracker: same dtypes, same bytes, near values."""
+    counts, outcomes = [], []
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(benchmark.live_memory, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((2, 4, 16, 8), (8, 8)))
+        x, weight, result = x.requires_grad_(), weight.requires_grad_(), torch.empty(8, 8, dtype=torch.bfloat16)
+        with benchmark.live_memory.PeakMemory(torch.device("cpu")) as memory:
+            torch.mm(weight.detach(), weight.detach(), out=result)
+            scaled_dot_product_attention(x @ weight, x, x).sum().backward()
+        counts.append(memory.peak_bytes)
+        outcomes.append([result, x.grad, weight.grad])
+    assert counts[0] == counts[1]
+    for wide, narrow in zip(*outcomes, strict=True):
+        assert wide.dtype == narrow.dtype == torch.bfloat16 and torch.allclose(wide, narrow, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("script", ["attention", "dual_chunk_attention", "train_step", "prefill"])
+def test_a_precision_that_the_cpu_lacks_is_refused(script, repo, monkeypatch, capsys):
+    monkeypatch.setattr(longqlora.model.base, "cpu_has_bf16", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        run_here(repo, monkeypatch, script, "--device", "cpu", "--dtype", "bf16")
+    message = "error: --dtype: this CPU multiplies bf16 many times slower than fp32; use fp32\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == message
+
+
+def test_out_of_memory_is_told_from_other_errors():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    check_free_memory(1, torch.device("cpu"))
+    with pytest.raises(MemoryError):
+        check_free_memory(2**60, torch.device("cpu"))
+
+
+def test_attention_benchmark(tmp_path, run_script):
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    outcome = run_script(
+        "benchmark/attention.py", "--lengths", 128, 256, "--heads", 4, "--kv_heads", 2, "--head_dim", 16,
+        "--repeats", 3, "--output_file", out, "--plot", plot, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    record = json.loads(out.read_text())
+    assert record["results"].keys() == {"128", "256"} and plot.stat().st_size > 1000
+    for figures in record["results"].values():
+        assert list(figures) == ["s2", "materialized", "rolled_sdpa", "full_sdpa"]
+        for result in figures.values():
+            assert len(result["seconds"]) == 3 and 0 < result["min_seconds"] <= result["median_seconds"]
+    extra = {name: result["extra_bytes"] for name, result in record["results"]["256"].items()}
+    assert extra["s2"] < extra["rolled_sdpa"] and extra["s2"] < extra["materialized"]
+    # Output and gradients: at least these must be held.
+    assert extra["full_sdpa"] >= 256 * 16 * 4 * (4 + 4 + 2 + 2)
+    assert record["machine"]["num_threads"] == 1 and record["machine"]["versions"]["torch"] == torch.__version__
+    assert "torch" in outcome.stdout and "materialized" in outcome.stdout and "median" in outcome.stdout
+
+
+def test_attention_benchmark_of_packed_rows(tmp_path, run_script):
+    out = tmp_path / "out.json"
+    flags = ["--lengths", 256, "--document_length", 50, "--heads", 4, "--head_dim", 16, "--repeats", 1]
+    run_script("benchmark/attention.py", *flags, "--output_file", out, check=True)
+    extra = {name: result["extra_bytes"] for name, result in json.loads(out.read_text())["results"]["256"].items()}
+    assert {"s2_packed", "s2_masked", "full_packed", "full_masked"} < set(extra)
+    assert extra["s2_packed"] < extra["s2_masked"] and extra["full_packed"] < extra["full_masked"]
+
+
+def run_here(repo, monkeypatch, script, *args):
+    """Run a benchmark in this process, which has the slow imports behind it."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+    runpy.run_path(str(repo / "benchmark" / f"{script}.py"), run_name="__main__")
+
+
+def check_train_step_record(path):
+    record = json.loads(path.read_text())
+    losses = record["losses"]
+    assert len(losses) == 5 and abs(losses[0] - math.log(320)) < 0.3 and losses[-1] < losses[0]
+    assert math.isclose(record["tokens_per_second"], 256 / record["median_seconds"]) and len(record["seconds"]) == 4
+    assert record["peak_rss_bytes"] > record["extra_bytes"] > 0 and record["weight_bytes"] > 0
+
+
+TRAIN_STEP = ["--shape", "tiny", "--seq_len", 256, "--lora_rank", 8, "--steps", 4]
+
+
+def test_train_step_benchmark(tmp_path, run_script):
+    out = tmp_path / "out.json"
+    outcome = run_script("benchmark/train_step.py", *TRAIN_STEP, "--output_file", out, check=True, cwd=tmp_path)
+    check_train_step_record(out)
+    assert "groups of 64 tokens" in outcome.stdout and "loss in chunks" in outcome.stdout and "nf4" in outcome.stdout
+
+
+BF16 = ["--dtype", "bf16"] if cpu_has_bf16() else []
+
+
+@pytest.mark.parametrize("flags", [[*BF16, "--train_embedding", "--train_norm"], ["--attention", "full"]])
+def test_train_step_variants(tmp_path, repo, monkeypatch, flags):
+    run_here(repo, monkeypatch, "train_step", *TRAIN_STEP, "--output_file", tmp_path / "out.json", *flags)
+    check_train_step_record(tmp_path / "out.json")
+
+
+def test_gradient_checkpointing_saves_memory(tmp_path, repo, monkeypatch):
+    extra = []
+    for flag in ("--gradient_checkpointing", "--no-gradient_checkpointing"):
+        run_here(repo, monkeypatch, "train_step", *TRAIN_STEP, "--output_file", tmp_path / "out.json", flag)
+        extra.append(json.loads((tmp_path / "out.json").read_text())["extra_bytes"])
+    assert extra[0] < 0.8 * extra[1]
+
+
+def test_train_step_of_a_config_file_out_of_memory(tmp_path, run_script, tiny_model_dir):
+    outcome = run_script(
+        "benchmark/train_step.py", "--shape", tiny_model_dir / "config.json", "--seq_len", 8_000_000,
+        "--memory_cap", "1GiB",
+    )  # fmt: skip
+    assert outcome.returncode == 2 and "Traceback" not in outcome.stderr
+    assert "error: out of memory within --memory_cap 1GiB" in outcome.stderr.splitlines()[-1]
+
+
+def test_random_model_is_like_a_loaded_one(tiny_model_dir):
+    """Same parameters, dtypes and quantisation as transformers' 4-bit load; a tied head stays one matrix."""
+    from bitsandbytes.nn import Linear4bit
+
+    from benchmark.random_nf4_model import random_nf4_model, shape_config
+    from longqlora.model.base import load_config, load_model
+
+    options = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    config = shape_config(str(tiny_model_dir / "config.json"))
+    ours = random_nf4_model(config, **options)
+    loaded = load_model(str(tiny_model_dir), load_config(str(tiny_model_dir)), load_in_4bit=True, **options)
+    facts = [
+        {name: (type(p).__name__, p.shape, p.dtype) for name, p in model.named_parameters()} for model in (ours, loaded)
+    ]
+    assert facts[0] == facts[1]
+    layers = [[m for m in model.modules() if isinstance(m, Linear4bit)] for model in (ours, loaded)]
+    assert len(layers[0]) == 14
+    for mine, theirs in zip(*layers, strict=True):
+        states = mine.weight.quant_state, theirs.weight.quant_state
+        assert len({(s.quant_type, s.nested, s.blocksize, s.dtype, s.shape) for s in states}) == 1
+        assert mine.compute_dtype == theirs.compute_dtype
+    for mine, theirs in zip(ours.buffers(), loaded.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+    config.tie_word_embeddings = True
+    tied = random_nf4_model(config, **options)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight and not tied.lm_head.weight.is_meta
+
+
+@pytest.mark.parametrize(
+    "script,flags,message",
+    [
+        ("attention", ["--lengths", 4098], "no multiple of the group size"),
+        ("attention", ["--lengths", 3], "too short"),
+        ("attention", ["--heads", 3], "odd number"),
+        ("attention", ["--heads", 4, "--kv_heads", 3], "does not divide"),
+        ("attention", ["--repeats", 0], "at least 1"),
+        ("attention", ["--document_length", 0], "--document_length: must be at least 1"),
+        ("attention", ["--methods", "s2", "full_packed"], "--methods: full_packed needs --document_length"),
+        ("attention", ["--group_size_ratio", 2], "group_size_ratio"),
+        ("attention", ["--dtype", "fp16"], "this CPU multiplies fp16 many times slower than fp32; use fp32"),
+        ("attention", ["--device", "tpu"], "cpu or cuda"),
+        ("attention", ["--plot", "figure.txt"], "--plot"),
+        ("attention", ["--lengths", "many"], "invalid int"),
+        ("train_step", ["--shape", "no-such-model"], "llama2-7b"),
+        ("train_step", ["--seq_len", 1], "at least 2"),
+        ("train_step", ["--memory_cap", "much"], "--memory_cap: 'much' is not a size"),
+        ("train_step", ["--v100", "--dtype", "bf16"], "fp16"),
+        ("train_step", ["--seq_len", 64, "--group_size_ratio", 0], "group_size_ratio"),
+    ],
+)
+def test_bad_flags_end_with_one_line(monkeypatch, capsys, repo, script, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        run_here(repo, monkeypatch, script, *flags)
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]

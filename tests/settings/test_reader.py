@@ -1,0 +1,356 @@
+"""Settings from YAML and command line: which value wins, what is read as what, what is mended with a notice."""
+
+import dataclasses
+import importlib.util
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+import upstream
+import yaml
+from conftest import REPO
+
+import longqlora.settings.machine
+import longqlora.settings.reader
+from longqlora.device import cpu_has_bf16
+from longqlora.model.base import is_slow_on_cpu
+from longqlora.settings.reader import read_overrides, read_settings, rename
+from longqlora.settings.values import coerce
+from longqlora.training.checks import check_settings, detached_arguments
+
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(changes, *words) reads a valid YAML with `changes`; returns settings and notices."""
+    train_file = tmp_path / "train.jsonl"
+    train_file.write_text('{"text": "a"}\n')
+
+    def read(changes: dict | None = None, *words: str):
+        values = {
+            "model_name_or_path": "some/model",
+            "train_file": str(train_file),
+            "output_dir": str(tmp_path / "out"),
+        }
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({**values, **(changes or {})}))
+        return read_settings(str(path), list(words))
+
+    return read
+
+
+@pytest.fixture
+def checked(read):
+    """The same, checked and mended."""
+
+    def checked(changes: dict | None = None, *words: str):
+        settings, notices = read(changes, *words)
+        return settings, notices + check_settings(settings)
+
+    return checked
+
+
+def test_command_line_over_yaml_over_defaults(read):
+    settings, _ = read({"lora_rank": 8, "lora_alpha": 32}, "--lora_alpha", "4")
+    assert (settings.adapter.lora_rank, settings.adapter.lora_alpha, settings.adapter.lora_dropout) == (8, 4, 0.05)
+    assert settings.given["lora_rank"] == 8 and "lora_dropout" not in settings.given
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        (["--max_steps", "-1"], {"max_steps": "-1"}),
+        (["--max_steps=-1"], {"max_steps": "-1"}),
+        (["--sft"], {"sft": "true"}),
+        (["--sft", "--pack", "false"], {"sft": "true", "pack": "false"}),
+        (["--learning-rate", "1e-4"], {"learning_rate": "1e-4"}),
+        (["--run_name", "a=b"], {"run_name": "a=b"}),
+        (["--run_name=a=b"], {"run_name": "a=b"}),
+        (["--run_name", ""], {"run_name": ""}),
+        (["--seed", "1", "--seed", "2"], {"seed": "2"}),
+        ([], {}),
+    ],
+)
+def test_words_of_the_command_line(words, overrides):
+    assert read_overrides(words) == overrides
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        ("2e-4", float, 2e-4), (1, float, 1.0), ("1e3", int, 1000), (2**62 + 1, int, 2**62 + 1), ("8192.0", int, 8192),
+        ("True", bool, True), ("no", bool, False), (0, bool, False), ("ON", bool, True),
+        ("none", str | None, None), (None, int | None, None), ("none", str, None), ("7", str, "7"),
+        ('{"a": 1}', dict | str | None, {"a": 1}), ("file.json", dict | str | None, "file.json"),
+        ("[a, b]", None | str | list[str], ["a", "b"]), ("a", None | str | list[str], "a"),
+        ("true", str | bool, True), ("all", str | bool, "all"),
+    ],
+)  # fmt: skip
+def test_values_take_the_type_of_their_field(value, hint, expected):
+    if expected is None and hint is str:
+        assert coerce("key", value, hint) == "none"
+    else:
+        result = coerce("key", value, hint)
+        assert result == expected and type(result) is type(expected)
+
+
+@pytest.mark.parametrize("value", ["", "x", "1.5", True, [1], {"a": 1}, "nan", "1e999", "0x10"])
+def test_no_whole_number(value):
+    with pytest.raises(ValueError, match="key: .*whole number"):
+        coerce("key", value, int)
+
+
+def test_an_unquoted_no_is_a_strategy(read):
+    settings, _ = read({"eval_strategy": False, "save_strategy": False})
+    assert settings.training["eval_strategy"] == settings.training["save_strategy"] == "no"
+
+
+@pytest.mark.parametrize("value", [True, False, "true", "false"])
+def test_resuming_from_the_last_checkpoint_may_be_a_boolean(value, checked):
+    settings, _ = checked({"resume_from_checkpoint": value})
+    assert settings.training["resume_from_checkpoint"] == str(value).lower()
+
+
+def test_folders_in_the_home_directory(read, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folders = {"output_dir": "~/runs/a", "logging_dir": "~/logs", "resume_from_checkpoint": "~/runs/a/checkpoint-2"}
+    settings, _ = read(folders)
+    found = {"logging_dir": settings.log.logging_dir, **settings.training}
+    assert {key: found[key] for key in folders} == {k: v.replace("~", str(tmp_path)) for k, v in folders.items()}
+    assert settings.training_arguments().output_dir == settings.training["output_dir"], "one folder, not two"
+
+
+@pytest.mark.parametrize("word", ["none", None, "None"])
+def test_no_reporting(word, checked):
+    settings, _ = checked({"report_to": word})
+    assert detached_arguments(settings).report_to == []
+
+
+def test_former_names_become_present_ones(checked):
+    settings, notices = checked(
+        {"warmup_ratio": "0.03", "no_cuda": True, "group_by_length": True, "save_safetensors": True,
+         "per_gpu_train_batch_size": 3, "gradient_checkpointing": True, "evaluation_strategy": "no"}
+    )  # fmt: skip
+    arguments = detached_arguments(settings)
+    assert arguments.warmup_steps == 0.03 and arguments.use_cpu and arguments.per_device_train_batch_size == 3
+    assert arguments.train_sampling_strategy == "group_by_length" and arguments.gradient_checkpointing
+    for name in ("warmup_ratio", "no_cuda", "group_by_length", "save_safetensors", "evaluation_strategy"):
+        assert sum(name in notice for notice in notices) == 1, notices
+
+
+def test_a_former_name_in_the_yaml_gives_way_to_the_present_one_on_the_command_line(read):
+    settings, _ = read(
+        {"evaluation_strategy": "steps", "warmup_ratio": 0.1}, "--eval_strategy", "no", "--warmup_steps", "7"
+    )
+    assert settings.training["eval_strategy"] == "no" and settings.training["warmup_steps"] == 7
+    settings, _ = read({"eval_strategy": "steps"}, "--evaluation_strategy", "no")
+    assert settings.training["eval_strategy"] == "no"
+
+
+@pytest.mark.parametrize("given", ["gradient_checkpointing", "activation_checkpointing"])
+@pytest.mark.parametrize(
+    "known",
+    [["gradient_checkpointing"], ["activation_checkpointing"], ["gradient_checkpointing", "activation_checkpointing"]],
+)
+def test_checkpointing_has_the_name_that_the_installed_transformers_knows(given, known, monkeypatch):
+    monkeypatch.setattr(longqlora.settings.reader, "fields_of", lambda cls: dict.fromkeys(known))
+    renamed, notices = rename({given: True})
+    assert renamed == {known[-1]: True}
+    assert len(notices) == (given != known[-1])
+
+
+def test_a_yaml_of_upstream_runs_with_its_paths_changed_alone(checked, tmp_path):
+    ds = tmp_path / "ds.json"
+    ds.write_text(json.dumps(upstream.DEEPSPEED_S2))
+    places = {"train_file": str(tmp_path / "train.jsonl"), "output_dir": str(tmp_path / "out"), "deepspeed": str(ds)}
+    settings, notices = checked({**upstream.PRETRAIN, **places})
+    training = settings.training
+    assert training["learning_rate"] == 2e-4 and training["max_grad_norm"] == 0.3 and training["max_steps"] == 1000
+    assert training["deepspeed"]["gradient_clipping"] == "auto"
+    assert training["deepspeed"]["zero_force_ds_cpu_optimizer"] is False
+    assert training["optim"] == "adamw_torch"
+    assert [notice for notice in notices if notice.startswith("optim: paged_adamw_32bit becomes adamw_torch")]
+    assert [notice for notice in notices if "gradient_clipping" in notice]
+    assert "num_train_epochs has no effect with max_steps" in notices
+    if not torch.cuda.is_available():
+        assert training["fp16"] is False and [notice for notice in notices if notice.startswith("fp16 becomes false")]
+    assert detached_arguments(settings).gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("gpu", "offload", "optim", "expected"),
+    [
+        (True, True, "paged_adamw_32bit", "adamw_torch"),
+        (True, True, "adamw_bnb_8bit", "adamw_torch"),
+        (True, False, "paged_adamw_32bit", "paged_adamw_32bit"),
+        (False, False, "paged_adamw_8bit", "adamw_torch"),
+        (False, False, "rmsprop_bnb_8bit", "rmsprop"),
+        (False, True, "adamw_torch_fused", "adamw_torch_fused"),
+        (False, False, "sgd", "sgd"),
+    ],
+)
+def test_an_optimizer_of_the_gpu_without_one(gpu, offload, optim, expected, checked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    settings, notices = checked({"optim": optim, **({"deepspeed": OFFLOAD} if offload else {})})
+    assert settings.training["optim"] == expected
+    assert sum("becomes" in notice for notice in notices) == (optim != expected)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_on_a_cpu(has_bf16, checked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(longqlora.settings.machine, "cpu_has_bf16", lambda: has_bf16)
+    settings, notices = checked({"bf16": True, "bf16_full_eval": True})
+    arguments = detached_arguments(settings)
+    assert arguments.bf16 == arguments.bf16_full_eval == has_bf16 and not settings.training["dataloader_pin_memory"]
+    reason = "becomes false: this CPU has no bf16 instructions; the run computes in fp32"
+    named = [notice for notice in notices if "bf16" in notice]
+    assert named == ([] if has_bf16 else [f"bf16 {reason}", f"bf16_full_eval {reason}"])
+
+
+@pytest.mark.parametrize(
+    ("machine", "onednn", "avx512_bf16", "expected"),
+    [("x86_64", True, True, True), ("x86_64", True, False, False), ("x86_64", False, True, False),
+     ("aarch64", True, False, True), ("aarch64", False, False, False)],
+)  # fmt: skip
+def test_bf16_instructions_of_a_cpu(machine, onednn, avx512_bf16, expected, monkeypatch):
+    """On x86 oneDNN also counts emulation; DNNL_MAX_CPU_ISA takes its answer away, ARM has that answer alone."""
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert cpu_has_bf16() == expected
+    assert is_slow_on_cpu(torch.bfloat16) != expected and is_slow_on_cpu(torch.float16)
+    assert not is_slow_on_cpu(torch.float32)
+
+
+def test_bf16_on_an_old_gpu_is_refused(checked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    with pytest.raises(ValueError, match="bf16.*fp16: true"):
+        checked({"bf16": True})
+
+
+def test_deepspeed_values_that_agree_pass(checked):
+    zero = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4, "train_batch_size": 8}
+    settings, _ = checked(
+        {"deepspeed": {**zero, "gradient_clipping": 0.3}, "per_device_train_batch_size": 2,
+         "gradient_accumulation_steps": 4, "max_grad_norm": 0.3}
+    )  # fmt: skip
+    assert settings.training["deepspeed"]["train_batch_size"] == 8
+
+
+def test_the_global_batch_of_deepspeed_counts_all_processes(checked, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    checked({"deepspeed": {"train_batch_size": 2}})
+    with pytest.raises(ValueError, match="train_batch_size=1 but"):
+        checked({"deepspeed": {"train_batch_size": 1}})
+
+
+def test_a_missing_deepspeed_package(checked, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find_spec(name))
+    with pytest.raises(ValueError, match="deepspeed: the package is not installed"):
+        checked({"deepspeed": OFFLOAD})
+
+
+def test_zero3_without_quantisation_passes(checked):
+    settings, _ = checked({"deepspeed": {"zero_optimization": {"stage": 3}}, "finetuning_type": "lora"})
+    assert settings.training["deepspeed"]["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "cause"),
+    [
+        ({"attention": "full", "group_size_ratio": 0.5}, "group_size_ratio", "attention: full"),
+        ({"finetuning_type": "full", "lora_rank": 8}, "lora_rank", "finetuning_type: full"),
+        ({"prompt_template": "vicuna_v1.1"}, "prompt_template", "sft: false"),
+        ({"rope_type": "linear"}, "rope_type", "model_max_length"),
+        ({"eval_steps": 5}, "eval_steps", "eval_strategy"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "warmup_steps", "constant"),
+        ({"save_strategy": "no", "save_steps": 5}, "save_steps", "save_strategy"),
+        ({"deepspeed": {"optimizer": {"type": "AdamW"}}, "optim": "sgd"}, "optim", "DeepSpeed"),
+    ],
+)
+def test_a_setting_without_effect_is_named(changes, key, cause, checked):
+    _, notices = checked(changes)
+    assert [n for n in notices if n.startswith(f"{key} has no effect with") and cause in n], notices
+
+
+def test_settings_that_have_an_effect_are_not_named(checked):
+    changes = {"group_size_ratio": 0.5, "lora_rank": 8, "model_max_length": 9000, "rope_type": "linear", "max_steps": 3}
+    assert checked(changes)[1] == []
+    assert checked({"finetuning_type": "full"}, "--train_norm", "false")[1] == []
+
+
+def test_paths_are_found_below_the_repository_and_home(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings, _ = read({"train_file": "data/dummy_pretrain.jsonl", "model_name_or_path": "data/tiny-llama"})
+    assert Path(settings.data.train_file) == REPO / "data" / "dummy_pretrain.jsonl"
+    assert Path(settings.model.model_name_or_path) == REPO / "data" / "tiny-llama"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dummy_pretrain.jsonl").write_text("")
+    assert read({"train_file": "data/dummy_pretrain.jsonl"})[0].data.train_file == "data/dummy_pretrain.jsonl"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read({"train_file": "~/train.jsonl"})[0].data.train_file == str(tmp_path / "train.jsonl")
+    settings = read({"output_dir": "~/out", "resume_from_checkpoint": "~/old", "data_cache_dir": "~/cache"})[0]
+    # transformers looks for output_dir there, so an earlier run must be looked for there too.
+    assert settings.training["output_dir"] == str(tmp_path / "out") == settings.training_arguments().output_dir
+    assert settings.training["resume_from_checkpoint"] == str(tmp_path / "old")
+    assert settings.data.data_cache_dir == str(tmp_path / "cache")
+
+
+def test_the_yaml_may_have_a_byte_order_mark_windows_lines_and_anchors(tmp_path):
+    (tmp_path / "t.jsonl").write_text("")
+    path = tmp_path / "run.yaml"
+    text = f"model_name_or_path: &m a/b\r\noutput_dir: *m\r\ntrain_file: {tmp_path}/t.jsonl\r\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    settings, notices = read_settings(str(path), [])
+    assert settings.training["output_dir"] == settings.model.model_name_or_path == "a/b" and notices == []
+
+
+def test_the_folder_of_events(read, monkeypatch, tmp_path):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
+    settings, notices = read({"logging_dir": str(tmp_path / "events"), "use_cpu": True})
+    settings.training_arguments()
+    assert longqlora.settings.reader.os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "events") and notices == []
+
+
+def test_the_record_is_plain_and_keeps_no_secret(read):
+    settings, _ = read({"hub_token": "hf_secret", "max_steps": 3})
+    text = json.dumps(settings.as_dict())
+    assert "hf_secret" not in text and settings.as_dict()["training"]["max_steps"] == 3
+    assert settings.training["hub_token"] == "hf_secret"
+
+
+def test_every_own_key_has_help_and_one_owner():
+    keys = [
+        f.name
+        for name, cls in longqlora.settings.reader.SECTIONS.items()
+        if name != "training"
+        for f in dataclasses.fields(cls)
+    ]
+    assert len(keys) == len(set(keys))
+    for name, cls in longqlora.settings.reader.SECTIONS.items():
+        assert name == "training" or all(field.metadata.get("help") for field in dataclasses.fields(cls))
+
+
+def test_the_page_of_settings_is_in_step(monkeypatch):
+    spec = importlib.util.spec_from_file_location("list_settings", REPO / "script" / "list_settings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == module.settings_page(), "run `python script/list_settings.py`"
+
+
+@pytest.mark.parametrize(
+    ("zero", "gib"),
+    [({"stage": 2, "overlap_comm": True}, 1.9), ({"stage": 2}, 0.9), ({"stage": 2, "reduce_bucket_size": 2e7}, None),
+     ({"stage": 3}, None), ({"stage": 2, "contiguous_gradients": False}, None)],
+)  # fmt: skip
+def test_large_gradient_buckets_are_named(checked, zero, gib):
+    _, notices = checked({"deepspeed": {"zero_optimization": zero}, "finetuning_type": "lora"})
+    said = [notice for notice in notices if "reduce_bucket_size" in notice]
+    assert said == ([] if gib is None else [said[0]]) and (gib is None or f"holds {gib} GiB" in said[0])
