@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_layer_backward import assert_equal, batch, build, loss_and_gradients
+from test_layer_function import assert_equal, batch, build, loss_and_gradients
 
 from benchmark.random_nf4_model import shape_config
 from longqlora.attention.binding import bind_attention

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import sentences
-from test_shift_short_attention import reference
+from test_shift_short import reference
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import longqlora.model.loss as loss_module
