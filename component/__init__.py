@@ -1,4 +1,4 @@
-"""Library of LongQLoRA. Imports run one way only: see docs/architecture.md."""
+"""Command lines, files, processes, plots: nothing here knows a model."""
 
 import logging
 import warnings

@@ -1,0 +1,1 @@
+"""S2-Attn, dual chunk attention, their kernels; bound to transformers in binding.py."""

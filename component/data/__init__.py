@@ -1,0 +1,1 @@
+"""From text, conversations and documents to rows of token ids."""

@@ -1,0 +1,1 @@
+"""Perplexity, retrieval, RULER, long tasks, comparisons: resumable trials."""

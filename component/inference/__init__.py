@@ -1,0 +1,1 @@
+"""Load a result and generate: batch, chat, web page."""

@@ -1,0 +1,1 @@
+"""Predict the memory of a training step, and train layers within it."""

@@ -1,0 +1,1 @@
+"""Load, extend the context, attach an adapter, save, merge."""

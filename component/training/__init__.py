@@ -1,0 +1,1 @@
+"""Check, run, checkpoint, resume."""

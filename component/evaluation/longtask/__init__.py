@@ -1,0 +1,1 @@
+"""Long question answering and summaries, as L-Eval and LongBench score them."""

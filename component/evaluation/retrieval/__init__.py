@@ -1,0 +1,1 @@
+"""Passkey and needle in a haystack."""
