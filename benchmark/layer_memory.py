@@ -57,9 +57,9 @@ def measure(shape: str, args: argparse.Namespace, mechanisms) -> dict[str, float
 
 def live_bytes(config, rank: int, length: int, mechanisms) -> int:
     import torch
+    from live_memory import PeakMemory
+    from random_nf4_model import random_nf4_model
 
-    from benchmark.live_memory import PeakMemory
-    from benchmark.random_nf4_model import random_nf4_model
     from longqlora.attention.binding import bind_attention
     from longqlora.memory.layer_binding import apply_mechanisms, decoder_layers
     from longqlora.model.adapter import attach_adapter

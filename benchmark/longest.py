@@ -16,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmark.train_step import DTYPE_NAMES
+from train_step import DTYPE_NAMES
+
 from longqlora.cli import run_main
 from longqlora.device import parse_size
 from longqlora.outputs import check_results
@@ -59,8 +60,8 @@ def check_args(args: argparse.Namespace) -> int:
 def predicted_length(args: argparse.Namespace, name: str, cap: int) -> int:
     """Most tokens that fit `cap` bytes by the memory model; 0 where none do."""
     import torch
+    from random_nf4_model import shape_config
 
-    from benchmark.random_nf4_model import shape_config
     from longqlora.memory.estimate import optimizer_bytes, predict
     from longqlora.memory.policy import CHECKPOINTED, POLICIES
     from longqlora.memory.shapes import ModelShape, RunShape

@@ -12,7 +12,6 @@ Pure maths: knows nothing of Hugging Face.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +103,7 @@ def keep_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor | None
     threshold = num_dropped_levels(dropout)
     if not threshold:
         return None
-    generator = device_generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(seed)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     # From the least integer on: without it the sign bit would always be zero.
     draws.random_(torch.iinfo(torch.int64).min, None, generator=generator)
@@ -114,8 +113,3 @@ def keep_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor | None
 def num_dropped_levels(dropout: float) -> int:
     """How many of the 65536 values of a draw drop an element."""
     return round(dropout * MASK_LEVELS)
-
-
-@cache
-def device_generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device)

@@ -26,6 +26,8 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 LINEARS = (*PROJECTIONS, "o_proj", *MLP)
 # linear(name, x [B, T, C], **options of AdaptedLinear.__call__) -> [B, T, N], under the tile's dropout mask.
 Linear = Callable[..., torch.Tensor]
+# cos and sin [B or 1, T, D]
+Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 class DecoderLayer:
@@ -51,17 +53,10 @@ class DecoderLayer:
         """Linear layers as dense matrices in `dtype`: quantised ones are unpacked here, once for all tiles."""
         return {name: adapted_linear(self.linears[name], dtype) for name in names}
 
-    def project(
-        self,
-        x: torch.Tensor,
-        linear: Linear,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        *,
-        are_values_needed: bool = True,
-    ) -> list[torch.Tensor]:
+    def project(self, x: torch.Tensor, linear: Linear, rope: Rope, *, are_values_needed=True) -> list[torch.Tensor]:
         """Queries, keys and values of x [B, T, C] after RoPE: [B, T, H, D], [B, T, K, D] twice.
 
-        rope: cos and sin [B or 1, T, D]. are_values_needed: if not, only gradients flow through what comes back.
+        are_values_needed: if not, what comes back is meaningless, but gradients flow through it.
         """
         normed, heads = self.norm1(x).to(x.dtype), []
         for name, norm in zip(PROJECTIONS, (*self.head_norms, None), strict=True):
@@ -72,17 +67,11 @@ class DecoderLayer:
         return heads
 
     def mlp(
-        self,
-        hidden: torch.Tensor,
-        linear: Linear,
-        *,
-        products: tuple[torch.Tensor, torch.Tensor] | None = None,
-        is_output_needed: bool = True,
+        self, hidden: torch.Tensor, linear: Linear, *, gate=None, up=None, is_output_needed=True
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the MLP adds to `hidden` [B, T, C], and its two inner products [B, T, F], as given or computed."""
         normed = self.norm2(hidden).to(hidden.dtype)
-        known = products or (None, None)
-        gate, up = (linear(name, normed, output=x) for name, x in zip(("gate_proj", "up_proj"), known, strict=True))
+        gate, up = linear("gate_proj", normed, output=gate), linear("up_proj", normed, output=up)
         return linear("down_proj", self.act(gate) * up, is_output_needed=is_output_needed), gate, up
 
 

@@ -84,8 +84,8 @@ class LayerCheckpoint:
         if not torch.is_grad_enabled():
             return forward(hidden_states)
         inputs, device = dict(forward.keywords), hidden_states.device.type
-        names = ("attention_mask", "position_embeddings", "past_key_values")
-        attention_mask, rope, _ = (inputs.pop(name, None) for name in names)
+        attention_mask, rope = inputs.pop("attention_mask", None), inputs.pop("position_embeddings")
+        inputs.pop("past_key_values", None)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
         attention = self.parts.attention
         call = LayerCall(

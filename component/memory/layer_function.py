@@ -11,7 +11,7 @@ whose memory their gradients are written) = 8, 3/4 for the attention kernel at w
 Dimensions: B batch, S sequence, T tokens of a tile, C hidden size, H query heads, K key/value heads, D head dim.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from longqlora.attention.lse_kernels import CausalPattern, attention_backward, attention_forward, empty_lse
 from longqlora.memory.adapted_linear import AdaptedLinear
-from longqlora.memory.decoder_layer import MLP, PROJECTIONS, DecoderLayer, Linear
+from longqlora.memory.decoder_layer import MLP, PROJECTIONS, DecoderLayer, Linear, Rope
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.policy import Mechanisms
 from longqlora.settings.config import KEPT
@@ -55,7 +55,7 @@ class LayerCall:
 
             yield slice(start, min(start + size, length)), linear
 
-    def rope(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, tile: slice) -> Rope:
         return self.cos[:, tile], self.sin[:, tile]
 
     def head_chunks(self) -> list[tuple[slice, slice]]:
@@ -84,11 +84,9 @@ class LayerFunction(torch.autograd.Function):
             x = hidden.to(call.dtype)
             output, lse, *projected = attention_of(call, x)
             result, products = finish(call, x, output, are_products_kept=level == KEPT.index("all"))
-        kept = [x]
         # Where autograd runs through attention, it does so again in the backward pass, whatever was kept.
-        if call.pattern is not None:
-            kept += ([output, lse] if level >= 1 else []) + (projected if level >= 2 else [])
-        kept += products
+        attention = [[output, lse], projected] if call.pattern else []
+        kept = [x, *(tensor for group in attention[:level] for tensor in group), *products]
         ctx.call, ctx.trained, ctx.dtype = call, trained, hidden.dtype
         ctx.num_products, ctx.is_spent = len(products), False
         if call.store is None:
@@ -106,7 +104,7 @@ class LayerFunction(torch.autograd.Function):
         x, *kept = ctx.saved_tensors if call.store is None else call.store.get(ctx.handle)
         kept, products = kept[: len(kept) - ctx.num_products], kept[len(kept) - ctx.num_products :]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            sums = GradientSums(ctx.trained)
+            sums: dict[torch.nn.Parameter, torch.Tensor] = {}
             arguments = gradient.to(call.dtype), products, sums
             if call.pattern is None:
                 grad_hidden, *grads = backward_through_autograd(call, x, *arguments)
@@ -114,40 +112,29 @@ class LayerFunction(torch.autograd.Function):
                 grad_hidden, *grads = backward_by_kernels(call, x, kept, *arguments)
             needs_hidden = ctx.needs_input_grad[0]
             project_backward(call, x, grads, grad_hidden if needs_hidden else None, sums)
-        return grad_hidden.to(ctx.dtype) if needs_hidden else None, None, *sums.results()
+        grads = [sums[parameter].to(parameter.dtype) if parameter in sums else None for parameter in ctx.trained]
+        return grad_hidden.to(ctx.dtype) if needs_hidden else None, None, *grads
 
 
-class GradientSums:
-    """Gradients of the trained parameters, summed over tiles in fp32 (fp64 for fp64)."""
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]):
-        self.parameters, self.sums = list(parameters), {}
-
-    def backward(self, outputs, gradients, inputs, parameters) -> list[torch.Tensor]:
-        """Gradients of `inputs`; those of `parameters` are added up."""
-        grads = torch.autograd.grad(outputs, [*inputs, *parameters], gradients, allow_unused=True)
-        for parameter, grad in zip(parameters, grads[len(inputs) :], strict=True):
-            if grad is None:
-                continue
-            known = self.sums.get(parameter)
+def gradients_of(inputs, outputs, gradients, parameters, sums) -> tuple[torch.Tensor, ...]:
+    """Gradients of `inputs`; those of `parameters` are added to `sums` over the tiles, in fp32 (fp64 for fp64)."""
+    grads = torch.autograd.grad(outputs, [*inputs, *parameters], gradients, allow_unused=True)
+    for parameter, grad in zip(parameters, grads[len(inputs) :], strict=True):
+        if grad is not None:
             exact = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            self.sums[parameter] = exact if known is None else known.add_(exact)
-        return list(grads[: len(inputs)])
-
-    def results(self) -> list[torch.Tensor | None]:
-        sums = [self.sums.get(parameter) for parameter in self.parameters]
-        return [x if x is None else x.to(p.dtype) for x, p in zip(sums, self.parameters, strict=True)]
+            sums[parameter] = sums[parameter].add_(exact) if parameter in sums else exact
+    return grads[: len(inputs)]
 
 
 def attention_of(call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Attention output [B, S, H, D], log-sum-exp [B, H, S], and the queries, keys and values of the last chunk."""
-    layer = call.layer
+    layer, chunks = call.layer, call.head_chunks()
     if call.pattern is None:
-        projected = project(call, x, *call.head_chunks()[0])
+        projected = project(call, x, *chunks[0])
         return call.attend(*(states.transpose(1, 2) for states in projected)), None, *projected
     output = x.new_empty(*x.shape[:2], layer.num_heads, layer.head_dim)
     lse = empty_lse(output)
-    for heads, kv_heads in call.head_chunks():
+    for heads, kv_heads in chunks:
         # Freed before the next chunk is projected.
         projected = None
         projected = project(call, x, heads, kv_heads)
@@ -169,9 +156,7 @@ def project(call: LayerCall, x: torch.Tensor, heads: slice, kv_heads: slice) -> 
     return states
 
 
-def finish(
-    call: LayerCall, x: torch.Tensor, output: torch.Tensor, *, are_products_kept: bool
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def finish(call: LayerCall, x, output, *, are_products_kept: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The layer's result from its input and its attention output; the inner products if they are to be kept."""
     layer, result, kept = call.layer, torch.empty_like(x), []
     for tile, linear in call.tiles(layer.weights("o_proj", *MLP, dtype=call.dtype)):
@@ -195,11 +180,11 @@ def finish_backward(call, x, output, gradient, products, sums) -> tuple[torch.Te
             added = linear("o_proj", attended, is_output_needed=not products)
             hidden = products[0][:, tile] if products else x[:, tile] + added.detach()
             hidden = hidden.detach().requires_grad_()
-            known = tuple(p[:, tile] for p in products[1:]) or None
-            mlp_added, _, _ = layer.mlp(hidden, linear, products=known, is_output_needed=False)
-        (grad_hidden,) = sums.backward([mlp_added], [gradient[:, tile]], [hidden], trained_mlp)
+            known = {name: product[:, tile] for name, product in zip(("gate", "up"), products[1:], strict=False)}
+            mlp_added, _, _ = layer.mlp(hidden, linear, **known, is_output_needed=False)
+        (grad_hidden,) = gradients_of([hidden], mlp_added, gradient[:, tile], trained_mlp, sums)
         grad_x[:, tile] = grad_hidden + gradient[:, tile]
-        (grad_attended,) = sums.backward([added], [grad_x[:, tile]], [attended], trained)
+        (grad_attended,) = gradients_of([attended], added, grad_x[:, tile], trained, sums)
         grad_output[:, tile] = grad_attended.view_as(output[:, tile])
     return grad_x, grad_output
 
@@ -246,5 +231,5 @@ def project_backward(call, x, grads, grad_x: torch.Tensor | None, sums) -> None:
             part = x[:, tile].detach().requires_grad_(grad_x is not None)
             projected = layer.project(part, linear, call.rope(tile), are_values_needed=False)
         parts = [] if grad_x is None else [part]
-        for grad_part in sums.backward(projected, [grad[:, tile] for grad in grads], parts, trained):
+        for grad_part in gradients_of(parts, projected, [grad[:, tile] for grad in grads], trained, sums):
             grad_x[:, tile] += grad_part

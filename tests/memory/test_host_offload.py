@@ -1,7 +1,7 @@
 """Host memory's copies in the worst order: on streams that do nothing before they are waited for.
 
 The CPU plays the GPU: the computing stream runs at once, copies as late as the waits allow. What reads or writes
-memory that was given away by then, or comes before the work that it needs, fails here. Real streams: test_memory_gpu.py.
+memory that was given away by then, or comes before the work that it needs, fails here. On streams: test_memory_gpu.py.
 """
 
 import weakref

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_nf4_model import shape_config
 from test_layer_function import assert_layers_give, batch, bind, build, loss_and_gradients
 
-from benchmark.random_nf4_model import shape_config
 from longqlora.attention.binding import bind_attention
 from longqlora.memory.estimate import CUDA_CONTEXT, GIB, predict
 from longqlora.memory.host_offload import HostOffload

@@ -9,14 +9,14 @@ import math
 import runpy
 import sys
 
+import live_memory
 import pytest
 import torch
+from live_memory import LiveStorages, check_free_memory
+from rolled_attention import materialized_attention, rolled_shift_short_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-import benchmark.live_memory
 import longqlora.model.base
-from benchmark.live_memory import LiveStorages, check_free_memory
-from benchmark.rolled_attention import materialized_attention, rolled_shift_short_attention
 from longqlora.attention.shift_short import shift_short_attention
 from longqlora.device import cpu_has_bf16, is_out_of_memory
 
@@ -123,11 +123,11 @@ def test_a_cpu_without_bf16_counts_the_same_bytes(monkeypatch):
     """Products, attention and their gradients in fp32 below the tracker: same dtypes, same bytes, near values."""
     counts, outcomes = [], []
     for has_bf16 in (True, False):
-        monkeypatch.setattr(benchmark.live_memory, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(live_memory, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
         generator = torch.Generator().manual_seed(0)
         x, weight = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((2, 4, 16, 8), (8, 8)))
         x, weight, result = x.requires_grad_(), weight.requires_grad_(), torch.empty(8, 8, dtype=torch.bfloat16)
-        with benchmark.live_memory.PeakMemory(torch.device("cpu")) as memory:
+        with live_memory.PeakMemory(torch.device("cpu")) as memory:
             torch.mm(weight.detach(), weight.detach(), out=result)
             scaled_dot_product_attention(x @ weight, x, x).sum().backward()
         counts.append(memory.peak_bytes)
@@ -236,8 +236,8 @@ def test_train_step_of_a_config_file_out_of_memory(tmp_path, run_script, tiny_mo
 def test_random_model_is_like_a_loaded_one(tiny_model_dir):
     """Same parameters, dtypes and quantisation as transformers' 4-bit load; a tied head stays one matrix."""
     from bitsandbytes.nn import Linear4bit
+    from random_nf4_model import random_nf4_model, shape_config
 
-    from benchmark.random_nf4_model import random_nf4_model, shape_config
     from longqlora.model.base import load_config, load_model
 
     options = {"dtype": torch.bfloat16, "device": torch.device("cpu")}

@@ -5,10 +5,10 @@ import runpy
 import sys
 from argparse import Namespace
 
+import longest
 import pytest
+import step_comparison
 from conftest import REPO
-
-from benchmark import longest, step_comparison
 
 
 def run_here(monkeypatch, script: str, *words) -> None:
