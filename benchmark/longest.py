@@ -141,13 +141,12 @@ def longest_length(args: argparse.Namespace, name: str, cap: int) -> int:
 
 
 def plot_lengths(results: dict[str, dict], cap: str, path: Path) -> None:
-    from longqlora.plot import new_figure, save_figure
+    from longqlora.plot import new_figure
 
-    figure, (axes,) = new_figure()
-    axes.barh(list(results), [row["length"] for row in results.values()])
-    axes.invert_yaxis()
-    axes.set_xlabel(f"longest row within {cap}, tokens")
-    save_figure(figure, path)
+    with new_figure(path) as (axes,):
+        axes.barh(list(results), [row["length"] for row in results.values()])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"longest row within {cap}, tokens")
 
 
 def main() -> None:

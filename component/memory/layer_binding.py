@@ -2,8 +2,8 @@
 graph, and its last norm works in tiles.
 
 The layers are transformers' own. Each is a `GradientCheckpointingLayer`, which in training mode hands its forward pass
-to the checkpointing function set on it (5.17 to 5.x); ours is set there, and leaves a key/value cache out as
-transformers' does. In evaluation and in generation nothing of ours is called. What is read of a layer and of its
+to the checkpointing function set on it (5.17 and later); ours is set there, and leaves a key/value cache out, as
+transformers' does. In evaluation and generation nothing of ours is called. What is read of a layer and of its
 arguments stands here and in decoder_layer.py, for `decoder_layer.MODEL_TYPES`, with an adapter or trained in full.
 """
 
