@@ -40,9 +40,7 @@ class AdaptedLinear:
         bias, lora_b = (x if x is None else x[rows] for x in (self.bias, self.lora_b))
         return AdaptedLinear(self.weight[rows], bias, self.lora_a, lora_b, self.scaling, self.dropout)
 
-    def __call__(
-        self, x: torch.Tensor, seed: int, *, output: torch.Tensor | None = None, is_output_needed: bool = True
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, seed: int, *, output=None, is_output_needed: bool = True) -> torch.Tensor:
         """Output [..., N] for x [..., C]; differentiable in x and in what is trained: LoRA, or weight and bias.
 
         seed: of the dropout mask. output: the result where it is known; only its gradient is wanted then.

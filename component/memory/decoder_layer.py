@@ -118,7 +118,7 @@ def reason_unsupported(model: nn.Module) -> str | None:
 
 
 def reason_unsupported_config(config) -> str | None:
-    """The same as far as a transformers config tells it."""
+    """The same, as far as a transformers config tells."""
     if config.model_type not in MODEL_TYPES:
         return f"{config.model_type} layers are not among {', '.join(MODEL_TYPES)}"
     if getattr(config, "attention_dropout", 0):

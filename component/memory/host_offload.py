@@ -88,9 +88,7 @@ class HostOffload:
             handle.present = [torch.empty_like(host, device=self.device) for host in handle.hosts]
             handle.arrived = self.copy(self.to_device, handle.present, handle.hosts)
 
-    def copy(
-        self, stream: torch.cuda.Stream, targets: list[torch.Tensor], sources: list[torch.Tensor]
-    ) -> torch.cuda.Event:
+    def copy(self, stream: torch.cuda.Stream, targets: list, sources: list) -> torch.cuda.Event:
         """Begin to copy on `stream`, behind the work that is queued now; returns the event at which it is done."""
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -117,8 +115,7 @@ class HostOffload:
             self.registered.append(block)
         elif self.is_pinned:
             self.is_pinned = False
-            text = "offload_activations: host memory cannot be pinned (ulimit -l); copies will wait"
-            warnings.warn(text, stacklevel=2)
+            warnings.warn("offload_activations: host memory cannot be pinned (ulimit -l), copies wait", stacklevel=2)
         return block
 
     def recycle(self, handle: Handle) -> None:
