@@ -80,8 +80,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 def make_methods(args: argparse.Namespace, length: int, group_size: int, device) -> dict:
     import torch
+    from rolled_attention import materialized_attention, rolled_shift_short_attention
 
-    from benchmark.rolled_attention import materialized_attention, rolled_shift_short_attention
     from longqlora.attention.segments import document_lengths, segment_mask
     from longqlora.attention.shift_short import (
         causal_attention,
@@ -128,9 +128,9 @@ def step(method, leaves: list, gradient, head_dim: int) -> None:
 
 def measure(args: argparse.Namespace, length: int, device) -> dict[str, dict]:
     """Seconds and extra bytes of each method at one length; a method that runs out of memory says so."""
+    from live_memory import PeakMemory, check_free_memory
     from tqdm import tqdm
 
-    from benchmark.live_memory import PeakMemory, check_free_memory
     from longqlora.device import is_out_of_memory
 
     group_size = int(length * args.group_size_ratio) // 2 * 2
@@ -195,9 +195,9 @@ def main() -> None:
     check_results(args, {})
 
     import torch
+    from attention_plot import plot_attention
+    from machine import check_dtype, describe_machine, machine_lines
 
-    from benchmark.attention_plot import plot_attention
-    from benchmark.machine import check_dtype, describe_machine, machine_lines
     from longqlora.files import write_json
 
     device = torch.device(args.device)

@@ -86,9 +86,9 @@ def make_inputs(args: argparse.Namespace, length: int, device) -> list:
 
 def measure(args: argparse.Namespace, length: int, sizes, device) -> dict:
     """Facts of one length and the figures of each method; a method that runs out of memory says so."""
+    from live_memory import PeakMemory
     from tqdm import tqdm
 
-    from benchmark.live_memory import PeakMemory
     from longqlora.device import is_out_of_memory
 
     tensors = make_inputs(args, length, device)
@@ -161,9 +161,9 @@ def main() -> None:
     check_results(args, {})
 
     import torch
+    from dual_chunk_plot import plot_dual_chunk_attention
+    from machine import check_dtype, describe_machine, machine_lines
 
-    from benchmark.dual_chunk_plot import plot_dual_chunk_attention
-    from benchmark.machine import check_dtype, describe_machine, machine_lines
     from longqlora.attention.dual_chunk import DualChunkSizes
     from longqlora.files import write_json
 

@@ -4,8 +4,8 @@ import argparse
 import time
 
 import torch
+from random_nf4_model import shape_config
 
-from benchmark.random_nf4_model import shape_config
 from longqlora.memory.estimate import step_work
 from longqlora.memory.policy import Mechanisms
 from longqlora.memory.shapes import ModelShape, RunShape

@@ -12,6 +12,8 @@ tokens: "per token" is the slope between half the length and the whole, "in all"
 import argparse
 from pathlib import Path
 
+from tabulate import tabulate
+
 from longqlora.cli import run_main
 from longqlora.outputs import check_results
 
@@ -57,9 +59,9 @@ def measure(shape: str, args: argparse.Namespace, mechanisms) -> dict[str, float
 
 def live_bytes(config, rank: int, length: int, mechanisms) -> int:
     import torch
+    from live_memory import PeakMemory
+    from random_nf4_model import random_nf4_model
 
-    from benchmark.live_memory import PeakMemory
-    from benchmark.random_nf4_model import random_nf4_model
     from longqlora.attention.binding import bind_attention
     from longqlora.memory.layer_binding import apply_mechanisms, decoder_layers
     from longqlora.model.adapter import attach_adapter
@@ -85,30 +87,29 @@ def live_bytes(config, rank: int, length: int, mechanisms) -> int:
 
 
 def table(results: dict) -> str:
-    sets = next(iter(results.values()))
-    width = max(map(len, sets))
-    lines = [f"{'units per token (in all)':<{width}}" + "".join(f"{shape:>18}" for shape in results)]
-    for name in sets:
-        cells = (results[shape][name] for shape in results)
-        lines.append(
-            f"{name:<{width}}" + "".join(f"{c['units_per_token']:>9.2f} ({c['units_in_all']:>6.2f})" for c in cells)
-        )
-    return "\n".join(lines)
+    rows = [
+        [
+            name,
+            *(f"{sets[name]['units_per_token']:.2f} ({sets[name]['units_in_all']:>6.2f})" for sets in results.values()),
+        ]
+        for name in next(iter(results.values()))
+    ]
+    headers = ["units per token (in all)", *results]
+    return tabulate(rows, headers, tablefmt="plain", colalign=("left", *["right"] * len(results)))
 
 
 def plot(results: dict, path: Path) -> None:
-    from longqlora.plot import new_figure, save_figure
+    from longqlora.plot import new_figure
 
-    figure, (axes,) = new_figure()
-    for position, (shape, sets) in enumerate(results.items()):
-        heights = [index + 0.25 * position for index in range(len(sets))]
-        axes.barh(heights, [cell["units_per_token"] for cell in sets.values()], height=0.25, label=shape)
-    axes.set_yticks(range(len(sets)), [name.removeprefix("layer function, ") for name in sets], fontsize=6)
-    axes.axvline(GOAL, color="black", linewidth=0.8)
-    axes.set_xlabel(f"units per token (line: {GOAL})")
-    axes.invert_yaxis()
-    axes.legend()
-    save_figure(figure, path)
+    with new_figure(path) as (axes,):
+        for position, (shape, sets) in enumerate(results.items()):
+            heights = [index + 0.25 * position for index in range(len(sets))]
+            axes.barh(heights, [cell["units_per_token"] for cell in sets.values()], height=0.25, label=shape)
+        axes.set_yticks(range(len(sets)), [name.removeprefix("layer function, ") for name in sets], fontsize=6)
+        axes.axvline(GOAL, color="black", linewidth=0.8)
+        axes.set_xlabel(f"units per token (line: {GOAL})")
+        axes.invert_yaxis()
+        axes.legend()
 
 
 def main() -> None:

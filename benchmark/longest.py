@@ -16,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmark.train_step import DTYPE_NAMES
+from train_step import DTYPE_NAMES
+
 from longqlora.cli import run_main
 from longqlora.device import parse_size
 from longqlora.outputs import check_results
@@ -59,8 +60,8 @@ def check_args(args: argparse.Namespace) -> int:
 def predicted_length(args: argparse.Namespace, name: str, cap: int) -> int:
     """Most tokens that fit `cap` bytes by the memory model; 0 where none do."""
     import torch
+    from random_nf4_model import shape_config
 
-    from benchmark.random_nf4_model import shape_config
     from longqlora.memory.estimate import optimizer_bytes, predict
     from longqlora.memory.policy import CHECKPOINTED, POLICIES
     from longqlora.memory.shapes import ModelShape, RunShape
@@ -140,13 +141,12 @@ def longest_length(args: argparse.Namespace, name: str, cap: int) -> int:
 
 
 def plot_lengths(results: dict[str, dict], cap: str, path: Path) -> None:
-    from longqlora.plot import new_figure, save_figure
+    from longqlora.plot import new_figure
 
-    figure, (axes,) = new_figure()
-    axes.barh(list(results), [row["length"] for row in results.values()])
-    axes.invert_yaxis()
-    axes.set_xlabel(f"longest row within {cap}, tokens")
-    save_figure(figure, path)
+    with new_figure(path) as (axes,):
+        axes.barh(list(results), [row["length"] for row in results.values()])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"longest row within {cap}, tokens")
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import tempfile
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from trl_step import TOKENIZER
 
-from benchmark.trl_step import TOKENIZER
 from longqlora.memory.decoder_layer import LINEARS
 
 LORA = {"lora_alpha": 16, "lora_dropout": 0.05}

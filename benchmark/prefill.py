@@ -16,7 +16,8 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmark.train_step import DTYPE_NAMES, MIB, limit_memory, use_v100_kernels
+from train_step import DTYPE_NAMES, MIB, limit_memory, use_v100_kernels
+
 from longqlora.cli import run_main
 from longqlora.device import parse_size
 from longqlora.outputs import check_results
@@ -56,8 +57,8 @@ def check_args(args: argparse.Namespace) -> int | None:
 def choose_device(args: argparse.Namespace):
     """The device; settles --dtype where it was left to it."""
     import torch
+    from machine import check_dtype
 
-    from benchmark.machine import check_dtype
     from longqlora.model.base import default_dtype
 
     is_gpu = torch.cuda.is_available() if args.device is None else args.device == "cuda"
@@ -105,8 +106,7 @@ def read_prompt(model, input_ids, block_size: int) -> list[float]:
 
 def measure(model, input_ids, args: argparse.Namespace, device) -> dict:
     import torch
-
-    from benchmark.live_memory import PeakMemory
+    from live_memory import PeakMemory
 
     read_prompt(model, input_ids[:, : 2 * args.prefill_chunk_size], args.prefill_chunk_size)
     if device.type == "cuda":
@@ -142,9 +142,9 @@ def main() -> None:
     check_results(args, {"--shape": args.shape})
 
     import torch
+    from machine import describe_machine, machine_lines
+    from random_nf4_model import random_nf4_model, shape_config
 
-    from benchmark.machine import describe_machine, machine_lines
-    from benchmark.random_nf4_model import random_nf4_model, shape_config
     from longqlora.device import is_out_of_memory
     from longqlora.files import write_json
 

@@ -80,14 +80,13 @@ def format_comparison(results: dict[str, dict], summary: dict[str, dict[str, flo
 
 def plot_comparison(results: dict[str, dict], path: Path) -> None:
     """Bars of time and extra memory."""
-    from longqlora.plot import new_figure, save_figure
+    from longqlora.plot import new_figure
 
     measured = {name: result for name, result in results.items() if "error" not in result}
-    figure, panels = new_figure(2)
     kinds = (("median_seconds", 1, "seconds a step"), ("extra_bytes", 2**20, "extra memory, MiB"))
-    for axes, (key, unit, label) in zip(panels, kinds, strict=True):
-        colours = ["tab:blue" if name in OWN else "tab:grey" for name in measured]
-        axes.barh(list(measured), [result[key] / unit for result in measured.values()], color=colours)
-        axes.invert_yaxis()
-        axes.set_xlabel(label)
-    save_figure(figure, path)
+    with new_figure(path, len(kinds)) as panels:
+        for axes, (key, unit, label) in zip(panels, kinds, strict=True):
+            colours = ["tab:blue" if name in OWN else "tab:grey" for name in measured]
+            axes.barh(list(measured), [result[key] / unit for result in measured.values()], color=colours)
+            axes.invert_yaxis()
+            axes.set_xlabel(label)

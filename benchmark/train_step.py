@@ -94,8 +94,8 @@ def check_args(args: argparse.Namespace) -> int | None:
 def choose_device(args: argparse.Namespace):
     """The device; settles --dtype and --optim where they were left to it."""
     import torch
+    from machine import check_dtype
 
-    from benchmark.machine import check_dtype
     from longqlora.model.base import default_dtype
 
     is_gpu = torch.cuda.is_available() if args.device is None else args.device == "cuda"
@@ -141,14 +141,14 @@ def main() -> None:
     cap = check_args(args)
     check_results(args, {"--shape": args.shape})
     if args.peers:
-        from benchmark.step_comparison import compare_steps
+        from step_comparison import compare_steps
 
         return compare_steps(args)
 
     import torch
+    from machine import describe_machine, machine_lines
+    from training_step import measure
 
-    from benchmark.machine import describe_machine, machine_lines
-    from benchmark.training_step import measure
     from longqlora.files import write_json
 
     device = choose_device(args)

@@ -14,15 +14,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from hardware_use import hardware_use
+from live_memory import PeakMemory
+from peer_models import unsloth_model, with_liger_kernels, with_stock_adapter
 from peft import PeftModel
+from random_nf4_model import random_nf4_model, shape_config
+from step_profile import format_profile, profile_step
 from tqdm import tqdm
+from trl_step import trl_step
 
-from benchmark.hardware_use import hardware_use
-from benchmark.live_memory import PeakMemory
-from benchmark.peer_models import unsloth_model, with_liger_kernels, with_stock_adapter
-from benchmark.random_nf4_model import random_nf4_model, shape_config
-from benchmark.step_profile import format_profile, profile_step
-from benchmark.trl_step import trl_step
 from longqlora.attention.binding import bind_attention
 from longqlora.memory.layer_binding import apply_mechanisms
 from longqlora.memory.policy import CHECKPOINTED, POLICIES, STOCK, Mechanisms, own_mechanisms

@@ -1,4 +1,8 @@
-"""Rank, world size and the few collectives that scripts need, with or without a launcher."""
+"""Processes: rank, world size and the few collectives that scripts need, with or without a launcher.
+
+Joining, waiting and gathering are accelerate's. Rank and world size are the launcher's variables: who prints and who
+writes is asked before the processes have joined, and making accelerate's PartialState would join them.
+"""
 
 import functools
 import os
@@ -6,7 +10,8 @@ import socket
 import sys
 
 import torch
-import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 
 def rank() -> int:
@@ -42,37 +47,32 @@ def local_device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def set_single_process_environment() -> None:
-    """Give a process that no launcher started the variables of a world of one.
-
-    DeepSpeed asks for mpi4py when they are missing.
-    """
-    if "RANK" in os.environ:
-        return
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in defaults.items()})
+        return probe.getsockname()[1]
+
+
+def set_single_process_environment() -> None:
+    """Give a process that no launcher started the variables of a world of one: without, DeepSpeed asks for mpi4py."""
+    if "RANK" not in os.environ:
+        world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        os.environ.update({name: str(value) for name, value in world.items()})
 
 
 def init_process_group() -> None:
-    """Join the process group that torchrun or deepspeed announced; a no-op in a world of one."""
-    if world_size() > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank())
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    """Join the process group that torchrun or deepspeed announced, where nobody has; a no-op in a world of one."""
+    if world_size() > 1:
+        PartialState(cpu=not torch.cuda.is_available())
 
 
 def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    if world_size() > 1:
+        init_process_group()
+        PartialState().wait_for_everyone()
 
 
 def gather_objects(value: object) -> list[object]:
     """`value` of every rank, in rank order, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    gathered = [None] * world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
+    init_process_group()
+    return gather_object([value]) if world_size() > 1 else [value]

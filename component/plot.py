@@ -6,14 +6,22 @@ matplotlib is needed only here; `require_matplotlib` tells so before long work b
 import importlib.util
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from longqlora.files import atomic_file
 
 FORMATS = (".png", ".pdf", ".svg")
 # From this ratio of the largest to the smallest value on, a linear axis hides the small ones.
 LOG_RATIO = 20
+BINS_PER_DOUBLING = 4
+# Label -> points (window length, perplexity); None and inf are left out.
+PerplexityCurves = Mapping[str, Sequence[tuple[int, float | None]]]
+# Label -> blocks {"start", "end", "loss"} (end exclusive), as evaluation reports them.
+PositionCurves = Mapping[str, Sequence[Mapping]]
 
 
 def require_matplotlib(path: str | os.PathLike, flag: str = "--plot") -> Path:
@@ -26,23 +34,32 @@ def require_matplotlib(path: str | os.PathLike, flag: str = "--plot") -> Path:
     return path
 
 
-def new_figure(num_panels: int = 1):
+@contextmanager
+def new_figure(path: str | os.PathLike, num_panels: int = 1) -> Iterator[Sequence]:
+    """The axes of panels side by side, which are saved as `path` once they are drawn; no display is ever opened."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4 * num_panels, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots(1, num_panels, squeeze=False)[0]
     for axis in axes:
         axis.grid(alpha=0.3)
-    return figure, axes
+    yield axes
+    save_figure(figure, path)
 
 
 def save_figure(figure, path: str | os.PathLike) -> None:
-    # Agg is the canvas of a bare Figure: no display is ever opened.
     with atomic_file(path, "wb") as file:
         figure.savefig(file, format=Path(path).suffix.lstrip(".").lower() or "png")
 
 
-def _draw_perplexity(axis, curves: Mapping[str, Sequence[tuple[int, float | None]]]) -> None:
+def mark_lengths(axis, lengths: Sequence[int]) -> None:
+    """Make the x axis one of lengths in tokens: logarithmic, with a tick for each."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [str(length) for length in lengths])
+    axis.minorticks_off()
+
+
+def draw_perplexity(axis, curves: PerplexityCurves) -> None:
     drawn = []
     for label, points in curves.items():
         finite = sorted((length, value) for length, value in points if value is not None and math.isfinite(value))
@@ -50,66 +67,48 @@ def _draw_perplexity(axis, curves: Mapping[str, Sequence[tuple[int, float | None
         axis.plot([length for length, _ in finite], [value for _, value in finite], marker="o", label=label)
     if drawn and max(drawn) > LOG_RATIO * min(drawn):
         axis.set_yscale("log")
-    lengths = sorted({length for points in curves.values() for length, _ in points})
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [str(length) for length in lengths])
-    axis.minorticks_off()
-    axis.set_xlabel("window length (tokens)")
-    axis.set_ylabel("perplexity")
+    mark_lengths(axis, sorted({length for points in curves.values() for length, _ in points}))
+    axis.set(xlabel="window length (tokens)", ylabel="perplexity")
     axis.legend()
 
 
-def _draw_loss_by_position(axis, curves: Mapping[str, Sequence[Mapping]]) -> None:
+def draw_loss_by_position(axis, curves: PositionCurves) -> None:
     for label, blocks in curves.items():
         finite = [block for block in blocks if block["loss"] is not None and math.isfinite(block["loss"])]
         centers = [(block["start"] + block["end"] - 1) / 2 for block in finite]
         axis.plot(centers, [block["loss"] for block in finite], marker=".", label=label)
-    axis.set_xlabel("position in the window (tokens)")
-    axis.set_ylabel("loss (nats per token)")
+    axis.set(xlabel="position in the window (tokens)", ylabel="loss (nats per token)")
     axis.legend()
 
 
-def plot_perplexity(curves: Mapping[str, Sequence[tuple[int, float | None]]], path: str | os.PathLike) -> None:
-    """Perplexity against window length: label -> [(seq_len, perplexity)]; None and inf are left out."""
-    figure, (axis,) = new_figure()
-    _draw_perplexity(axis, curves)
-    save_figure(figure, path)
+def plot_perplexity(curves: PerplexityCurves, path: str | os.PathLike) -> None:
+    with new_figure(path) as (axis,):
+        draw_perplexity(axis, curves)
 
 
-def plot_loss_by_position(curves: Mapping[str, Sequence[Mapping]], path: str | os.PathLike) -> None:
-    """Loss against position: label -> blocks {"start", "end", "loss"} (end exclusive), as evaluation reports them."""
-    figure, (axis,) = new_figure()
-    _draw_loss_by_position(axis, curves)
-    save_figure(figure, path)
+def plot_loss_by_position(curves: PositionCurves, path: str | os.PathLike) -> None:
+    with new_figure(path) as (axis,):
+        draw_loss_by_position(axis, curves)
 
 
 def plot_evaluation(results: Sequence[Mapping], label: str, path: str | os.PathLike) -> None:
     """Both for the `results` of one evaluation: perplexity by length beside loss by position."""
-    figure, (left, right) = new_figure(2)
-    _draw_perplexity(left, {label: [(result["seq_len"], result["perplexity"]) for result in results]})
-    _draw_loss_by_position(right, {f"{result['seq_len']} tokens": result["loss_by_position"] for result in results})
-    save_figure(figure, path)
+    with new_figure(path, 2) as (left, right):
+        draw_perplexity(left, {label: [(result["seq_len"], result["perplexity"]) for result in results]})
+        draw_loss_by_position(right, {f"{result['seq_len']} tokens": result["loss_by_position"] for result in results})
 
 
 def plot_loss_curve(steps: Sequence[float], losses: Sequence[float], path: str | os.PathLike) -> None:
-    """Training loss (nats per token) against optimizer step."""
-    figure, (axis,) = new_figure()
-    axis.plot(steps, losses)
-    axis.set_xlabel("step")
-    axis.set_ylabel("training loss (nats per token)")
-    save_figure(figure, path)
+    with new_figure(path) as (axis,):
+        axis.plot(steps, losses)
+        axis.set(xlabel="step", ylabel="training loss (nats per token)")
 
 
 def plot_length_histogram(lengths: Sequence[int], path: str | os.PathLike) -> None:
     """Documents by length in tokens, on a logarithmic length axis."""
-    figure, (axis,) = new_figure()
-    first, last = math.floor(math.log2(max(1, min(lengths)))), math.floor(math.log2(max(1, max(lengths)))) + 1
-    bins_per_doubling = 4
-    num_bins = (last - first) * bins_per_doubling
-    edges = [2 ** (first + index / bins_per_doubling) for index in range(num_bins + 1)]
-    axis.hist(lengths, bins=edges)
-    axis.set_xscale("log", base=2)
-    axis.yaxis.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("document length (tokens)")
-    axis.set_ylabel("documents")
-    save_figure(figure, path)
+    first, last = (math.floor(math.log2(max(1, length))) for length in (min(lengths), max(lengths)))
+    with new_figure(path) as (axis,):
+        axis.hist(lengths, bins=np.logspace(first, last + 1, (last + 1 - first) * BINS_PER_DOUBLING + 1, base=2))
+        axis.set_xscale("log", base=2)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.set(xlabel="document length (tokens)", ylabel="documents")

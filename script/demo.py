@@ -11,16 +11,16 @@ do what it claims.
 
 import argparse
 import json
-import math
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from tabulate import tabulate
+
 from longqlora.cli import run_main
-from longqlora.distributed import print_main
+from longqlora.distributed import free_port
 from longqlora.files import read_json, write_json
 from longqlora.outputs import OutputFolder, check_outputs
 from longqlora.plot import plot_loss_by_position, plot_perplexity
@@ -49,7 +49,7 @@ class Steps:
 
     def run(self, name: str, *command: object) -> str:
         words = [str(word) for word in command]
-        print_main(f"\n== {name}\n$ {' '.join(words)}")
+        print(f"\n== {name}\n$ {' '.join(words)}", flush=True)
         started = time.monotonic()
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error"}
         process = subprocess.Popen(words, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
@@ -64,19 +64,6 @@ class Steps:
 
     def script(self, name: str, script: str, *arguments: object) -> str:
         return self.run(name, sys.executable, REPO / "script" / script, *arguments)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def train(steps: Steps, args: argparse.Namespace, corpus: Path, adapter: Path) -> None:
-    overrides = ["--train_file", corpus / "train.jsonl", "--output_dir", adapter, "--overwrite_output_dir", "true"]
-    launcher = Path(sys.executable).parent / "deepspeed"
-    launch = [launcher, "--num_gpus", 1, "--master_port", free_port(), REPO / "train.py"]
-    steps.run("train", *launch, "--train_args_file", args.train_args_file, *overrides)
 
 
 def evaluate(steps: Steps, name: str, ids: Path, output_dir: Path, *arguments: object) -> dict[int, dict]:
@@ -107,17 +94,14 @@ def check(report: dict) -> list[str]:
         "adapter past position 256: at least 0.5 nat below the base": beyond["adapter"] <= beyond["base"] - 0.5,
         "merged into NF4 weights: loss equals the adapter's to 1e-3": report["merge_difference_nf4"] <= 1e-3,
     }
-    for claim, holds in claims.items():
-        print_main(f"{'ok    ' if holds else 'FAILED'} {claim}")
+    print("\n".join(f"{'ok    ' if holds else 'FAILED'} {claim}" for claim, holds in claims.items()))
     return [claim for claim, holds in claims.items() if not holds]
 
 
 def table(report: dict) -> str:
-    lines = [f"{'perplexity':<24}" + "".join(f"{length:>10}" for length in LENGTHS) + f"{'loss past 256':>16}"]
-    for name, row in report["perplexity"].items():
-        values = "".join(f"{row[str(length)]:>10.2f}" for length in LENGTHS)
-        lines.append(f"{name:<24}{values}{report['loss_beyond_256'][name]:>16.3f}")
-    return "\n".join(lines)
+    rows = [[name, *row.values(), report["loss_beyond_256"][name]] for name, row in report["perplexity"].items()]
+    formats = ("", *[".2f"] * len(LENGTHS), ".3f")
+    return tabulate(rows, ["perplexity", *LENGTHS, "loss past 256"], tablefmt="plain", floatfmt=formats)
 
 
 def main() -> None:
@@ -135,7 +119,12 @@ def main() -> None:
         "tokenise", "data/tokenize_corpus.py", "--input", corpus / "validation.jsonl", "--tokenizer", BASE,
         "--output_file", ids, "--min_tokens", LENGTHS[-1],
     )  # fmt: skip
-    train(steps, args, corpus, adapter)
+    launcher = Path(sys.executable).parent / "deepspeed"
+    steps.run(
+        "train", launcher, "--num_gpus", 1, "--master_port", free_port(), REPO / "train.py",
+        "--train_args_file", args.train_args_file, "--train_file", corpus / "train.jsonl", "--output_dir", adapter,
+        "--overwrite_output_dir", "true",
+    )  # fmt: skip
 
     nf4 = ("--load_in_4bit",)
     results = {
@@ -154,15 +143,19 @@ def main() -> None:
         "--max_new_tokens", 48, "--temperature", 0,
     )  # fmt: skip
 
+    def difference(name: str) -> float:
+        """Largest one in loss between a model and the adapter, over the window lengths."""
+        return max(abs(results[name][length]["loss"] - results["adapter"][length]["loss"]) for length in LENGTHS)
+
     longest = {name: by_length[LENGTHS[-1]] for name, by_length in results.items()}
     report = {
         "perplexity": {
-            name: {str(length): result["perplexity"] for length, result in by_length.items()}
+            name: {str(length): by_length[length]["perplexity"] for length in LENGTHS}
             for name, by_length in results.items()
         },
         "loss_beyond_256": {name: loss_beyond(result, 256) for name, result in longest.items()},
-        "merge_difference_nf4": max_difference(results["merged, NF4 weights"], results["adapter"]),
-        "merge_difference_16bit": max_difference(results["merged, 16-bit weights"], results["adapter"]),
+        "merge_difference_nf4": difference("merged, NF4 weights"),
+        "merge_difference_16bit": difference("merged, 16-bit weights"),
         "protocol": {name: result["protocol"] for name, result in longest.items()},
         "generated": text,
         "training": {key: v for key, v in read_json(adapter / "train_results.json").items() if key != "log_history"},
@@ -171,25 +164,18 @@ def main() -> None:
         "total_seconds": round(time.monotonic() - started, 1),
     }
     write_json(out / "report.json", report)
-    plot_perplexity(
-        {name: [(length, r["perplexity"]) for length, r in by_length.items()] for name, by_length in results.items()},
-        out / "perplexity.png",
-    )
+    curves = {name: list(zip(LENGTHS, row.values(), strict=True)) for name, row in report["perplexity"].items()}
+    plot_perplexity(curves, out / "perplexity.png")
     plot_loss_by_position({name: result["loss_by_position"] for name, result in longest.items()}, out / "position.png")
 
-    print_main(f"\n{table(report)}\n\n{longest['adapter']['protocol']}\n")
-    print_main(f"merging changed the loss by {report['merge_difference_nf4']:.1e} (NF4 weights) and "
+    print(f"\n{table(report)}\n\n{longest['adapter']['protocol']}\n")
+    print(f"merging changed the loss by {report['merge_difference_nf4']:.1e} (NF4 weights) and "
                f"{report['merge_difference_16bit']:.1e} (16-bit weights: the adapter never saw these)")  # fmt: skip
-    print_main(f"seconds: {json.dumps(steps.seconds)}, {report['total_seconds']} in all")
-    print_main(f"wrote {out / 'report.json'}, perplexity.png and position.png")
+    print(f"seconds: {json.dumps(steps.seconds)}, {report['total_seconds']} in all")
+    print(f"wrote {out / 'report.json'}, perplexity.png and position.png")
     failed = check(report)
     if failed:
         raise ValueError(f"the demo did not reach: {'; '.join(failed)}")
-
-
-def max_difference(ours: dict[int, dict], theirs: dict[int, dict]) -> float:
-    """Largest difference in loss over the window lengths."""
-    return max(math.fabs(ours[length]["loss"] - theirs[length]["loss"]) for length in LENGTHS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Causal attention of whole sequences, full or shift-short, a few heads at a time, with its log-sum-exp.
 
 For a backward pass that has the output and log-sum-exp and need not run attention again
-(layer_backward.py). Gradients take the place of the queries, keys and values that they belong to, so that
+(layer_function.py). Gradients take the place of the queries, keys and values that they belong to, so that
 the backward pass holds little more than the forward pass: with 4 pieces, 3/4 of one [B, S, H, D] tensor.
 
 Dimensions: B batch, S sequence, H query heads, K key/value heads (K divides H), D head dim, G group size,

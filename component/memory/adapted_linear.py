@@ -2,9 +2,9 @@
 
 LoRA (arXiv 2106.09685): y = x W' + b + scaling * dropout(x) A' B'. Autograd through the single operations
 keeps the input twice, a mask and every intermediate; here one node keeps the input, the mask as one byte an
-element and the product with A. Used on tiles of a sequence, where even that is small (layer_backward.py).
+element and the product with A. Used on tiles of a sequence, where even that is small (layer_function.py).
 
-A dropout mask is a function of a seed alone: recomputation makes the same mask without saving it.
+A dropout mask is a function of its seed alone: recomputation draws the same mask, which nobody keeps.
 
 Dimensions: T tokens, C input features, N output features, R rank.
 
@@ -12,7 +12,6 @@ Pure maths: knows nothing of Hugging Face.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +40,7 @@ class AdaptedLinear:
         bias, lora_b = (x if x is None else x[rows] for x in (self.bias, self.lora_b))
         return AdaptedLinear(self.weight[rows], bias, self.lora_a, lora_b, self.scaling, self.dropout)
 
-    def __call__(
-        self, x: torch.Tensor, seed: int, *, output: torch.Tensor | None = None, is_output_needed: bool = True
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, seed: int, *, output=None, is_output_needed: bool = True) -> torch.Tensor:
         """Output [..., N] for x [..., C]; differentiable in x and in what is trained: LoRA, or weight and bias.
 
         seed: of the dropout mask. output: the result where it is known; only its gradient is wanted then.
@@ -53,33 +50,25 @@ class AdaptedLinear:
             return F.linear(x, *(w if w is None else w.to(x.dtype) for w in (self.weight, self.bias)))
         if output is None and not is_output_needed:
             output = x.new_empty(()).expand(*x.shape[:-1], self.weight.shape[0])
-        return AdaptedLinearFunction.apply(x, self.lora_a, self.lora_b, self, seed, Known(output))
-
-
-@dataclass(frozen=True)
-class Known:
-    """A tensor that autograd shall not look into."""
-
-    value: torch.Tensor | None
+        # In a tuple, autograd takes no notice of it.
+        return AdaptedLinearFunction.apply(x, self.lora_a, self.lora_b, self, seed, (output,))
 
 
 class AdaptedLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, lora_a, lora_b, linear: AdaptedLinear, seed: int, known: Known):
+    def forward(ctx, x, lora_a, lora_b, linear: AdaptedLinear, seed: int, known: tuple[torch.Tensor | None]):
         flat = x.reshape(-1, x.shape[-1])
         mask = low_rank = None
         if lora_a is not None:
-            dropped, mask = drop(flat, linear.dropout, seed)
-            low_rank = dropped @ lora_a.T.to(x.dtype)
+            mask = keep_mask(flat, linear.dropout, seed)
+            low_rank = apply_mask(flat, mask, linear.dropout) @ lora_a.T.to(x.dtype)
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(x, mask, low_rank, lora_a, lora_b)
             ctx.linear = linear
-        if known.value is not None:
-            return known.value.view_as(known.value)
-        if linear.bias is None:
-            output = flat @ linear.weight.T
-        else:
-            output = torch.addmm(linear.bias, flat, linear.weight.T)
+        (output,) = known
+        if output is not None:
+            return output.view_as(output)
+        output = F.linear(flat, linear.weight, linear.bias)
         if low_rank is not None:
             output.addmm_(low_rank, lora_b.T.to(x.dtype), alpha=linear.scaling)
         return output.view(*x.shape[:-1], -1)
@@ -94,31 +83,25 @@ class AdaptedLinearFunction(torch.autograd.Function):
         if lora_a is not None:
             grad_b = (gradient.T @ low_rank).mul_(linear.scaling).to(lora_b.dtype)
             grad_low_rank = (gradient @ lora_b.to(dtype)).mul_(linear.scaling)
-            grad_a = (grad_low_rank.T @ undrop(flat, mask, linear.dropout)).to(lora_a.dtype)
+            grad_a = (grad_low_rank.T @ apply_mask(flat, mask, linear.dropout)).to(lora_a.dtype)
             if grad_x is not None and mask is None:
                 grad_x.addmm_(grad_low_rank, lora_a.to(dtype))
             elif grad_x is not None:
-                grad_x.add_(undrop(grad_low_rank @ lora_a.to(dtype), mask, linear.dropout))
+                grad_x.add_(apply_mask(grad_low_rank @ lora_a.to(dtype), mask, linear.dropout))
         return None if grad_x is None else grad_x.view_as(x), grad_a, grad_b, None, None, None
 
 
-def drop(x: torch.Tensor, dropout: float, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [T, C] with some elements zeroed and the others scaled up, and the mask (None where nothing is dropped)."""
-    mask = keep_mask(x, dropout, seed)
-    return undrop(x, mask, dropout), mask
-
-
-def undrop(x: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
-    """Apply a mask: dropout is its own transpose."""
+def apply_mask(x: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    """x [T, C] with some elements zeroed and the others scaled up; also the gradient of that, given the output's."""
     return x if mask is None else (x * mask).mul_(MASK_LEVELS / (MASK_LEVELS - num_dropped_levels(dropout)))
 
 
 def keep_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor | None:
-    """Mask bool [T, C] for x [T, C], True where kept; the same for the same shape, device and seed."""
+    """Mask bool [T, C] for x [T, C], True where kept, None if all are; the same for the same shape, device and seed."""
     threshold = num_dropped_levels(dropout)
     if not threshold:
         return None
-    generator = device_generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(seed)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     # From the least integer on: without it the sign bit would always be zero.
     draws.random_(torch.iinfo(torch.int64).min, None, generator=generator)
@@ -128,8 +111,3 @@ def keep_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor | None
 def num_dropped_levels(dropout: float) -> int:
     """How many of the 65536 values of a draw drop an element."""
     return round(dropout * MASK_LEVELS)
-
-
-@cache
-def device_generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device)

@@ -1,13 +1,13 @@
 """The parts of a Llama-like decoder layer, as functions of a tile of its tokens.
 
-Llama, Mistral, Qwen2 and Qwen3 layers differ in biases and in norms on queries and keys only:
+Llama, Mistral, Qwen2 and Qwen3 layers differ only in biases and in norms on queries and keys:
 
-    q, k, v = rope(qk_norm(qkv_proj(norm1(x))))        `project`
-    h = x + o_proj(attention(q, k, v))                 `attention_output`
+    q, k, v = rope(qk_norm(qkv_proj(norm1(x))))                        `project`
+    h = x + o_proj(attention(q, k, v))
     y = h + down_proj(act(gate_proj(n)) * up_proj(n)), n = norm2(h)    `mlp`
 
 Norms and activations are the layer's own modules; linear layers, quantised or not, with LoRA or without, are
-read into `AdaptedLinear`. Nothing here depends on tokens other than the tile's.
+read into `AdaptedLinear`. Nothing here looks beyond the tile.
 
 Dimensions: B batch, T tokens of a tile, C hidden size, F intermediate size, H query heads, K key/value heads,
 D head dim.
@@ -24,6 +24,10 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 LINEARS = (*PROJECTIONS, "o_proj", *MLP)
+# linear(name, x [B, T, C], **options of AdaptedLinear.__call__) -> [B, T, N], under the tile's dropout mask.
+Linear = Callable[..., torch.Tensor]
+# cos and sin [B or 1, T, D]
+Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 class DecoderLayer:
@@ -35,8 +39,8 @@ class DecoderLayer:
         self.norm1, self.norm2, self.act = layer.input_layernorm, layer.post_attention_layernorm, mlp.act_fn
         self.head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self.attention, self.head_dim, self.scaling = attention, attention.head_dim, attention.scaling
-        self.num_heads = out_features(self.linears["q_proj"]) // self.head_dim
-        self.num_kv_heads = out_features(self.linears["k_proj"]) // self.head_dim
+        widths = (base_layer(self.linears[name]).out_features for name in ("q_proj", "k_proj"))
+        self.num_heads, self.num_kv_heads = (width // self.head_dim for width in widths)
 
     def trained(self, *names: str) -> list[nn.Parameter]:
         """Trained parameters of the parts that `project` (names PROJECTIONS), o_proj or the MLP use."""
@@ -49,34 +53,26 @@ class DecoderLayer:
         """Linear layers as dense matrices in `dtype`: quantised ones are unpacked here, once for all tiles."""
         return {name: adapted_linear(self.linears[name], dtype) for name in names}
 
-    def project(
-        self, x: torch.Tensor, linears: dict[str, AdaptedLinear], seed: Callable[[str], int], *, are_values_needed: bool
-    ) -> list[torch.Tensor]:
-        """Queries, keys and values of x [B, T, C] before RoPE: [B, T, H, D], [B, T, K, D] twice."""
+    def project(self, x: torch.Tensor, linear: Linear, rope: Rope, *, are_values_needed=True) -> list[torch.Tensor]:
+        """Queries, keys and values of x [B, T, C] after RoPE: [B, T, H, D], [B, T, K, D] twice.
+
+        are_values_needed: if not, what comes back is meaningless, but gradients flow through it.
+        """
         normed, heads = self.norm1(x).to(x.dtype), []
         for name, norm in zip(PROJECTIONS, (*self.head_norms, None), strict=True):
-            flat = linears[name](normed, seed(name), is_output_needed=are_values_needed or norm is not None)
+            flat = linear(name, normed, is_output_needed=are_values_needed or norm is not None)
             states = flat.unflatten(-1, (-1, self.head_dim))
-            heads.append(states if norm is None else norm(states).to(x.dtype))
+            states = states if norm is None else norm(states).to(x.dtype)
+            heads.append(states if name == "v_proj" else rotated(states, *rope))
         return heads
 
     def mlp(
-        self,
-        hidden: torch.Tensor,
-        linears: dict[str, AdaptedLinear],
-        seed: Callable[[str], int],
-        *,
-        products: tuple[torch.Tensor, torch.Tensor] | None = None,
-        is_output_needed: bool = True,
+        self, hidden: torch.Tensor, linear: Linear, *, gate=None, up=None, is_output_needed=True
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the MLP adds to `hidden` [B, T, C], and its two inner products [B, T, F], as given or computed."""
         normed = self.norm2(hidden).to(hidden.dtype)
-        gate, up = (
-            linears[name](normed, seed(name), output=products and products[position])
-            for position, name in enumerate(("gate_proj", "up_proj"))
-        )
-        added = linears["down_proj"](self.act(gate) * up, seed("down_proj"), is_output_needed=is_output_needed)
-        return added, gate, up
+        gate, up = linear("gate_proj", normed, output=gate), linear("up_proj", normed, output=up)
+        return linear("down_proj", self.act(gate) * up, is_output_needed=is_output_needed), gate, up
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -84,16 +80,6 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     cos, sin = cos[:, :, None], sin[:, :, None]
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def rotated_back(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Gradient of `rotated` with respect to x."""
-    first, second = (gradient * sin[:, :, None]).chunk(2, dim=-1)
-    return gradient * cos[:, :, None] + torch.cat((second, -first), dim=-1)
-
-
-def out_features(module: nn.Module) -> int:
-    return base_layer(module).out_features
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -104,17 +90,14 @@ def base_layer(module: nn.Module) -> nn.Module:
 def adapted_linear(module: nn.Module, dtype: torch.dtype) -> AdaptedLinear:
     """A linear layer, quantised or not, with the active LoRA adapter of PEFT or none."""
     base = base_layer(module)
-    bias = None if base.bias is None else base.bias
-    weight = dense_weight(base, dtype)
-    if not weight.requires_grad:
-        bias = bias if bias is None else bias.to(dtype)
+    weight, bias = dense_weight(base, dtype), base.bias
+    if bias is not None and not weight.requires_grad:
+        bias = bias.to(dtype)
     if base is module or module.disable_adapters or module.merged:
         return AdaptedLinear(weight, bias)
     (name,) = module.active_adapters
-    dropout = getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0
-    return AdaptedLinear(
-        weight, bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], dropout
-    )
+    lora = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    return AdaptedLinear(weight, bias, *lora, getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0)
 
 
 def dense_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
@@ -128,19 +111,14 @@ def dense_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
 
 
 def reason_unsupported(model: nn.Module) -> str | None:
-    """Why the layers of `model`, adapter attached, cannot be taken apart like this; None where they can."""
-    reason = reason_unsupported_config(model.config)
-    if reason:
-        return reason
-    for module in model.modules():
-        if hasattr(module, "lora_A") and isinstance(base_layer(module), nn.Linear):
-            if len(module.active_adapters) != 1 or getattr(module, "lora_variant", None):
-                return "its adapter is more than one plain LoRA"
-    return None
+    """Why the layers of `model`, adapter attached, cannot be computed like this; None where they can."""
+    linears = [x for x in model.modules() if hasattr(x, "lora_A") and isinstance(base_layer(x), nn.Linear)]
+    is_plain = all(len(x.active_adapters) == 1 and not getattr(x, "lora_variant", None) for x in linears)
+    return reason_unsupported_config(model.config) or (None if is_plain else "its adapter is more than one plain LoRA")
 
 
 def reason_unsupported_config(config) -> str | None:
-    """The same as far as a transformers config tells it."""
+    """The same, as far as a transformers config tells."""
     if config.model_type not in MODEL_TYPES:
         return f"{config.model_type} layers are not among {', '.join(MODEL_TYPES)}"
     if getattr(config, "attention_dropout", 0):

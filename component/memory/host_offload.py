@@ -1,4 +1,4 @@
-"""Tensors in host memory between forward and backward pass, copied beside the computation.
+"""Tensors in host memory between forward and backward pass, copied while the GPU computes.
 
     store = HostOffload(device)
     handle = store.put([x, y])     # forward: x and y may be dropped right after
@@ -7,80 +7,74 @@
 Device memory is given back and taken in the order of the stream that computes, never by when a copy happens to
 be done: what was put stays until the next put, what is fetched waits for the work before it. So the device
 holds the tensors of two layers, however far the CPU runs ahead, and nothing waits on the CPU.
+(torch's `save_on_cpu` copies on the computing stream, which waits.)
 
 Host blocks are pinned at their exact size (torch's own pinned allocator rounds each up to a power of two) and
-used again by the next step. On a CPU tensors stay where they are.
+used again by the next step.
 
 Pure maths: knows nothing of Hugging Face.
 """
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 
 from longqlora.device import GIB, free_host_memory
 
 
+@dataclass(eq=False)
 class Handle:
     """Tensors that were put together.
 
     hosts: their copies, complete at the event `copied`. present: the tensors on the device, before they leave and
-    once they are fetched, then complete at the event `arrived`.
+    once they are fetched, then complete at the event `arrived`. before: a weak reference to the handle put before,
+    so that a step that was given up leaves no chain of them behind.
     """
 
-    def __init__(
-        self, store: "HostOffload", hosts: list[torch.Tensor], present: list[torch.Tensor], before: "Handle | None"
-    ):
-        self.store, self.hosts, self.present = store, hosts, present
-        # A step that was given up leaves no chain of handles behind.
-        self.before = weakref.ref(before) if before is not None else lambda: None
-        self.copied = self.arrived = None
+    store: "HostOffload"
+    hosts: list[torch.Tensor]
+    present: list[torch.Tensor] | None
+    before: Callable[[], "Handle | None"]
+    copied: torch.cuda.Event | None = None
+    arrived: torch.cuda.Event | None = None
 
     def __del__(self) -> None:
         self.store.recycle(self)
 
 
 class HostOffload:
-    """For one thread at a time. On the device are at most the tensors asked for and those put before or after them."""
+    """For one thread at a time. On the GPU are at most the tensors asked for and those put before or after them."""
 
     def __init__(self, device: torch.device):
-        self.device, self.is_used, self.is_pinned = device, device.type == "cuda", True
+        self.device, self.is_pinned = device, True
         # Free host blocks by size. The computing stream has waited for their last copies, and others wait for it.
         self.blocks: dict[int, list[torch.Tensor]] = {}
         self.last = lambda: None
-        if self.is_used:
-            self.to_host, self.to_device = (torch.cuda.Stream(device) for _ in range(2))
-            self.registered: list[torch.Tensor] = []
-            # Not at the end of the process: that frees them all.
-            weakref.finalize(self, unregister, self.registered).atexit = False
+        self.to_host, self.to_device = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.registered: list[torch.Tensor] = []
+        # Not at the end of the process: that frees them all.
+        weakref.finalize(self, unregister, self.registered).atexit = False
 
     def put(self, tensors: Sequence[torch.Tensor]) -> Handle:
         """Begin to copy `tensors` to the host."""
-        if not self.is_used:
-            return Handle(self, [], list(tensors), None)
         tensors, before = [tensor.contiguous() for tensor in tensors], self.last()
-        handle = Handle(self, [self.host_tensor(tensor) for tensor in tensors], tensors, before)
-        compute = torch.cuda.current_stream(self.device)
-        self.to_host.wait_stream(compute)
-        with torch.cuda.stream(self.to_host):
-            for host, tensor in zip(handle.hosts, tensors, strict=True):
-                copy(host, tensor, is_pinned=self.is_pinned)
-            handle.copied = self.to_host.record_event()
+        handle = Handle(self, [self.host_tensor(tensor) for tensor in tensors], tensors, self.last)
+        handle.copied = self.copy(self.to_host, handle.hosts, tensors)
         if before is not None and before.present is not None:
-            compute.wait_event(before.copied)
+            torch.cuda.current_stream(self.device).wait_event(before.copied)
             before.present = None
         self.last = weakref.ref(handle)
         return handle
 
     def get(self, handle: Handle) -> list[torch.Tensor]:
         """The tensors on the device, ready for the current stream; begins to fetch those put before them. Once only."""
-        if self.is_used:
-            self.fetch(handle)
-            # What has not left the device yet may be written to once its copy is done.
-            torch.cuda.current_stream(self.device).wait_event(handle.arrived or handle.copied)
+        self.fetch(handle)
+        # What has not left the device yet may be written to once its copy is done.
+        torch.cuda.current_stream(self.device).wait_event(handle.arrived or handle.copied)
         tensors, handle.present = handle.present, None
         before = handle.before()
         if before is not None:
@@ -89,15 +83,18 @@ class HostOffload:
 
     def fetch(self, handle: Handle) -> None:
         """Begin to copy back what is not on the device."""
-        if handle.present is not None:
-            return
-        # This memory is the computing stream's: what that did before, with it and with the host's copy, must be over.
-        handle.present = [torch.empty_like(host, device=self.device) for host in handle.hosts]
-        self.to_device.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.to_device):
-            for target, host in zip(handle.present, handle.hosts, strict=True):
-                copy(target, host, is_pinned=self.is_pinned)
-            handle.arrived = self.to_device.record_event()
+        if handle.present is None:
+            # This memory is the computing stream's: what that did before, with it and with the host's, must be over.
+            handle.present = [torch.empty_like(host, device=self.device) for host in handle.hosts]
+            handle.arrived = self.copy(self.to_device, handle.present, handle.hosts)
+
+    def copy(self, stream: torch.cuda.Stream, targets: list, sources: list) -> torch.cuda.Event:
+        """Begin to copy on `stream`, behind the work that is queued now; returns the event at which it is done."""
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=self.is_pinned)
+            return stream.record_event()
 
     def host_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Host memory of the shape and dtype of `tensor`: a free block of exactly this size, or a new one."""
@@ -114,32 +111,23 @@ class HostOffload:
                 "are free; lower max_seq_length, or set keep_activations: input"
             )
         block = torch.empty(num_bytes, dtype=torch.uint8)
-        if not self.is_pinned:
-            return block
-        if register(block):
+        if self.is_pinned and register(block):
             self.registered.append(block)
-        else:
+        elif self.is_pinned:
             self.is_pinned = False
-            warnings.warn(
-                "offload_activations: host memory cannot be pinned (ulimit -l); copies will wait", stacklevel=2
-            )
+            warnings.warn("offload_activations: host memory cannot be pinned (ulimit -l), copies wait", stacklevel=2)
         return block
 
     def recycle(self, handle: Handle) -> None:
         """Take back the blocks of a handle that nobody holds any more."""
         used = handle.arrived or handle.copied
-        if not self.is_used or used is None:
+        if used is None:
             return
         if handle.present is not None:
             # Given up on the way: its device memory is the computing stream's again, which may not overtake the copy.
             torch.cuda.current_stream(self.device).wait_event(used)
         for host in handle.hosts:
             self.blocks.setdefault(host.nbytes, []).append(host.view(-1).view(torch.uint8))
-
-
-def copy(target: torch.Tensor, source: torch.Tensor, *, is_pinned: bool) -> None:
-    """Copy on the current stream; without waiting where the host's memory is pinned."""
-    target.copy_(source, non_blocking=is_pinned)
 
 
 def register(block: torch.Tensor) -> bool:

@@ -1,29 +1,31 @@
-"""Bind the layer function to a transformers model: its decoder layers, in training, become single
-nodes, and its last norm works in tiles.
+"""Bind the layer function to a transformers model: its decoder layers, in training, become single nodes of the
+graph, and its last norm works in tiles.
 
-Any model type of `decoder_layer.MODEL_TYPES`; with an adapter or trained in full. In evaluation, in generation
-and with a filled key/value cache the layers are transformers' own. `unbind_layers` undoes it.
+The layers are transformers' own. Each is a `GradientCheckpointingLayer`, which in training mode hands its forward pass
+to the checkpointing function set on it (5.17 and later); ours is set there, and leaves a key/value cache out, as
+transformers' does. In evaluation and generation nothing of ours is called. What is read of a layer and of its
+arguments stands here and in decoder_layer.py, for `decoder_layer.MODEL_TYPES`, with an adapter or trained in full.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longqlora.attention.binding import attention_pattern, call_attention
 from longqlora.attention.proof import NUM_TOKENS, check_equal, outputs_and_gradients, refusing, token_ids
 from longqlora.attention.tiny_copy import tiny_copy
 from longqlora.memory.decoder_layer import DecoderLayer, reason_unsupported
 from longqlora.memory.host_offload import HostOffload
-from longqlora.memory.layer_call import LayerCall, LayerOptions
-from longqlora.memory.layer_function import LayerFunction
+from longqlora.memory.layer_function import LayerCall, LayerFunction
 from longqlora.memory.policy import Mechanisms
-from longqlora.memory.tiled_norm import tiled_norm
 from longqlora.model.adapter import attach_adapter
 from longqlora.settings.config import AdapterConfig
 
@@ -37,83 +39,73 @@ def apply_mechanisms(model: nn.Module, mechanisms: Mechanisms, device: torch.dev
     Raises ValueError where the function's outputs or gradients are not those of the model's layers.
     """
     if mechanisms.layer_function:
-        options = LayerOptions(mechanisms.keep_activations, mechanisms.tile_size, mechanisms.num_head_chunks)
-        few_tokens = replace(options, tile_size=PROOF_TILE_SIZE)
-        prove_layers(model, partial(bind_layers, options=few_tokens), fix="set layer_function: false")
-        bind_layers(model, options, store=HostOffload(device) if mechanisms.offload_activations else None)
+        few_tokens = replace(mechanisms, tile_size=PROOF_TILE_SIZE)
+        prove_layers(model, partial(bind_layers, mechanisms=few_tokens), fix="set layer_function: false")
+        # On a CPU, host memory is where tensors are anyway.
+        is_offloaded = mechanisms.offload_activations and device.type == "cuda"
+        bind_layers(model, mechanisms, store=HostOffload(device) if is_offloaded else None)
 
 
-def bind_layers(model: nn.Module, options: LayerOptions, *, store: Any = None) -> None:
+def bind_layers(model: nn.Module, mechanisms: Mechanisms, *, store: HostOffload | None = None) -> None:
     """Let every decoder layer of `model`, adapter attached, train through `LayerFunction`.
 
-    store: keeps tensors between forward and backward (`put`, `get`), or None for autograd's own keeping.
+    store: keeps tensors between forward and backward pass; None for autograd's own keeping.
     Raises ValueError where the model's layers are of another kind.
     """
     reason = reason_unsupported(model)
     if reason:
         raise ValueError(f"layer_function: not available, since {reason}; set layer_function: false")
     for layer in decoder_layers(model):
-        layer.forward = partial(layer_forward, layer, DecoderLayer(layer), options, store)
-    norm = final_norm(model)
-    norm.forward = partial(norm_forward, norm, options.tile_size)
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = LayerCheckpoint(layer, mechanisms, store)
+    norm = decoder(model).norm
+    # No hook of a module can take the place of its forward pass.
+    norm.forward = partial(tiled_norm, norm, mechanisms.tile_size)
 
 
-def unbind_layers(model: nn.Module) -> None:
-    """Give the model its own layers back."""
-    for module in (*decoder_layers(model), final_norm(model)):
-        module.__dict__.pop("forward", None)
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     return list(decoder(model).layers)
-
-
-def final_norm(model: nn.Module) -> nn.Module:
-    return decoder(model).norm
 
 
 def decoder(model: nn.Module) -> nn.Module:
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
 
 
-def norm_forward(norm: nn.Module, tile_size: int, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Forward pass of the norm behind the last layer."""
+class LayerCheckpoint:
+    """The checkpointing function of one decoder layer, as transformers calls it in training mode."""
+
+    def __init__(self, layer: nn.Module, mechanisms: Mechanisms, store: HostOffload | None):
+        self.layer, self.parts, self.mechanisms, self.store = layer, DecoderLayer(layer), mechanisms, store
+        self.was_called = False
+
+    def __call__(self, forward: partial, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Output [B, S, C] of the layer; `forward` is its stock forward pass, with all arguments but the first."""
+        self.was_called = True
+        if not torch.is_grad_enabled():
+            return forward(hidden_states)
+        inputs, device = dict(forward.keywords), hidden_states.device.type
+        attention_mask, rope = inputs.pop("attention_mask", None), inputs.pop("position_embeddings")
+        inputs.pop("past_key_values", None)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        attention = self.parts.attention
+        call = LayerCall(
+            self.parts, self.mechanisms, dtype, *(x.to(dtype) for x in rope),
+            pattern=attention_pattern(attention, attention_mask),
+            attend=partial(call_attention, attention, attention_mask, **inputs),
+            # From the CPU's generator: no wait for a GPU.
+            seed=int(torch.randint(2**62, ())),
+            store=self.store,
+        )  # fmt: skip
+        return LayerFunction.apply(hidden_states, call, *(p for p in self.layer.parameters() if p.requires_grad))
+
+
+def tiled_norm(norm: nn.Module, tile_size: int, x: torch.Tensor) -> torch.Tensor:
+    """norm(x) for x [B, S, C], in the dtype of x; in training nothing but x is kept, and no fp32 copy of all tokens."""
     stock = partial(type(norm).forward, norm)
     if not norm.training or not torch.is_grad_enabled():
-        return stock(hidden_states)
-    return tiled_norm(stock, hidden_states, [p for p in norm.parameters() if p.requires_grad], tile_size=tile_size)
-
-
-def layer_forward(
-    layer: nn.Module,
-    parts: DecoderLayer,
-    options: LayerOptions,
-    store: Any,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    past_key_values=None,
-    **kwargs,
-) -> torch.Tensor:
-    """Forward pass of a decoder layer, with transformers' arguments."""
-    # An empty cache is left empty, as gradient checkpointing does: transformers makes one in training as well.
-    has_past = past_key_values is not None and past_key_values.get_seq_length() > 0
-    if not layer.training or not torch.is_grad_enabled() or has_past:
-        inputs = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
-        return type(layer).forward(layer, hidden_states, **inputs, past_key_values=past_key_values, **kwargs)
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    cos, sin = (x.to(dtype) for x in position_embeddings)
-    call = LayerCall(
-        parts, options, dtype, cos, sin,
-        pattern=attention_pattern(parts.attention, attention_mask),
-        attend=partial(call_attention, parts.attention, attention_mask, **kwargs),
-        # From the CPU's generator: no wait for a GPU.
-        seed=int(torch.randint(2**62, ())),
-        store=store,
-    )  # fmt: skip
-    trained = [p for p in layer.parameters() if p.requires_grad]
-    return LayerFunction.apply(hidden_states, call, *trained)
+        return stock(x)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(stock, tile, **options).to(x.dtype) for tile in x.split(tile_size, dim=1)], dim=1)
 
 
 def prove_layers(model: PreTrainedModel | PeftModel, bind: Callable[[PreTrainedModel], None], *, fix: str) -> None:
@@ -136,3 +128,7 @@ def prove_layers(model: PreTrainedModel | PeftModel, bind: Callable[[PreTrainedM
         expected = outputs_and_gradients(small.train(), ids)
         bind(small)
         check_equal(zip(outputs_and_gradients(small, ids), expected, strict=True))
+        if not all(layer._gradient_checkpointing_func.was_called for layer in decoder_layers(small)):
+            raise ValueError(
+                f"transformers {transformers.__version__} does not call its layers' checkpointing function"
+            )

@@ -1,25 +1,77 @@
 """One decoder layer as one node of the graph, whose backward pass keeps and recomputes only what it must.
 
-Forward and backward walk over tiles of the sequence; only attention sees it whole. What is kept between them
-is chosen (layer_call.KEPT); the rest is made again, each dropout mask from its seed. The products whose values no
-gradient needs (the down projection, queries, keys and values the second time) are not made again at all.
+Forward and backward pass walk over tiles of the sequence; only attention sees it whole. What is kept between them
+is chosen (KEPT); the rest is recomputed, each dropout mask from its seed. Products whose values no gradient needs
+(the down projection; queries, keys and values, where they were kept) are not recomputed.
 
 In units of one [B, S, C] tensor, the backward pass of a layer with as many key/value heads as query heads
 holds: input, incoming and outgoing gradient, attention output and its gradient, queries, keys, values (in
-whose memory their gradients are written) = 8, 3/4 for the piece of attention at work, and one tile.
+whose memory their gradients are written) = 8, 3/4 for the attention kernel at work, and one tile.
 
 Dimensions: B batch, S sequence, T tokens of a tile, C hidden size, H query heads, K key/value heads, D head dim.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from longqlora.attention.lse_kernels import attention_backward, attention_forward, empty_lse
-from longqlora.memory.decoder_layer import MLP, PROJECTIONS, rotated, rotated_back
-from longqlora.memory.layer_call import LayerCall
+from longqlora.attention.lse_kernels import CausalPattern, attention_backward, attention_forward, empty_lse
+from longqlora.memory.adapted_linear import AdaptedLinear
+from longqlora.memory.decoder_layer import MLP, PROJECTIONS, DecoderLayer, Linear, Rope
+from longqlora.memory.host_offload import HostOffload
+from longqlora.memory.policy import Mechanisms
 from longqlora.settings.config import KEPT
+
+
+@dataclass
+class LayerCall:
+    """What does not change between the forward and the backward pass of one call of a layer.
+
+    mechanisms: what is kept, each of KEPT with those before it (the layer's input; attention's output and
+    log-sum-exp; queries, keys and values; the products inside the MLP), tile size and chunks of heads.
+    cos, sin [B or 1, S, D]. pattern: None where attention is `attend(q, k, v)` on [B, H, S, D], through autograd.
+    seed: of all dropout masks. store: where tensors are kept; None for autograd's own place.
+    """
+
+    layer: DecoderLayer
+    mechanisms: Mechanisms
+    dtype: torch.dtype
+    cos: torch.Tensor
+    sin: torch.Tensor
+    pattern: CausalPattern | None
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    seed: int
+    store: HostOffload | None = None
+
+    def tiles(self, linears: dict[str, AdaptedLinear]) -> Iterator[tuple[slice, Linear]]:
+        """Tiles of the sequence, each with `linears` under its dropout masks."""
+        length, size = self.cos.shape[1], self.mechanisms.tile_size
+        for start in range(0, length, size):
+
+            def linear(name: str, x: torch.Tensor, start: int = start, **options) -> torch.Tensor:
+                return linears[name](x, mask_seed(self.seed, name, start), **options)
+
+            yield slice(start, min(start + size, length)), linear
+
+    def rope(self, tile: slice) -> Rope:
+        return self.cos[:, tile], self.sin[:, tile]
+
+    def head_chunks(self) -> list[tuple[slice, slice]]:
+        """Query heads and the key/value heads that they share, chunk by chunk."""
+        num_kv_heads, per_kv_head = self.layer.num_kv_heads, self.layer.num_heads // self.layer.num_kv_heads
+        size = -(-num_kv_heads // (self.mechanisms.num_head_chunks if self.pattern else 1))
+        bounds = [(low, min(low + size, num_kv_heads)) for low in range(0, num_kv_heads, size)]
+        return [(slice(low * per_kv_head, high * per_kv_head), slice(low, high)) for low, high in bounds]
+
+
+def mask_seed(seed: int, name: str, start: int) -> int:
+    """Seed of one dropout mask, from all its bits: torch's CPU generator uses the low 32 only (splitmix64)."""
+    mixed = (seed + (sum(map(ord, name)) * 2**32 + start + 1) * 0x9E3779B97F4A7C15) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> shift)) * factor % 2**64
+    return (mixed ^ (mixed >> 31)) % 2**63
 
 
 class LayerFunction(torch.autograd.Function):
@@ -27,23 +79,16 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, call: LayerCall, *trained: torch.nn.Parameter) -> torch.Tensor:
+        level = KEPT.index(call.mechanisms.keep_activations)
         with torch.autocast(hidden.device.type, enabled=False):
             x = hidden.to(call.dtype)
-            output, lse, projected = attention_of(call, x)
-            is_all = call.options.keep == "all"
-            result, products = finish(call, x, output, are_products_kept=is_all)
-        level = KEPT.index(call.options.keep)
-        kept = [x] + ([output, lse] if level >= 1 else []) + (projected if level >= 2 else []) + products
-        if call.pattern is None:
-            # Autograd runs through attention again whatever was kept of it.
-            kept = [x] + products
-        ctx.call, ctx.dtype, ctx.trained, ctx.num_products, ctx.is_spent = (
-            call,
-            hidden.dtype,
-            trained,
-            len(products),
-            False,
-        )
+            output, lse, *projected = attention_of(call, x)
+            result, products = finish(call, x, output, are_products_kept=level == KEPT.index("all"))
+        # Where autograd runs through attention, it does so again in the backward pass, whatever was kept.
+        attention = [[output, lse], projected] if call.pattern else []
+        kept = [x, *(tensor for group in attention[:level] for tensor in group), *products]
+        ctx.call, ctx.trained, ctx.dtype = call, trained, hidden.dtype
+        ctx.num_products, ctx.is_spent = len(products), False
         if call.store is None:
             ctx.save_for_backward(*kept)
         else:
@@ -56,87 +101,67 @@ class LayerFunction(torch.autograd.Function):
         if ctx.is_spent:
             raise RuntimeError("a layer's backward pass ran twice; gradients took the place of what it had kept")
         ctx.is_spent, call = True, ctx.call
-        kept = list(ctx.saved_tensors if call.store is None else call.store.get(ctx.handle))
-        products = [kept.pop() for _ in range(ctx.num_products)][::-1]
-        x, *kept = kept
+        x, *kept = ctx.saved_tensors if call.store is None else call.store.get(ctx.handle)
+        kept, products = kept[: len(kept) - ctx.num_products], kept[len(kept) - ctx.num_products :]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            gradient = gradient.to(call.dtype)
-            sums = GradientSums(ctx.trained)
+            sums: dict[torch.nn.Parameter, torch.Tensor] = {}
+            arguments = gradient.to(call.dtype), products, sums
             if call.pattern is None:
-                grads = backward_through_autograd(call, x, gradient, products, sums)
+                grad_hidden, *grads = backward_through_autograd(call, x, *arguments)
             else:
-                grads = backward_by_kernels(call, x, kept, gradient, products, sums)
-            grad_hidden = grads[0]
-            project_backward(call, x, grads[1:], grad_hidden if ctx.needs_input_grad[0] else None, sums)
-        return grad_hidden.to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, *sums.results()
+                grad_hidden, *grads = backward_by_kernels(call, x, kept, *arguments)
+            needs_hidden = ctx.needs_input_grad[0]
+            project_backward(call, x, grads, grad_hidden if needs_hidden else None, sums)
+        grads = [sums[parameter].to(parameter.dtype) if parameter in sums else None for parameter in ctx.trained]
+        return grad_hidden.to(ctx.dtype) if needs_hidden else None, None, *grads
 
 
-class GradientSums:
-    """Gradients of the trained parameters, summed over tiles in fp32 (fp64 for fp64)."""
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]):
-        self.parameters, self.sums = list(parameters), {}
-
-    def backward(self, outputs, gradients, inputs, parameters) -> list[torch.Tensor]:
-        """Gradients of `inputs`; those of `parameters` are added up."""
-        grads = torch.autograd.grad(outputs, [*inputs, *parameters], gradients, allow_unused=True)
-        for parameter, grad in zip(parameters, grads[len(inputs) :], strict=True):
-            if grad is None:
-                continue
-            known = self.sums.get(parameter)
+def gradients_of(inputs, outputs, gradients, parameters, sums) -> tuple[torch.Tensor, ...]:
+    """Gradients of `inputs`; those of `parameters` are added to `sums` over the tiles, in fp32 (fp64 for fp64)."""
+    grads = torch.autograd.grad(outputs, [*inputs, *parameters], gradients, allow_unused=True)
+    for parameter, grad in zip(parameters, grads[len(inputs) :], strict=True):
+        if grad is not None:
             exact = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            self.sums[parameter] = exact if known is None else known.add_(exact)
-        return list(grads[: len(inputs)])
-
-    def results(self) -> list[torch.Tensor | None]:
-        sums = [self.sums.get(parameter) for parameter in self.parameters]
-        return [x if x is None else x.to(p.dtype) for x, p in zip(sums, self.parameters, strict=True)]
+            sums[parameter] = sums[parameter].add_(exact) if parameter in sums else exact
+    return grads[: len(inputs)]
 
 
-def attention_of(call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
-    """Attention output [B, S, H, D], log-sum-exp [B, H, S] and the last chunk's queries, keys and values."""
-    layer, projected = call.layer, []
+def attention_of(call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Attention output [B, S, H, D], log-sum-exp [B, H, S], and the queries, keys and values of the last chunk."""
+    layer, chunks = call.layer, call.head_chunks()
     if call.pattern is None:
-        projected = project(call, x, *call.head_chunks()[0])
-        return call.attend(*(states.transpose(1, 2) for states in projected)), None, projected
+        projected = project(call, x, *chunks[0])
+        return call.attend(*(states.transpose(1, 2) for states in projected)), None, *projected
     output = x.new_empty(*x.shape[:2], layer.num_heads, layer.head_dim)
     lse = empty_lse(output)
-    for heads, kv_heads in call.head_chunks():
-        projected.clear()
-        projected += project(call, x, heads, kv_heads)
+    for heads, kv_heads in chunks:
+        # Freed before the next chunk is projected.
+        projected = None
+        projected = project(call, x, heads, kv_heads)
         options = {"pattern": call.pattern, "first_head": heads.start, "scaling": layer.scaling}
         attention_forward(*projected, output[:, :, heads], lse[:, heads], **options)
-    return output, lse, projected
+    return output, lse, *projected
 
 
 def project(call: LayerCall, x: torch.Tensor, heads: slice, kv_heads: slice) -> list[torch.Tensor]:
     """Queries, keys and values after RoPE, of some heads: [B, S, H, D], [B, S, K, D] twice."""
-    layer = call.layer
-    linears = chunk_of(layer.weights(*PROJECTIONS, dtype=call.dtype), layer.head_dim, heads, kv_heads)
-    counts = (heads.stop - heads.start, *[kv_heads.stop - kv_heads.start] * 2)
-    states = [x.new_empty(*x.shape[:2], count, layer.head_dim) for count in counts]
-    for tile, seed in call.tiles(x.shape[1]):
-        query, key, value = layer.project(x[:, tile], linears, seed, are_values_needed=True)
-        rope = call.rope(tile)
-        for target, source in zip(states, (rotated(query, *rope), rotated(key, *rope), value), strict=True):
+    layer, size, parts = call.layer, call.layer.head_dim, (heads, kv_heads, kv_heads)
+    weights = layer.weights(*PROJECTIONS, dtype=call.dtype)
+    rows = [slice(part.start * size, part.stop * size) for part in parts]
+    linears = {name: weights[name].rows(some) for name, some in zip(PROJECTIONS, rows, strict=True)}
+    states = [x.new_empty(*x.shape[:2], part.stop - part.start, size) for part in parts]
+    for tile, linear in call.tiles(linears):
+        for target, source in zip(states, layer.project(x[:, tile], linear, call.rope(tile)), strict=True):
             target[:, tile] = source
     return states
 
 
-def chunk_of(linears: dict, head_dim: int, heads: slice, kv_heads: slice) -> dict:
-    rows = [slice(part.start * head_dim, part.stop * head_dim) for part in (heads, kv_heads, kv_heads)]
-    return {name: linears[name].rows(part) for name, part in zip(PROJECTIONS, rows, strict=True)}
-
-
-def finish(
-    call: LayerCall, x: torch.Tensor, output: torch.Tensor, *, are_products_kept: bool
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The layer's result from its input and its attention output, and what "all" keeps of the way there."""
-    layer, result = call.layer, torch.empty_like(x)
-    linears, kept = layer.weights("o_proj", *MLP, dtype=call.dtype), []
-    for tile, seed in call.tiles(x.shape[1]):
-        hidden = x[:, tile] + linears["o_proj"](output[:, tile].flatten(2), seed("o_proj"))
-        added, *products = layer.mlp(hidden, linears, seed)
+def finish(call: LayerCall, x, output, *, are_products_kept: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The layer's result from its input and its attention output; the inner products if they are to be kept."""
+    layer, result, kept = call.layer, torch.empty_like(x), []
+    for tile, linear in call.tiles(layer.weights("o_proj", *MLP, dtype=call.dtype)):
+        hidden = x[:, tile] + linear("o_proj", output[:, tile].flatten(2))
+        added, *products = layer.mlp(hidden, linear)
         result[:, tile] = hidden + added
         if are_products_kept:
             kept = kept or [p.new_empty(*x.shape[:2], p.shape[-1]) for p in (hidden, *products)]
@@ -148,19 +173,18 @@ def finish(
 def finish_backward(call, x, output, gradient, products, sums) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x [B, S, C], as far as they do not pass attention, and of the attention output [B, S, H, D]."""
     layer, grad_x, grad_output = call.layer, torch.empty_like(x), torch.empty_like(output)
-    linears = layer.weights("o_proj", *MLP, dtype=call.dtype)
     trained, trained_mlp = layer.trained("o_proj"), layer.trained(*MLP)
-    for tile, seed in call.tiles(x.shape[1]):
+    for tile, linear in call.tiles(layer.weights("o_proj", *MLP, dtype=call.dtype)):
         with torch.enable_grad():
             attended = output[:, tile].flatten(2).detach().requires_grad_()
-            added = linears["o_proj"](attended, seed("o_proj"), is_output_needed=not products)
+            added = linear("o_proj", attended, is_output_needed=not products)
             hidden = products[0][:, tile] if products else x[:, tile] + added.detach()
             hidden = hidden.detach().requires_grad_()
-            known = tuple(p[:, tile] for p in products[1:]) or None
-            mlp_added, _, _ = layer.mlp(hidden, linears, seed, products=known, is_output_needed=False)
-        (grad_hidden,) = sums.backward([mlp_added], [gradient[:, tile]], [hidden], trained_mlp)
+            known = {name: product[:, tile] for name, product in zip(("gate", "up"), products[1:], strict=False)}
+            mlp_added, _, _ = layer.mlp(hidden, linear, **known, is_output_needed=False)
+        (grad_hidden,) = gradients_of([hidden], mlp_added, gradient[:, tile], trained_mlp, sums)
         grad_x[:, tile] = grad_hidden + gradient[:, tile]
-        (grad_attended,) = sums.backward([added], [grad_x[:, tile]], [attended], trained)
+        (grad_attended,) = gradients_of([attended], added, grad_x[:, tile], trained, sums)
         grad_output[:, tile] = grad_attended.view_as(output[:, tile])
     return grad_x, grad_output
 
@@ -168,11 +192,9 @@ def finish_backward(call, x, output, gradient, products, sums) -> tuple[torch.Te
 def backward_by_kernels(call, x, kept, gradient, products, sums) -> tuple[torch.Tensor, ...]:
     """Gradients of x past attention, and of queries, keys and values after RoPE."""
     layer, chunks = call.layer, call.head_chunks()
-    output, lse, *projected = kept or [None, None]
-    if output is None:
-        output, lse, projected = attention_of(call, x)
+    output, lse, *projected = kept or attention_of(call, x)
     if len(chunks) > 1:
-        # The last chunk's only: they are made again when its turn comes.
+        # The last chunk's only, which is recomputed like the others.
         projected = []
     grad_x, grad_output = finish_backward(call, x, output, gradient, products, sums)
     options = {"pattern": call.pattern, "scaling": layer.scaling}
@@ -187,13 +209,13 @@ def backward_by_kernels(call, x, kept, gradient, products, sums) -> tuple[torch.
         arguments = grad_output[:, :, heads], *states, output[:, :, heads], lse[:, heads]
         grads = attention_backward(*arguments, first_head=heads.start, **options)
         output[:, :, heads], grad_key[:, :, kv_heads], grad_value[:, :, kv_heads] = grads
-        # Not to be held while the next chunk is projected.
+        # Freed before the next chunk is projected.
         del states, arguments, grads
     return grad_x, output, grad_key, grad_value
 
 
 def backward_through_autograd(call, x, gradient, products, sums) -> tuple[torch.Tensor, ...]:
-    """The same for attention of any kind."""
+    """The same for attention of any kind, which is run again."""
     with torch.enable_grad():
         projected = [states.requires_grad_() for states in project(call, x, *call.head_chunks()[0])]
         output = call.attend(*(states.transpose(1, 2) for states in projected))
@@ -203,14 +225,11 @@ def backward_through_autograd(call, x, gradient, products, sums) -> tuple[torch.
 
 def project_backward(call, x, grads, grad_x: torch.Tensor | None, sums) -> None:
     """Add the gradient that reaches x through queries, keys and values to grad_x [B, S, C], where that is wanted."""
-    layer = call.layer
-    linears, trained = layer.weights(*PROJECTIONS, dtype=call.dtype), layer.trained(*PROJECTIONS)
-    for tile, seed in call.tiles(x.shape[1]):
+    layer, trained = call.layer, call.layer.trained(*PROJECTIONS)
+    for tile, linear in call.tiles(layer.weights(*PROJECTIONS, dtype=call.dtype)):
         with torch.enable_grad():
             part = x[:, tile].detach().requires_grad_(grad_x is not None)
-            projected = layer.project(part, linears, seed, are_values_needed=False)
-        rope = call.rope(tile)
-        parts = [rotated_back(grad[:, tile], *rope) for grad in grads[:2]] + [grads[2][:, tile]]
-        got = sums.backward(projected, parts, [] if grad_x is None else [part], trained)
-        if grad_x is not None:
-            grad_x[:, tile] += got[0]
+            projected = layer.project(part, linear, call.rope(tile), are_values_needed=False)
+        parts = [] if grad_x is None else [part]
+        for grad_part in gradients_of(parts, projected, [grad[:, tile] for grad in grads], trained, sums):
+            grad_x[:, tile] += grad_part

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from live_memory import PeakMemory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmark.live_memory import PeakMemory
 from longqlora.attention import dual_chunk as dca
 from longqlora.attention import sdpa as kernels
 from longqlora.attention.dual_chunk import DualChunkSizes, dual_chunk_attention

@@ -295,7 +295,7 @@ def test_trained_model_solves_its_own_test_by_construction(repo, tiny_tokenizer)
     """Rows of the training script are prompts of the test with their answers."""
     import numpy as np
 
-    script = load_script("script/data/train_passkey_llama.py")
+    script = load_script("benchmark/train_passkey_llama.py")
     tokenizer = script.train_tokenizer()
     rows = script.RowMaker(tokenizer, np.random.default_rng(0))
     texts = []

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from live_memory import PeakMemory
+from random_nf4_model import random_nf4_model
 from transformers import LlamaConfig
 
-from benchmark.live_memory import PeakMemory
-from benchmark.random_nf4_model import random_nf4_model
 from longqlora.attention.binding import bind_attention
 from longqlora.memory.estimate import GIB, optimizer_bytes, predict
 from longqlora.memory.layer_binding import apply_mechanisms

@@ -1,8 +1,7 @@
 """Host memory's copies in the worst order: on streams that do nothing before they are waited for.
 
-The device is played by the CPU: the computing stream runs at once, copies as late as the waits allow. What reads
-or writes memory that was given away by then, or comes before the work that it needs, fails here.
-`tests/test_memory_gpu.py` has the real streams.
+The CPU plays the GPU: the computing stream runs at once, copies as late as the waits allow. What reads or writes
+memory that was given away by then, or comes before the work that it needs, fails here. On streams: test_memory_gpu.py.
 """
 
 import weakref
@@ -15,13 +14,18 @@ from longqlora.memory import host_offload
 from longqlora.memory.host_offload import HostOffload
 
 NUM_LAYERS = 5
+COPY = torch.Tensor.copy_
 
 
 class Streams:
     """torch.cuda's streams, as far as HostOffload uses them."""
 
     def __init__(self):
-        self.num_computed, self.current, self.device_tensors = 0, None, []
+        self.num_computed, self.current, self.device_tensors, self.side_streams = 0, None, [], []
+
+    def make(self, device):
+        self.side_streams.append(SideStream(self))
+        return self.side_streams[-1]
 
     @contextmanager
     def stream(self, stream):
@@ -29,17 +33,17 @@ class Streams:
         yield
         self.current = None
 
-    def copy(self, target, source, *, is_pinned):
-        """`copy` of host_offload: later, on tensors that must still be there by then."""
+    def copy(self, target, source):
+        """Tensor.copy_, later, on tensors that must still be there by then."""
         assert self.current.seen == self.num_computed, "a copy that does not wait for the work before it"
-        device_side = source if self.current.to_host else target
+        device_side = source if self.current is self.side_streams[0] else target
         self.device_tensors.append(weakref.ref(device_side))
         sides = [weakref.ref(x) if x is device_side else (lambda x=x: x) for x in (target, source)]
 
         def work():
             there, here = (side() for side in sides)
             assert there is not None and here is not None, "device memory was given away before its copy was done"
-            there.copy_(here)
+            COPY(there, here)
 
         self.current.queue.append(work)
 
@@ -48,8 +52,8 @@ class Streams:
 
 
 class SideStream:
-    def __init__(self, streams, *, to_host):
-        self.streams, self.to_host, self.queue, self.num_done, self.seen = streams, to_host, [], 0, -1
+    def __init__(self, streams):
+        self.streams, self.queue, self.num_done, self.seen = streams, [], 0, -1
 
     def wait_stream(self, compute):
         self.seen = self.streams.num_computed
@@ -79,19 +83,18 @@ class ComputingStream:
 @pytest.fixture
 def streams(monkeypatch):
     streams, compute = Streams(), ComputingStream()
+    monkeypatch.setattr(torch.cuda, "Stream", streams.make)
     monkeypatch.setattr(torch.cuda, "stream", streams.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
-    monkeypatch.setattr(host_offload, "copy", streams.copy)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda x, source, non_blocking: streams.copy(x, source))
     monkeypatch.setattr(host_offload, "register", lambda block: True)
+    monkeypatch.setattr(host_offload, "unregister", lambda blocks: None)
     return streams
 
 
 @pytest.fixture
 def store(streams):
-    store = HostOffload(torch.device("cpu"))
-    store.is_used, store.registered = True, []
-    store.to_host, store.to_device = SideStream(streams, to_host=True), SideStream(streams, to_host=False)
-    return store
+    return HostOffload(torch.device("cpu"))
 
 
 def layer_values(step: int, layer: int) -> list[torch.Tensor]:
@@ -159,9 +162,3 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(store, streams, monkeypat
     with pytest.warns(UserWarning, match="cannot be pinned"):
         handle = store.put(layer_values(0, 0))
     assert not store.registered and torch.equal(store.get(handle)[0], layer_values(0, 0)[0])
-
-
-def test_on_a_cpu_tensors_stay_where_they_are():
-    store, tensors = HostOffload(torch.device("cpu")), layer_values(0, 0)
-    handle = store.put(tensors)
-    assert all(x is y for x, y in zip(store.get(handle), tensors, strict=True))

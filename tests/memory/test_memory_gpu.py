@@ -5,71 +5,67 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_layer_function import assert_equal, batch, build, loss_and_gradients
+from random_nf4_model import shape_config
+from test_layer_function import assert_layers_give, batch, bind, build, loss_and_gradients
 
-from benchmark.random_nf4_model import shape_config
 from longqlora.attention.binding import bind_attention
 from longqlora.memory.estimate import CUDA_CONTEXT, GIB, predict
 from longqlora.memory.host_offload import HostOffload
-from longqlora.memory.layer_binding import bind_layers
-from longqlora.memory.layer_call import LayerOptions
 from longqlora.memory.policy import BALANCED, CHECKPOINTED, MAX_LENGTH
 from longqlora.memory.shapes import ModelShape, RunShape
-from longqlora.settings.config import KEPT, AttentionConfig
+from longqlora.settings.config import AttentionConfig
 
 pytestmark = pytest.mark.gpu
 
 
-def on_gpu(inputs: dict) -> dict:
-    return {name: x.cuda() for name, x in inputs.items()}
+def gpu_store() -> HostOffload:
+    return HostOffload(torch.device("cuda"))
 
 
-@pytest.mark.parametrize("keep", KEPT)
+def gpu_batch() -> dict:
+    return {name: x.cuda() for name, x in batch().items()}
+
+
 @pytest.mark.parametrize("attention", ["s2", "full"])
 # fp32 goes through the memory-efficient kernel, fp64 through the plain one.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
-def test_equals_the_plain_layers(attention, keep, dtype, tolerance):
+def test_equals_the_plain_layers(attention, dtype, tolerance):
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = build("llama", attention, dtype=dtype).cuda()
-    expected = loss_and_gradients(model, on_gpu(batch()))
-    for store in (None, HostOffload(torch.device("cuda"))):
-        for num_head_chunks in (1, 2):
-            bind_layers(model, LayerOptions(keep, 16, num_head_chunks), store=store)
-            for _ in range(2):
-                assert_equal(loss_and_gradients(model, on_gpu(batch())), expected, tolerance)
+    model, inputs = build("llama", attention, dtype=dtype).cuda(), gpu_batch()
+    expected = loss_and_gradients(model, inputs)
+    for store in (None, gpu_store()):
+        for _ in range(2):
+            assert_layers_give(expected, model, inputs, tolerance=tolerance, store=store)
 
 
 @pytest.mark.parametrize("attention", ["s2", "full"])
 def test_packed_rows_equal_the_plain_layers(attention):
-    model = build("llama", attention).cuda()
+    model, inputs = build("llama", attention).cuda(), gpu_batch()
     bind_attention(model.get_base_model(), AttentionConfig(attention=attention), 64, is_packed=True)
-    inputs = on_gpu(batch())
     inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1], device="cuda").remainder(23).expand(2, -1)
     expected = loss_and_gradients(model, inputs)
-    bind_layers(model, LayerOptions(tile_size=16), store=HostOffload(torch.device("cuda")))
-    assert_equal(loss_and_gradients(model, inputs), expected, 1e-10)
+    assert_layers_give(expected, model, inputs, ways=[("attention", 1)], store=gpu_store())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_is_near_fp32(dtype):
     if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this GPU has no bf16 arithmetic")
-    model = build(dtype=torch.float32).cuda()
-    expected = loss_and_gradients(model, on_gpu(batch()))
-    bind_layers(model, LayerOptions(tile_size=16), store=HostOffload(torch.device("cuda")))
+    model, inputs = build(dtype=torch.float32).cuda(), gpu_batch()
+    expected = loss_and_gradients(model, inputs)
+    bind(model, store=gpu_store())
     with torch.autocast("cuda", dtype):
-        loss, _ = loss_and_gradients(model, on_gpu(batch()))
+        loss, _ = loss_and_gradients(model, inputs)
     assert loss == pytest.approx(expected[0], rel=0.01)
 
 
 def test_what_is_put_comes_back_and_host_memory_is_used_again():
-    store = HostOffload(torch.device("cuda"))
+    store = gpu_store()
     tensors = [[torch.randn(1000 + 7 * i, 33, device="cuda") for _ in range(2)] for i in range(4)]
     for _ in range(3):
         handles = [store.put([x.clone() for x in group]) for group in tensors]
         for group, handle in zip(tensors[::-1], handles[::-1], strict=True):
-            for x, y in zip(group, store.get(handle), strict=True):
-                assert torch.equal(x, y)
+            assert all(torch.equal(x, y) for x, y in zip(group, store.get(handle), strict=True))
         del handles, handle
     torch.cuda.synchronize()
     num_bytes = sum(block.nbytes for blocks in store.blocks.values() for block in blocks)
@@ -78,16 +74,15 @@ def test_what_is_put_comes_back_and_host_memory_is_used_again():
 
 
 def test_a_step_that_was_given_up_leaves_its_memory_to_the_next():
-    store = HostOffload(torch.device("cuda"))
+    store, ones = gpu_store(), torch.ones(100, 100, device="cuda")
     handles = [store.put([torch.randn(100, 100, device="cuda")]) for _ in range(3)]
     store.get(handles[-1])
     del handles
-    handle = store.put([torch.ones(100, 100, device="cuda")])
-    assert torch.equal(store.get(handle)[0], torch.ones(100, 100, device="cuda"))
+    assert torch.equal(store.get(store.put([ones.clone()]))[0], ones)
 
 
 def test_device_memory_is_that_of_two_layers_however_far_the_cpu_runs_ahead():
-    store, size = HostOffload(torch.device("cuda")), 2**26
+    store, size = gpu_store(), 2**26
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

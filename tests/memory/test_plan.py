@@ -12,10 +12,8 @@ import yaml
 from conftest import REPO, tiny_config
 
 from longqlora.memory import plan as memory_plan
-from longqlora.memory.layer_call import LayerOptions
 from longqlora.memory.plan import CHECKPOINTING_KEY, advice_on_out_of_memory, plan_memory, yaml_lines
-from longqlora.memory.policy import BALANCED, CHECKPOINTED, FAST, LADDER, MAX_LENGTH, STOCK, own_mechanisms
-from longqlora.settings.config import MemoryConfig
+from longqlora.memory.policy import BALANCED, CHECKPOINTED, FAST, LADDER, MAX_LENGTH, STOCK
 from longqlora.settings.deepspeed import shards
 from longqlora.settings.reader import read_settings
 
@@ -168,12 +166,6 @@ def test_running_out_of_memory_ends_with_advice(settings_of):
                 raise error
     with pytest.raises(RuntimeError, match="shapes"), advice_on_out_of_memory(plan):
         raise RuntimeError("shapes do not match")
-
-
-def test_defaults_of_the_layer_function_are_those_of_balanced():
-    assert own_mechanisms(MemoryConfig()) == {}
-    options = LayerOptions()
-    assert options.keep == BALANCED.keep_activations and options.num_head_chunks == BALANCED.num_head_chunks
 
 
 @pytest.fixture

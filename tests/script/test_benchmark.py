@@ -8,20 +8,35 @@ import json
 import math
 import runpy
 import sys
+from argparse import Namespace
 
+import live_memory
+import longest
 import pytest
+import step_comparison
 import torch
+from conftest import REPO
+from live_memory import LiveStorages, check_free_memory
+from rolled_attention import materialized_attention, rolled_shift_short_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-import benchmark.live_memory
 import longqlora.model.base
-from benchmark.live_memory import LiveStorages, check_free_memory
-from benchmark.rolled_attention import materialized_attention, rolled_shift_short_attention
 from longqlora.attention.shift_short import shift_short_attention
 from longqlora.device import cpu_has_bf16, is_out_of_memory
 
 G = 8
 KIB = 1024
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """Run a benchmark in this process, which has the slow imports behind it."""
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        runpy.run_path(str(REPO / "benchmark" / f"{script}.py"), run_name="__main__")
+
+    return run
 
 
 def inputs(batch=2, heads=4, kv_heads=2, length=4 * G, dim=16):
@@ -61,28 +76,17 @@ def test_rolled_form_equals_its_definition(kernel, kv_heads):
 
 
 def test_rolled_form_differs_from_ours_only_where_it_wraps():
+    """Only the first half group of the shifted heads is put behind the sequence's end, and sees it."""
     tensors = [x.detach() for x in inputs()]
-    rolled, ours = rolled_shift_short_attention(*tensors, G), shift_short_attention(*tensors, G)
+    methods = (rolled_shift_short_attention, shift_short_attention)
+    rolled, ours = (method(*tensors, G) for method in methods)
     differs = (rolled - ours).abs().amax(-1) > 1e-10
-    # Only the first half group of the shifted heads is put behind the sequence's end.
     assert differs[:, 2:, : G // 2].all()
     assert not differs[:, :2].any() and not differs[:, 2:, G // 2 :].any()
-
-
-def test_rolled_form_lets_the_first_tokens_see_the_last():
-    tensors = [x.detach() for x in inputs()]
     changed = [x.clone() for x in tensors]
     changed[2][:, :, -1] += 1
-    moved = [
-        (method(*changed, G) - method(*tensors, G)).abs().amax((0, 1, 3)) > 0
-        for method in (rolled_shift_short_attention, shift_short_attention)
-    ]
+    moved = [(method(*changed, G) - method(*tensors, G)).abs().amax((0, 1, 3)) > 0 for method in methods]
     assert moved[0][: G // 2].all() and not moved[1][:-1].any()
-
-
-def test_rolled_form_refuses_a_ragged_length():
-    with pytest.raises(ValueError, match="multiple of the group size"):
-        rolled_shift_short_attention(*inputs(length=G + 2), G)
 
 
 def test_tracker_counts_storages_once_and_frees_them():
@@ -123,11 +127,11 @@ def test_a_cpu_without_bf16_counts_the_same_bytes(monkeypatch):
     """Products, attention and their gradients in fp32 below the tracker: same dtypes, same bytes, near values."""
     counts, outcomes = [], []
     for has_bf16 in (True, False):
-        monkeypatch.setattr(benchmark.live_memory, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(live_memory, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
         generator = torch.Generator().manual_seed(0)
         x, weight = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((2, 4, 16, 8), (8, 8)))
         x, weight, result = x.requires_grad_(), weight.requires_grad_(), torch.empty(8, 8, dtype=torch.bfloat16)
-        with benchmark.live_memory.PeakMemory(torch.device("cpu")) as memory:
+        with live_memory.PeakMemory(torch.device("cpu")) as memory:
             torch.mm(weight.detach(), weight.detach(), out=result)
             scaled_dot_product_attention(x @ weight, x, x).sum().backward()
         counts.append(memory.peak_bytes)
@@ -138,10 +142,10 @@ def test_a_cpu_without_bf16_counts_the_same_bytes(monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["attention", "dual_chunk_attention", "train_step", "prefill"])
-def test_a_precision_that_the_cpu_lacks_is_refused(script, repo, monkeypatch, capsys):
+def test_a_precision_that_the_cpu_lacks_is_refused(script, run_here, monkeypatch, capsys):
     monkeypatch.setattr(longqlora.model.base, "cpu_has_bf16", lambda: False)
     with pytest.raises(SystemExit) as stop:
-        run_here(repo, monkeypatch, script, "--device", "cpu", "--dtype", "bf16")
+        run_here(script, "--device", "cpu", "--dtype", "bf16")
     message = "error: --dtype: this CPU multiplies bf16 many times slower than fp32; use fp32\n"
     assert stop.value.code == 2 and capsys.readouterr().err == message
 
@@ -183,45 +187,27 @@ def test_attention_benchmark_of_packed_rows(tmp_path, run_script):
     assert extra["s2_packed"] < extra["s2_masked"] and extra["full_packed"] < extra["full_masked"]
 
 
-def run_here(repo, monkeypatch, script, *args):
-    """Run a benchmark in this process, which has the slow imports behind it."""
-    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-    runpy.run_path(str(repo / "benchmark" / f"{script}.py"), run_name="__main__")
-
-
-def check_train_step_record(path):
-    record = json.loads(path.read_text())
-    losses = record["losses"]
-    assert len(losses) == 5 and abs(losses[0] - math.log(320)) < 0.3 and losses[-1] < losses[0]
-    assert math.isclose(record["tokens_per_second"], 256 / record["median_seconds"]) and len(record["seconds"]) == 4
-    assert record["peak_rss_bytes"] > record["extra_bytes"] > 0 and record["weight_bytes"] > 0
-
-
-TRAIN_STEP = ["--shape", "tiny", "--seq_len", 256, "--lora_rank", 8, "--steps", 4]
-
-
-def test_train_step_benchmark(tmp_path, run_script):
-    out = tmp_path / "out.json"
-    outcome = run_script("benchmark/train_step.py", *TRAIN_STEP, "--output_file", out, check=True, cwd=tmp_path)
-    check_train_step_record(out)
-    assert "groups of 64 tokens" in outcome.stdout and "loss in chunks" in outcome.stdout and "nf4" in outcome.stdout
-
-
+TRAIN_STEP = ["train_step", "--shape", "tiny", "--seq_len", 256, "--lora_rank", 8, "--steps", 4, "--device", "cpu"]
 BF16 = ["--dtype", "bf16"] if cpu_has_bf16() else []
 
 
-@pytest.mark.parametrize("flags", [[*BF16, "--train_embedding", "--train_norm"], ["--attention", "full"]])
-def test_train_step_variants(tmp_path, repo, monkeypatch, flags):
-    run_here(repo, monkeypatch, "train_step", *TRAIN_STEP, "--output_file", tmp_path / "out.json", *flags)
-    check_train_step_record(tmp_path / "out.json")
-
-
-def test_gradient_checkpointing_saves_memory(tmp_path, repo, monkeypatch):
-    extra = []
-    for flag in ("--gradient_checkpointing", "--no-gradient_checkpointing"):
-        run_here(repo, monkeypatch, "train_step", *TRAIN_STEP, "--output_file", tmp_path / "out.json", flag)
-        extra.append(json.loads((tmp_path / "out.json").read_text())["extra_bytes"])
-    assert extra[0] < 0.8 * extra[1]
+@pytest.mark.parametrize(
+    "flags",
+    [[], [*BF16, "--train_embedding", "--train_norm"], ["--attention", "full", "--no-gradient_checkpointing"],
+     ["--memory", "max_length", "--tile_size", 16, "--profile"]],
+    ids=["s2", "trains all", "full", "layer function"],
+)  # fmt: skip
+def test_train_step(tmp_path, run_here, capsys, flags):
+    run_here(*TRAIN_STEP, *flags, "--output_file", tmp_path / "out.json")
+    record, printed = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    losses = record["losses"]
+    assert len(losses) == 5 and abs(losses[0] - math.log(320)) < 0.3 and losses[-1] < losses[0]
+    assert math.isclose(record["tokens_per_second"], 256 / record["median_seconds"]) and len(record["seconds"]) == 4
+    assert record["peak_rss_bytes"] > record["extra_bytes"] > 0 and record["weight_bytes"] > 0 and record["hfu"] > 0
+    assert "loss in chunks" in printed and "nf4" in printed
+    assert ("full causal" if "full" in flags else "groups of 64 tokens") in printed
+    if "--profile" in flags:
+        assert 0.5 < sum(row["share"] for row in record["profile"]) <= 1 and record["profile"][0]["milliseconds"] > 0
 
 
 def test_train_step_of_a_config_file_out_of_memory(tmp_path, run_script, tiny_model_dir):
@@ -236,8 +222,8 @@ def test_train_step_of_a_config_file_out_of_memory(tmp_path, run_script, tiny_mo
 def test_random_model_is_like_a_loaded_one(tiny_model_dir):
     """Same parameters, dtypes and quantisation as transformers' 4-bit load; a tied head stays one matrix."""
     from bitsandbytes.nn import Linear4bit
+    from random_nf4_model import random_nf4_model, shape_config
 
-    from benchmark.random_nf4_model import random_nf4_model, shape_config
     from longqlora.model.base import load_config, load_model
 
     options = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
@@ -261,6 +247,59 @@ def test_random_model_is_like_a_loaded_one(tiny_model_dir):
     assert tied.lm_head.weight is tied.model.embed_tokens.weight and not tied.lm_head.weight.is_meta
 
 
+def test_units_of_a_layer(run_here, capsys, tmp_path):
+    words = ["--shapes", "7b", "--seq_len", 512, "--hidden_size", 320, "--tile_size", 32]
+    run_here("layer_memory", *words, "--output_file", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    result = json.loads((tmp_path / "a.json").read_text())["results"]["7b"]
+    units = {
+        name.removeprefix("layer function, tiles of 32 tokens, "): row["units_per_token"]
+        for name, row in result.items()
+    }
+    assert units["attention kept, 4 head chunks"] < units["attention kept"] < 9 < units["all kept"] < 16
+    assert units["gradient checkpointing off, layers as in transformers"] > 50
+    assert f"{units['attention kept']:.2f}" in capsys.readouterr().out and (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_ratios_are_to_the_best_of_the_peers():
+    results = {
+        "ours, s2": {"median_seconds": 2.0, "extra_bytes": 100, "tokens_per_second": 1},
+        "ours, full": {"error": "out of memory"},
+        "transformers": {"median_seconds": 6.0, "extra_bytes": 500, "tokens_per_second": 1},
+        "trl": {"median_seconds": 4.0, "extra_bytes": 1000, "tokens_per_second": 1},
+    }
+    summary = step_comparison.ratios(results)
+    assert summary == {"ours, s2": {"speed": 2.0, "memory": 0.2}}
+    text = step_comparison.format_comparison(results, summary)
+    assert "2.00x" in text and "20.0%" in text and "ours, full      out of memory" in text
+    assert step_comparison.ratios({"ours, s2": results["ours, s2"], "trl": {"error": "none"}}) == {}
+
+
+@pytest.mark.parametrize("limit", [1, 2, 777, 5000, 100_000])
+def test_bisection_ends_at_the_limit(monkeypatch, limit):
+    args = Namespace(resolution=0.02, longest=100_000)
+    tried = []
+
+    def trains(args, name, length, cap):
+        tried.append(length)
+        return length <= limit
+
+    monkeypatch.setattr(longest, "trains", trains)
+    for predicted in (2, 800, 4800, 2**30):
+        monkeypatch.setattr(longest, "predicted_length", lambda args, name, cap, predicted=predicted: predicted)
+        tried.clear()
+        found = longest.longest_length(args, "balanced", 0)
+        assert found <= limit <= found * 1.02 + 1 and len(tried) < 40
+
+
+def test_a_prediction_grows_with_the_cap():
+    args = Namespace(
+        shape="llama-4l", longest=2**20, dtype=None, optim=None, lora_rank=64, attention="s2", device="cpu"
+    )
+    lengths = [longest.predicted_length(args, "balanced", gib * 2**30) for gib in (1, 2)]
+    assert 1000 < lengths[0] < lengths[1] and longest.predicted_length(args, "fast", 2**30) < lengths[0]
+    assert longest.predicted_length(args, "balanced", 2**20) == 0
+
+
 @pytest.mark.parametrize(
     "script,flags,message",
     [
@@ -281,10 +320,38 @@ def test_random_model_is_like_a_loaded_one(tiny_model_dir):
         ("train_step", ["--memory_cap", "much"], "--memory_cap: 'much' is not a size"),
         ("train_step", ["--v100", "--dtype", "bf16"], "fp16"),
         ("train_step", ["--seq_len", 64, "--group_size_ratio", 0], "group_size_ratio"),
+        ("longest", ["--memory_cap", "much"], "--memory_cap: 'much' is not a size"),
+        ("longest", ["--memory_cap", "1GiB", "--resolution", "2"], "--resolution: must lie in"),
+        ("longest", ["--memory_cap", "1GiB", "--longest", "1"], "--longest: must be at least 2"),
+        ("layer_memory", ["--hidden_size", "500"], "--hidden_size: a multiple of 320"),
+        ("layer_memory", ["--plot", "a.txt"], "--plot"),
+        ("train_step", ["--plot", "a.png"], "name whom to compare with in --peers"),
+        ("train_step", ["--peers", "unsloth"], "--peers: unsloth is not installed"),
+        ("train_step", ["--memory", "fast", "--tile_size", "0"], "tile_size: must be at least 1"),
+        ("train_step", ["--optim", "paged_adamw_8bit", "--device", "cpu"], "paged_adamw_8bit pages GPU memory"),
     ],
 )
-def test_bad_flags_end_with_one_line(monkeypatch, capsys, repo, script, flags, message):
+def test_bad_flags_end_with_one_line(run_here, capsys, script, flags, message):
     with pytest.raises(SystemExit) as stop:
-        run_here(repo, monkeypatch, script, *flags)
+        run_here(script, *flags)
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.slow
+def test_contestants_take_the_same_step(run_here, tmp_path):
+    words = ["--shape", "tiny", "--seq_len", 64, "--steps", 1, "--device", "cpu", "--peers", "transformers"]
+    run_here("train_step", *words, "--output_file", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    results = json.loads((tmp_path / "a.json").read_text())["results"]
+    first = {name: result["losses"][0] for name, result in results.items()}
+    assert first["ours, full"] == pytest.approx(first["transformers"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_longest_row_of_a_tiny_model(run_here, tmp_path):
+    words = ["--shape", "tiny", "--memory_cap", "16MiB", "--sets", "checkpointing", "max_length", "--device", "cpu"]
+    words += ["--resolution", "0.2", "--output_file", tmp_path / "a.json", "--plot", tmp_path / "a.png"]
+    run_here("longest", *words)
+    results = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert 0 < results["checkpointing"]["length"] < results["max_length"]["length"]
+    assert (tmp_path / "a.png").stat().st_size > 1000

@@ -58,11 +58,11 @@ COMMANDS = {
         [("--output_file", place) for place in ("text.txt", "texts/a.txt", "texts/new.jsonl")],
     ),
     "script/data/python_corpus.py": ([], [("--output_dir", "full"), ("--output_dir", "text.txt")]),
-    "script/data/train_tiny_llama.py": (
+    "benchmark/train_tiny_llama.py": (
         ["--corpus_dir", "corpus", "--num_tokens", "1"],
         [("--output_dir", place) for place in ("corpus", "full", "corpus/model", "text.txt")],
     ),
-    "script/data/train_passkey_llama.py": (
+    "benchmark/train_passkey_llama.py": (
         ["--num_steps", "1"],
         [("--output_dir", place) for place in ("full", "model", ".", "text.txt")],
     ),

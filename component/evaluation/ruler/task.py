@@ -21,7 +21,7 @@ from pathlib import Path
 from longqlora.cli import require_file
 from longqlora.evaluation.ruler.tasks import TASKS, RulerTask, Sample, TextHaystack, check_tasks
 from longqlora.inference.text_stream import decode_utf8
-from longqlora.plot import new_figure, save_figure
+from longqlora.plot import mark_lengths, new_figure
 
 CountTokens = Callable[[str], int]
 # A task that runs out of units before this share of the length is refused.
@@ -212,20 +212,15 @@ def metric_table(results: Sequence[Mapping]) -> str:
 
 def plot_scores(results: Sequence[Mapping], path: str | os.PathLike) -> None:
     """Score in percent against length in tokens: a line per task, and the mean of several."""
-    figure, (axis,) = new_figure()
     lengths = sorted({result["length"] for result in results})
     tasks = list(dict.fromkeys(result["task"] for result in results))
-    for task in tasks:
-        points = sorted((result["length"], result["score"]) for result in results if result["task"] == task)
-        axis.plot(*zip(*points, strict=True), marker="o", label=task)
-    if len(tasks) > 1:
-        means = mean_by_length(results)
-        axis.plot(list(means), list(means.values()), marker="s", color="black", linewidth=2.5, label=MEAN)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [str(length) for length in lengths])
-    axis.minorticks_off()
-    axis.set_ylim(-3, 103)
-    axis.set_xlabel("length (tokens)")
-    axis.set_ylabel("RULER score (%)")
-    axis.legend(fontsize="small")
-    save_figure(figure, path)
+    with new_figure(path) as (axis,):
+        for task in tasks:
+            points = sorted((result["length"], result["score"]) for result in results if result["task"] == task)
+            axis.plot(*zip(*points, strict=True), marker="o", label=task)
+        if len(tasks) > 1:
+            means = mean_by_length(results)
+            axis.plot(list(means), list(means.values()), marker="s", color="black", linewidth=2.5, label=MEAN)
+        mark_lengths(axis, lengths)
+        axis.set(xlabel="length (tokens)", ylabel="RULER score (%)", ylim=(-3, 103))
+        axis.legend(fontsize="small")

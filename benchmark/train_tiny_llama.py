@@ -1,7 +1,7 @@
 """Train the small base model that ships in data/tiny-llama (2.4M parameters, 256 tokens of context).
 
     python script/data/python_corpus.py --output_dir output/base_corpus --packages
-    python script/data/train_tiny_llama.py --corpus_dir output/base_corpus --output_dir data/tiny-llama
+    python benchmark/train_tiny_llama.py --corpus_dir output/base_corpus --output_dir data/tiny-llama
 
 Trains a byte-level BPE tokenizer (Llama's BOS and EOS, a pad token of its own) and a Llama from
 random weights: Muon for the matrices of the layers, AdamW for the rest, bf16 autocast where the CPU has it,
@@ -18,39 +18,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from small_llama import random_llama, save_model, scheduled_steps, take_step, train_byte_tokenizer
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longqlora.cli import run_main
 from longqlora.device import cpu_has_bf16
 from longqlora.files import partial_name
-from longqlora.model.saved_folder import save_config, save_tokenizer
 from longqlora.outputs import OutputFolder, check_outputs
 
 CONTEXT, VOCAB_SIZE, BATCH_SIZE = 256, 2048, 16
-SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
 RECORD = "training.json"
 
 
 def read_texts(file: Path) -> list[str]:
     return [json.loads(line)["text"] for line in file.open(encoding="utf-8")]
-
-
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
@@ -60,15 +42,6 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray
         for row in tokenizer(texts[start : start + 256])["input_ids"]:
             ids.append(np.array(row + [tokenizer.eos_token_id], dtype=np.uint16))
     return np.concatenate(ids)
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 def split_parameters(model: LlamaForCausalLM) -> tuple[list, list]:
@@ -106,10 +79,12 @@ def main() -> None:
     generator = np.random.default_rng(args.seed)
 
     texts = read_texts(args.corpus_dir / "train.jsonl")
-    tokenizer = train_tokenizer([texts[i] for i in generator.permutation(len(texts))[:3000]])
+    some = [texts[i] for i in generator.permutation(len(texts))[:3000]]
+    tokenizer = train_byte_tokenizer(some, vocab_size=VOCAB_SIZE, context=CONTEXT)
     ids = tokenize(tokenizer, texts)
     unseen = tokenize(tokenizer, read_texts(args.corpus_dir / "validation.jsonl"))
-    model = build_model(tokenizer)
+    sizes = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 2}
+    model = random_llama(tokenizer, **sizes)
     matrices, rest = split_parameters(model)
     optimizers = [
         torch.optim.Muon(matrices, lr=args.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
@@ -121,9 +96,7 @@ def main() -> None:
         partial = partial_name(args.output_dir)
         shutil.rmtree(partial, ignore_errors=True)
         halved = LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict()).bfloat16()
-        halved.save_pretrained(partial)
-        save_config(halved.config, partial)
-        save_tokenizer(tokenizer, partial)
+        save_model(halved, tokenizer, partial)
         (partial / RECORD).write_text(json.dumps(final_figures, indent=1) + "\n")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for file in partial.iterdir():
@@ -134,7 +107,7 @@ def main() -> None:
         inside = loss_by_position(model, unseen, CONTEXT)
         beyond = loss_by_position(model, unseen, 4 * CONTEXT)
         return {
-            "tokens_seen": step * BATCH_SIZE * CONTEXT, "minutes": round((time.monotonic() - start) / 60, 1),
+            "tokens_seen": num_taken * BATCH_SIZE * CONTEXT, "minutes": round((time.monotonic() - start) / 60, 1),
             "seed": args.seed, "learning_rate": args.learning_rate, "validation_loss_256": inside.mean().item(),
             "validation_loss_1024": beyond.mean().item(), "loss_by_32_positions_256": block_means(inside),
             "loss_by_128_positions_1024": block_means(beyond, 128),
@@ -143,28 +116,20 @@ def main() -> None:
     def block_means(losses: torch.Tensor, size: int = 32) -> list[float]:
         return [round(block.mean().item(), 3) for block in losses.split(size)]
 
-    start, step, last_report, bar = time.monotonic(), 0, time.monotonic(), tqdm(total=int(args.num_tokens), unit="tok")
-    while True:
-        elapsed = (time.monotonic() - start) / 60
-        progress = max(step * BATCH_SIZE * CONTEXT / args.num_tokens, elapsed / args.max_minutes)
-        if progress >= 1:
-            break
-        factor = min(1.0, (step + 1) / 100, (1 - progress) / 0.5)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * factor
+    start = last_report = time.monotonic()
+    num_steps, num_taken = args.num_tokens / (BATCH_SIZE * CONTEXT), 0
+    bar = tqdm(total=int(args.num_tokens), unit="tok")
+    schedule = scheduled_steps(optimizers, args.learning_rate, num_steps=num_steps, max_minutes=args.max_minutes)
+    for step, _ in schedule:
         starts = generator.integers(0, len(ids) - CONTEXT, BATCH_SIZE)
         rows = torch.from_numpy(np.stack([ids[s : s + CONTEXT] for s in starts]).astype(np.int64))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bf16()):
             loss = model(rows, labels=rows).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
+        take_step(model, loss, optimizers)
+        num_taken = step + 1
         bar.update(BATCH_SIZE * CONTEXT)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{args.learning_rate * factor:.1e}")
+        if num_taken % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{optimizers[0].param_groups[0]['lr']:.1e}")
         if time.monotonic() - last_report > 600:
             save(figures())
             last_report = time.monotonic()

@@ -1,6 +1,6 @@
 """Train a tiny Llama that solves passkey retrieval within its context of 256 tokens, and only there.
 
-    python script/data/train_passkey_llama.py --output_dir output/passkey_llama
+    python benchmark/train_passkey_llama.py --output_dir output/passkey_llama
     python script/evaluate/passkey.py --model_name_or_path output/passkey_llama --lengths 128 256 512 1024
 
 A subject for comparing context extension methods on a CPU: it finds the key at every depth of a prompt as
@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from small_llama import random_llama, save_model, scheduled_steps, take_step, train_byte_tokenizer
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longqlora.cli import run_main
 from longqlora.evaluation.retrieval.passkey import (
@@ -37,13 +37,11 @@ from longqlora.evaluation.retrieval.passkey import (
 )
 from longqlora.files import atomic_folder, write_json
 from longqlora.inference.load import load_for_inference
-from longqlora.model.saved_folder import save_config, save_tokenizer
 from longqlora.outputs import OutputFolder, check_outputs
 
 CONTEXT, VOCAB_SIZE, BATCH_TOKENS = 256, 512, 2048
 RECORD = "passkey_training.json"
 NUM_TEST_TRIALS, TEST_SEED = 20, 12345
-SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
 OTHER_SENTENCES = [
     "The river is long.", "The road is dry.", "The snow is cold.", "A cat sleeps on the chair.", "We walk home.",
     "The moon is far away.", "It rains again.", "The tree is old.", "The bread is warm.", "They sing a song.",
@@ -53,36 +51,11 @@ TEXT_WEIGHT, COPY_WEIGHT = 0.1, 1.0
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which the words of the template are tokens and every digit is one."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
-    )
+    """A tokenizer in which the words of the template are tokens and every digit is one."""
     template = "\n".join([DESCRIPTION, FILLER, NEEDLE.format(key=12345), FILLER, QUESTION])
     # The template counts double, so that its words become tokens before those of the other sentences.
-    tokenizer.train_from_iterator([template, template, " ".join(OTHER_SENTENCES)], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        model_max_length=CONTEXT,
-    )  # fmt: skip
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=CONTEXT,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    texts = [template, template, " ".join(OTHER_SENTENCES)]
+    return train_byte_tokenizer(texts, vocab_size=VOCAB_SIZE, context=CONTEXT, splits_digits=True)
 
 
 class RowMaker:
@@ -167,31 +140,23 @@ def parse_args() -> argparse.Namespace:
 def train(model: LlamaForCausalLM, rows: RowMaker, args: argparse.Namespace) -> dict:
     """Train until steps or minutes are used up; returns figures of the run."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    start, step, loss = time.monotonic(), 0, None
+    start = time.monotonic()
     bar = tqdm(total=args.num_steps, unit="step", mininterval=1)
-    while True:
-        progress = max(step / args.num_steps, (time.monotonic() - start) / 60 / args.max_minutes)
-        if progress >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(1.0, (step + 1) / 100, 2 * (1 - progress))
+    limits = {"num_steps": args.num_steps, "max_minutes": args.max_minutes}
+    for step, progress in scheduled_steps([optimizer], args.learning_rate, **limits):
         # Short rows first, longer ones bit by bit until a third of the run: retrieval over few tokens forms first.
         longest = rows.min_length + int((CONTEXT - rows.min_length) * min(1.0, 0.1 + 3 * progress))
         ids, weights = rows.batch(min(longest, CONTEXT))
         logits = model(ids).logits
         loss = weighted_loss(logits, ids, weights)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
+        take_step(model, loss, [optimizer])
         bar.update()
-        if step % 20 == 0:
+        if (step + 1) % 20 == 0:
             is_right = logits.detach()[:, :-1].argmax(-1) == ids[:, 1:]
             copied = is_right[weights[:, 1:] == COPY_WEIGHT].float().mean().item()
             bar.set_postfix(loss=f"{loss.item():.3f}", copied=f"{copied:.3f}", longest=longest)
     bar.close()
-    return {"num_steps": step, "minutes": round((time.monotonic() - start) / 60, 1), "last_loss": loss.item()}
+    return {"num_steps": step + 1, "minutes": round((time.monotonic() - start) / 60, 1), "last_loss": loss.item()}
 
 
 def main() -> None:
@@ -201,15 +166,15 @@ def main() -> None:
     check_outputs({"--output_dir": OutputFolder(args.output_dir, RECORD)}, {})
     torch.manual_seed(args.seed)
     tokenizer = train_tokenizer()
-    model = build_model(tokenizer)
+    model = random_llama(
+        tokenizer, hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=4
+    )
     rows = RowMaker(tokenizer, np.random.default_rng(args.seed))
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(tokenizer)} tokens; rows of "
           f"{rows.min_length} to {CONTEXT} tokens")  # fmt: skip
     figures = train(model, rows, args)
     with atomic_folder(args.output_dir) as folder:
-        model.save_pretrained(folder)
-        save_config(model.config, folder)
-        save_tokenizer(tokenizer, folder)
+        save_model(model, tokenizer, folder)
         results = ask(folder)
         settings = {"context": CONTEXT, "learning_rate": args.learning_rate, "seed": args.seed}
         test = {"passkey_seed": TEST_SEED, "passkey": accuracy_cells(results)}
