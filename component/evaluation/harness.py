@@ -1,7 +1,7 @@
 """Our models in lm-evaluation-harness: the model as it is loaded, a task's data, one task evaluated.
 
     model = wrap_model(loaded, batch_size=1, max_length=loaded.context_size)
-    answers = generate_answers(model, "vt_4096", prompts, max_new_tokens=30)
+    answers = generate_answers(model, prompts, max_new_tokens=30)
     tasks = load_tasks(["arc_easy"], include_path=None)
     metrics = evaluate_tasks(model, tasks["arc_easy"], num_fewshot=0, limit=100, seed=42)
 
@@ -100,29 +100,14 @@ def wrap_model(loaded: LoadedModel, *, batch_size: int, max_length: int) -> "HFL
     return model
 
 
-def generate_answers(model: "HFLM", name: str, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+def generate_answers(model: "HFLM", prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
     """Greedy answers to `prompts`, raw text that each answer continues, in the given order."""
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.evaluator import evaluate
+    from lm_eval.api.instance import Instance
 
-    rows = [{"prompt": prompt, "target": ""} for prompt in prompts]
-    task = ConfigurableTask(
-        config={
-            "task": name,
-            "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": "prompt",
-            "doc_to_target": "target",
-            "generation_kwargs": {"do_sample": False, "max_gen_toks": max_new_tokens, "until": []},
-            # The caller scores; the harness wants a metric all the same.
-            "process_results": lambda doc, results: {"num_answers": len(results)},
-            "metric_list": [{"metric": "num_answers", "aggregation": "mean", "higher_is_better": True}],
-        }
+    options = {"do_sample": False, "max_gen_toks": max_new_tokens, "until": []}
+    return model.generate_until(
+        [Instance("generate_until", {}, (prompt, dict(options)), index) for index, prompt in enumerate(prompts)]
     )
-    results = evaluate(lm=model, task_dict={"tasks": {name: task}}, bootstrap_iters=0)
-    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-    return [sample["resps"][0][0] for sample in samples]
 
 
 def load_tasks(names: Sequence[str], *, include_path: Path | None, metadata=NO_METADATA) -> dict[str, dict]:

@@ -30,6 +30,7 @@ from longqlora.evaluation.ruler.text import (
     TRACKING,
     TextHaystack,
 )
+from longqlora.table import text_table
 
 
 @dataclass(frozen=True)
@@ -227,14 +228,7 @@ def describe_tasks() -> str:
     """A line per task for the user: name, what it asks, haystack, tokens for the answer."""
     haystacks = {"noise": "noise", "needles": "needles", "words": "-", "text": "--haystack, or noise"}
     rows = [
-        (
-            name,
-            task.description,
-            "--haystack" if task.needs_text else haystacks[task.haystack],
-            str(task.max_new_tokens),
-        )
+        (name, task.description, "--haystack" if task.needs_text else haystacks[task.haystack], task.max_new_tokens)
         for name, task in TASKS.items()
     ]
-    rows.insert(0, ("task", "what is asked for", "haystack", "answer tokens"))
-    widths = [max(len(row[column]) for row in rows) + 2 for column in range(4)]
-    return "\n".join("".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return text_table(("task", "what is asked for", "haystack", "answer tokens"), rows, num_left=3)
