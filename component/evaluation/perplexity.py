@@ -67,10 +67,10 @@ class WindowPlan:
         up_to, scored, mean = "", "the last window dropped", f"windows of the mean over {self.seq_len - 1}"
         if self.protocol == "stride":
             up_to, scored, mean = "up to ", "only new tokens scored", f"{self.num_scored_tokens}"
-        skipped = f"; evenly spread subset, {self.num_windows_skipped} windows skipped" * bool(self.num_windows_skipped)
+        skipped = f"; evenly spread subset, {self.num_windows_skipped} windows skipped"
         return (
             f"{self.protocol}: {len(self.windows)} windows of {up_to}{self.seq_len} tokens, stride {self.stride}, "
-            f"{scored}, {left_out}, mean over {mean} tokens{skipped}"
+            f"{scored}, {left_out}, mean over {mean} tokens{skipped if self.num_windows_skipped else ''}"
         )
 
 

@@ -129,11 +129,13 @@ def questions_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_
     task = name_of(row[task_key], task_key) if task_key else file_name
     id_key = first_key(row, ID_KEYS)
     name = name_of(row[id_key], id_key) if id_key else str(number)
-    one = Question(name, task, context, "", (), metric=metric_of_row(row), examples=examples_of(row))
+    one = Question(name, task, context, "", (), metric=metric_of_row(row), examples=pairs_of(row, *EXAMPLE_KEYS))
     read = [key for key in (context_key, task_key, id_key, "metric", "evaluation", *EXAMPLE_KEYS) if key]
     if "instructions" in row:
         check_unread(row, [*read, "instructions", "outputs"])
-        numbered = enumerate(instruction_pairs(row), start=1)
+        if not (pairs := pairs_of(row, "instructions", "outputs")):
+            raise ValueError('"instructions" is empty; give at least one question')
+        numbered = enumerate(pairs, start=1)
         return [part for k, (q, a) in numbered for part in asked(replace(one, id=f"{name}-{k}", question=q), a)]
     question_key = first_key(row, QUESTION_KEYS)
     if question_key is None and context_key != "input" and "input" in row:
@@ -170,17 +172,6 @@ def merged(tasks: Sequence[Question]) -> list[Question]:
     return [replace(task, references=tuple(dict.fromkeys(found))) for task, found in references.items()]
 
 
-def examples_of(row: dict) -> tuple[tuple[str, str], ...]:
-    """(question, answer) of the examples that a row of ChunkLlama's few-shot files brings along."""
-    questions, answers = (row.get(key) or [] for key in EXAMPLE_KEYS)
-    if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
-        raise ValueError(
-            f'"{EXAMPLE_KEYS[0]}" and "{EXAMPLE_KEYS[1]}" are no lists of equal length; give an answer each'
-        )
-    return tuple((checked_text(q, f'"{EXAMPLE_KEYS[0]}"'), answer_text(a, f'"{EXAMPLE_KEYS[1]}"'))
-                 for q, a in zip(questions, answers, strict=True))  # fmt: skip
-
-
 def first_key(row: dict, keys: Sequence[str]) -> str | None:
     return next((key for key in keys if row.get(key) is not None), None)
 
@@ -200,16 +191,13 @@ def metric_of_row(row: dict) -> str | None:
     return row["metric"]
 
 
-def instruction_pairs(row: dict) -> list[tuple[str, str]]:
-    """(question, answer) of the lists of an L-Eval row."""
-    questions, answers = row["instructions"], row.get("outputs")
-    for key, value in (("instructions", questions), ("outputs", answers)):
-        if not isinstance(value, list) or not value:
-            raise ValueError(f'"{key}" is no list of strings; give "instructions" and "outputs" of equal length')
-    if len(questions) != len(answers):
-        raise ValueError(f'{len(questions)} "instructions", but {len(answers)} "outputs"; give one for each')
-    return [(checked_text(question, '"instructions"'), answer_text(answer, '"outputs"'))
-            for question, answer in zip(questions, answers, strict=True)]  # fmt: skip
+def pairs_of(row: dict, questions: str, answers: str) -> tuple[tuple[str, str], ...]:
+    """(question, answer) of two lists of equal length under these keys."""
+    lists = [row.get(key) or [] for key in (questions, answers)]
+    if not all(isinstance(entries, list) for entries in lists) or len(lists[0]) != len(lists[1]):
+        raise ValueError(f'"{questions}" and "{answers}" are no lists of equal length; give an answer to each question')
+    return tuple((checked_text(question, f'"{questions}"'), answer_text(answer, f'"{answers}"'))
+                 for question, answer in zip(*lists, strict=True))  # fmt: skip
 
 
 def options_of_row(row: dict) -> tuple[str, ...]:

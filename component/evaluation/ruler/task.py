@@ -130,8 +130,8 @@ class Ruler(Task):
     def table(self, record: Mapping) -> str:
         of_ruler = [result for result in record["results"] if "length" in result]
         of_lm_eval = [result for result in record["results"] if "length" not in result]
-        tables = [score_table(of_ruler)] * bool(of_ruler) + [metric_table(of_lm_eval)] * bool(of_lm_eval)
-        return "\n".join(tables)
+        pairs = ((score_table, of_ruler), (metric_table, of_lm_eval))
+        return "\n".join(table(results) for table, results in pairs if results)
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
         plot_scores([result for result in record["results"] if "length" in result], path)
@@ -155,7 +155,6 @@ class FittedTask:
 
     def __post_init__(self) -> None:
         self.task = TASKS[self.name]
-        check_tasks([self.name], has_text=self.text is not None)
         self.max_new_tokens = self.max_new_tokens or self.task.max_new_tokens
         smallest = max(self.num_tokens(self.task.min_units, index) for index in range(self.num_samples))
         if smallest > self.length:

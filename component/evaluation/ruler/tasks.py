@@ -3,9 +3,8 @@
     sample = TASKS["vt"].build(random.Random(0), 40, 4096, None)       # Sample(prompt, outputs)
 
 After RULER (arXiv 2404.06654, section 3 and its appendix on task templates): tasks, counts, answer lengths and
-prompts are the paper's. Keys and list words are compounds of the lists in text.py instead of a word
-package's.
-A sample grows with its number of units: noise sentences, distractors, pieces of text, list words.
+prompts are the paper's. Keys and list words are compounds of the lists in text.py instead of a word package's. A sample
+grows with its number of units: noise sentences, distractors, pieces of text, list words.
 
 Pure Python; knows neither tokenizers nor models.
 """
@@ -184,13 +183,9 @@ MOST_COMPOUNDS = len(ADJECTIVES) * len(NOUNS) * 9 // 10
 def niah(description: str, *, needs_text: bool = False, **options) -> RulerTask:
     haystack = options.get("haystack", "noise")
     is_limited = haystack == "needles" and options.get("keys", "words") == "words"
-    return RulerTask(
-        partial(build_niah, **options),
-        description,
-        haystack=haystack,
-        needs_text=needs_text,
-        max_units=MOST_COMPOUNDS if is_limited else None,
-    )
+    limit = MOST_COMPOUNDS if is_limited else None
+    build = partial(build_niah, **options)
+    return RulerTask(build, description, haystack=haystack, needs_text=needs_text, max_units=limit)
 
 
 TASKS: dict[str, RulerTask] = {
