@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import torch
 from conftest import REPO, tiny_config
 
 from longqlora.data.token_file import open_token_file
-from longqlora.evaluation.perplexity_task import Windows
+from longqlora.evaluation.perplexity_task import Perplexity, Windows
 from longqlora.evaluation.scoring import TokenScorer, find_split
+from longqlora.inference.load import load_for_inference
 
 NUM_TOKENS = 203
 
@@ -222,6 +224,15 @@ def test_context_size_sets_rope(tiny_model_dir, tmp_path, data, evaluate):
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["rope_parameters"]["factor"] == 2.0 and result["context_size"] == 128
     assert result["dtype"] == "bfloat16" and result["results"][0]["loss"] == result["loss"]
+
+
+def test_reading_in_blocks_binds_attention_without_a_mask(tiny_model_dir, data, loss_of):
+    task = Perplexity(Windows(open_token_file(data), 50), prefill_chunk_size=8)
+    (trials,) = task.make_trials(SimpleNamespace(config=tiny_config(), context_size=32, warn_beyond_context=print))
+    task.use(load_for_inference(str(tiny_model_dir)))
+    assert task.scorer.model.config._attn_implementation == "sdpa_with_past"
+    found = task.score([task.ask(trial) for trial in trials])
+    assert found["loss"] == pytest.approx(loss_of(make_tokens(), 32, 50)["loss"], abs=1e-6) and found["seq_len"] == 32
 
 
 def arguments(model_dir, data, out_file):

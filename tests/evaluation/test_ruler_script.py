@@ -36,7 +36,7 @@ def rig(loaded, answer_of, seen: list):
             for row, mask in zip(input_ids, attention_mask, strict=True)
         ]
         seen.extend(prompts)
-        assert input_ids.shape[1] < max_length
+        assert max_length - input_ids.shape[1] in (9, 30, 128), "the room of vt, of the needles, or the one asked for"
         answers = [loaded.tokenizer(answer_of(prompt), add_special_tokens=False).input_ids for prompt in prompts]
         width = max(map(len, answers))
         rows = [ids + [loaded.tokenizer.eos_token_id] * (width - len(ids)) for ids in answers]
