@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longqlora.cli import run_main
+from longqlora.evaluation.retrieval.grid import grid_cells, grid_table
 from longqlora.evaluation.retrieval.passkey import (
     DESCRIPTION,
     FILLER,
@@ -30,9 +31,7 @@ from longqlora.evaluation.retrieval.passkey import (
     QUESTION,
     PasskeyTemplate,
     accuracy_cells,
-    accuracy_table,
     answer_trial,
-    encode_after_newline,
     make_trials,
 )
 from longqlora.files import atomic_folder, write_json
@@ -65,12 +64,12 @@ class RowMaker:
         self.tokenizer, self.generator = tokenizer, generator
         self.template = PasskeyTemplate(tokenizer)
         texts = [f"{sentence}." for sentence in FILLER.rstrip(".").split(". ")] + OTHER_SENTENCES
-        self.sentences = [encode_after_newline(tokenizer, f" {text}") for text in texts]
-        self.digits = [encode_after_newline(tokenizer, str(digit))[0] for digit in range(10)]
+        self.sentences = [self.template.encode(f" {text}") for text in texts]
+        self.digits = [self.template.encode(str(digit))[0] for digit in range(10)]
         self.min_length = self.template.min_length("12345") + len(self.answer("12345"))
 
     def answer(self, key: str) -> list[int]:
-        return [*encode_after_newline(self.tokenizer, f" {key}."), self.tokenizer.eos_token_id]
+        return [*self.template.encode(f" {key}."), self.tokenizer.eos_token_id]
 
     def filler(self, num_tokens: int) -> list[int]:
         """Shuffled sentences, cut to `num_tokens`."""
@@ -120,7 +119,8 @@ def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 def ask(model_dir: Path) -> list[dict]:
     """Results of the passkey test at five depths on the saved model, up to twice its context."""
     loaded = load_for_inference(str(model_dir), dtype=torch.float32)
-    trials = make_trials([128, 192, CONTEXT, 2 * CONTEXT], [0, 0.25, 0.5, 0.75, 1], NUM_TEST_TRIALS, TEST_SEED)
+    cells = grid_cells([128, 192, CONTEXT, 2 * CONTEXT], [0, 0.25, 0.5, 0.75, 1])
+    trials = make_trials(cells, num_trials=NUM_TEST_TRIALS, seed=TEST_SEED)
     return [answer_trial(loaded, trial) for trial in tqdm(trials, desc="passkey", unit="trial")]
 
 
@@ -179,7 +179,7 @@ def main() -> None:
         settings = {"context": CONTEXT, "learning_rate": args.learning_rate, "seed": args.seed}
         test = {"passkey_seed": TEST_SEED, "passkey": accuracy_cells(results)}
         write_json(folder / RECORD, {**settings, **figures, **test})
-    print(accuracy_table(results))
+    print(grid_table(test["passkey"], "accuracy"))
     print(f"wrote {args.output_dir}")
 
 

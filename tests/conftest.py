@@ -187,3 +187,14 @@ def run_script(script: str, *args, cwd=None, input="", timeout=120, env=None, ch
 @pytest.fixture(scope="session", name="run_script")
 def run_script_fixture():
     return run_script
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """evaluate("passkey", *arguments): script/evaluate/passkey.py in this process: exit code, stdout, stderr."""
+    from rigged_model import load_script, run_main_of
+
+    def run(name: str, *arguments) -> tuple[int, str, str]:
+        return run_main_of(load_script(f"script/evaluate/{name}.py"), arguments, monkeypatch, capsys)
+
+    return run

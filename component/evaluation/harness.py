@@ -1,7 +1,7 @@
 """Our models in lm-evaluation-harness: the model as it is loaded, a task's data, one task evaluated.
 
     model = wrap_model(loaded, batch_size=1, max_length=loaded.context_size)
-    answers = generate_answers(model, "vt_4096", prompts, max_new_tokens=30)
+    answers = generate_answers(model, prompts, max_new_tokens=30)
     tasks = load_tasks(["arc_easy"], include_path=None)
     metrics = evaluate_tasks(model, tasks["arc_easy"], num_fewshot=0, limit=100, seed=42)
 
@@ -13,6 +13,7 @@ lm_eval is imported where it is used: it is an extra package, and takes seconds.
 
 import logging
 import random
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -40,18 +41,10 @@ NUM_BOOTSTRAP = 1000
 NOT_METRICS = ("sample_len", "sample_count")
 
 
-class FirstOfItsKind(logging.Filter):
-    """Lets the first message of a wording pass: some come once per sample."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        wording = "".join(letter for letter in record.getMessage() if not letter.isdigit())
-        is_new = wording not in self.seen
-        self.seen.add(wording)
-        return is_new
+def new_wording(seen: set[str], record: logging.LogRecord) -> bool:
+    """Whether a message is the first of its wording, whatever its numbers: some come once per sample."""
+    wording = re.sub(r"\d", "", record.getMessage())
+    return wording not in seen and not seen.add(wording)
 
 
 def quieten() -> None:
@@ -60,7 +53,7 @@ def quieten() -> None:
     models = logging.getLogger("lm_eval.models.huggingface")
     models.setLevel(logging.WARNING)
     if not models.filters:
-        models.addFilter(FirstOfItsKind())
+        models.addFilter(partial(new_wording, set()))
     datasets.disable_progress_bars()
 
 
@@ -85,13 +78,8 @@ def wrap_model(loaded: LoadedModel, *, batch_size: int, max_length: int) -> "HFL
     # HFLM ties the weights anew, which would put the base's embedding in place of one that an adapter brought.
     loaded.model.tie_weights = lambda *args, **kwargs: None
     try:
-        model = HFLM(
-            pretrained=loaded.model,
-            tokenizer=loaded.tokenizer,
-            backend="causal",
-            batch_size=batch_size,
-            max_length=max_length,
-        )
+        sizes = {"batch_size": batch_size, "max_length": max_length}
+        model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", **sizes)
     finally:
         del loaded.model.tie_weights
     for name in ("generate_until", "loglikelihood", "loglikelihood_rolling"):
@@ -100,29 +88,14 @@ def wrap_model(loaded: LoadedModel, *, batch_size: int, max_length: int) -> "HFL
     return model
 
 
-def generate_answers(model: "HFLM", name: str, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+def generate_answers(model: "HFLM", prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
     """Greedy answers to `prompts`, raw text that each answer continues, in the given order."""
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.evaluator import evaluate
+    from lm_eval.api.instance import Instance
 
-    rows = [{"prompt": prompt, "target": ""} for prompt in prompts]
-    task = ConfigurableTask(
-        config={
-            "task": name,
-            "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": "prompt",
-            "doc_to_target": "target",
-            "generation_kwargs": {"do_sample": False, "max_gen_toks": max_new_tokens, "until": []},
-            # The caller scores; the harness wants a metric all the same.
-            "process_results": lambda doc, results: {"num_answers": len(results)},
-            "metric_list": [{"metric": "num_answers", "aggregation": "mean", "higher_is_better": True}],
-        }
+    options = {"do_sample": False, "max_gen_toks": max_new_tokens, "until": []}
+    return model.generate_until(
+        [Instance("generate_until", {}, (prompt, dict(options)), index) for index, prompt in enumerate(prompts)]
     )
-    results = evaluate(lm=model, task_dict={"tasks": {name: task}}, bootstrap_iters=0)
-    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-    return [sample["resps"][0][0] for sample in samples]
 
 
 def load_tasks(names: Sequence[str], *, include_path: Path | None, metadata=NO_METADATA) -> dict[str, dict]:
@@ -171,7 +144,7 @@ def missing(error: Exception) -> str:
             f"its data is not on this machine and the hub cannot be reached ({text}); run it once where there is a "
             "network (HF_HOME holds the data), or give a task with local data through --include_path"
         )
-    return f"lm-eval cannot load it ({type(error).__name__}: {text}); mend the task file or its data"
+    return f"lm-eval cannot load it ({type(error).__name__}: {text}); fix the task file or its data"
 
 
 def check_fit(name: str, tasks: dict, *, context_size: int) -> None:
@@ -225,15 +198,9 @@ def evaluate_tasks(
     except (AssertionError, LookupError, TypeError, TemplateError) as error:
         # So end mistakes in a task file: a field that is not in the data, a few-shot split that is too small.
         raise ValueError(f"--tasks {name}: lm-eval cannot run it ({type(error).__name__}: {error})") from error
-    numbers = {**results["results"], **results.get("groups", {})}
-    return {
-        "metrics": {
-            task: {
-                metric: float(value)
-                for metric, value in row.items()
-                if isinstance(value, (int, float)) and metric not in NOT_METRICS
-            }
-            for task, row in numbers.items()
-        },
-        "num_samples": {task: count["effective"] for task, count in results["n-samples"].items()},
-    }
+    metrics = {
+        task: {name: float(value) for name, value in row.items()
+               if isinstance(value, (int, float)) and name not in NOT_METRICS}
+        for task, row in {**results["results"], **results.get("groups", {})}.items()
+    }  # fmt: skip
+    return {"metrics": metrics, "num_samples": {task: n["effective"] for task, n in results["n-samples"].items()}}

@@ -12,14 +12,12 @@ stride      Windows of L tokens advance by stride and score only the tokens no e
 Accuracy is the share of the same tokens that the model holds most likely, averaged as the losses are. LongLoRA's
 val_acc also counts the token after each window, so that it is a mean over L tokens, not L - 1.
 
-Only plain numbers here: no model, no files.
-
-Pure maths: knows nothing of Hugging Face.
+Pure maths: plain numbers, no model, no files; knows nothing of Hugging Face.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 PROTOCOLS = ("longlora", "stride")
 MAX_BLOCKS = 64
@@ -66,20 +64,14 @@ class WindowPlan:
     def describe(self) -> str:
         """One line with all that decides which tokens count."""
         left_out = f"{self.num_uncovered_tokens} of {self.num_file_tokens} tokens in no window"
-        if self.protocol == "longlora":
-            text = (
-                f"longlora: {len(self.windows)} windows of {self.seq_len} tokens, stride {self.stride}, "
-                f"the last window dropped, {left_out}, "
-                f"mean over windows of the mean over {self.seq_len - 1} tokens"
-            )
-        else:
-            text = (
-                f"stride: {len(self.windows)} windows of up to {self.seq_len} tokens, stride {self.stride}, "
-                f"only new tokens scored, {left_out}, mean over {self.num_scored_tokens} tokens"
-            )
-        if self.num_windows_skipped:
-            text += f"; evenly spread subset, {self.num_windows_skipped} windows skipped"
-        return text
+        up_to, scored, mean = "", "the last window dropped", f"windows of the mean over {self.seq_len - 1}"
+        if self.protocol == "stride":
+            up_to, scored, mean = "up to ", "only new tokens scored", f"{self.num_scored_tokens}"
+        skipped = f"; evenly spread subset, {self.num_windows_skipped} windows skipped"
+        return (
+            f"{self.protocol}: {len(self.windows)} windows of {up_to}{self.seq_len} tokens, stride {self.stride}, "
+            f"{scored}, {left_out}, mean over {mean} tokens{skipped if self.num_windows_skipped else ''}"
+        )
 
 
 def plan_windows(
@@ -92,16 +84,15 @@ def plan_windows(
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
-    if seq_len < 2:
-        raise ValueError(f"seq_len must be at least 2, to have a token to predict, not {seq_len}")
-    if stride < 1:
-        raise ValueError(f"the stride (sliding_window) must be at least 1, not {stride}")
-    if max_windows is not None and max_windows < 1:
-        raise ValueError(f"max_windows must be at least 1, not {max_windows}")
-    num_dropped = 0
+    for name, value, least in (
+        ("seq_len", seq_len, 2),
+        ("the stride (sliding_window)", stride, 1),
+        ("max_windows", max_windows, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
     if protocol == "longlora":
         windows = [Window(start, seq_len) for start in range(0, num_tokens - seq_len, stride)][:-1]
-        num_dropped = 1
         if not windows:
             raise ValueError(
                 f"the file has {num_tokens} tokens; seq_len {seq_len} with stride {stride} needs at least "
@@ -111,6 +102,7 @@ def plan_windows(
     else:
         windows = _stride_windows(num_tokens, seq_len, stride)
     kept = spread(windows, max_windows)
+    num_dropped = int(protocol == "longlora")
     return WindowPlan(protocol, seq_len, stride, num_tokens, tuple(kept), num_dropped, len(windows) - len(kept))
 
 
@@ -166,21 +158,8 @@ class WindowLoss:
     """What one window gave: summed negative log-likelihoods (nats), whole and by position block, and right tokens."""
 
     total: float
-    block_totals: tuple[float, ...]
+    block_totals: Sequence[float]
     num_correct: int
-
-    def row(self) -> list:
-        """The fields, in the order of `WINDOW_FIELDS`, as a list that JSON can hold."""
-        return [self.total, list(self.block_totals), self.num_correct]
-
-    @classmethod
-    def of_row(cls, row: Sequence) -> "WindowLoss":
-        total, block_totals, num_correct = row
-        return cls(total, tuple(block_totals), num_correct)
-
-
-# Part of the fingerprint of stored windows: those that hold less are measured again.
-WINDOW_FIELDS = [field.name for field in fields(WindowLoss)]
 
 
 def summarize(plan: WindowPlan, losses: Sequence[WindowLoss]) -> dict:
@@ -189,12 +168,12 @@ def summarize(plan: WindowPlan, losses: Sequence[WindowLoss]) -> dict:
     Sums are exactly rounded, so neither batching nor the number of processes can enter through their
     order. loss in nats a token; perplexity is exp(loss), `inf` where that overflows; accuracy between 0 and 1.
     """
-    assert len(losses) == len(plan.windows)
     if plan.protocol == "longlora":
-        means = [loss.total / window.num_scored for loss, window in zip(losses, plan.windows, strict=True)]
-        loss = exact_sum(means) / len(means)
-        shares = [loss.num_correct / window.num_scored for loss, window in zip(losses, plan.windows, strict=True)]
-        accuracy = exact_sum(shares) / len(shares)
+        counts = [window.num_scored for window in plan.windows]
+        loss, accuracy = (
+            exact_sum([value / count for value, count in zip(values, counts, strict=True)]) / len(counts)
+            for values in ([loss.total for loss in losses], [loss.num_correct for loss in losses])
+        )
     else:
         loss = exact_sum([loss.total for loss in losses]) / plan.num_scored_tokens
         accuracy = sum(loss.num_correct for loss in losses) / plan.num_scored_tokens
@@ -240,14 +219,3 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-def json_safe(value):
-    """Replace numbers that JSON cannot hold (inf, nan) by None, at any depth."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: json_safe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_safe(item) for item in value]
-    return value

@@ -1,4 +1,4 @@
-"""Losses and hits of a causal language model on windows of a token file: scoring, resuming, splitting over processes.
+"""Losses and hits of a causal language model on windows of a token file.
 
 Attention is the model's own, dense. Negative log-likelihoods are computed in fp32 from the output
 embedding applied to chunks of the sequence, so the fp32 logits of a whole window never exist.
@@ -6,11 +6,7 @@ embedding applied to chunks of the sequence, so the fp32 logits of a whole windo
 Dimensions: B batch, S sequence, V vocabulary.
 """
 
-import glob
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,9 +14,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from longqlora.attention.chunked_prefill import states_in_blocks
-from longqlora.distributed import barrier, gather_objects, is_main_process, rank, world_size
-from longqlora.evaluation.perplexity import WINDOW_FIELDS, WindowLoss, WindowPlan, batches, position_blocks
-from longqlora.files import atomic_file
+from longqlora.distributed import is_main_process
+from longqlora.evaluation.perplexity import WindowLoss, WindowPlan, position_blocks
 
 CHUNK_FLOATS = 2**24
 PROBE_TOKENS = 16
@@ -122,118 +117,13 @@ def chunked_scores(
     return nll, hits
 
 
-class WindowLedger:
-    """Finished windows of a run, kept on disk so that a killed run can go on.
-
-    One JSON-lines file per process beside `output_file` (hidden, `.X.json.windows-RANK.jsonl`): first
-    the fingerprint of the run, then a line per batch. Lines reach the file as soon as the batch is done;
-    a line cut short by a kill is passed over. Floats are written so that they read back identical. With
-    `output_file` None nothing is kept.
-    """
-
-    def __init__(self, output_file: Path | None, fingerprint: dict):
-        self.output_file = output_file
-        decisive = {**fingerprint, "stored": WINDOW_FIELDS}
-        self.fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-        self.done: dict[tuple[int, int], WindowLoss] = {}
-        self.file = None
-        self.num_foreign = 0
-
-    def path(self, number: int) -> Path:
-        return self.output_file.with_name(f".{self.output_file.name}.windows-{number}.jsonl")
-
-    def paths(self) -> list[Path]:
-        pattern = f".{glob.escape(self.output_file.name)}.windows-*.jsonl"
-        return sorted(self.output_file.parent.glob(pattern))
-
-    def start(self) -> None:
-        """Take up what earlier processes finished, the same on every rank, and begin this rank's file."""
-        if self.output_file is None:
-            return
-        if is_main_process():
-            self.output_file.parent.mkdir(parents=True, exist_ok=True)
-            self._read()
-            # One compact file replaces those of the earlier processes, whose number may have been another.
-            with atomic_file(self.path(0)) as file:
-                file.write(json.dumps({"fingerprint": self.fingerprint}) + "\n")
-                for (seq_len, index), loss in self.done.items():
-                    file.write(self._line(seq_len, [index], [loss]))
-            for path in self.paths():
-                if path != self.path(0):
-                    path.unlink()
-        self.done = gather_objects(self.done)[0]
-        self.file = self.path(rank()).open("a", encoding="utf-8")
-        if rank() > 0:
-            self.file.write(json.dumps({"fingerprint": self.fingerprint}) + "\n")
-
-    def _read(self) -> None:
-        for path in self.paths():
-            header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-            if header != json.dumps({"fingerprint": self.fingerprint}):
-                self.num_foreign += 1
-                continue
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                for index, *window in row["windows"]:
-                    self.done[row["seq_len"], index] = WindowLoss.of_row(window)
-
-    @staticmethod
-    def _line(seq_len: int, indices: Sequence[int], losses: Sequence[WindowLoss]) -> str:
-        windows = [[index, *loss.row()] for index, loss in zip(indices, losses, strict=True)]
-        return json.dumps({"seq_len": seq_len, "windows": windows}) + "\n"
-
-    def add(self, seq_len: int, indices: Sequence[int], losses: Sequence[WindowLoss]) -> None:
-        if self.file is not None:
-            self.file.write(self._line(seq_len, indices, losses))
-            self.file.flush()
-
-    def remove(self) -> None:
-        """Close this rank's file and, once all ranks did, delete the files of all."""
-        if self.file is not None:
-            self.file.close()
-            barrier()
-            if is_main_process():
-                for path in self.paths():
-                    path.unlink()
-
-
-def measure(
-    scorer: TokenScorer,
-    tokens: np.ndarray,
-    plan: WindowPlan,
-    *,
-    batch_size: int,
-    device: torch.device,
-    ledger: WindowLedger,
-) -> list[WindowLoss]:
-    """Losses of all windows of `plan`, in order, on every rank.
-
-    tokens: int [num_tokens]. Batches are dealt out to the ranks whole, so a batch has the same shape, and
-    with it the same rounding, whatever the number of processes.
-    """
-    done = {index: loss for (seq_len, index), loss in ledger.done.items() if seq_len == plan.seq_len}
-    todo = [batch for batch in batches(plan.windows, batch_size) if not all(index in done for index in batch)]
-    finished: dict[int, WindowLoss] = {}
-    own = todo[rank() :: world_size()]
-    for batch in tqdm(own, desc=f"seq_len {plan.seq_len}", unit="batch", disable=not is_main_process()):
-        losses = score_windows(scorer, tokens, plan, batch, device)
-        ledger.add(plan.seq_len, batch, losses)
-        finished.update(zip(batch, losses, strict=True))
-    for part in gather_objects(finished):
-        done.update(part)
-    return [done[index] for index in range(len(plan.windows))]
-
-
 def score_windows(
-    scorer: TokenScorer, tokens: np.ndarray, plan: WindowPlan, indices: Sequence[int], device: torch.device
+    scorer: TokenScorer, tokens: np.ndarray, plan: WindowPlan, indices: Sequence[int]
 ) -> list[WindowLoss]:
     """Losses of the windows `indices` of `plan`, in one forward pass; tokens: int [num_tokens]."""
     windows = [plan.windows[index] for index in indices]
     rows = np.stack([tokens[window.start : window.start + window.length] for window in windows])
-    nll, hits = scorer(torch.from_numpy(rows.astype(np.int64)).to(device))
+    nll, hits = scorer(torch.from_numpy(rows.astype(np.int64)).to(scorer.model.device))
     rows = zip(nll.double().cpu().numpy(), hits.cpu().numpy(), windows, strict=True)
     return [window_loss(losses, right, window.score_from, plan.seq_len) for losses, right, window in rows]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from longqlora.evaluation.longtask.report import score_answer
+from longqlora.evaluation.longtask.questions import Question
 from longqlora.evaluation.longtask.scores import (
     best_score,
     exact_match,
@@ -12,7 +12,7 @@ from longqlora.evaluation.longtask.scores import (
     parse_letters,
     rouge,
 )
-from longqlora.evaluation.longtask.tasks import LongTask
+from longqlora.evaluation.longtask.task import score_answer
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_several_letters(text, expected):
 
 
 def test_a_choice_is_scored_by_letter_by_likelihood_or_by_text():
-    task = LongTask("1", "t", "c", "q", ("fox",), ("dog", "fox"), 1)
+    task = Question("1", "t", "c", "q", ("fox",), ("dog", "fox"), 1)
 
     def score(task, metric="auto", **result):
         return score_answer(task, result, metric, use_stemmer=True)
@@ -126,7 +126,7 @@ def test_a_choice_is_scored_by_letter_by_likelihood_or_by_text():
     lost = score(task, answer="who knows")
     assert lost["score"] == 0 and lost["choice"] is None and lost["right_choice"] == "B"
     assert score(task, "f1", answer="the fox")["score"] == 1
-    letters = LongTask("1", "t", "c", "q", ("BC",), metric="exam")
+    letters = Question("1", "t", "c", "q", ("BC",), metric="exam")
     assert score(letters, answer="C, B")["score"] == 1 and score(letters, answer="B")["score"] == 0.25
     assert score(letters, "accuracy", answer="B") == {**score(letters, answer="B"), "metric": "accuracy", "score": 0}
     assert score(letters, answer="no idea")["choice"] is None

@@ -7,10 +7,9 @@ import pytest
 import torch
 from conftest import save_tiny_model, tiny_config
 
-from longqlora.data.token_file import open_token_file
-from longqlora.evaluation.comparison import read_comparison
-from longqlora.evaluation.method_models import MethodModels, compare_perplexity
+from longqlora.evaluation.comparison import Comparison, read_comparison
 from longqlora.evaluation.scoring import TokenScorer
+from longqlora.evaluation.trials import run_trials
 from longqlora.inference.load import load_for_inference, set_context
 from longqlora.model.context import ContextRequest
 
@@ -74,20 +73,19 @@ def test_a_changed_context_equals_a_fresh_load(base):
         assert loaded.tokenizer.model_max_length == context_size
 
 
-def test_every_cell_equals_evaluate(base, data, tmp_path, run_script):
+def test_every_cell_equals_evaluate(base, data, tmp_path, evaluate):
     yaml, output, plot = write_yaml(tmp_path, base, data), tmp_path / "out.json", tmp_path / "out.png"
-    outcome = run_script("script/evaluate/compare.py", "--compare_args_file", yaml, "--output_file", output, "--plot",
-                         plot, cwd=tmp_path, check=True)  # fmt: skip
+    code, out, err = evaluate("compare", "--compare_args_file", yaml, "--output_file", output, "--plot", plot)
+    assert code == 0, err
     result = json.loads(output.read_text())
-    assert plot.read_bytes().startswith(b"\x89PNG") and "DCA on PI" in outcome.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG") and "DCA on PI" in out
     assert not list(tmp_path.glob(".out*")), "what made it resumable is gone"
-    flags = {"YaRN": ["--rope_type", "yarn"], "DCA": ["--attention", "dca"]}
-    for name, options in flags.items():
+    for name, options in {"YaRN": ["--rope_type", "yarn"], "DCA": ["--attention", "dca"]}.items():
         single = tmp_path / "single.json"
-        context = ["--context_size", 160]
-        run_script("script/evaluate/evaluate.py", "--base_model", base, "--data_path", data, "--seq_len", 160,
-                   "--sliding_window", 200, "--max_windows", 4, "--output_file", single, *context, *options,
-                   check=True)  # fmt: skip
+        code, _, err = evaluate("evaluate", "--base_model", base, "--data_path", data, "--seq_len", 160,
+                                "--sliding_window", 200, "--max_windows", 4, "--output_file", single,
+                                "--context_size", 160, *options)  # fmt: skip
+        assert code == 0, err
         expected = json.loads(single.read_text())["results"][0]
         assert expected["context_size"] == 160
         found = result["results"][name]["160"]
@@ -100,59 +98,50 @@ def test_every_cell_equals_evaluate(base, data, tmp_path, run_script):
     assert len({cell["160"]["loss"] for cell in result["results"].values()}) == len(result["results"])
 
 
-def test_passkey_measure(base, tmp_path, run_script):
+def test_passkey_measure(base, tmp_path, evaluate):
     methods = "\n  none: {}\n  PI: {rope_type: linear}"
     yaml = write_yaml(tmp_path, base, None, methods, measure="passkey", data_path=None, lengths="[300]", num_trials=1,
                       num_depths=2, sliding_window=None, max_windows=None)  # fmt: skip
     output, plot = tmp_path / "out.json", tmp_path / "out.png"
-    run_script("script/evaluate/compare.py", "--compare_args_file", yaml, "--output_file", output, "--plot", plot,
-               check=True)  # fmt: skip
+    code, out, err = evaluate("compare", "--compare_args_file", yaml, "--output_file", output, "--plot", plot)
+    assert code == 0 and "passkey accuracy in percent, 1 keys at each of 2 depths\nmethod  300\n" in out, err
     cells = json.loads(output.read_text())["results"]
     assert [cell["depth"] for cell in cells["PI"]] == [0.0, 1.0] and plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_weights_are_loaded_once_for_all_rope_methods(base, data, tmp_path, monkeypatch):
-    settings = read_comparison(str(write_yaml(tmp_path, base, data)), {})
-    models, loads = MethodModels(settings), []
-    import longqlora.evaluation.method_models as module
+def run(path, output_file=None, seen=None):
+    """The record of the comparison in a YAML; `seen` gets the trials, and five are the last."""
+    task = Comparison(read_comparison(str(path), {}))
+    (trials,) = task.make_trials()
 
-    original = module.load_for_inference
-    monkeypatch.setattr(module, "load_for_inference", lambda *a, **k: loads.append(1) or original(*a, **k))
-    for name in settings.methods:
-        for length in (64, 160):
-            models.get(name, length)
-    assert len(loads) == 1
+    def ask(trial):
+        if seen is not None:
+            if len(seen) == 5:
+                seen.append(None)
+                raise KeyboardInterrupt
+            seen.append(trial)
+        return task.ask(trial)
+
+    return task.score(run_trials(trials, ask, output_file=output_file, fingerprint=task.settings, desc=""))
 
 
 def test_a_killed_comparison_goes_on_and_takes_up_new_methods(base, data, tmp_path, monkeypatch):
-    output, scored = tmp_path / "out.json", []
-    import longqlora.evaluation.method_models as module
+    import longqlora.evaluation.comparison as module
 
-    original = module.score_windows
-
-    def score(scorer, tokens, plan, indices, device):
-        if len(scored) == 5:
-            scored.append(None)
-            raise KeyboardInterrupt
-        scored.append(indices)
-        return original(scorer, tokens, plan, indices, device)
-
-    monkeypatch.setattr(module, "score_windows", score)
-    tokens = open_token_file(str(data))
-    old = read_comparison(str(write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: linear}")), {})
+    loads, load, seen = [], module.load_for_inference, []
+    monkeypatch.setattr(module, "load_for_inference", lambda *a, **k: loads.append(1) or load(*a, **k))
+    yaml, output = write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: linear}"), tmp_path / "out.json"
     with pytest.raises(KeyboardInterrupt):
-        compare_perplexity(old, tokens, MethodModels(old), output)
-    more = "\n  none: {}\n  PI: {rope_type: linear}\n  NTK: {rope_type: ntk}"
-    new = read_comparison(str(write_yaml(tmp_path, base, data, more)), {})
-    found = compare_perplexity(new, tokens, MethodModels(new), output)
-    assert len(scored) - 1 == 3 * 2 * 4, "no window was scored twice"
-    assert found == compare_perplexity(new, tokens, MethodModels(new), None)
+        run(yaml, output, seen)
+    write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: linear}\n  NTK: {rope_type: ntk}")
+    found = run(yaml, output, seen)
+    assert len(seen) - 1 == 3 * 2 * 4, "no window was scored twice"
+    assert found == run(yaml) and len(loads) == 3, "weights are loaded once for all RoPE methods"
 
 
 def test_blocks_need_no_mask_in_any_method(base, data, tmp_path):
-    settings = read_comparison(str(write_yaml(tmp_path, base, data, prefill_chunk_size=32)), {})
-    models = MethodModels(settings)
-    names = {name: models.get(name, 160).model.config._attn_implementation for name in ("none", "DCA", "YaRN")}
+    task = Comparison(read_comparison(str(write_yaml(tmp_path, base, data, prefill_chunk_size=32)), {}))
+    names = {name: task.model(name, 160).model.config._attn_implementation for name in ("none", "DCA", "YaRN")}
     assert names["none"] == names["YaRN"] == "sdpa_with_past" and names["DCA"].startswith("dca_")
 
 
@@ -180,18 +169,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_settings_are_one_line(name, base, data, tmp_path, monkeypatch):
+def test_bad_settings_are_one_line(name, base, data, tmp_path):
     """Everything that the script does before weights are loaded."""
-    from longqlora.evaluation.comparison import passkey_trials, plans_of
-    from longqlora.evaluation.method_models import describe_models
-
     settings, methods, text = BAD[name]
     path = write_yaml(tmp_path, base, data, methods, **settings)
     with pytest.raises(ValueError) as error:
-        comparison = read_comparison(str(path), {})
-        plans_of(comparison, open_token_file(comparison.data_path).num_tokens)
-        describe_models(comparison)
-        passkey_trials(comparison)
+        Comparison(read_comparison(str(path), {})).make_trials()
     assert text in str(error.value)
 
 

@@ -1,18 +1,15 @@
 """Long tasks: reading the rows of the benchmarks, prompts that fit, and the script from rows to scores."""
 
 import json
-import runpy
-import sys
 
 import pytest
-from conftest import REPO, sentences
+from conftest import sentences
 
 from longqlora.evaluation.longtask.prompts import PromptForm, fitted_prompt, letter_ids, log_likelihoods, prompt_text
-from longqlora.evaluation.longtask.report import summarize_lengths, summarize_tasks
-from longqlora.evaluation.longtask.tasks import LongTask, read_tasks
+from longqlora.evaluation.longtask.questions import Question, read_questions
+from longqlora.evaluation.longtask.task import summarize_lengths, summarize_tasks
 from longqlora.inference.generation import encode_prompt
 
-SCRIPT = "script/evaluate/longtask.py"
 CHOICE = {
     "context": "the quick brown fox",
     "question": "What is quick?",
@@ -47,7 +44,7 @@ def write_rows(path, *rows):
     ],
 )  # fmt: skip
 def test_rows_of_the_benchmarks(row, expected, tmp_path):
-    (task,) = read_tasks([write_rows(tmp_path / "rows.jsonl", row)], "--data_path")
+    (task,) = read_questions([write_rows(tmp_path / "rows.jsonl", row)], "--data_path")
     assert {name: getattr(task, name) for name in expected} == expected
 
 
@@ -59,18 +56,18 @@ def test_rows_of_l_eval(tmp_path):
         {"instructions": ["q"], "outputs": ["12"], "input": "text", "source": "gsm", "evaluation": "exam"},
         {"instructions": ["q"], "outputs": ["short"], "input": "text", "evaluation": "LLM"},
     ]  # fmt: skip
-    tasks = read_tasks([write_rows(tmp_path / "a.jsonl", *rows)], "--data_path")
+    tasks = read_questions([write_rows(tmp_path / "a.jsonl", *rows)], "--data_path")
     assert [(task.id, task.task, task.question, task.usual_metric) for task in tasks] == [
         ("1-1", "coursera", "q1", "exam"), ("1-2", "coursera", "q2", "exam"), ("2-1", "news", "q", "rougeL"),
         ("3-1", "gsm", "q", "exam"), ("4-1", "a", "q", "f1"),
     ]  # fmt: skip
-    assert len(read_tasks([tmp_path / "a.jsonl"], "--data_path", max_rows=1)) == 2
+    assert len(read_questions([tmp_path / "a.jsonl"], "--data_path", max_rows=1)) == 2
 
 
 def test_sci_fi_asks_by_the_story_and_by_the_real_world(tmp_path):
     question = "Sirius has a planet, True or False? Answer this question based on the world described in the document."
     row = {"instructions": [question], "outputs": ["True [fact: False]"], "input": "text", "evaluation": "exam"}
-    story, fact = read_tasks([write_rows(tmp_path / "sci_fi.jsonl", row)], "--data_path")
+    story, fact = read_questions([write_rows(tmp_path / "sci_fi.jsonl", row)], "--data_path")
     assert (story.id, story.task, story.context, story.question, story.references) == (
         "1-1", "sci_fi", "text", question, ("True",)
     )  # fmt: skip
@@ -83,21 +80,21 @@ def test_sci_fi_asks_by_the_story_and_by_the_real_world(tmp_path):
 def test_few_shot_rows_bring_their_examples(tmp_path):
     row = {"id": "a", "pid": "a_0", "input": "Text.", "query": "Why?", "output": "fox",
            "query_examples": ["Who? ", "What?"], "output_examples": ["me", "that"]}  # fmt: skip
-    (task,) = read_tasks([write_rows(tmp_path / "rows.jsonl", row)], "--data_path")
+    (task,) = read_questions([write_rows(tmp_path / "rows.jsonl", row)], "--data_path")
     assert task.examples == (("Who? ", "me"), ("What?", "that")) and task.references == ("fox",)
     assert prompt_text(task, "Text.", []) == (
         "Text.\n\nQuestion: Who?\nAnswer: me\n\nQuestion: What?\nAnswer: that\n\nQuestion: Why?\nAnswer:"
     )
-    shot = LongTask("s", "t", "", "When?", ("now",))
+    shot = Question("s", "t", "", "When?", ("now",))
     assert prompt_text(task, "Text.", [shot]).startswith("Question: When?\nAnswer: now\n\nText.\n\nQuestion: Who?")
 
 
 def test_rows_that_differ_in_their_answer_are_one_question(tmp_path):
     rows = [{"id": name, "input": "Text.", "query": "Why?", "output": answer}
             for name, answer in (("a", "fox"), ("b", "dog"), ("a", "the fox"), ("a", "fox"))]  # fmt: skip
-    tasks = read_tasks([write_rows(tmp_path / "rows.jsonl", *rows)], "--data_path")
+    tasks = read_questions([write_rows(tmp_path / "rows.jsonl", *rows)], "--data_path")
     assert [(task.id, task.references) for task in tasks] == [("a", ("fox", "the fox")), ("b", ("dog",))]
-    tasks = read_tasks([write_rows(tmp_path / "rows.jsonl", OPEN, OPEN)], "--data_path")
+    tasks = read_questions([write_rows(tmp_path / "rows.jsonl", OPEN, OPEN)], "--data_path")
     assert [task.id for task in tasks] == ["1", "2"], "rows without a name stay apart"
 
 
@@ -111,12 +108,12 @@ LABELS = {
 
 @pytest.mark.parametrize("name", LABELS)
 def test_labels_of_the_benchmarks_may_stay(name, tmp_path):
-    assert read_tasks([write_rows(tmp_path / "rows.jsonl", {**OPEN, **LABELS[name]})], "--data_path")
+    assert read_questions([write_rows(tmp_path / "rows.jsonl", {**OPEN, **LABELS[name]})], "--data_path")
 
 
 def test_the_usual_metric_follows_the_references():
     def usual(**fields):
-        return LongTask("1", "t", "c", "q", **fields).usual_metric
+        return Question("1", "t", "c", "q", **fields).usual_metric
 
     assert usual(references=("fox",)) == "f1"
     assert usual(references=("fox", "word " * 31)) == "rougeL" and usual(references=("word " * 30,)) == "f1"
@@ -151,8 +148,9 @@ BAD_ROWS = {
     "index beyond": ({**CHOICE, "answer": 3}, "none of the 3 options"),
     "boolean index": ({**CHOICE, "answer": True}, "none of the 3 options"),
     "id type": ({**OPEN, "id": {}}, '"id" is of type dict'),
-    "instructions": ({"instructions": "q", "outputs": ["a"], "input": "c"}, '"instructions" is no list'),
-    "outputs": ({"instructions": ["q"], "outputs": ["a", "b"], "input": "c"}, '1 "instructions", but 2 "outputs"'),
+    "instructions": ({"instructions": "q", "outputs": ["a"], "input": "c"}, "are no lists of equal length"),
+    "no instructions": ({"instructions": [], "outputs": [], "input": "c"}, '"instructions" is empty'),
+    "outputs": ({"instructions": ["q"], "outputs": ["a", "b"], "input": "c"}, "no lists of equal length"),
     "examples": ({**OPEN, "query_examples": ["q"], "output_examples": []}, "no lists of equal length"),
     "lost text": ({**OPEN, "document": "more"}, 'the key "document" carries text that is not read'),
     "lost question": ({**OPEN, "instruction": "Be brief."}, 'the key "instruction" carries text'),
@@ -168,22 +166,22 @@ def test_a_bad_row_is_one_line_with_its_number(name, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(OPEN).encode() + b"\r\n\r\n" + text.encode() + b"\n")
     with pytest.raises(ValueError) as caught:
-        read_tasks([path], "--data_path")
+        read_questions([path], "--data_path")
     message = str(caught.value)
     assert message.startswith(f"--data_path: {path} line 3: ") and words in message and "\n" not in message, message
-    assert len(read_tasks([path], "--data_path", max_rows=1)) == 1, "rows behind the last are not read"
+    assert len(read_questions([path], "--data_path", max_rows=1)) == 1, "rows behind the last are not read"
 
 
 def test_prompts_with_options_and_examples():
-    task = LongTask("1", "t", "Text.\n", "Why?", ("fox",), ("dog", "fox"), 1)
+    task = Question("1", "t", "Text.\n", "Why?", ("fox",), ("dog", "fox"), 1)
     asked = "Question: Why?\n(A) dog\n(B) fox\nAnswer with the letter of the right option.\nAnswer:"
     assert prompt_text(task, "Text.\n", []) == f"Text.\n\n{asked}"
-    shot = LongTask("s", "t", "", "Who?", ("me", "I"))
+    shot = Question("s", "t", "", "Who?", ("me", "I"))
     assert (
         prompt_text(task, "Text.", [shot, task])
         == f"Question: Who?\nAnswer: me\n\nText.\n\n{asked} B\n\nText.\n\n{asked}"
     )
-    assert prompt_text(LongTask("1", "t", "Sum up: x", "", ("y",)), "Sum up: x", []) == "Sum up: x"
+    assert prompt_text(Question("1", "t", "Sum up: x", "", ("y",)), "Sum up: x", []) == "Sum up: x"
     form = PromptForm("none", 100, 10, (task, shot), 1)
     assert form.shots_for(task) == [shot] and form.shots_for(shot) == [task], "never the question itself"
 
@@ -191,7 +189,7 @@ def test_prompts_with_options_and_examples():
 @pytest.mark.parametrize("template", ["none", "vicuna_v1.1"])
 @pytest.mark.parametrize("text", [sentences(400), "größe 読む 😀 " * 60])
 def test_a_long_context_loses_its_middle(template, text, tiny_tokenizer):
-    task = LongTask("1", "t", f"START {text} END", "Why?", ("x",))
+    task = Question("1", "t", f"START {text} END", "Why?", ("x",))
     form = PromptForm(template, 256, 32)
     prompt = fitted_prompt(tiny_tokenizer, task, form)
     assert form.room - 3 <= len(prompt.ids) <= form.room
@@ -206,10 +204,10 @@ def test_a_long_context_loses_its_middle(template, text, tiny_tokenizer):
     )
     for size in range(240, 256):
         assert "\ufffd" not in fitted_prompt(tiny_tokenizer, task, PromptForm(template, size, 32)).text
-    short = fitted_prompt(tiny_tokenizer, LongTask("1", "t", "brief", "Why?", ("x",)), form)
+    short = fitted_prompt(tiny_tokenizer, Question("1", "t", "brief", "Why?", ("x",)), form)
     assert short.num_tokens_cut == 0 and short.text.startswith("brief\n\n")
     with pytest.raises(ValueError, match="question 1 of t: .* 24 fit in the context of 56"):
-        fitted_prompt(tiny_tokenizer, LongTask("1", "t", text, "Why? " * 20, ("x",)), PromptForm(template, 56, 32))
+        fitted_prompt(tiny_tokenizer, Question("1", "t", text, "Why? " * 20, ("x",)), PromptForm(template, 56, 32))
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +232,7 @@ def test_log_likelihoods_equal_whole_passes(continuations, tiny_model):
 
 @pytest.mark.parametrize("template", ["none", "vicuna_v1.1", "vicuna_v1.1_fastchat"])
 def test_letters_follow_the_prompt_as_answers_do(template, tiny_tokenizer):
-    task = LongTask("1", "t", "Text.", "Why?", ("a",), ("a", "b"), 0)
+    task = Question("1", "t", "Text.", "Why?", ("a",), ("a", "b"), 0)
     prompt = fitted_prompt(tiny_tokenizer, task, PromptForm(template, 1000, 5))
     decoded = [
         tiny_tokenizer.decode([*prompt.ids, *ids])[-3:] for ids in letter_ids(tiny_tokenizer, prompt, 2, template)
@@ -267,24 +265,8 @@ def test_means_by_task_and_length():
     assert bins == [("accuracy", 1024, 2048, 0.0), ("f1", 512, 1024, 0.5), ("f1", 1024, 2048, 1.0)]
 
 
-@pytest.fixture
-def script(monkeypatch, capsys, tmp_path):
-    """Run the script in this process from another folder: (exit code, stdout, stderr)."""
+def test_script_from_rows_to_scores(evaluate, tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, args)])
-        code = 0
-        try:
-            runpy.run_path(str(REPO / SCRIPT), run_name="__main__")
-        except SystemExit as error:
-            code = error.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def test_script_from_rows_to_scores(script, tiny_model_dir, tmp_path):
     long_text = sentences(900)
     write_rows(tmp_path / "qa.jsonl", {**OPEN, "context": long_text}, {**OPEN, "metric": "rouge2"}, OPEN)
     write_rows(tmp_path / "exam.jsonl", CHOICE, {**CHOICE, "answer": "A"})
@@ -292,7 +274,7 @@ def test_script_from_rows_to_scores(script, tiny_model_dir, tmp_path):
     model = ["--model_name_or_path", tiny_model_dir, "--context_size", 400, "--max_new_tokens", 6]
     data = ["--data_path", "qa.jsonl", "exam.jsonl", "--max_rows", 2, "--num_shots", 1, "--shots_file", "shots.jsonl"]
     options = ["--choice_scoring", "loglikelihood", "--output_file", "out/r.json", "--plot", "out/r.png"]
-    code, out, err = script(*model, *data, *options)
+    code, out, err = evaluate("longtask", *model, *data, *options)
     assert code == 0, err
     result = json.loads((tmp_path / "out" / "r.json").read_text(encoding="utf-8"))
     rows = result["rows"]
@@ -314,15 +296,16 @@ def test_script_from_rows_to_scores(script, tiny_model_dir, tmp_path):
 
 @pytest.mark.parametrize(("shot", "num_left"), [("me", 1), ("you", 3)])
 def test_script_takes_up_a_killed_run_with_the_same_examples(
-    shot, num_left, script, tiny_model_dir, tmp_path, monkeypatch
+    shot, num_left, evaluate, tiny_model_dir, tmp_path, monkeypatch
 ):
-    import longqlora.inference.generation as generation
+    import longqlora.evaluation.longtask.task as module
 
+    monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "qa.jsonl", OPEN, {**OPEN, "question": "Who?"}, {**OPEN, "question": "Where?"})
     write_rows(tmp_path / "shots.jsonl", {"question": "Who are you?", "answer": "me"})
     args = ["--model_name_or_path", tiny_model_dir, "--context_size", 200, "--max_new_tokens", 4, "--num_shots", 1,
             "--shots_file", "shots.jsonl", "--data_path", "qa.jsonl", "--output_file", "r.json"]  # fmt: skip
-    generate, calls = generation.generate_text, []
+    generate, calls = module.generate_text, []
 
     def fail_at_the_third(model, tokenizer, ids, options):
         calls.append(options)
@@ -330,61 +313,17 @@ def test_script_takes_up_a_killed_run_with_the_same_examples(
             raise KeyboardInterrupt
         return generate(model, tokenizer, ids, options)
 
-    monkeypatch.setattr(generation, "generate_text", fail_at_the_third)
-    assert script(*args)[0] == 130 and not (tmp_path / "r.json").exists()
+    monkeypatch.setattr(module, "generate_text", fail_at_the_third)
+    assert evaluate("longtask", *args)[0] == 130 and not (tmp_path / "r.json").exists()
     write_rows(tmp_path / "shots.jsonl", {"question": "Who are you?", "answer": shot})
-    code, out, err = script(*args)
+    code, out, err = evaluate("longtask", *args)
     assert code == 0 and len(calls) == 3 + num_left
     assert len(json.loads((tmp_path / "r.json").read_text())["rows"]) == 3
     assert {options.stop for options in calls} == {("\nQuestion:",)} and not any(options.do_sample for options in calls)
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--data_path", "nowhere.jsonl"], ["--data_path", "nowhere.jsonl"]),
-        (["--data_path", "folder"], ["--data_path", "folder"]),
-        (["--data_path", "empty.jsonl"], ["--data_path", "holds no rows"]),
-        (["--data_path", "qa.jsonl", "binary.jsonl"], ["binary.jsonl line 1", "not UTF-8"]),
-        (["--data_path", "qa.jsonl", "--metric", "accuracy"], ["--metric accuracy", "question 1 of qa", "no options"]),
-        (["--data_path", "qa.jsonl", "--max_rows", 0], ["--max_rows", "at least 1"]),
-        (["--data_path", "qa.jsonl", "--max_new_tokens", 0], ["--max_new_tokens", "at least 1"]),
-        (["--data_path", "qa.jsonl", "--num_shots", -1], ["--num_shots", "at least 0"]),
-        (["--data_path", "qa.jsonl", "--num_shots", 1], ["--shots_file", "both"]),
-        (["--data_path", "qa.jsonl", "--shots_file", "qa.jsonl"], ["--num_shots", "both"]),
-        (["--data_path", "qa.jsonl", "--plot", "x.txt"], ["--plot", ".png"]),
-        (["--data_path", "qa.jsonl", "--output_file", "folder"], ["--output_file", "is a folder"]),
-        (["--data_path", "qa.jsonl", "--output_file", "qa.jsonl/x.json"], ["--output_file", "qa.jsonl"]),
-    ],
-)  # fmt: skip
-def test_script_refuses_before_the_model_loads(args, words, script, tmp_path, monkeypatch):
-    monkeypatch.setattr("longqlora.inference.arguments.load_from_arguments", lambda args: pytest.fail("loaded"))
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    write_rows(tmp_path / "qa.jsonl", OPEN)
-    code, out, err = script("--model_name_or_path", "some-model", *args)
-    assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: "), err
-    assert all(word in err for word in words), err
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--max_new_tokens", 64], ["--max_new_tokens", "64"]),
-        (["--max_new_tokens", 56], ["question 1 of qa", "8 fit in the context of 64"]),
-        (["--max_new_tokens", 4, "--num_shots", 1, "--shots_file", "qa.jsonl"], ["--num_shots 1", "--shots_file"]),
-        (["--max_new_tokens", 4, "--prompt_template", "chat_template"], ["no chat template"]),
-    ],
-)
-def test_script_refuses_what_the_model_cannot_take(args, words, script, tiny_model_dir, tmp_path):
-    write_rows(tmp_path / "qa.jsonl", OPEN)
-    code, out, err = script("--model_name_or_path", tiny_model_dir, "--data_path", "qa.jsonl", *args)
-    assert code == 2 and "Traceback" not in err
-    assert all(word in err.splitlines()[-1] for word in words), err
-
-
-def test_real_summaries(shared_data, script, tiny_model_dir, tmp_path):
+def test_real_summaries(shared_data, evaluate, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     rows = [json.loads(line) for line in (shared_data / "sft_long" / "squality_v1-3_dev.jsonl").open(encoding="utf-8")]
     questions = [
         {"document": row["document"], "question": question["question_text"], "task": "squality",
@@ -393,8 +332,8 @@ def test_real_summaries(shared_data, script, tiny_model_dir, tmp_path):
     ]  # fmt: skip
     write_rows(tmp_path / "squality.jsonl", *questions)
     data = ["--data_path", "squality.jsonl", shared_data / "sft_long" / "sft_input_output.jsonl", "--max_rows", 2]
-    code, out, err = script("--model_name_or_path", tiny_model_dir, "--context_size", 512, "--max_new_tokens", 8,
-                            "--output_file", "r.json", *data)  # fmt: skip
+    code, out, err = evaluate("longtask", "--model_name_or_path", tiny_model_dir, "--context_size", 512,
+                              "--max_new_tokens", 8, "--output_file", "r.json", *data)  # fmt: skip
     assert code == 0, err
     results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["rows"]
     assert [row["metric"] for row in results] == ["rougeL"] * 4

@@ -3,20 +3,20 @@
 import copy
 import json
 import re
+import shutil
 
 import pytest
 from conftest import SHARED, sentences
-from rigged_model import load_script, rigged, run_main_of
+from rigged_model import ask_all, rigged
 
 from longqlora.evaluation.retrieval.haystack import MAX_PIECE_CHARACTERS, Haystack, pieces, read_haystack
 from longqlora.evaluation.retrieval.needle import (
     ANSWER,
     NEEDLE,
     QUESTION,
+    Needle,
     NeedlePrompt,
-    NeedleTask,
     contains,
-    evaluate_needle,
     ids_around,
     word_recall,
 )
@@ -46,8 +46,8 @@ def text_of(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def make_prompt(tokenizer, text=TEXT, **task):
-    return NeedlePrompt(tokenizer, NeedleTask(**task), Haystack(tokenizer, text))
+def make_prompt(tokenizer, needle=NEEDLE, question=QUESTION, template="none"):
+    return NeedlePrompt(tokenizer, Haystack(tokenizer, TEXT), needle, question, template=template)
 
 
 def test_pieces_are_cut_at_sentence_borders_and_lose_nothing():
@@ -55,15 +55,11 @@ def test_pieces_are_cut_at_sentence_borders_and_lose_nothing():
     assert list(pieces(text)) == [
         "One.", ' "Two!"', " (Three?)", " four", "\nFive e.g.this 3.5", "\n\nSix\u3002", "Seven\uff01", " Eight"
     ]  # fmt: skip
-    assert list(pieces("")) == [] and list(pieces("no border")) == ["no border"]
-    assert "".join(pieces(TEXT)) == TEXT
-
-
-def test_a_passage_without_borders_is_cut_at_spaces():
+    assert list(pieces("")) == [] and list(pieces("no border")) == ["no border"] and "".join(pieces(TEXT)) == TEXT
     text = sentences(1000) + "." + "x" * 2500
     found = list(pieces(text))
     assert "".join(found) == text and max(map(len, found)) <= MAX_PIECE_CHARACTERS
-    assert all(piece[0] == " " for piece in found[1:5]) and len(found) > 7
+    assert all(piece[0] == " " for piece in found[1:5]) and len(found) > 7, "without borders, at spaces"
 
 
 @pytest.mark.parametrize("depth", [0, 0.1, 0.5, 0.77, 1])
@@ -78,11 +74,14 @@ def test_prompts_have_the_length_and_hold_the_needle(chat_tokenizer, template, d
         assert not any(mark in text for mark in ("Apple", "zoo"))
         end = {"none": "Answer:", "chat_template": "<|assistant|>"}.get(template, "ASSISTANT:")
         assert text.rstrip(" ").endswith(end)
+    with pytest.raises(
+        ValueError, match=f"length {prompt.min_length - 1} is too short .* need {prompt.min_length} tok"
+    ):
+        prompt.build(length=prompt.min_length - 1, depth=0)
 
 
 def test_prompt_of_sentencepiece_has_the_ids_of_its_text(llama2_tokenizer):
-    prompt = make_prompt(llama2_tokenizer)
-    ids = prompt.build(length=500, depth=0.5)
+    ids = make_prompt(llama2_tokenizer).build(length=500, depth=0.5)
     text = text_of(llama2_tokenizer, ids)
     assert len(ids) == 500 and f".\n{NEEDLE}\n This is sentence" in text
     assert text.startswith("Read this text. A question about it follows.\n\nThis is sentence number 0. This is")
@@ -96,12 +95,7 @@ def test_the_needle_lies_at_the_nearest_sentence_border(tiny_tokenizer, depth):
     assert text_of(tiny_tokenizer, before).endswith(".") and text_of(tiny_tokenizer, after).startswith(" This")
     distances = [abs(border - depth * 600) for border in haystack.borders if border < 600]
     assert abs(len(before) - depth * 600) == min(distances)
-
-
-def test_the_ends_are_ends(tiny_tokenizer):
-    haystack = Haystack(tiny_tokenizer, TEXT)
-    assert haystack.split(333, 0) == ([], haystack.ids[:333])
-    assert haystack.split(333, 1) == (haystack.ids[:333], [])
+    assert haystack.split(333, 0) == ([], haystack.ids[:333]) and haystack.split(333, 1) == (haystack.ids[:333], [])
     assert haystack.split(0, 0.5) == ([], [])
 
 
@@ -109,20 +103,12 @@ def test_a_short_haystack_is_repeated(tiny_tokenizer):
     haystack = Haystack(tiny_tokenizer, "One day. Two days.")
     num_tokens = len(tiny_tokenizer("One day. Two days.", add_special_tokens=False)["input_ids"])
     assert haystack.num_repeats(num_tokens) == 1 and haystack.num_repeats(0) == 1
-    ids = haystack.split(200, 1)[0]
-    assert text_of(tiny_tokenizer, ids).startswith("One day. Two days.\n\nOne day. Two days.\n\nOne")
-    assert haystack.num_tokens_once == num_tokens
-    assert haystack.num_repeats(200) == -(-200 // num_tokens)
+    assert text_of(tiny_tokenizer, haystack.split(200, 1)[0]).startswith(
+        "One day. Two days.\n\nOne day. Two days.\n\nO"
+    )
+    assert haystack.num_tokens_once == num_tokens and haystack.num_repeats(200) == -(-200 // num_tokens)
     fresh = Haystack(tiny_tokenizer, TEXT)
     assert fresh.num_repeats(10) == 1 and len(fresh.ids) < 100
-
-
-def test_too_short_a_length_names_the_least(tiny_tokenizer):
-    prompt = make_prompt(tiny_tokenizer)
-    with pytest.raises(
-        ValueError, match=f"length {prompt.min_length - 1} is too short .* need {prompt.min_length} tok"
-    ):
-        prompt.build(length=prompt.min_length - 1, depth=0)
 
 
 def test_a_tokenizer_that_tells_no_words_apart_is_refused(tiny_tokenizer):
@@ -131,10 +117,9 @@ def test_a_tokenizer_that_tells_no_words_apart_is_refused(tiny_tokenizer):
 
     words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     with pytest.raises(ValueError, match="does not tell one word from another"):
-        ids_around(
-            PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"), "a ", " b", template="none"
-        )  # fmt: skip
+        ids_around(tokenizer, "a ", " b", template="none")
 
 
 @pytest.mark.parametrize(
@@ -154,45 +139,28 @@ def test_scores(expected, answer, recall, is_contained):
     assert contains(expected, answer) is is_contained
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (dict(needle=" "), "--needle: is empty"),
-        (dict(question=""), "--question: is empty"),
-        (dict(answer="?!"), "--answer: '\\?!' has no word"),
-        (dict(answer=""), "--answer: is empty"),
-        (dict(needle="\ud800"), "--needle: is not valid Unicode"),
-        (dict(max_new_tokens=0), "--max_new_tokens: must be at least 1"),
-    ],
-)
-def test_tasks_that_cannot_be(values, message):
-    with pytest.raises(ValueError, match=message):
-        NeedleTask(**values)
-
-
 def test_evaluation_scores_every_cell_and_resumes(tiny_tokenizer, tmp_path):
-    def reply(prompt):
-        return f" To {ANSWER}." if len(prompt) < 1500 else " eat a sandwich"
+    def run(text, **options):
+        (tmp_path / "text.txt").write_text(text)
+        task = Needle([700, 2600], [0, 1], [tmp_path / "text.txt"], prompt_template="none", **options)
+        return ask_all(task, loaded, tmp_path / "out.json")
 
-    loaded = rigged(tiny_tokenizer, reply)
-    options = dict(lengths=[700, 2600], depths=[0, 1], output_file=tmp_path / "out.json", fingerprint={})
-    result = evaluate_needle(loaded, NeedleTask(), TEXT, **options)
+    loaded = rigged(tiny_tokenizer, lambda prompt: f" To {ANSWER}." if len(prompt) < 1500 else " eat a sandwich")
+    result = run(TEXT)
     assert loaded.model.lengths == [700, 700, 2600, 2600]
     assert [cell["score"] for cell in result["cells"]] == [1, 1, 3 / 12, 3 / 12]
     assert [cell["is_contained"] for cell in result["cells"]] == [True, True, False, False]
     assert [cell["num_repeats"] for cell in result["cells"]] == [1, 1, 2, 2]
-    assert evaluate_needle(loaded, NeedleTask(), TEXT, **options) == result and len(loaded.model.lengths) == 4
-    other = evaluate_needle(loaded, NeedleTask(), TEXT + " More.", **options)
+    assert run(TEXT) == result and len(loaded.model.lengths) == 4
+    other = run(TEXT + " More.")
     assert len(loaded.model.lengths) == 8
     assert other["protocol"]["haystack_sha256"] != result["protocol"]["haystack_sha256"]
-    evaluate_needle(loaded, NeedleTask(max_new_tokens=9), TEXT + " More.", **options)
+    run(TEXT + " More.", max_new_tokens=9)
     assert len(loaded.model.lengths) == 12
 
 
 def test_needle_with_braces_and_line_breaks_is_taken_as_it_is(tiny_tokenizer):
-    prompt = make_prompt(
-        tiny_tokenizer, needle="A {curly}\nn\u00e9edle \U0001f600.\n", question="What {x}?", answer="curly"
-    )
+    prompt = make_prompt(tiny_tokenizer, "A {curly}\nn\u00e9edle \U0001f600.\n", "What {x}?")
     text = text_of(tiny_tokenizer, prompt.build(length=400, depth=0.5))
     assert "\nA {curly}\nn\u00e9edle \U0001f600.\n" in text and text.endswith("\n\nQuestion: What {x}?\nAnswer:")
 
@@ -213,16 +181,10 @@ def test_files_and_folders_are_read_in_order(folder):
     assert read_haystack([folder / "d.md", folder / "a.txt"]) == "not read\n\nA one."
 
 
-@pytest.fixture
-def needle(monkeypatch, capsys):
-    script = load_script("script/evaluate/needle.py")
-    return lambda *args: run_main_of(script, args, monkeypatch, capsys)
-
-
-def test_script_writes_table_file_and_plot(needle, tiny_model_dir, folder, tmp_path):
+def test_script_writes_table_file_and_plot(evaluate, tiny_model_dir, folder, tmp_path):
     out = tmp_path / "out.json"
-    code, stdout, _ = needle(
-        "--model_name_or_path", tiny_model_dir, "--haystack", folder, "--lengths", 300, "--depths", 0, 1,
+    code, stdout, _ = evaluate(
+        "needle", "--model_name_or_path", tiny_model_dir, "--haystack", folder, "--lengths", 300, "--depths", 0, 1,
         "--needle", "Ines Vogel bakes.", "--question", "Who bakes?", "--max_new_tokens", 4,
         "--output_file", out, "--plot", tmp_path / "map.png",
     )  # fmt: skip
@@ -236,48 +198,15 @@ def test_script_writes_table_file_and_plot(needle, tiny_model_dir, folder, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["map.png", "out.json", "texts"]
 
 
-def test_script_uses_the_chat_template_unless_told_otherwise(needle, tiny_model_dir, chat_tokenizer, folder, tmp_path):
-    import shutil
-
+def test_script_uses_the_chat_template_unless_told_otherwise(
+    evaluate, tiny_model_dir, chat_tokenizer, folder, tmp_path
+):
     shutil.copytree(tiny_model_dir, tmp_path / "chat")
     chat_tokenizer.save_pretrained(tmp_path / "chat")
     for extra, template in (([], "chat_template"), (["--prompt_template", "none"], "none")):
-        code, stdout, _ = needle(
-            "--model_name_or_path", tmp_path / "chat", "--haystack", folder, "--lengths", 300, "--num_depths", 1,
-            "--max_new_tokens", 1, "--answer", "b TWO", "--output_file", tmp_path / "out.json", *extra,
+        code, stdout, _ = evaluate(
+            "needle", "--model_name_or_path", tmp_path / "chat", "--haystack", folder, "--lengths", 300, "--num_depths",
+            1, "--max_new_tokens", 1, "--answer", "b TWO", "--output_file", tmp_path / "out.json", *extra,
         )  # fmt: skip
         assert code == 0 and "warning: the haystack itself contains the answer" in stdout
         assert json.loads((tmp_path / "out.json").read_text())["protocol"]["template"] == template
-
-
-BAD_INPUT = {
-    "absent": (["--haystack", "absent.txt"], "--haystack: no file at 'absent.txt'"),
-    "no text files": (["--haystack", "."], "--haystack: no .txt file in the folder '.'"),
-    "empty": (["--haystack", "{folder}/empty.txt"], "--haystack: the files hold no text"),
-    "binary": (["--haystack", "{model}/model.safetensors"], "--haystack: "),
-    "nul": (["--haystack", "{folder}/nul.txt"], "is a binary file"),
-    "answer": (["--answer", "..."], "--answer: '...' has no word"),
-    "needle": (["--needle", ""], "--needle: is empty"),
-    "question": (["--needle", "A needle."], "--question: your own --needle"),
-    "tokens": (["--max_new_tokens", 0], "--max_new_tokens: must be at least 1"),
-    "template": (["--prompt_template", "chat_template"], "the tokenizer has no chat template"),
-    "short": (["--lengths", 30], "length 30 is too short for needle and question"),
-    "depth": (["--depths", 2], "--depths: must be between 0"),
-    "plot": (["--plot", "map"], "--plot: 'map' must end in"),
-    "output": (["--output_file", "/proc/absent/out.json"], "--output_file: cannot write"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_ends_with_one_line(needle, tiny_model_dir, folder, tmp_path, monkeypatch, name):
-    (folder / "nul.txt").write_bytes(b"a\0b")
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    arguments, message = BAD_INPUT[name]
-    arguments = [str(value).format(folder=folder, model=tiny_model_dir) for value in arguments]
-    code, _, stderr = needle(
-        "--model_name_or_path", tiny_model_dir, "--haystack", folder / "a.txt", "--lengths", 300, *arguments
-    )
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1 and message in lines[0]
-    assert "Traceback" not in stderr and list((tmp_path / "cwd").iterdir()) == []

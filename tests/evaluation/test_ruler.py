@@ -9,13 +9,11 @@ import pytest
 from conftest import sentences
 
 from longqlora.evaluation.ruler.task import (
-    fit_task,
+    FittedTask,
     fraction_found,
-    make_samples,
     mean_by_length,
     metric_table,
     plot_scores,
-    read_haystack,
     ruler_result,
     score_table,
 )
@@ -52,24 +50,22 @@ def count_tokens(tiny_tokenizer):
 
 
 def fit(name, count_tokens, length=LENGTH, *, num_samples=4, max_new_tokens=None, seed=1, text=None):
-    return fit_task(
-        name, length, count_tokens, num_samples=num_samples, max_new_tokens=max_new_tokens, seed=seed, text=text
-    )
+    return FittedTask(name, length, count_tokens, num_samples, max_new_tokens, seed, text)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_samples_fill_the_length_and_can_be_solved(name, count_tokens):
     text = TextHaystack(TEXT)
     fitted = fit(name, count_tokens, text=text)
-    samples = make_samples(fitted, count_tokens)
+    samples = fitted.samples()
     for sample, num_tokens in samples:
         assert num_tokens == count_tokens(sample.prompt)
         assert 0.93 * LENGTH <= num_tokens + TASKS[name].max_new_tokens <= LENGTH
         assert sorted(solve(sample.prompt)) == sorted(sample.outputs)
         assert len(set(sample.outputs)) == NUM_OUTPUTS.get(name, 1)
     assert len({sample.outputs for sample, _ in samples}) == 4
-    assert make_samples(fit(name, count_tokens, text=text), count_tokens) == samples
-    assert make_samples(fit(name, count_tokens, seed=2, text=text), count_tokens)[0][0] != samples[0][0]
+    assert fit(name, count_tokens, text=text).samples() == samples
+    assert fit(name, count_tokens, seed=2, text=text).samples()[0][0] != samples[0][0]
 
 
 @pytest.mark.parametrize("name", ["niah_single_1", "niah_multikey_2", "vt", "cwe", "fwe"])
@@ -78,7 +74,7 @@ def test_least_length_is_named_and_is_the_least(name, count_tokens):
         fit(name, count_tokens, 128, max_new_tokens=20)
     least = int(re.search(r"at least (\d+)", str(caught.value))[1])
     fitted = fit(name, count_tokens, least, max_new_tokens=20)
-    assert least - 60 < max(num_tokens for _, num_tokens in make_samples(fitted, count_tokens)) <= least - 20
+    assert least - 60 < max(num_tokens for _, num_tokens in fitted.samples()) <= least - 20
     with pytest.raises(ValueError, match=f"at least {least} tokens"):
         fit(name, count_tokens, least - 1, max_new_tokens=20)
 
@@ -86,26 +82,26 @@ def test_least_length_is_named_and_is_the_least(name, count_tokens):
 def test_a_longer_answer_takes_room_from_the_haystack(count_tokens):
     short, long = (fit("niah_single_1", count_tokens, max_new_tokens=room) for room in (10, 1000))
     assert short.num_units - long.num_units >= 5
-    assert make_samples(long, count_tokens)[0][1] + 1000 <= LENGTH
+    assert long.samples()[0][1] + 1000 <= LENGTH
 
 
 def test_a_sample_of_shorter_words_gets_more_units():
     first = fit("niah_single_1", len, num_samples=1).build(0, 1).outputs[0]
     fitted = fit("niah_single_1", lambda text: len(text) * (2 if first in text else 1))
-    sizes = [num_tokens for _, num_tokens in make_samples(fitted, lambda text: len(text) * (2 if first in text else 1))]
+    sizes = [num_tokens for _, num_tokens in fitted.samples()]
     assert all(0.93 * LENGTH <= size + fitted.max_new_tokens <= LENGTH for size in sizes)
 
 
 def test_keys_of_needle_haystacks_are_all_different(count_tokens, monkeypatch):
     monkeypatch.setattr("longqlora.evaluation.ruler.tasks.ADJECTIVES", ["big", "red", "old"])
     monkeypatch.setattr("longqlora.evaluation.ruler.tasks.NOUNS", [f"noun{number}" for number in range(30)])
-    sample, _ = make_samples(fit("niah_multikey_2", count_tokens), count_tokens)[0]
+    sample, _ = fit("niah_multikey_2", count_tokens).samples()[0]
     keys = re.findall(r"for (\S+) is: ", sample.prompt)
     assert len(keys) > 20 and len(set(keys)) == len(keys)
 
 
 def test_chain_goes_from_variable_to_variable(count_tokens):
-    sample, _ = make_samples(fit("vt", count_tokens), count_tokens)[0]
+    sample, _ = fit("vt", count_tokens).samples()[0]
     links = re.findall(r"VAR (\w{5}) = VAR (\w{5})", sample.prompt)
     assert links == list(zip(sample.outputs[1:], sample.outputs, strict=False))
 
@@ -124,7 +120,7 @@ def test_a_task_without_words_for_the_length_is_refused(count_tokens, monkeypatc
     with pytest.raises(ValueError, match="cwe has words for about"):
         fit("cwe", count_tokens)
     least = fit("cwe", count_tokens, 1800)
-    assert all(solve(sample.prompt) for sample, _ in make_samples(least, count_tokens)) and least.num_units <= 40
+    assert all(solve(sample.prompt) for sample, _ in least.samples()) and least.num_units <= 40
 
 
 def test_needles_stand_at_ends_of_sentences_and_short_texts_repeat():
@@ -138,16 +134,6 @@ def test_needles_stand_at_ends_of_sentences_and_short_texts_repeat():
     assert haystack.place(2 * size) == 2 * size
     assert TextHaystack("no end at all").place(2) == 2
     assert len(TextHaystack("字" * 100).pieces) == 7
-
-
-def test_haystack_files(tmp_path):
-    first, second = tmp_path / "ä.txt", tmp_path / "b.txt"
-    first.write_bytes("\ufeffOne.\r\n\r\nTwo {x} {{y}}.".encode())
-    second.write_text("Three.")
-    text, facts = read_haystack([first, second])
-    assert text.span(0, 99).startswith("One. Two {x} {{y}}. Three. One.")
-    assert facts["files"] == ["ä.txt", "b.txt"] and len(facts["sha256"]) == 64
-    assert read_haystack([]) == (None, None)
 
 
 def test_haystack_is_reported_as_what_it_is(count_tokens):
@@ -167,11 +153,11 @@ def test_score_is_the_share_of_expected_strings(answer, expected, share):
 
 
 def test_table_mean_and_plot(tmp_path, count_tokens):
-    samples = make_samples(fit("vt", count_tokens, num_samples=2), count_tokens)
+    samples = fit("vt", count_tokens, num_samples=2).samples()
     result = ruler_result(fit("vt", count_tokens), samples, [" ".join(samples[0][0].outputs), "none"])
     assert (result["score"], result["stderr"], result["num_samples"]) == (50, pytest.approx(50), 2)
     assert ruler_result(fit("vt", count_tokens), samples[:1], [""])["stderr"] is None
-    results = [result, {**result, "task": "fwe", "score": 0}, {**result, "length": 9000, "score": 100}]
+    results = [result, {**result, "task": "fwe", "score": 0.0}, {**result, "length": 9000, "score": 100.0}]
     assert mean_by_length(results) == {LENGTH: 25, 9000: 100}
     assert [line.split() for line in score_table(results).splitlines()] == [
         ["score", "2600", "9000"], ["vt", "50.0", "100.0"], ["fwe", "0.0", "-"], ["mean", "25.0", "100.0"],

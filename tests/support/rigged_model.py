@@ -7,6 +7,8 @@ import torch
 from conftest import REPO
 
 from longqlora.cli import run_main
+from longqlora.evaluation.frame import ModelSource
+from longqlora.evaluation.trials import run_trials
 
 
 class RiggedModel:
@@ -51,3 +53,14 @@ def run_main_of(module, arguments, monkeypatch, capsys) -> tuple[int, str, str]:
     except SystemExit as exit_info:
         code = exit_info.code
     return (code, *capsys.readouterr())
+
+
+def ask_all(task, loaded, output_file=None, *, context_size=64) -> dict:
+    """The record of an evaluation's task on a `rigged` model, resumable beside `output_file`."""
+    source = ModelSource(loaded.tokenizer, None, "base", None, context_size, context_size)
+    parts = task.make_trials(source)
+    task.use(loaded)
+    options = {"output_file": output_file, "desc": ""}
+    return task.score(
+        [result for part in parts for result in run_trials(part, task.ask, fingerprint=task.settings, **options)]
+    )

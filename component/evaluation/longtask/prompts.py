@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longqlora.data.prompt import CHAT_TEMPLATE, TURN_TEMPLATES, encode_answer, encode_text
+from longqlora.evaluation.longtask.questions import Question
 from longqlora.evaluation.longtask.scores import option_letter
-from longqlora.evaluation.longtask.tasks import LongTask
 from longqlora.inference.generation import NO_TEMPLATE, encode_prompt
 
 CHOICE_REQUEST = "Answer with the letter of the right option."
@@ -25,7 +25,7 @@ class PromptForm:
     template: str
     context_size: int
     max_new_tokens: int
-    shots: tuple[LongTask, ...] = ()
+    shots: tuple[Question, ...] = ()
     num_shots: int = 0
 
     @property
@@ -33,7 +33,7 @@ class PromptForm:
         """Most tokens that a prompt may have."""
         return self.context_size - self.max_new_tokens
 
-    def shots_for(self, task: LongTask) -> list[LongTask]:
+    def shots_for(self, task: Question) -> list[Question]:
         """The first `num_shots` examples that are not the question itself."""
         others = [shot for shot in self.shots if (shot.context, shot.question) != (task.context, task.question)]
         return others[: self.num_shots]
@@ -49,12 +49,12 @@ class FittedPrompt:
     num_tokens_cut: int
 
 
-def shown_answer(task: LongTask) -> str:
+def shown_answer(task: Question) -> str:
     """The answer as an example shows it."""
     return option_letter(task.answer_index) if task.options else task.references[0]
 
 
-def question_block(task: LongTask, context: str, *, is_asked: bool) -> str:
+def question_block(task: Question, context: str, *, is_asked: bool) -> str:
     """Context, own examples, question, options and the place of the answer; with `is_asked` False the answer too."""
     examples = [f"{QUESTION_LEAD}{question.strip()}\n{ANSWER_LEAD} {answer}" for question, answer in task.examples]
     lines = [f"{QUESTION_LEAD}{task.question.strip()}"] if task.question.strip() else []
@@ -64,7 +64,7 @@ def question_block(task: LongTask, context: str, *, is_asked: bool) -> str:
     return "\n\n".join([*filter(None, [context.strip()]), *examples, "\n".join(lines)])
 
 
-def prompt_text(task: LongTask, context: str, shots: Sequence[LongTask]) -> str:
+def prompt_text(task: Question, context: str, shots: Sequence[Question]) -> str:
     """The whole prompt: examples, context, question. A text that brings its own question stands alone."""
     if not (task.question.strip() or task.options or task.examples or shots):
         return context
@@ -72,7 +72,7 @@ def prompt_text(task: LongTask, context: str, shots: Sequence[LongTask]) -> str:
                         question_block(task, context, is_asked=True)])  # fmt: skip
 
 
-def check_fits(tokenizer, task: LongTask, form: PromptForm) -> None:
+def check_fits(tokenizer, task: Question, form: PromptForm) -> None:
     """Raise ValueError where the prompt is too long even without its context."""
     shots = form.shots_for(task)
     num_tokens = len(encode_prompt(tokenizer, prompt_text(task, "", shots), template=form.template))
@@ -85,7 +85,7 @@ def check_fits(tokenizer, task: LongTask, form: PromptForm) -> None:
         )
 
 
-def fitted_prompt(tokenizer, task: LongTask, form: PromptForm) -> FittedPrompt:
+def fitted_prompt(tokenizer, task: Question, form: PromptForm) -> FittedPrompt:
     """The prompt of `task` with as much of its context as fits. Raises ValueError as `check_fits` does."""
     shots = form.shots_for(task)
     context_ids = encode_text(tokenizer, task.context)

@@ -57,10 +57,10 @@ def pieces(text: str) -> Iterator[str]:
             start = end
 
 
-def encode_after_sentence(tokenizer, text: str) -> list[int]:
-    """Ids of `text` as they follow a full stop: without the space that SentencePiece puts before a first word."""
-    before, both = encode_text(tokenizer, "."), encode_text(tokenizer, "." + text)
-    return both[len(before) :] if before and both[: len(before)] == before else encode_text(tokenizer, text)
+def encode_after(tokenizer, before: str, text: str) -> list[int]:
+    """Ids of `text` as they follow `before`: without the space that SentencePiece puts before a first word."""
+    first, both = encode_text(tokenizer, before), encode_text(tokenizer, before + text)
+    return both[len(first) :] if first and both[: len(first)] == first else encode_text(tokenizer, text)
 
 
 class Haystack:
@@ -88,7 +88,7 @@ class Haystack:
                 self._pieces = pieces(BETWEEN_TEXTS + self.text)
                 continue
             self.borders.append(len(self.ids))
-            self.ids += encode_after_sentence(self.tokenizer, piece)
+            self.ids += encode_after(self.tokenizer, ".", piece)
 
     def num_repeats(self, num_tokens: int) -> int:
         """How often the text occurs, at least in part, in `num_tokens` tokens."""

@@ -14,10 +14,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from os.path import commonprefix
 
-from longqlora.evaluation.retrieval.grid import check_grid
-from longqlora.evaluation.retrieval.haystack import Haystack, encode_after_sentence
+from longqlora.evaluation.frame import ModelSource
+from longqlora.evaluation.retrieval.grid import GridTask
+from longqlora.evaluation.retrieval.haystack import Haystack, encode_after, read_haystack
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, encode_prompt, generate_text
 
 NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
@@ -31,40 +32,16 @@ CHAT_TAIL = "\n\n{question} Answer with what the text says, in one line."
 MARKS = ("Apple", "zoo")
 
 
-@dataclass(frozen=True)
-class NeedleTask:
-    """What is hidden, asked and expected, and how: `template` as in `longqlora.inference.generation.encode_prompt`.
-
-    Raises ValueError for an empty needle or question, and for an answer without a word.
-    """
-
-    needle: str = NEEDLE
-    question: str = QUESTION
-    answer: str = ANSWER
-    template: str = NO_TEMPLATE
-    max_new_tokens: int = MAX_NEW_TOKENS
-
-    def __post_init__(self):
-        for name in ("needle", "question", "answer"):
-            if not getattr(self, name).strip():
-                raise ValueError(f"--{name}: is empty; give some text")
-            if any("\ud800" <= character <= "\udfff" for character in getattr(self, name)):
-                raise ValueError(f"--{name}: is not valid Unicode text (it holds half a surrogate pair)")
-        if not words(self.answer):
-            raise ValueError(f"--answer: {self.answer!r} has no word to look for; give the expected answer")
-        GenerationOptions(max_new_tokens=self.max_new_tokens)
-
-
 class NeedlePrompt:
-    """Prompts of an exact length for one tokenizer, task and haystack."""
+    """Prompts of an exact length for one tokenizer, haystack, needle and question."""
 
-    def __init__(self, tokenizer, task: NeedleTask, haystack: Haystack):
+    def __init__(self, tokenizer, haystack: Haystack, needle: str, question: str, *, template: str):
         self.haystack = haystack
-        tail = RAW_TAIL if task.template == NO_TEMPLATE else CHAT_TAIL
+        tail = RAW_TAIL if template == NO_TEMPLATE else CHAT_TAIL
         # No format(): braces in a question are the user's own.
-        tail = tail.replace("{question}", task.question.strip())
-        self.before, self.after = ids_around(tokenizer, HEAD, tail, template=task.template)
-        self.needle = encode_after_sentence(tokenizer, f"\n{task.needle.strip()}\n")
+        tail = tail.replace("{question}", question.strip())
+        self.before, self.after = ids_around(tokenizer, HEAD, tail, template=template)
+        self.needle = encode_after(tokenizer, ".", f"\n{needle.strip()}\n")
         self.min_length = len(self.before) + len(self.needle) + len(self.after)
 
     def num_haystack_tokens(self, length: int) -> int:
@@ -87,17 +64,10 @@ def ids_around(tokenizer, head: str, tail: str, *, template: str) -> tuple[list[
     Found as what two prompts have in common, which holds for any chat template.
     """
     one, other = (encode_prompt(tokenizer, f"{head}{mark}{tail}", template=template) for mark in MARKS)
-    num_before = num_common(one, other)
-    num_after = num_common(one[::-1], other[::-1])
-    if num_before == len(one) or num_before == len(other):
+    num_before, num_after = len(commonprefix([one, other])), len(commonprefix([one[::-1], other[::-1]]))
+    if num_before == min(len(one), len(other)):
         raise ValueError("the tokenizer does not tell one word from another; give the model's own tokenizer")
     return one[:num_before], one[len(one) - num_after :]
-
-
-def num_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common start of two sequences."""
-    pairs = zip(one, other, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def words(text: str) -> list[str]:
@@ -116,60 +86,81 @@ def contains(expected: str, answer: str) -> bool:
     return f" {' '.join(words(expected))} " in f" {' '.join(words(answer))} "
 
 
-def answer_needle(loaded, task: NeedleTask, prompt: NeedlePrompt, trial: Mapping) -> dict:
-    """Ask the model of `loaded` one {"length", "depth"}; adds "answer", "score", "is_contained", "num_repeats"."""
-    ids = prompt.build(**trial)
-    options = GenerationOptions(do_sample=False, max_new_tokens=task.max_new_tokens)
-    answer = generate_text(loaded.model, loaded.tokenizer, ids, options).text
-    return {
-        **trial,
-        "answer": answer,
-        "score": word_recall(task.answer, answer),
-        "is_contained": contains(task.answer, answer),
-        "num_repeats": prompt.haystack.num_repeats(prompt.num_haystack_tokens(trial["length"])),
-    }
+@dataclass
+class Needle(GridTask):
+    """One needle at every length and depth of the texts in `haystack`, repeated where a length needs more.
 
-
-def evaluate_needle(
-    loaded,
-    task: NeedleTask,
-    text: str,
-    *,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    output_file: Path | None,
-    fingerprint: dict,
-) -> dict:
-    """Ask one model at every length and depth; returns {"protocol", "cells"}, the same on every rank.
-
-    text: the haystack, repeated where a length (prompt tokens) needs more. A cell is what `answer_needle` returns.
-    output_file, fingerprint: as in `longqlora.evaluation.trials.run_trials`; the caller writes the file and then calls
-    `finish_trials`.
+    answer: the words to look for; None for those of the needle. prompt_template: of `encode_prompt`, or auto. Raises
+    ValueError for an empty needle or question, and for an answer without a word.
     """
-    from longqlora.evaluation.trials import run_trials
 
-    check_grid(lengths, depths)
-    prompt = NeedlePrompt(loaded.tokenizer, task, Haystack(loaded.tokenizer, text))
-    for length in lengths:
-        prompt.num_haystack_tokens(length)
-    protocol = {
-        "task": "needle in a haystack (Kamradt), needle at the sentence border nearest to the depth",
-        "scoring": "greedy; recall of the expected answer's words (ROUGE-1, no stemming); is_contained: all in order",
-        "length": "tokens of the prompt, BOS and template included, the answer not",
-        **vars(task),
-        "haystack_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "haystack_characters": len(text),
-    }
-    trials = [
-        {"length": length, "depth": depth}
-        for length in dict.fromkeys(lengths)
-        for depth in dict.fromkeys(map(float, depths))
-    ]
-    cells = run_trials(
-        trials,
-        lambda trial: answer_needle(loaded, task, prompt, trial),
-        output_file=output_file,
-        fingerprint={**fingerprint, **protocol},
-        desc="needle",
-    )
-    return {"protocol": protocol, "cells": cells}
+    haystack: Sequence[str]
+    needle: str = NEEDLE
+    question: str = QUESTION
+    answer: str | None = None
+    prompt_template: str = "auto"
+    max_new_tokens: int = MAX_NEW_TOKENS
+    name, value, label = "needle", "score", "recall of the answer's words"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answer is None:
+            self.answer = ANSWER if self.needle == NEEDLE else self.needle
+        for name in ("needle", "question", "answer"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"--{name}: is empty; give some text")
+            if any("\ud800" <= character <= "\udfff" for character in getattr(self, name)):
+                raise ValueError(f"--{name}: is not valid Unicode text (it holds half a surrogate pair)")
+        if not words(self.answer):
+            raise ValueError(f"--answer: {self.answer!r} has no word to look for; give the expected answer")
+        if self.needle != NEEDLE and self.question == QUESTION:
+            raise ValueError("--question: your own --needle needs a question of its own")
+        self.options = GenerationOptions(do_sample=False, max_new_tokens=self.max_new_tokens)
+        self.text, self.inputs = read_haystack(self.haystack), {"--haystack": self.haystack}
+
+    def make_trials(self, source: ModelSource) -> list[list[dict]]:
+        from longqlora.distributed import print_main
+
+        template = source.template(self.prompt_template)
+        haystack = Haystack(source.tokenizer, self.text)
+        self.prompt = NeedlePrompt(source.tokenizer, haystack, self.needle, self.question, template=template)
+        self.settings = {
+            "task": "needle in a haystack (Kamradt), needle at the sentence border nearest to the depth",
+            "scoring": "greedy; recall of the expected answer's words (ROUGE-1, no stemming); is_contained: all in "
+            "order",
+            "length": "tokens of the prompt, BOS and template included, the answer not",
+            **{name: getattr(self, name) for name in ("needle", "question", "answer", "max_new_tokens")},
+            "template": template,
+            "haystack_sha256": hashlib.sha256(self.text.encode()).hexdigest(),
+            "haystack_characters": len(self.text),
+        }
+        trials = self.cells_for(source)
+        for trial in trials:
+            self.prompt.num_haystack_tokens(trial["length"])
+        if contains(self.answer, self.text):
+            print_main("warning: the haystack itself contains the answer, so that finding it says little")
+        return [trials]
+
+    def ask(self, trial: Mapping) -> dict:
+        ids = self.prompt.build(**trial)
+        answer = generate_text(self.loaded.model, self.loaded.tokenizer, ids, self.options).text
+        return {
+            **trial,
+            "answer": answer,
+            "score": word_recall(self.answer, answer),
+            "is_contained": contains(self.answer, answer),
+            "num_repeats": self.prompt.haystack.num_repeats(self.prompt.num_haystack_tokens(trial["length"])),
+        }
+
+    def score(self, results: Sequence[dict]) -> dict:
+        return {"protocol": self.settings, "cells": results, "haystack_files": list(map(str, self.haystack))}
+
+    def table(self, record: Mapping) -> str:
+        cells = record["cells"]
+        repeats = {cell["length"]: cell["num_repeats"] for cell in cells}
+        lines = [f"note: length {length}: the haystack is shorter and was used {number} times in a row"
+                 for length, number in repeats.items() if number > 1]  # fmt: skip
+        num_contained = sum(cell["is_contained"] for cell in cells)
+        lines.append("recall of the answer's words in percent, by depth and prompt length; the whole answer in "
+                     f"{num_contained} of {len(cells)}\n{super().table(record)}")  # fmt: skip
+        return "\n".join(lines)

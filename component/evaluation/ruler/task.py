@@ -1,27 +1,26 @@
 """RULER measured: samples that fill a given number of tokens, their score, the table and the plot by length.
 
-    fitted = fit_task("vt", 4096, count_tokens, num_samples=100, max_new_tokens=30, seed=42, text=None)
-    samples = make_samples(fitted, count_tokens)
-    score = fraction_found(answer, samples[0].outputs)
-
-A length is RULER's: prompt and room for the answer together, in tokens of the model. Sample i of a task
-depends on the seed, the length and the tokenizer alone, so every model with that tokenizer meets the same ones.
-Scores are RULER's string match: the share of the expected strings that the answer holds, in any case.
+A length is RULER's: prompt and room for the answer together, in tokens of the model. Sample i of a task depends on the
+seed, the length and the tokenizer alone, so every model with that tokenizer meets the same ones. Scores are RULER's
+string match: the share of the expected strings that the answer holds, in any case. Tasks of lm-evaluation-harness run
+beside them, by their own rules.
 """
 
 import hashlib
 import math
-import os
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from longqlora.cli import require_file
-from longqlora.evaluation.ruler.tasks import TASKS, RulerTask, Sample, TextHaystack, check_tasks
-from longqlora.inference.text_stream import decode_utf8
+from longqlora.evaluation.frame import ModelSource, Task
+from longqlora.evaluation.retrieval.haystack import read_haystack
+from longqlora.evaluation.ruler.tasks import TASKS, Sample, TextHaystack, check_tasks
 from longqlora.plot import mark_lengths, new_figure
+from longqlora.table import text_table
 
 CountTokens = Callable[[str], int]
 # A task that runs out of units before this share of the length is refused.
@@ -35,21 +34,135 @@ PROTOCOL = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
+class Ruler(Task):
+    """RULER's tasks at each length, and any tasks of lm-eval: a trial is one task, at one length where it has one.
+
+    None leaves a number to the task or the model. haystack: files in which needles are hidden. include_path: folder of
+    the user's own lm-eval tasks.
+    """
+
+    tasks: Sequence[str]
+    lengths: Sequence[int] | None = None
+    num_samples: int = 100
+    max_new_tokens: int | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    seed: int = 42
+    batch_size: int = 1
+    haystack: Sequence[str] = ()
+    include_path: Path | None = None
+    name = "tasks and lengths"
+
+    def __post_init__(self) -> None:
+        check_tasks(self.tasks, has_text=bool(self.haystack))
+        self.inputs = {"--haystack": self.haystack, "--include_path": self.include_path}
+        self.told = {**vars(self), "include_path": str(self.include_path) if self.include_path else None}
+        self.told |= {"haystack": None, "lm_eval": metadata.version("lm_eval")}
+        del self.told["inputs"]
+        self.text = None
+        if self.haystack:
+            text = read_haystack(self.haystack)
+            self.text = TextHaystack(text)
+            files = [Path(path).name for path in self.haystack]
+            self.told["haystack"] = {"files": files, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+    def make_trials(self, source: ModelSource) -> list[list[dict]]:
+        from longqlora.evaluation.harness import data_state
+
+        names = [name for name in self.tasks if name in TASKS]
+        lengths = sorted(set(self.lengths or [source.context_size])) if names else []
+        source.warn_beyond_context(lengths)
+        self.longest = max([source.context_size, *lengths])
+        options = {"num_samples": self.num_samples, "max_new_tokens": self.max_new_tokens, "seed": self.seed}
+
+        def count_tokens(prompt: str) -> int:
+            return len(source.tokenizer(prompt).input_ids)
+
+        self.fitted = {(name, length): FittedTask(name, length, count_tokens, text=self.text, **options)
+                       for name in names for length in lengths}  # fmt: skip
+        self.others = self.read_other_tasks(source)
+        # Which tasks and lengths a run asks for does not change the result of one.
+        settings = {name: value for name, value in self.told.items() if name not in ("tasks", "lengths")}
+        self.settings = {**settings, "data": {name: data_state(tasks) for name, tasks in self.others.items()}}
+        places = [*self.fitted, *((name, None) for name in self.others)]
+        return [[{"task": name, "length": length} for name, length in places]]
+
+    def read_other_tasks(self, source: ModelSource) -> dict:
+        """Name -> loaded tasks of lm-eval."""
+        from longqlora.evaluation.harness import check_fit, load_tasks, set_answer_tokens
+
+        # For those tasks of lm-eval that make their data themselves.
+        given: dict[str, Any] = {"tokenizer": source.tokenizer.name_or_path}
+        if self.lengths:
+            given["max_seq_lengths"] = sorted(set(self.lengths))
+        names = [name for name in self.tasks if name not in TASKS]
+        others = load_tasks(names, include_path=self.include_path, metadata=given)
+        for name, tasks in others.items():
+            if self.max_new_tokens is not None:
+                set_answer_tokens(tasks, self.max_new_tokens)
+            check_fit(name, tasks, context_size=source.context_size)
+        return others
+
+    def use(self, loaded: Any) -> None:
+        from longqlora.evaluation.harness import wrap_model
+
+        self.model = wrap_model(loaded, batch_size=self.batch_size, max_length=self.longest)
+
+    def ask(self, trial: Mapping) -> dict:
+        from longqlora.evaluation.harness import evaluate_tasks, generate_answers
+
+        name, length = trial["task"], trial["length"]
+        if length is None:
+            options = {"num_fewshot": self.num_fewshot, "limit": self.limit, "seed": self.seed}
+            return {"task": name, **evaluate_tasks(self.model, name, self.others[name], **options)}
+        fitted = self.fitted[name, length]
+        samples = fitted.samples()
+        prompts = [sample.prompt for sample, _ in samples]
+        answers = generate_answers(self.model, prompts, max_new_tokens=fitted.max_new_tokens)
+        return ruler_result(fitted, samples, answers)
+
+    def score(self, results: Sequence[dict]) -> dict:
+        of_ruler = [result for result in results if "length" in result]
+        means = {"mean": mean_by_length(of_ruler)} if of_ruler else {}
+        return {"protocol": PROTOCOL, "settings": self.told, **means, "results": results}
+
+    def table(self, record: Mapping) -> str:
+        of_ruler = [result for result in record["results"] if "length" in result]
+        of_lm_eval = [result for result in record["results"] if "length" not in result]
+        pairs = ((score_table, of_ruler), (metric_table, of_lm_eval))
+        return "\n".join(table(results) for table, results in pairs if results)
+
+    def plot(self, record: Mapping, name: str, path: str) -> None:
+        plot_scores([result for result in record["results"] if "length" in result], path)
+
+
+@dataclass
 class FittedTask:
-    """A task at one length, with the number of units that fills it."""
+    """A task at one length, with the number of units with which a sample takes that many tokens, answer included.
+
+    max_new_tokens: room for the answer; None for the task's own. Raises ValueError, with the least length,
+    where not even the smallest samples fit, and where a task cannot be made that long.
+    """
 
     name: str
     length: int
+    count_tokens: CountTokens
     num_samples: int
-    max_new_tokens: int
+    max_new_tokens: int | None
     seed: int
-    num_units: int
     text: TextHaystack | None
 
-    @property
-    def task(self) -> RulerTask:
-        return TASKS[self.name]
+    def __post_init__(self) -> None:
+        self.task = TASKS[self.name]
+        self.max_new_tokens = self.max_new_tokens or self.task.max_new_tokens
+        smallest = max(self.num_tokens(self.task.min_units, index) for index in range(self.num_samples))
+        if smallest > self.length:
+            raise ValueError(
+                f"--lengths {self.length}: {self.name} needs at least {smallest} tokens with this tokenizer, "
+                f"{self.max_new_tokens} of them for the answer; give a longer one"
+            )
+        self.num_units = self.fit()
 
     @property
     def haystack(self) -> str:
@@ -57,90 +170,55 @@ class FittedTask:
         is_text = self.task.haystack == "text"
         return ("text" if self.text else "noise") if is_text else self.task.haystack
 
+    @property
+    def limit(self) -> float:
+        return self.task.max_units or math.inf
+
     def build(self, index: int, num_units: int) -> Sample:
         # A string seeds the same on every platform. A sample keeps its needles when it shrinks or grows.
         rng = random.Random(f"{self.seed}/{self.name}/{index}")
         return self.task.build(rng, num_units, self.length, self.text)
 
+    def num_tokens(self, num_units: int, index: int = 0) -> int:
+        """Tokens of sample `index` and its answer."""
+        return self.count_tokens(self.build(index, num_units).prompt) + self.max_new_tokens
 
-def read_haystack(paths: Sequence[str], flag: str = "--haystack") -> tuple[TextHaystack | None, dict | None]:
-    """The text of UTF-8 files, in the given order, and facts about it for the result file; None without paths."""
-    if not paths:
-        return None, None
-    texts = [decode_utf8(require_file(path, flag).read_bytes(), flag, str(path)) for path in paths]
-    haystack = TextHaystack("\n".join(texts))
-    if not haystack.pieces:
-        raise ValueError(f"{flag}: no text in {', '.join(map(repr, map(str, paths)))}; give files with some")
-    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    return haystack, {"files": [Path(path).name for path in paths], "sha256": digest}
+    def fit(self) -> int:
+        """The most units with which sample 0 fits, by doubling and halving."""
+        low, high = self.task.min_units, self.task.min_units + 1
+        while high <= self.limit and self.num_tokens(high) <= self.length:
+            low, high = high, high * 2
+        high = min(high, self.limit + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.num_tokens(middle) <= self.length else (low, middle)
+        if low == self.limit and self.num_tokens(low) < LEAST_FILLING * self.length:
+            raise ValueError(
+                f"--lengths {self.length}: {self.name} has words for about {self.num_tokens(low)} tokens; give a "
+                "shorter one"
+            )
+        return low
 
+    def samples(self) -> list[tuple[Sample, int]]:
+        """All samples and the tokens of their prompts: never above the length, and close to it."""
+        return [self.sample(index) for index in range(self.num_samples)]
 
-def fit_task(
-    name: str,
-    length: int,
-    count_tokens: CountTokens,
-    *,
-    num_samples: int,
-    max_new_tokens: int | None,
-    seed: int,
-    text: TextHaystack | None,
-) -> FittedTask:
-    """Choose the number of units with which a sample of task `name` takes `length` tokens, answer included.
-
-    max_new_tokens: room for the answer; None for the task's own. Raises ValueError, with the least length,
-    where not even the smallest samples fit, and where a task cannot be made that long.
-    """
-    task = TASKS[name]
-    check_tasks([name], has_text=text is not None)
-    room = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-    fitted = FittedTask(name, length, num_samples, room, seed, task.min_units, text)
-
-    def num_tokens(num_units: int, index: int = 0) -> int:
-        return count_tokens(fitted.build(index, num_units).prompt) + room
-
-    smallest = max(num_tokens(task.min_units, index) for index in range(num_samples))
-    if smallest > length:
-        raise ValueError(
-            f"--lengths {length}: {name} needs at least {smallest} tokens with this tokenizer, {room} of them for the "
-            "answer; give a longer one"
-        )
-    low, high = task.min_units, task.min_units + 1
-    limit = task.max_units or math.inf
-    while high <= limit and num_tokens(high) <= length:
-        low, high = high, high * 2
-    high = min(high, limit + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if num_tokens(middle) <= length else (low, middle)
-    if low == task.max_units and num_tokens(low) < LEAST_FILLING * length:
-        raise ValueError(f"--lengths {length}: {name} has words for about {num_tokens(low)} tokens; give a shorter one")
-    return replace(fitted, num_units=low)
-
-
-def make_samples(fitted: FittedTask, count_tokens: CountTokens) -> list[tuple[Sample, int]]:
-    """All samples and the tokens of their prompts: never above the length, and close to it."""
-    return [fit_sample(fitted, index, count_tokens) for index in range(fitted.num_samples)]
-
-
-def fit_sample(fitted: FittedTask, index: int, count_tokens: CountTokens) -> tuple[Sample, int]:
-    """Sample `index` and the tokens of its prompt: its words may have more or fewer than those of sample 0."""
-    num_units, limit = fitted.num_units, fitted.task.max_units or math.inf
-    best = None
-    while True:
-        sample = fitted.build(index, num_units)
-        num_tokens = count_tokens(sample.prompt)
-        slack = fitted.length - fitted.max_new_tokens - num_tokens
-        if slack < 0:
-            if best:
+    def sample(self, index: int) -> tuple[Sample, int]:
+        """Sample `index` and the tokens of its prompt: its words may have more or fewer than those of sample 0."""
+        num_units, best = self.num_units, None
+        while True:
+            sample = self.build(index, num_units)
+            num_tokens = self.count_tokens(sample.prompt)
+            slack = self.length - self.max_new_tokens - num_tokens
+            if slack < 0 and best:
                 return best
-            assert num_units > fitted.task.min_units, "fit_task has seen to it that the smallest sample fits"
-            num_units = max(fitted.task.min_units, num_units - math.ceil(-slack * num_units / num_tokens))
-            continue
-        best = sample, num_tokens
-        more = slack * num_units // num_tokens
-        if slack <= fitted.length * SPARE or more < 1 or num_units + more > limit:
-            return best
-        num_units += more
+            if slack < 0:
+                num_units = max(self.task.min_units, num_units - math.ceil(-slack * num_units / num_tokens))
+                continue
+            best, more = (sample, num_tokens), slack * num_units // num_tokens
+            if slack <= self.length * SPARE or more < 1 or num_units + more > self.limit:
+                return best
+            num_units += more
 
 
 def fraction_found(answer: str, expected: Sequence[str]) -> float:
@@ -178,49 +256,38 @@ def mean_by_length(results: Sequence[Mapping]) -> dict[int, float]:
     }
 
 
+def rows_by_task(results: Sequence[Mapping]) -> dict[str, dict[int, float]]:
+    """Task -> {length: score}, and the mean of several tasks below them."""
+    rows: dict[str, dict[int, float]] = {}
+    for result in results:
+        rows.setdefault(result["task"], {})[result["length"]] = result["score"]
+    return {**rows, MEAN: mean_by_length(results)} if len(rows) > 1 else rows
+
+
 def score_table(results: Sequence[Mapping]) -> str:
     """Scores in percent, a row per task and a column per length; the mean of several tasks below."""
-    return "\n".join(_table_lines(results))
-
-
-def _table_lines(results: Sequence[Mapping]) -> Iterator[str]:
-    means = mean_by_length(results)
-    scores = {(result["task"], result["length"]): result["score"] for result in results}
-    tasks = list(dict.fromkeys(task for task, _ in scores))
-    rows = {task: {length: scores[task, length] for length in means if (task, length) in scores} for task in tasks}
-    if len(tasks) > 1:
-        rows[MEAN] = means
-    width = max(len(name) for name in rows) + 2
-    yield "score".ljust(width) + "".join(f"{length:>9}" for length in means)
-    for name, row in rows.items():
-        yield name.ljust(width) + "".join(f"{row[length]:9.1f}" if length in row else f"{'-':>9}" for length in means)
+    lengths = list(mean_by_length(results))
+    rows = [[name, *map(row.get, lengths)] for name, row in rows_by_task(results).items()]
+    return text_table(["score", *lengths], rows, digits=1)
 
 
 def metric_table(results: Sequence[Mapping]) -> str:
     """Metrics of lm-eval's tasks, a line each: task, metric, value, standard error."""
-    rows = [("task", "metric", "value", "stderr")]
-    for result in results:
-        for task, metrics in result["metrics"].items():
-            for metric, value in metrics.items():
-                name, _, kind = metric.partition(",")
-                if not name.endswith("_stderr"):
-                    error = metrics.get(f"{name}_stderr,{kind}")
-                    rows.append((task, metric, f"{value:.4f}", "-" if error is None else f"{error:.4f}"))
-    widths = [max(len(row[column]) for row in rows) + 2 for column in range(4)]
-    return "\n".join("".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    rows = []
+    for task, metrics in (item for result in results for item in result["metrics"].items()):
+        for metric, value in metrics.items():
+            name, _, kind = metric.partition(",")
+            if not name.endswith("_stderr"):
+                rows.append((task, metric, float(value), metrics.get(f"{name}_stderr,{kind}")))
+    return text_table(("task", "metric", "value", "stderr"), rows, digits=4, num_left=2)
 
 
-def plot_scores(results: Sequence[Mapping], path: str | os.PathLike) -> None:
+def plot_scores(results: Sequence[Mapping], path: str) -> None:
     """Score in percent against length in tokens: a line per task, and the mean of several."""
-    lengths = sorted({result["length"] for result in results})
-    tasks = list(dict.fromkeys(result["task"] for result in results))
     with new_figure(path) as (axis,):
-        for task in tasks:
-            points = sorted((result["length"], result["score"]) for result in results if result["task"] == task)
-            axis.plot(*zip(*points, strict=True), marker="o", label=task)
-        if len(tasks) > 1:
-            means = mean_by_length(results)
-            axis.plot(list(means), list(means.values()), marker="s", color="black", linewidth=2.5, label=MEAN)
-        mark_lengths(axis, lengths)
+        for name, row in rows_by_task(results).items():
+            style = {"marker": "s", "color": "black", "linewidth": 2.5} if name == MEAN else {"marker": "o"}
+            axis.plot(*zip(*sorted(row.items()), strict=True), label=name, **style)
+        mark_lengths(axis, list(mean_by_length(results)))
         axis.set(xlabel="length (tokens)", ylabel="RULER score (%)", ylim=(-3, 103))
         axis.legend(fontsize="small")

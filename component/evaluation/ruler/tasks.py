@@ -3,9 +3,8 @@
     sample = TASKS["vt"].build(random.Random(0), 40, 4096, None)       # Sample(prompt, outputs)
 
 After RULER (arXiv 2404.06654, section 3 and its appendix on task templates): tasks, counts, answer lengths and
-prompts are the paper's. Keys and list words are compounds of the lists in text.py instead of a word
-package's.
-A sample grows with its number of units: noise sentences, distractors, pieces of text, list words.
+prompts are the paper's. Keys and list words are compounds of the lists in text.py instead of a word package's. A sample
+grows with its number of units: noise sentences, distractors, pieces of text, list words.
 
 Pure Python; knows neither tokenizers nor models.
 """
@@ -30,6 +29,7 @@ from longqlora.evaluation.ruler.text import (
     TRACKING,
     TextHaystack,
 )
+from longqlora.table import text_table
 
 
 @dataclass(frozen=True)
@@ -183,13 +183,9 @@ MOST_COMPOUNDS = len(ADJECTIVES) * len(NOUNS) * 9 // 10
 def niah(description: str, *, needs_text: bool = False, **options) -> RulerTask:
     haystack = options.get("haystack", "noise")
     is_limited = haystack == "needles" and options.get("keys", "words") == "words"
-    return RulerTask(
-        partial(build_niah, **options),
-        description,
-        haystack=haystack,
-        needs_text=needs_text,
-        max_units=MOST_COMPOUNDS if is_limited else None,
-    )
+    limit = MOST_COMPOUNDS if is_limited else None
+    build = partial(build_niah, **options)
+    return RulerTask(build, description, haystack=haystack, needs_text=needs_text, max_units=limit)
 
 
 TASKS: dict[str, RulerTask] = {
@@ -227,14 +223,7 @@ def describe_tasks() -> str:
     """A line per task for the user: name, what it asks, haystack, tokens for the answer."""
     haystacks = {"noise": "noise", "needles": "needles", "words": "-", "text": "--haystack, or noise"}
     rows = [
-        (
-            name,
-            task.description,
-            "--haystack" if task.needs_text else haystacks[task.haystack],
-            str(task.max_new_tokens),
-        )
+        (name, task.description, "--haystack" if task.needs_text else haystacks[task.haystack], task.max_new_tokens)
         for name, task in TASKS.items()
     ]
-    rows.insert(0, ("task", "what is asked for", "haystack", "answer tokens"))
-    widths = [max(len(row[column]) for row in rows) + 2 for column in range(4)]
-    return "\n".join("".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return text_table(("task", "what is asked for", "haystack", "answer tokens"), rows, num_left=3)

@@ -1,6 +1,6 @@
 """Questions about long texts from jsonl files, in the forms that the common benchmarks use.
 
-tasks = read_tasks(["qasper.jsonl"], "--data_path")
+    questions = read_questions(["qasper.jsonl"], "--data_path")
 
 A row is one question: a text under "context" (or "document", "input"), a question under "question" (or "instruction",
 "query", "input" beside a context), and answers under "references" (or "answers", "answer", "outputs", "output"), or
@@ -11,7 +11,7 @@ A row is one question: a text under "context" (or "document", "input"), a questi
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,6 @@ from longqlora.evaluation.longtask.scores import (
     LETTERS_REFERENCE,
     MAX_OPTIONS,
     METRICS,
-    ROUGE_METRICS,
     normalize_answer,
     option_letter,
 )
@@ -46,7 +45,7 @@ MAX_ANSWER_WORDS = 30
 
 
 @dataclass(frozen=True)
-class LongTask:
+class Question:
     """One question. references: accepted answers; with options, the text of the right one.
 
     answer_index: of the right option; None without options. metric: what the row asks for, or None. examples: pairs
@@ -62,6 +61,11 @@ class LongTask:
     answer_index: int | None = None
     metric: str | None = None
     examples: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def from_dict(cls, fields: Mapping) -> "Question":
+        """What `asdict` made of a question, also where JSON has turned its tuples into lists."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
     @property
     def has_letters(self) -> bool:
@@ -79,26 +83,26 @@ class LongTask:
         return "rougeL" if num_words > MAX_ANSWER_WORDS else "f1"
 
 
-def read_tasks(
+def read_questions(
     paths: Sequence[str | os.PathLike], flag: str, *, max_rows: int | None = None, needs_context: bool = True
-) -> list[LongTask]:
+) -> list[Question]:
     """The questions of jsonl files, in order; of each file the first `max_rows` rows.
 
     needs_context: whether a row without a text is an error; examples in a prompt may have none.
     Raises ValueError naming file and line for a bad row, and for a file without rows.
     """
-    tasks = []
+    questions = []
     for path in map(Path, paths):
         found = []
         for number, row in islice(numbered_rows(path, flag), max_rows):
             try:
-                found += tasks_of_row(row, number, path.name.removesuffix(".jsonl"), needs_context=needs_context)
+                found += questions_of_row(row, number, path.name.removesuffix(".jsonl"), needs_context=needs_context)
             except ValueError as error:
                 raise error_at(path, number, error, flag=flag) from None
         if not found:
             raise ValueError(f"{flag}: {str(path)!r} holds no rows; give one JSON object per line")
-        tasks += merged(found)
-    return tasks
+        questions += merged(found)
+    return questions
 
 
 def numbered_rows(path: Path, flag: str) -> Iterator[tuple[int, dict]]:
@@ -113,7 +117,7 @@ def numbered_rows(path: Path, flag: str) -> Iterator[tuple[int, dict]]:
                     raise error_at(path, number, error, flag=flag) from None
 
 
-def tasks_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_context: bool) -> list[LongTask]:
+def questions_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_context: bool) -> list[Question]:
     """The question of one row, or the several of an L-Eval row. Raises ValueError saying what is wrong."""
     context_key = first_key(row, CONTEXT_KEYS)
     if context_key is None and needs_context:
@@ -125,11 +129,13 @@ def tasks_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_cont
     task = name_of(row[task_key], task_key) if task_key else file_name
     id_key = first_key(row, ID_KEYS)
     name = name_of(row[id_key], id_key) if id_key else str(number)
-    one = LongTask(name, task, context, "", (), metric=metric_of_row(row), examples=examples_of(row))
+    one = Question(name, task, context, "", (), metric=metric_of_row(row), examples=pairs_of(row, *EXAMPLE_KEYS))
     read = [key for key in (context_key, task_key, id_key, "metric", "evaluation", *EXAMPLE_KEYS) if key]
     if "instructions" in row:
         check_unread(row, [*read, "instructions", "outputs"])
-        numbered = enumerate(instruction_pairs(row), start=1)
+        if not (pairs := pairs_of(row, "instructions", "outputs")):
+            raise ValueError('"instructions" is empty; give at least one question')
+        numbered = enumerate(pairs, start=1)
         return [part for k, (q, a) in numbered for part in asked(replace(one, id=f"{name}-{k}", question=q), a)]
     question_key = first_key(row, QUESTION_KEYS)
     if question_key is None and context_key != "input" and "input" in row:
@@ -149,7 +155,7 @@ def tasks_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_cont
     return [one]
 
 
-def asked(task: LongTask, answer: str) -> list[LongTask]:
+def asked(task: Question, answer: str) -> list[Question]:
     """The one question of an entry of L-Eval, or the two of sci_fi: by the story, and without it by the real world."""
     if not (both := STORY_AND_FACT.fullmatch(answer)):
         return [replace(task, references=(answer,))]
@@ -158,23 +164,12 @@ def asked(task: LongTask, answer: str) -> list[LongTask]:
     return [replace(task, references=(both[1],)), fact]
 
 
-def merged(tasks: Sequence[LongTask]) -> list[LongTask]:
+def merged(tasks: Sequence[Question]) -> list[Question]:
     """One task for rows that differ in their answer alone: SCROLLS has a row for each reference of a question."""
-    references: dict[LongTask, list[str]] = {}
+    references: dict[Question, list[str]] = {}
     for task in tasks:
         references.setdefault(replace(task, references=()), []).extend(task.references)
     return [replace(task, references=tuple(dict.fromkeys(found))) for task, found in references.items()]
-
-
-def examples_of(row: dict) -> tuple[tuple[str, str], ...]:
-    """(question, answer) of the examples that a row of ChunkLlama's few-shot files brings along."""
-    questions, answers = (row.get(key) or [] for key in EXAMPLE_KEYS)
-    if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
-        raise ValueError(
-            f'"{EXAMPLE_KEYS[0]}" and "{EXAMPLE_KEYS[1]}" are no lists of equal length; give an answer each'
-        )
-    return tuple((checked_text(q, f'"{EXAMPLE_KEYS[0]}"'), answer_text(a, f'"{EXAMPLE_KEYS[1]}"'))
-                 for q, a in zip(questions, answers, strict=True))  # fmt: skip
 
 
 def first_key(row: dict, keys: Sequence[str]) -> str | None:
@@ -196,16 +191,13 @@ def metric_of_row(row: dict) -> str | None:
     return row["metric"]
 
 
-def instruction_pairs(row: dict) -> list[tuple[str, str]]:
-    """(question, answer) of the lists of an L-Eval row."""
-    questions, answers = row["instructions"], row.get("outputs")
-    for key, value in (("instructions", questions), ("outputs", answers)):
-        if not isinstance(value, list) or not value:
-            raise ValueError(f'"{key}" is no list of strings; give "instructions" and "outputs" of equal length')
-    if len(questions) != len(answers):
-        raise ValueError(f'{len(questions)} "instructions", but {len(answers)} "outputs"; give one for each')
-    return [(checked_text(question, '"instructions"'), answer_text(answer, '"outputs"'))
-            for question, answer in zip(questions, answers, strict=True)]  # fmt: skip
+def pairs_of(row: dict, questions: str, answers: str) -> tuple[tuple[str, str], ...]:
+    """(question, answer) of two lists of equal length under these keys."""
+    lists = [row.get(key) or [] for key in (questions, answers)]
+    if not all(isinstance(entries, list) for entries in lists) or len(lists[0]) != len(lists[1]):
+        raise ValueError(f'"{questions}" and "{answers}" are no lists of equal length; give an answer to each question')
+    return tuple((checked_text(question, f'"{questions}"'), answer_text(answer, f'"{answers}"'))
+                 for question, answer in zip(*lists, strict=True))  # fmt: skip
 
 
 def options_of_row(row: dict) -> tuple[str, ...]:
@@ -254,8 +246,3 @@ def answer_text(value: Any, name: str) -> str:
     if not text.strip():
         raise ValueError(f"{name} holds an empty text; give an answer")
     return text
-
-
-def needs_rouge(tasks: Sequence[LongTask], metric: str) -> bool:
-    """Whether scoring `tasks` by `metric` (auto: what is usual for each) takes the package rouge-score."""
-    return metric in ROUGE_METRICS or (metric == "auto" and any(t.usual_metric in ROUGE_METRICS for t in tasks))

@@ -1,0 +1,243 @@
+"""Answers to questions about long texts: asked, scored, and summed up by task and by length.
+
+Scores are between 0 and 1.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+
+from longqlora.evaluation.frame import ModelSource, Task, check_at_least
+from longqlora.evaluation.longtask.prompts import (
+    QUESTION_LEAD,
+    PromptForm,
+    check_fits,
+    fitted_prompt,
+    letter_ids,
+    log_likelihoods,
+)
+from longqlora.evaluation.longtask.questions import Question, read_questions
+from longqlora.evaluation.longtask.scores import (
+    ROUGE_METRICS,
+    best_score,
+    option_letter,
+    parse_choice,
+    parse_letters,
+    require_rouge,
+)
+from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, generate_text
+from longqlora.plot import new_figure
+from longqlora.table import text_table
+
+MAX_LABEL = 32
+
+
+@dataclass
+class LongTask(Task):
+    """A trial is a question of the files `data_path`; `num_shots` examples of `shots_file` stand before each.
+
+    Raises ValueError for a bad row, and for a question that cannot be scored by the metric that is asked for.
+    """
+
+    data_path: Sequence[str]
+    metric: str = "auto"
+    rouge_stemmer: bool = True
+    max_rows: int | None = None
+    max_new_tokens: int = 128
+    num_shots: int = 0
+    shots_file: str | None = None
+    choice_scoring: str = "generation"
+    prompt_template: str = "auto"
+    name = "long tasks"
+
+    def __post_init__(self) -> None:
+        check_at_least(self, max_rows=1, num_shots=0)
+        GenerationOptions(max_new_tokens=self.max_new_tokens)
+        if bool(self.num_shots) != bool(self.shots_file):
+            raise ValueError("--num_shots and --shots_file go together; give both or neither")
+        self.inputs = {"--data_path": self.data_path, "--shots_file": self.shots_file}
+        self.questions = read_questions(self.data_path, "--data_path", max_rows=self.max_rows)
+        shots = [self.shots_file] if self.shots_file else []
+        self.shots = read_questions(shots, "--shots_file", needs_context=False)
+        for question in self.questions:
+            if self.metric == "accuracy" and not (question.options or question.has_letters):
+                where = f"question {question.id} of {question.task}"
+                raise ValueError(f"--metric accuracy: {where} has no options; choose another metric")
+        if any(metric_of(question, self.metric) in ROUGE_METRICS for question in self.questions):
+            require_rouge()
+
+    def make_trials(self, source: ModelSource) -> list[list[dict]]:
+        if self.max_new_tokens >= source.context_size:
+            raise ValueError(
+                f"--max_new_tokens: {self.max_new_tokens} leave no room for a prompt in the context of "
+                f"{source.context_size} tokens; give fewer"
+            )
+        template = source.template(self.prompt_template)
+        self.form = PromptForm(template, source.context_size, self.max_new_tokens, tuple(self.shots), self.num_shots)
+        for question in self.questions:
+            if len(self.form.shots_for(question)) < self.num_shots:
+                raise ValueError(
+                    f"--num_shots {self.num_shots}: --shots_file has {len(self.shots)} examples, and none may be "
+                    "the question itself; give more or lower --num_shots"
+                )
+            check_fits(source.tokenizer, question, self.form)
+        decisive = {name: getattr(self, name) for name in ("max_new_tokens", "num_shots", "choice_scoring")}
+        self.settings = {**decisive, "prompt_template": template, "shots": [asdict(shot) for shot in self.shots]}
+        return [[asdict(question) for question in self.questions]]
+
+    def ask(self, trial: Mapping) -> dict:
+        question = Question.from_dict(trial)
+        model, tokenizer, template = self.loaded.model, self.loaded.tokenizer, self.form.template
+        prompt = fitted_prompt(tokenizer, question, self.form)
+        facts = {
+            "num_context_tokens": prompt.num_context_tokens,
+            "num_tokens_cut": prompt.num_tokens_cut,
+            "num_prompt_tokens": len(prompt.ids),
+        }
+        if question.options and self.choice_scoring == "loglikelihood":
+            letters = letter_ids(tokenizer, prompt, len(question.options), template)
+            scores = log_likelihoods(model, prompt.ids, letters)
+            choice = scores.index(max(scores))
+            return {"answer": question.options[choice], "choice": choice, "log_likelihoods": scores, **facts}
+        # Raw text goes on with the next question after an answer, in our own layout.
+        stop = (f"\n{QUESTION_LEAD.strip()}",) if template == NO_TEMPLATE else ()
+        options = GenerationOptions(do_sample=False, max_new_tokens=self.max_new_tokens, stop=stop)
+        generated = generate_text(model, tokenizer, prompt.ids, options)
+        facts |= {"num_new_tokens": generated.num_new_tokens, "finish_reason": generated.finish_reason}
+        return {"answer": generated.text.strip(), **facts}
+
+    def score(self, results: Sequence[dict]) -> dict:
+        rows = [score_answer(question, result, self.metric, use_stemmer=self.rouge_stemmer)
+                for question, result in zip(self.questions, results, strict=True)]  # fmt: skip
+        likeliest = ", most likely option letter" if self.choice_scoring == "loglikelihood" else ""
+        protocol = (
+            f"greedy answers{likeliest}, {self.num_shots} examples of --shots_file, contexts cut in the middle to "
+            f"{self.form.context_size} tokens with prompt"
+        )
+        told = (
+            "prompt_template",
+            "max_new_tokens",
+            "num_shots",
+            "choice_scoring",
+            "metric",
+            "rouge_stemmer",
+            "max_rows",
+        )
+        settings = {name: getattr(self, name) for name in told} | {"prompt_template": self.form.template}
+        return {
+            "protocol": protocol,
+            "settings": {"data_path": list(map(str, self.data_path)), **settings},
+            "tasks": summarize_tasks(rows),
+            "by_length": summarize_lengths(rows),
+            "rows": rows,
+        }
+
+    def table(self, record: Mapping) -> str:
+        columns = ("task", "metric", "score", "num_rows", "num_rows_cut")
+        rows = [[summary[column] for column in columns] for summary in record["tasks"]]
+        text = text_table(("task", "metric", "score", "rows", "cut"), rows, digits=4, num_left=2)
+        num_lost = sum(summary["num_rows_without_choice"] for summary in record["tasks"])
+        lost = f"\nwarning: {num_lost} answers name no single option and count as wrong"
+        return f"{text}{lost if num_lost else ''}"
+
+    def plot(self, record: Mapping, name: str, path: str) -> None:
+        plot_tasks(record["tasks"], record["by_length"], path)
+
+
+def metric_of(question: Question, metric: str) -> str:
+    """`metric`, or what is usual for the question where it is auto."""
+    return question.usual_metric if metric == "auto" else metric
+
+
+def score_answer(question: Question, result: Mapping, metric: str, *, use_stemmer: bool) -> dict:
+    """One row of the result file: `result` of generating, with metric, score and references.
+
+    result: has "answer", and "choice" (an index) where the likelihoods chose. metric: as in `metric_of`.
+    """
+    metric = metric_of(question, metric)
+    answer, choice = result["answer"], result.get("choice")
+    row = {
+        **result,
+        "num_examples": len(question.examples),
+        "id": question.id,
+        "task": question.task,
+        "metric": metric,
+        "references": list(question.references),
+    }
+    if metric in ("accuracy", "exam") and question.options:
+        choice = parse_choice(answer, question.options) if choice is None else choice
+        letter = None if choice is None else option_letter(choice)
+        right = option_letter(question.answer_index)
+        return {**row, "choice": letter, "right_choice": right, "score": float(choice == question.answer_index)}
+    by = "exam" if metric == "accuracy" else metric
+    score = best_score(by, answer, question.references, use_stemmer=use_stemmer)
+    if by == "exam" and question.has_letters:
+        row["choice"] = "".join(sorted(parse_letters(answer))) or None
+    return {**row, "score": float(score == 1) if metric == "accuracy" else score}
+
+
+def summarize_tasks(rows: Sequence[Mapping]) -> list[dict]:
+    """Mean score of each pair of task and metric, in order of appearance, with what was cut and not understood."""
+    groups: dict[tuple[str, str], list[Mapping]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["metric"]), []).append(row)
+    return [
+        {
+            "task": task,
+            "metric": metric,
+            "score": fmean(row["score"] for row in group),
+            "num_rows": len(group),
+            "num_rows_cut": sum(row["num_tokens_cut"] > 0 for row in group),
+            "num_rows_without_choice": sum("choice" in row and row["choice"] is None for row in group),
+            "mean_context_tokens": fmean(row["num_context_tokens"] for row in group),
+        }
+        for (task, metric), group in groups.items()
+    ]
+
+
+def summarize_lengths(rows: Sequence[Mapping]) -> list[dict]:
+    """Mean score by metric and length of the whole context, in doublings: {"metric", "min_tokens", "max_tokens", ...}.
+
+    max_tokens is exclusive.
+    """
+    groups: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        floor = 2 ** math.floor(math.log2(max(1, row["num_context_tokens"])))
+        groups.setdefault((row["metric"], floor), []).append(row["score"])
+    return [
+        {
+            "metric": metric,
+            "min_tokens": floor,
+            "max_tokens": 2 * floor,
+            "score": fmean(scores),
+            "num_rows": len(scores),
+        }
+        for (metric, floor), scores in sorted(groups.items())
+    ]
+
+
+def plot_tasks(tasks: Sequence[Mapping], lengths: Sequence[Mapping], path: str) -> None:
+    """A bar for each task beside the score by context length, a line for each metric."""
+    with new_figure(path, 2) as (left, right):
+        left.figure.set_figheight(max(4.2, 1.2 + 0.3 * len(tasks)))
+        left.grid(visible=False)
+        # Dollar signs would start a formula.
+        labels = [f"{task['task'][:MAX_LABEL]} ({task['metric']})".replace("$", r"\$") for task in tasks]
+        bars = left.barh(range(len(tasks)), [task["score"] for task in tasks])
+        left.bar_label(bars, fmt="%.3f", padding=3)
+        left.set_yticks(range(len(tasks)), labels)
+        left.invert_yaxis()
+        left.set_xlim(0, 1.12)
+        left.set_xlabel("mean score")
+        for metric in dict.fromkeys(entry["metric"] for entry in lengths):
+            points = [(entry["min_tokens"], entry["score"]) for entry in lengths if entry["metric"] == metric]
+            right.plot(*zip(*points, strict=True), marker="o", label=metric)
+        ticks = sorted({entry["min_tokens"] for entry in lengths})
+        right.set_xscale("log", base=2)
+        right.set_xticks(ticks, [f"{tick}-{2 * tick}" for tick in ticks], rotation=30)
+        right.minorticks_off()
+        right.set_ylim(-0.03, 1.03)
+        right.set_xlabel("length of the text (tokens)")
+        right.set_ylabel("mean score")
+        right.legend()
