@@ -39,7 +39,7 @@ def main() -> None:
     from longqlora.attention.binding import bind_attention
     from longqlora.data.collator import DataCollator
     from longqlora.data.dataset import build_datasets
-    from longqlora.memory.layer_binding import apply_mechanisms
+    from longqlora.memory.layer_binding import apply_policy
     from longqlora.memory.plan import advice_on_out_of_memory, plan_memory
     from longqlora.model.adapter import attach_adapter, trainable_table
     from longqlora.model.base import load_tokenizer, load_training_model
@@ -73,9 +73,9 @@ def main() -> None:
     notices += [*plan.notices, context, plan.describe()]
     notices += check_weights_at_hand(settings, config, is_dry_run=args.dry_run)
     if args.dry_run:
-        return dry_run(settings, config, plan.mechanisms, notices)
+        return dry_run(settings, config, plan.policy, notices)
 
-    run = start_run(settings, notices, mechanisms=asdict(plan.mechanisms))
+    run = start_run(settings, notices, mechanisms=asdict(plan.policy))
     size, is_packed = settings.parallel.sequence_parallel_size, settings.data.pack
     train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log)
     num_eval_rows = len(eval_dataset) if eval_dataset else None
@@ -86,7 +86,7 @@ def main() -> None:
     run.log(bind_attention(model, settings.attention, length, sequence_parallel_size=size, is_packed=is_packed))
     run.log(bind_chunked_loss(model))
     model = attach_adapter(model, settings.adapter)
-    apply_mechanisms(model, plan.mechanisms, run.arguments.device)
+    apply_policy(model, plan.policy, run.arguments.device)
     run.log(trainable_table(model))
 
     trainer = LongContextTrainer(

@@ -10,7 +10,7 @@ Letters: T tokens of a step, C hidden size, F intermediate size, e bytes of an e
 
 from dataclasses import dataclass
 
-from longqlora.memory.policy import Mechanisms
+from longqlora.memory.policy import ActivationPolicy
 from longqlora.memory.shapes import ModelShape, RunShape
 
 GIB = 2**30
@@ -61,8 +61,8 @@ def optimizer_bytes(name: str) -> float:
     return 2 if "8bit" in name else 4 if name in ("adagrad", "rmsprop") or "lion" in name else 8
 
 
-def predict(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> MemoryEstimate:
-    """Memory and relative time of training steps of `run` on `model` with `mechanisms`."""
+def predict(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> MemoryEstimate:
+    """Memory and relative time of training steps of `run` on `model` with `policy`."""
     num_linear = model.num_linear() * model.num_layers
     num_embeddings = 1 if model.is_tied else 2
     num_trained_embeddings = min(2 if run.weights == "trained" else run.num_trained_embeddings, num_embeddings)
@@ -80,8 +80,8 @@ def predict(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> MemoryE
         static = static / run.weight_shards + 2 * model.num_linear() * weight_bytes
     num_trained += model.vocab * model.hidden * num_trained_embeddings
     static += num_trained * run.optimizer_bytes / run.state_shards
-    layer = layer_memory(model, run, mechanisms)
-    is_offloaded = mechanisms.offload_activations and mechanisms.layer_function and run.is_gpu
+    layer = layer_memory(model, run, policy)
+    is_offloaded = policy.offload_activations and policy.layer_function and run.is_gpu
     kept = layer.kept * model.num_layers
     return MemoryEstimate(
         static=static,
@@ -89,9 +89,9 @@ def predict(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> MemoryE
         # One layer's at work, one on its way.
         kept=min(kept, 2 * layer.kept) if is_offloaded else kept,
         layer=layer.peak,
-        loss=loss_memory(model, run, mechanisms),
+        loss=loss_memory(model, run, policy),
         host=kept if is_offloaded else 0,
-        relative_time=step_work(model, run, mechanisms) / step_work(model, run, Mechanisms(layer_function=False)),
+        relative_time=step_work(model, run, policy) / step_work(model, run, ActivationPolicy(layer_function=False)),
         is_gpu=run.is_gpu,
     )
 
@@ -104,31 +104,31 @@ class LayerMemory:
     peak: float
 
 
-def layer_memory(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> LayerMemory:
+def layer_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> LayerMemory:
     tokens, e = run.num_tokens * run.num_rows, run.stream_bytes
     c, f, q, k = (tokens * e * n for n in (model.hidden, model.intermediate, model.query_width, model.key_width))
-    if not mechanisms.layer_function:
+    if not policy.layer_function:
         peak, saved = (
             sum(x * y for x, y in zip(table[e], (c, f, k), strict=True)) for table in (STOCK_PEAK, STOCK_SAVED)
         )
         weights = dense_bytes(model, run, "up_proj")
-        if mechanisms.gradient_checkpointing:
+        if policy.gradient_checkpointing:
             return LayerMemory(c, peak + c + weights)
         return LayerMemory(saved, peak - saved + c + weights)
     lse = tokens * model.num_heads * 4
-    keep, level = mechanisms.keep_activations, ("input", "attention", "projections", "all").index
+    keep, level = policy.keep_activations, ("input", "attention", "projections", "all").index
     kept = c
     if run.by_kernels:
         kept += (q + lse if level(keep) >= 1 else 0) + (q + 2 * k if level(keep) >= 2 else 0)
     kept += c + 2 * f if keep == "all" else 0
-    tile = min(mechanisms.tile_size, run.num_tokens) * run.num_rows * e
+    tile = min(policy.tile_size, run.num_tokens) * run.num_rows * e
     mlp_c, mlp_f = TILE_MLP[e]
     mlp_tile = tile * (mlp_c * model.hidden + mlp_f * model.intermediate) + dense_bytes(
         model, run, "o_proj", "gate_proj", "up_proj", "down_proj"
     )
     project_tile = tile * TILE_PROJECT[e][0] * model.hidden
     project_weights = dense_bytes(model, run, "q_proj", "k_proj", "v_proj")
-    heads_per_chunk = -(-model.num_kv_heads // mechanisms.num_head_chunks)
+    heads_per_chunk = -(-model.num_kv_heads // policy.num_head_chunks)
     num_chunks = -(-model.num_kv_heads // heads_per_chunk) if run.by_kernels else 1
     attention = (q + 2 * k) / num_chunks
     # Attention's fp32 gradient of the queries at work, which a CPU's kernel holds in its own scratch space.
@@ -152,17 +152,17 @@ def dense_bytes(model: ModelShape, run: RunShape, *names: str) -> float:
     return model.num_linear(*names) * run.stream_bytes if run.weights == "nf4" else 0
 
 
-def loss_memory(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> float:
+def loss_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> float:
     """Hidden states behind the last layer and behind the norm, their gradients, and a chunk of logits."""
     c = run.num_tokens * run.num_rows * model.hidden * run.stream_bytes
     logits = min(LOSS_CHUNK, run.num_tokens * run.num_rows * model.vocab * 4)
     # torch's own operation, used in fp32, holds its chunks out of sight.
     chunk = 2 * logits if run.stream_bytes == 2 else 0
-    norm = 0 if mechanisms.layer_function else (4 if run.stream_bytes == 2 else 2) * c
+    norm = 0 if policy.layer_function else (4 if run.stream_bytes == 2 else 2) * c
     return max(4 * c + norm, 3 * c + chunk)
 
 
-def step_work(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> float:
+def step_work(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> float:
     """FLOPs of a step per token: a frozen layer's products run forward and for the input's gradient."""
     linear = {name: 2 * sizes[0] * sizes[1] for name, sizes in model.linears.items()}
     passes = 3 if run.weights == "trained" else 2
@@ -171,15 +171,15 @@ def step_work(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> float
     attended = min(run.attended or run.num_tokens, run.num_tokens)
     attention = 2 * attended * model.query_width
     work += 3.5 * attention
-    keep = mechanisms.keep_activations
-    if not mechanisms.layer_function:
-        work += sum(linear.values()) + attention if mechanisms.gradient_checkpointing else 0
+    keep = policy.keep_activations
+    if not policy.layer_function:
+        work += sum(linear.values()) + attention if policy.gradient_checkpointing else 0
     else:
         projections = linear["q_proj"] + linear["k_proj"] + linear["v_proj"]
         work += attention if keep == "input" or not run.by_kernels else 0
         work += projections if keep in ("input", "attention") else 0
-        work += projections if keep == "input" and mechanisms.num_head_chunks > 1 else 0
+        work += projections if keep == "input" and policy.num_head_chunks > 1 else 0
         work += 0 if keep == "all" else linear["o_proj"] + linear["gate_proj"] + linear["up_proj"]
         # Norms, masks and small kernel calls again for each chunk.
-        work *= 1 + 0.02 * (mechanisms.num_head_chunks - 1) + (0.02 if mechanisms.offload_activations else 0)
+        work *= 1 + 0.02 * (policy.num_head_chunks - 1) + (0.02 if policy.offload_activations else 0)
     return work * model.num_layers + 4 * model.vocab * model.hidden

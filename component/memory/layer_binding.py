@@ -22,7 +22,7 @@ from longqlora.memory.decoder_layer import DecoderLayer, reason_unsupported
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.layer_call import LayerCall, LayerOptions
 from longqlora.memory.layer_function import LayerFunction
-from longqlora.memory.policy import Mechanisms
+from longqlora.memory.policy import ActivationPolicy
 from longqlora.memory.tiled_norm import tiled_norm
 from longqlora.model.adapter import attach_adapter
 from longqlora.settings.config import AdapterConfig
@@ -31,16 +31,16 @@ from longqlora.settings.config import AdapterConfig
 PROOF_TILE_SIZE = 5
 
 
-def apply_mechanisms(model: nn.Module, mechanisms: Mechanisms, device: torch.device) -> None:
+def apply_policy(model: nn.Module, policy: ActivationPolicy, device: torch.device) -> None:
     """Bind the layer function as the memory plan says; gradient checkpointing is the trainer's to switch on.
 
     Raises ValueError where the function's outputs or gradients are not those of the model's layers.
     """
-    if mechanisms.layer_function:
-        options = LayerOptions(mechanisms.keep_activations, mechanisms.tile_size, mechanisms.num_head_chunks)
+    if policy.layer_function:
+        options = LayerOptions(policy.keep_activations, policy.tile_size, policy.num_head_chunks)
         few_tokens = replace(options, tile_size=PROOF_TILE_SIZE)
         prove_layers(model, partial(bind_layers, options=few_tokens), fix="set layer_function: false")
-        bind_layers(model, options, store=HostOffload(device) if mechanisms.offload_activations else None)
+        bind_layers(model, options, store=HostOffload(device) if policy.offload_activations else None)
 
 
 def bind_layers(model: nn.Module, options: LayerOptions, *, store: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""The memory plan as a table: sets of mechanisms against lengths."""
+"""The memory plan as a table: activation policies against lengths."""
 
 import copy
 
@@ -6,8 +6,8 @@ from transformers import PretrainedConfig
 
 from longqlora.device import GIB
 from longqlora.memory.estimate import predict
-from longqlora.memory.plan import AUTO_SHARE, ladder_of, longest_length, run_shape, yaml_lines
-from longqlora.memory.policy import STOCK_LADDER, Mechanisms
+from longqlora.memory.plan import AUTO_SHARE, candidates_of, longest_length, run_shape, yaml_lines
+from longqlora.memory.policy import STOCK_CANDIDATES, ActivationPolicy
 from longqlora.memory.shapes import ModelShape
 from longqlora.settings.reader import Settings
 
@@ -15,19 +15,19 @@ from longqlora.settings.reader import Settings
 def memory_table(settings: Settings, config: PretrainedConfig, lengths: list[int], capacity: float) -> dict:
     """JSON-ready: for each set its predicted GiB by length, the longest length, host GiB there, relative time;
     and for each length the settings of the fastest set that fits (None where none does)."""
-    ladder, reason = ladder_of(settings, config)
-    sets = [*STOCK_LADDER, *(ladder if reason is None else ())]
+    candidates, reason = candidates_of(settings, config)
+    sets = [*STOCK_CANDIDATES, *(candidates if reason is None else ())]
     rows, shape = [], ModelShape.of(config)
-    for mechanisms in sets:
-        longest = longest_length(settings, config, mechanisms, capacity)
-        estimates = {length: estimate_at(settings, shape, mechanisms, length) for length in lengths}
+    for policy in sets:
+        longest = longest_length(settings, config, policy, capacity)
+        estimates = {length: estimate_at(settings, shape, policy, length) for length in lengths}
         rows.append(
             {
-                "mechanisms": mechanisms.describe(),
-                "settings": yaml_lines(mechanisms).splitlines(),
+                "mechanisms": policy.describe(),
+                "settings": yaml_lines(policy).splitlines(),
                 "peak_gib": {str(length): estimate.peak / GIB for length, estimate in estimates.items()},
                 "longest": longest,
-                "host_gib": estimate_at(settings, shape, mechanisms, max(longest, 2)).host / GIB,
+                "host_gib": estimate_at(settings, shape, policy, max(longest, 2)).host / GIB,
                 "relative_time": next(iter(estimates.values())).relative_time,
             }
         )
@@ -40,12 +40,12 @@ def memory_table(settings: Settings, config: PretrainedConfig, lengths: list[int
     return {"capacity_gib": capacity / GIB, "sets": rows, "fastest": fastest, "reason": reason}
 
 
-def estimate_at(settings: Settings, shape: ModelShape, mechanisms: Mechanisms, length: int):
+def estimate_at(settings: Settings, shape: ModelShape, policy: ActivationPolicy, length: int):
     """The prediction for rows of `length` tokens."""
     changed = copy.copy(settings)
     changed.data = copy.copy(settings.data)
     changed.data.max_seq_length = length
-    return predict(shape, run_shape(changed, mechanisms), mechanisms)
+    return predict(shape, run_shape(changed, policy), policy)
 
 
 def format_table(table: dict) -> str:

@@ -6,7 +6,7 @@
 - balanced: attention's output is kept, the rest of a layer is made again.
 - max_length: like balanced, with what is kept in host memory, attention in chunks of heads and a paged 8-bit
   optimizer.
-- auto: the fastest of LADDER that fits the GPU (memory_plan.py).
+- auto: the fastest of CANDIDATES that fits the GPU (memory_plan.py).
 
 Without `memory`, `gradient_checkpointing` decides as in transformers. A mechanism that is set by its own key
 overrules the policy.
@@ -18,7 +18,7 @@ from longqlora.settings.config import MemoryConfig
 
 
 @dataclass(frozen=True)
-class Mechanisms:
+class ActivationPolicy:
     """How a run spends memory. Without layer_function, only gradient_checkpointing counts.
 
     optim: the optimizer that goes with it on a GPU where the user names none; None for the default.
@@ -41,16 +41,16 @@ class Mechanisms:
         return ", ".join(parts + ([self.optim] if self.optim else []))
 
 
-STOCK = Mechanisms(layer_function=False)
-CHECKPOINTED = Mechanisms(layer_function=False, gradient_checkpointing=True)
-FAST = Mechanisms(keep_activations="all")
-BALANCED = Mechanisms()
-MAX_LENGTH = Mechanisms(
+STOCK = ActivationPolicy(layer_function=False)
+CHECKPOINTED = ActivationPolicy(layer_function=False, gradient_checkpointing=True)
+FAST = ActivationPolicy(keep_activations="all")
+BALANCED = ActivationPolicy()
+MAX_LENGTH = ActivationPolicy(
     keep_activations="attention", offload_activations=True, tile_size=1024, num_head_chunks=4, optim="paged_adamw_8bit"
 )
 POLICIES = {"fast": FAST, "balanced": BALANCED, "max_length": MAX_LENGTH}
 # From the fastest to the one that reaches furthest.
-LADDER = (
+CANDIDATES = (
     FAST,
     replace(FAST, keep_activations="projections"),
     BALANCED,
@@ -62,16 +62,16 @@ LADDER = (
     replace(MAX_LENGTH, num_head_chunks=8, keep_activations="input"),
 )
 # Models whose layers the layer function does not know.
-STOCK_LADDER = (STOCK, CHECKPOINTED)
+STOCK_CANDIDATES = (STOCK, CHECKPOINTED)
 
 
-def own_mechanisms(memory: MemoryConfig) -> dict[str, object]:
-    """Mechanisms set by their own key."""
-    names = [mechanism.name for mechanism in fields(Mechanisms)]
+def own_settings(memory: MemoryConfig) -> dict[str, object]:
+    """ActivationPolicy set by their own key."""
+    names = [mechanism.name for mechanism in fields(ActivationPolicy)]
     return {name: getattr(memory, name) for name in names if getattr(memory, name, None) is not None}
 
 
-def mechanisms_without_effect(memory: MemoryConfig, *, is_on_gpu: bool, num_kv_heads: int) -> list[str]:
+def settings_in_vain(memory: MemoryConfig, *, is_on_gpu: bool, num_kv_heads: int) -> list[str]:
     """Notices of mechanisms that were asked for by name and cannot do what they say."""
     notices = []
     if memory.offload_activations and not is_on_gpu:

@@ -30,7 +30,7 @@ from longqlora.settings.config import (
 )
 from longqlora.settings.values import KIND_NAMES, coerce
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 PATH_KEYS = ("model_name_or_path", "train_file", "eval_file", "deepspeed")
 FOLDER_KEYS = ("output_dir", "logging_dir", "data_cache_dir", "resume_from_checkpoint")
 REQUIRED_KEYS = ("model_name_or_path", "train_file", "output_dir")

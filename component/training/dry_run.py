@@ -11,8 +11,8 @@ from longqlora.attention.binding import bind_attention
 from longqlora.attention.proof import FIRST_DOCUMENT, NUM_TOKENS, refusing, token_ids
 from longqlora.attention.tiny_copy import tiny_copy
 from longqlora.distributed import print_main
-from longqlora.memory.layer_binding import apply_mechanisms
-from longqlora.memory.policy import Mechanisms
+from longqlora.memory.layer_binding import apply_policy
+from longqlora.memory.policy import ActivationPolicy
 from longqlora.model.adapter import attach_adapter, trainable_table
 from longqlora.model.base import empty_model, linear_layers, training_dtype
 from longqlora.model.loss_binding import bind_chunked_loss
@@ -21,7 +21,7 @@ from longqlora.training.checks import detached_arguments
 from longqlora.training.resuming import data_hashes, resume_point
 
 
-def dry_run(settings: Settings, config: PretrainedConfig, mechanisms: Mechanisms, notices: list[str]) -> None:
+def dry_run(settings: Settings, config: PretrainedConfig, policy: ActivationPolicy, notices: list[str]) -> None:
     """Build the model without memory, train a small copy of it for a step, and print what a run would do."""
     _, start, changes = resume_point(settings, data_hashes(settings.data))
     arguments = detached_arguments(settings)
@@ -31,7 +31,7 @@ def dry_run(settings: Settings, config: PretrainedConfig, mechanisms: Mechanisms
         dtype=training_dtype(arguments),
         trust_remote_code=settings.model.trust_remote_code,
     )
-    attention = rehearse(model, settings, mechanisms)
+    attention = rehearse(model, settings, policy)
     if settings.adapter.finetuning_type == "qlora":
         mark_as_4bit(model)
     with torch.device("meta"), warnings.catch_warnings():
@@ -42,7 +42,7 @@ def dry_run(settings: Settings, config: PretrainedConfig, mechanisms: Mechanisms
         print_main(line)
 
 
-def rehearse(model: PreTrainedModel, settings: Settings, mechanisms: Mechanisms) -> str:
+def rehearse(model: PreTrainedModel, settings: Settings, policy: ActivationPolicy) -> str:
     """Train a small copy of `model` for one step as a run would; returns the description of its attention.
 
     What a library below has against the model comes out here. Not rehearsed: NF4, DeepSpeed, rows shared by processes.
@@ -55,10 +55,10 @@ def rehearse(model: PreTrainedModel, settings: Settings, mechanisms: Mechanisms)
     fix = "give another model_name_or_path, or change the setting that it names"
     with torch.random.fork_rng(devices=[]), refusing(model, "a step of training", fix):
         bind_chunked_loss(small)
-        if mechanisms.gradient_checkpointing:
+        if policy.gradient_checkpointing:
             small.gradient_checkpointing_enable({"use_reentrant": False})
         small = attach_adapter(small, replace(settings.adapter, lora_rank=1))
-        apply_mechanisms(small, replace(mechanisms, offload_activations=False), torch.device("cpu"))
+        apply_policy(small, replace(policy, offload_activations=False), torch.device("cpu"))
         small.train()(input_ids=ids, labels=ids, **positions).loss.backward()
     return attention
 

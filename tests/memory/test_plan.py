@@ -14,7 +14,7 @@ from conftest import REPO, tiny_config
 from longqlora.memory import plan as memory_plan
 from longqlora.memory.layer_call import LayerOptions
 from longqlora.memory.plan import CHECKPOINTING_KEY, advice_on_out_of_memory, plan_memory, yaml_lines
-from longqlora.memory.policy import BALANCED, CHECKPOINTED, FAST, LADDER, MAX_LENGTH, STOCK, own_mechanisms
+from longqlora.memory.policy import BALANCED, CANDIDATES, CHECKPOINTED, FAST, MAX_LENGTH, STOCK, own_settings
 from longqlora.settings.config import MemoryConfig
 from longqlora.settings.deepspeed import shards
 from longqlora.settings.reader import read_settings
@@ -54,7 +54,7 @@ def planned(settings, model_type="llama", **sizes):
 def test_a_word_chooses_the_mechanisms(settings_of, values, expected):
     settings = settings_of(**values)
     plan = planned(settings)
-    assert plan.mechanisms == expected and plan.fits and plan.capacity is None
+    assert plan.policy == expected and plan.fits and plan.capacity is None
     assert settings.training[CHECKPOINTING_KEY] == expected.gradient_checkpointing
     is_overruled = values.get("gradient_checkpointing") and expected.layer_function
     assert any("has no effect" in notice for notice in plan.notices) == bool(is_overruled)
@@ -62,11 +62,11 @@ def test_a_word_chooses_the_mechanisms(settings_of, values, expected):
 
 def test_own_keys_overrule_the_policy(settings_of):
     plan = planned(settings_of(memory="max_length", num_head_chunks=2, offload_activations=False, tile_size=512))
-    assert plan.mechanisms.num_head_chunks == 2 and plan.mechanisms.tile_size == 512
-    assert plan.mechanisms.keep_activations == MAX_LENGTH.keep_activations
-    assert not plan.mechanisms.offload_activations and plan.mechanisms.optim is None, "no GPU to page from"
+    assert plan.policy.num_head_chunks == 2 and plan.policy.tile_size == 512
+    assert plan.policy.keep_activations == MAX_LENGTH.keep_activations
+    assert not plan.policy.offload_activations and plan.policy.optim is None, "no GPU to page from"
     plan = planned(settings_of(layer_function=False, tile_size=512))
-    assert plan.mechanisms == STOCK and plan.notices == ["tile_size has no effect with layer_function: false"]
+    assert plan.policy == STOCK and plan.notices == ["tile_size has no effect with layer_function: false"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_bad_values_name_their_key(settings_of, values, message):
 def test_other_models_fall_back_to_checkpointing_and_say_so(settings_of):
     for policy, expected in (("fast", STOCK), ("balanced", CHECKPOINTED), ("max_length", CHECKPOINTED)):
         plan = planned(settings_of(memory=policy), "gpt_neox")
-        assert plan.mechanisms == expected
+        assert plan.policy == expected
         assert "the layer function is not used, since gpt_neox layers" in plan.notices[0]
     with pytest.raises(ValueError, match="layer_function: not available, since mixtral layers"):
         planned(settings_of(layer_function=True), "mixtral")
@@ -107,9 +107,9 @@ def test_auto_takes_the_fastest_that_fits_a_named_gpu(settings_of):
         plan = planned(settings, **LLAMA_7B)
         assert plan.fits and "of 32.0 GiB" in plan.describe()
         offered = [notice for notice in plan.notices if notice.startswith("memory: auto can take ")]
-        assert len(offered) == len(LADDER)
-        assert f"{plan.mechanisms.describe()}: {plan.estimate.peak / 2**30:.2f} GiB" in "\n".join(offered)
-        chosen.append([rung.describe() for rung in LADDER].index(plan.mechanisms.describe()))
+        assert len(offered) == len(CANDIDATES)
+        assert f"{plan.policy.describe()}: {plan.estimate.peak / 2**30:.2f} GiB" in "\n".join(offered)
+        chosen.append([candidate.describe() for candidate in CANDIDATES].index(plan.policy.describe()))
     assert chosen == sorted(set(chosen)), "longer texts, leaner sets, each time another"
     assert settings.training.get("optim") is None, "a plan for another machine's GPU sets no optimizer here"
 
@@ -122,7 +122,7 @@ def test_auto_leaves_room_where_a_named_policy_does_not(settings_of):
         ("fast", tight, FAST), ("auto", roomy, FAST), ("auto", tight, replace(FAST, keep_activations="projections"))
     ):  # fmt: skip
         plan = planned(settings_of(memory=policy, gpu_memory=size, **values), **LLAMA_7B)
-        assert plan.fits and plan.mechanisms == expected
+        assert plan.fits and plan.policy == expected
 
 
 @pytest.mark.parametrize("policy", [{"gradient_checkpointing": True}, {"memory": "fast"}, {"memory": "max_length"}])
@@ -141,7 +141,7 @@ def test_what_cannot_fit_is_refused_with_advice_that_fits(settings_of, policy):
     else:
         longest = int(advice.split("max_seq_length: ")[1].split(";")[0])
         values["max_seq_length"] = longest
-        lean = dict(line.split(": ") for line in yaml_lines(LADDER[-1]).splitlines())
+        lean = dict(line.split(": ") for line in yaml_lines(CANDIDATES[-1]).splitlines())
         lean = {key: yaml.safe_load(value) for key, value in lean.items()}
         assert planned(settings_of(**values, **lean), **LLAMA_7B).fits and longest > 50_000
 
@@ -171,7 +171,7 @@ def test_running_out_of_memory_ends_with_advice(settings_of):
 
 
 def test_defaults_of_the_layer_function_are_those_of_balanced():
-    assert own_mechanisms(MemoryConfig()) == {}
+    assert own_settings(MemoryConfig()) == {}
     options = LayerOptions()
     assert options.keep == BALANCED.keep_activations and options.num_head_chunks == BALANCED.num_head_chunks
 
@@ -193,7 +193,7 @@ def test_script_prints_the_table_from_config_and_yaml_alone(seven_b, tmp_path, r
         cwd=tmp_path, check=True,
     )  # fmt: skip
     table = json.loads((tmp_path / "plan.json").read_text())
-    assert len(table["sets"]) == 2 + len(LADDER) and table["fastest"]["8192"] == [
+    assert len(table["sets"]) == 2 + len(CANDIDATES) and table["fastest"]["8192"] == [
         "memory: fast",
         "keep_activations: projections",
     ]
@@ -254,12 +254,12 @@ def test_script_refuses_in_one_line(seven_b, monkeypatch, capsys, words, message
     assert outcome.value.code == 2 and message in error and error.count("\n") == 1, error
 
 
-def test_ladder_is_named_by_settings_that_ask_for_it(settings_of):
-    for rung in LADDER:
-        values = dict(line.split(": ") for line in yaml_lines(rung).splitlines())
+def test_candidates_are_named_by_settings_that_ask_for_it(settings_of):
+    for candidate in CANDIDATES:
+        values = dict(line.split(": ") for line in yaml_lines(candidate).splitlines())
         plan = planned(settings_of(**{key: yaml.safe_load(value) for key, value in values.items()}))
         names = ("keep_activations", "tile_size", "num_head_chunks", "offload_activations")
-        assert [getattr(plan.mechanisms, name) for name in names] == [getattr(rung, name) for name in names]
+        assert [getattr(plan.policy, name) for name in names] == [getattr(candidate, name) for name in names]
 
 
 def test_host_memory_counts(settings_of, monkeypatch):
@@ -267,6 +267,6 @@ def test_host_memory_counts(settings_of, monkeypatch):
     monkeypatch.setattr(memory_plan, "free_host_memory", lambda: 2**30)
     values = {"gpu_memory": "32GiB", "max_seq_length": 65536, "fp16": True}
     plan = planned(settings_of(memory="auto", **values), **LLAMA_7B)
-    assert not plan.mechanisms.offload_activations
+    assert not plan.policy.offload_activations
     with pytest.raises(ValueError, match="GiB of host memory, 1.0 GiB are free"):
         planned(settings_of(memory="max_length", **values), **LLAMA_7B)
