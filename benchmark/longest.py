@@ -69,13 +69,13 @@ def predicted_length(args: argparse.Namespace, name: str, cap: int) -> int:
     policy = CHECKPOINTED if name == "checkpointing" else POLICIES[name]
     shape = ModelShape.of(shape_config(args.shape))
     is_gpu = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
-    stream_bytes = getattr(torch, DTYPE_NAMES[args.dtype or ("bf16" if is_gpu else "fp32")]).itemsize
+    activation_bytes = getattr(torch, DTYPE_NAMES[args.dtype or ("bf16" if is_gpu else "fp32")]).itemsize
     optim = args.optim or ("paged_adamw_32bit" if is_gpu else "adamw_torch")
 
     def fits(length: int) -> bool:
         attended = AttentionConfig().group_size(length) if args.attention == "s2" else length
         run = RunShape(
-            length, stream_bytes=stream_bytes, lora_rank=args.lora_rank, attended=attended,
+            length, activation_bytes=activation_bytes, lora_rank=args.lora_rank, attended=attended,
             optimizer_bytes=optimizer_bytes(optim), is_gpu=is_gpu,
         )  # fmt: skip
         return predict(shape, run, policy).peak <= cap

@@ -42,7 +42,8 @@ def main() -> None:
 
 def settings_page() -> str:
     """The text of docs/settings.md."""
-    from longqlora.settings.reader import REMOVED, RENAMED, SECTIONS, TRAINING_DEFAULTS
+    from longqlora.settings.config import SECTIONS
+    from longqlora.settings.reader import REMOVED, RENAMED, TRAINING_DEFAULTS
     from longqlora.training.checks import UNSUPPORTED
 
     parts = [HEAD]

@@ -18,8 +18,7 @@ from longqlora.evaluation.perplexity import PROTOCOLS, WindowPlan, batches, plan
 from longqlora.evaluation.retrieval.grid import even_depths
 from longqlora.evaluation.retrieval.passkey import make_trials
 from longqlora.inference.arguments import DTYPES
-from longqlora.model.context_arguments import ATTENTIONS
-from longqlora.model.context_request import ContextRequest
+from longqlora.model.context_request import ATTENTIONS, ContextRequest
 from longqlora.model.rope_scaling import ROPE_METHODS
 from longqlora.settings.reader import input_path, read_yaml
 from longqlora.settings.values import coerce

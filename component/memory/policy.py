@@ -1,15 +1,15 @@
-"""The memory policy: which mechanisms a training run uses, by one word or one by one.
+"""How a training run spends memory on activations: chosen by one word, or by a key for each part.
 
     memory: auto | fast | balanced | max_length
 
-- fast: everything that a product computed is kept for the backward pass; nothing is made twice.
-- balanced: attention's output is kept, the rest of a layer is made again.
+- fast: everything that a product computed is kept for the backward pass; nothing is computed twice.
+- balanced: attention's output is kept, the rest of a layer is recomputed.
 - max_length: like balanced, with what is kept in host memory, attention in chunks of heads and a paged 8-bit
   optimizer.
-- auto: the fastest of CANDIDATES that fits the GPU (memory_plan.py).
+- auto: the fastest of CANDIDATES that fits the GPU (plan.py).
 
-Without `memory`, `gradient_checkpointing` decides as in transformers. A mechanism that is set by its own key
-overrules the policy.
+Without `memory`, `gradient_checkpointing` decides as in transformers. A part that is set by its own key overrules the
+policy.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -19,7 +19,7 @@ from longqlora.settings.config import MemoryConfig
 
 @dataclass(frozen=True)
 class ActivationPolicy:
-    """How a run spends memory. Without layer_function, only gradient_checkpointing counts.
+    """Without layer_function, only gradient_checkpointing counts.
 
     optim: the optimizer that goes with it on a GPU where the user names none; None for the default.
     """
@@ -39,6 +39,17 @@ class ActivationPolicy:
         parts += [f"{self.num_head_chunks} head chunks"] if self.num_head_chunks > 1 else []
         parts += ["in host memory"] if self.offload_activations else []
         return ", ".join(parts + ([self.optim] if self.optim else []))
+
+    def as_settings(self, checkpointing_key: str) -> list[str]:
+        """The fewest lines of a YAML that ask for it; transformers renamed the key of gradient checkpointing."""
+        if not self.layer_function:
+            return [f"{checkpointing_key}: {str(self.gradient_checkpointing).lower()}"]
+        names = ("keep_activations", "tile_size", "num_head_chunks", "offload_activations")
+        options = []
+        for word, policy in POLICIES.items():
+            changed = [name for name in names if getattr(self, name) != getattr(policy, name)]
+            options.append([f"memory: {word}", *(f"{name}: {str(getattr(self, name)).lower()}" for name in changed)])
+        return min(options, key=len)
 
 
 STOCK = ActivationPolicy(layer_function=False)
@@ -61,21 +72,11 @@ CANDIDATES = (
     replace(MAX_LENGTH, keep_activations="input"),
     replace(MAX_LENGTH, num_head_chunks=8, keep_activations="input"),
 )
-# Models whose layers the layer function does not know.
+# For models whose layers the layer function does not know.
 STOCK_CANDIDATES = (STOCK, CHECKPOINTED)
 
 
 def own_settings(memory: MemoryConfig) -> dict[str, object]:
-    """ActivationPolicy set by their own key."""
-    names = [mechanism.name for mechanism in fields(ActivationPolicy)]
-    return {name: getattr(memory, name) for name in names if getattr(memory, name, None) is not None}
-
-
-def settings_in_vain(memory: MemoryConfig, *, is_on_gpu: bool, num_kv_heads: int) -> list[str]:
-    """Notices of mechanisms that were asked for by name and cannot do what they say."""
-    notices = []
-    if memory.offload_activations and not is_on_gpu:
-        notices.append("offload_activations has no effect without a GPU: activations are in host memory as it is")
-    if memory.num_head_chunks and memory.num_head_chunks > num_kv_heads:
-        notices.append(f"num_head_chunks: {memory.num_head_chunks} acts as {num_kv_heads}, the key/value heads")
-    return notices
+    """The parts of a policy that are set by their own key."""
+    values = {item.name: getattr(memory, item.name, None) for item in fields(ActivationPolicy)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -21,7 +21,7 @@ from longqlora.data.token_file import DTYPES, TokenFile, open_token_file, sideca
 from longqlora.evaluation.perplexity import PROTOCOLS, WindowPlan, batches, json_safe, plan_windows, summarize
 from longqlora.files import write_json
 from longqlora.inference.arguments import model_sources
-from longqlora.model.context_arguments import (
+from longqlora.model.context_request import (
     add_context_arguments,
     check_context_arguments,
     context_request,

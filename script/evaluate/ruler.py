@@ -41,7 +41,7 @@ from longqlora.inference.arguments import (
     load_from_arguments,
     model_sources,
 )
-from longqlora.model.context_arguments import context_request
+from longqlora.model.context_request import context_request
 from longqlora.model.hub import go_offline_unless_reachable
 from longqlora.outputs import check_results
 

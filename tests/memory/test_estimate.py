@@ -53,7 +53,7 @@ def measured(config: LlamaConfig, policy: ActivationPolicy, run: RunShape, dtype
 )
 def test_prediction_is_within_a_tenth_of_live_bytes(name, dtype):
     config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=2048, **SHAPES[name])
-    run = RunShape(512, stream_bytes=dtype.itemsize, lora_rank=2, attended=128, is_gpu=False)
+    run = RunShape(512, activation_bytes=dtype.itemsize, lora_rank=2, attended=128, is_gpu=False)
     # A CPU offloads nothing, and tiles are scaled down with the rest.
     on_cpu = {"tile_size": 128, "optim": None, "offload_activations": False}
     for policy in dict.fromkeys(replace(policy, **on_cpu) for policy in (STOCK, CHECKPOINTED, *CANDIDATES)):
@@ -68,7 +68,7 @@ def test_prediction_is_within_a_tenth_of_live_bytes(name, dtype):
 def test_packed_rows_take_what_plain_rows_take(length, attended):
     """Documents of this length; S2-Attn and full attention."""
     config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=2048, **SHAPES["7b"])
-    run = RunShape(512, stream_bytes=2, lora_rank=2, attended=attended, is_gpu=False)
+    run = RunShape(512, activation_bytes=2, lora_rank=2, attended=attended, is_gpu=False)
     for policy in (CANDIDATES[0], CANDIDATES[2], replace(CANDIDATES[2], num_head_chunks=4)):
         policy = replace(policy, tile_size=128)
         predicted = predict(ModelShape.of(config), run, policy)
@@ -99,7 +99,7 @@ def test_weights_are_counted_by_what_they_are():
     assert fast.static - paged.static == lora * 8
     plain = predict(LLAMA_7B, replace(run, weights="plain"), CANDIDATES[0])
     assert plain.static - fast.static == pytest.approx(linear * (2 - 4.127 / 8), rel=1e-3)
-    trained = predict(LLAMA_7B, replace(run, weights="trained", stream_bytes=4), CANDIDATES[0])
+    trained = predict(LLAMA_7B, replace(run, weights="trained", activation_bytes=4), CANDIDATES[0])
     assert trained.static == (linear + embedding) * 12 and trained.gradients == (linear + embedding) * 4
     embeds = predict(LLAMA_7B, replace(run, num_trained_embeddings=2), CANDIDATES[0])
     assert embeds.static - fast.static == embedding * (4 - 2 + 8), "no frozen twin"

@@ -115,7 +115,7 @@ CHANGES = {
     "kept": ({"keep_activations": "some"}, ["keep_activations", "'some'", "attention"]),
     "tile": ({"memory": "fast", "tile_size": 0}, ["tile_size", "at least 1"]),
     "card": ({"memory": "auto", "gpu_memory": "big"}, ["gpu_memory", "'big'", "size"]),
-    "small card": ({"memory": "auto", "gpu_memory": "1MiB"}, ["memory", "of the 0.0 GiB at hand"]),
+    "small card": ({"memory": "auto", "gpu_memory": "1MiB"}, ["memory", "of the 0.0 GiB available"]),
     "liger": ({"use_liger_kernel": True}, ["use_liger_kernel", "True"]),
     "prefetch": ({"dataloader_prefetch_factor": 2}, ["dataloader_prefetch_factor"]),
     "accelerator": ({"accelerator_config": {"oops": 1}}, ["oops"]),
