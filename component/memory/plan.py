@@ -6,7 +6,6 @@ Everything here is decided from the settings and config.json, before weights are
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import torch
 from transformers import PretrainedConfig, TrainingArguments
@@ -86,7 +85,7 @@ def plan_memory(settings: Settings, config: PretrainedConfig) -> tuple[Plan, Set
     changes = {CHECKPOINTING_KEY: policy.gradient_checkpointing}
     if policy.optim and settings.uses_gpu:
         changes["optim"] = policy.optim
-    settings = replace(settings, training=MappingProxyType({**settings.training, **changes}))
+    settings = replace(settings, training={**settings.training, **changes})
     return plan, settings, [*notices, Notice(plan.describe())]
 
 

@@ -7,45 +7,40 @@ import argparse
 from dataclasses import dataclass, fields
 
 from longqlora.model.rope_scaling import check_rope_request
-from longqlora.settings.config import ROPE_TYPES, Section, at_least, key, one_of
+from longqlora.settings.config import ROPE_TYPES, AttentionConfig, ContextConfig, at_least, check_limit
 
 ATTENTIONS = ("auto", "full", "dca")
+LENGTHS = ("context_size", "pretraining_length", "dca_chunk_size", "dca_local_window")
+HELP = {
+    item.name: item.metadata["help"] for section in (ContextConfig, AttentionConfig) for item in fields(section)
+} | {
+    "context_size": "context in tokens; a longer one than the model's is reached by --rope_type or --attention dca "
+    "(default: what the configs say)",
+    "attention": "full: dense causal; dca: dual chunk attention, without training; auto: as the model's config says "
+    "(default: auto)",
+}
 
 
 @dataclass(frozen=True)
-class ContextRequest(Section):
-    """Lengths are in tokens; None and "auto" leave a thing to what the model's config says."""
+class ContextRequest:
+    """None and "auto" leave a thing to what the model's config says. context_size: tokens to read.
 
-    context_size: int | None = key(
-        None,
-        "context in tokens; a longer one than the model's is reached by --rope_type or --attention dca "
-        "(default: what the configs say)",
-        at_least(1),
-    )
-    rope_type: str | None = key(
-        None,
-        "how RoPE is scaled to --context_size, with dca to --pretraining_length (default: linear; with dca: RoPE kept)",
-    )
-    rope_theta: float | None = key(None, "the new base for --rope_type theta (default: none)")
-    attention: str = key(
-        "auto",
-        "full: dense causal; dca: dual chunk attention, without training; auto: as the model's config says "
-        "(default: auto)",
-        one_of(ATTENTIONS),
-    )
-    pretraining_length: int | None = key(
-        None, "dca: tokens that RoPE covers (default: the model's context)", at_least(1)
-    )
-    dca_chunk_size: int | None = key(
-        None, "dca: largest distance within chunks, in tokens (default: 3/4 of --pretraining_length)", at_least(1)
-    )
-    dca_local_window: int | None = key(
-        None, "dca: overlap of chunks, in tokens (default: 1/8 of --pretraining_length)", at_least(1)
-    )
-    dca_mscale: bool = key(False, "dca: scale the logits with the logarithm of the length (default: no)")
+    The rest is named as in a training YAML. With dca, RoPE is scaled to `pretraining_length` only, and only if
+    rope_type is given; chunks reach the rest.
+    """
+
+    context_size: int | None = None
+    rope_type: str | None = None
+    rope_theta: float | None = None
+    attention: str = "auto"
+    pretraining_length: int | None = None
+    dca_chunk_size: int | None = None
+    dca_local_window: int | None = None
+    dca_mscale: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        for name in LENGTHS:
+            check_limit(name, getattr(self, name), at_least(1))
         check_rope_request(self.rope_type, self.rope_theta, None)
         if self.attention == "full" and self.given_dual_chunk_settings:
             raise ValueError(f"{self.given_dual_chunk_settings[0]}: has an effect with attention: dca only")
@@ -56,18 +51,13 @@ class ContextRequest(Section):
         return [name for name in names if getattr(self, name)]
 
 
-KINDS = {
-    "rope_type": {"choices": ROPE_TYPES}, "rope_theta": {"type": float}, "attention": {"choices": ATTENTIONS},
-    "dca_mscale": {"action": "store_true"},
-}  # fmt: skip
-
-
 def add_context_arguments(parser: argparse.ArgumentParser) -> None:
-    """One argument for each field of `ContextRequest`, a number of tokens where KINDS says nothing else."""
+    """One argument for each field of `ContextRequest`."""
     group = parser.add_argument_group("context and attention")
+    kinds = {"rope_type": {"choices": ROPE_TYPES}, "rope_theta": {"type": float}, "attention": {"choices": ATTENTIONS}}
+    kinds |= {"dca_mscale": {"action": "store_true"}, **dict.fromkeys(LENGTHS, {"type": int})}
     for item in fields(ContextRequest):
-        kind = KINDS.get(item.name, {"type": int})
-        group.add_argument(f"--{item.name}", default=item.default, help=item.metadata["help"], **kind)
+        group.add_argument(f"--{item.name}", default=item.default, help=HELP[item.name], **kinds[item.name])
 
 
 def check_context_arguments(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "theta")
@@ -32,20 +33,45 @@ def at_least(least: int) -> Limit:
     return f"a whole number of at least {least}", lambda value: type(value) is int and value >= least
 
 
+PART = "in [0, 1)", lambda value: 0 <= value < 1
+# Keys of the section `training` that this trainer does not support, and what to do instead.
+UNSUPPORTED = {
+    "fsdp": "use deepspeed to shard", "fsdp_config": "use deepspeed to shard",
+    "parallelism_config": "set sequence_parallel_size",
+    "use_liger_kernel": "the loss is computed in chunks without it",
+}  # fmt: skip
+LIMITS = {name: limit for names, limit in {
+    "learning_rate warmup_steps weight_decay max_grad_norm adam_epsilon logging_steps save_steps eval_steps "
+    "dataloader_num_workers": ("0 or more", lambda value: value >= 0),
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit": at_least(1),
+    "adam_beta1 adam_beta2": PART,
+    "seed data_seed": ("in [0, 2**32)", lambda value: 0 <= value < 2**32),
+    "max_steps": ("positive, or -1 for whole epochs", lambda value: value == -1 or value > 0),
+    "metric_for_best_model": ("measured; use eval_loss", lambda value: value in ("loss", "eval_loss")),
+    "lr_scheduler_kwargs activation_checkpointing_kwargs gradient_checkpointing_kwargs":
+        ("a mapping", lambda value: not isinstance(value, str)),
+    **{key: (f"supported; leave it out ({fix})", lambda value: not value) for key, fix in UNSUPPORTED.items()},
+}.items() for name in names.split()}  # fmt: skip
+
+
+def check_limit(name: str, value: Any, limit: Limit | None) -> None:
+    """Raise ValueError naming the key and the value where it is beyond the limit. None never is."""
+    if limit and value is not None and not limit[1](value):
+        raise ValueError(f"{name}: {value!r} is not {limit[0]}")
+
+
 def key(default: Any, text: str, limit: Limit | None = None) -> Any:
-    """A field with its help text; MISSING: it must be given. None is allowed where it is the default."""
+    """A field with its help text; MISSING: it must be given."""
     return field(default=default, metadata={"help": text, "limit": limit})
 
 
 @dataclass(frozen=True)
 class Section:
-    """Keys that belong together. Raises ValueError, naming the key, for a value beyond its limit."""
+    """Keys that belong together, each within its limit."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            value, limit = getattr(self, item.name), item.metadata["limit"]
-            if limit and value is not None and not limit[1](value):
-                raise ValueError(f"{item.name}: {value!r} is not {limit[0]}")
+            check_limit(item.name, getattr(self, item.name), item.metadata["limit"])
 
 
 @dataclass(frozen=True)
@@ -101,9 +127,7 @@ class AdapterConfig(Section):
     lora_alpha: float = key(
         16, "LoRA scale numerator: the update is alpha / rank * B A", ("positive", lambda value: value > 0)
     )
-    lora_dropout: float = key(
-        0.05, "dropout on the input of the LoRA matrices", ("in [0, 1)", lambda value: 0 <= value < 1)
-    )
+    lora_dropout: float = key(0.05, "dropout on the input of the LoRA matrices", PART)
     target_modules: str | None = key(None, "comma-separated names of linear layers; default: all but the output layer")
     train_embedding: bool | str = key(
         False,
@@ -176,18 +200,12 @@ class OutputConfig(Section):
     overwrite_output_dir: bool = key(
         False, "replace the results of an earlier run in output_dir as soon as this run has its own"
     )
-
-
-@dataclass(frozen=True)
-class LogConfig(Section):
-    """Where the events go."""
-
     logging_dir: str | None = key(None, "folder of the tensorboard events; default: tensorboard/ in output_dir")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run. A change makes new ones; None of them is ever written into.
+    """All settings of a run; a change makes new ones.
 
     training: keywords of TrainingArguments; given: what the user gave, by key; uses_gpu: whether a GPU trains.
     """
@@ -200,11 +218,16 @@ class Settings:
     parallel: SequenceParallelConfig
     data: DataConfig
     output: OutputConfig
-    log: LogConfig
     # They may hold hub_token.
     training: Mapping[str, Any] = field(repr=False)
     given: Mapping[str, Any] = field(repr=False)
     uses_gpu: bool
+
+    def __post_init__(self) -> None:
+        for name, value in self.training.items():
+            check_limit(name, value, LIMITS.get(name))
+        for name in ("training", "given"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def as_dict(self) -> dict[str, dict]:
         """Sections as plain values for a record on disk, without the secret among them."""

@@ -9,7 +9,6 @@ import difflib
 import os
 import typing
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,17 +61,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ValueError with the file and, where known, the line."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: {error.problem}; correct the line") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid YAML ({error}); correct the file") from None
-    if values is None:
-        raise ValueError(f"{path}: is empty; give `key: value` lines as in train_args/")
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path} line {mark.line + 1}" if mark else str(path)
+        raise ValueError(f"{place}: not valid YAML in UTF-8 ({getattr(error, 'problem', error)}); correct it") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds {KIND_NAMES.get(type(values), 'a single value')}; give `key: value` lines")
+        found = "is empty" if values is None else f"holds {KIND_NAMES.get(type(values), 'a single value')}"
+        raise ValueError(f"{path}: {found}; give `key: value` lines as in train_args/")
     odd = next((key for key in values if not isinstance(key, str)), None)
     if odd is not None:
         raise ValueError(f"{path}: key {odd!r} is no name; give `key: value` lines")
@@ -138,14 +133,9 @@ def known_keys() -> dict[str, tuple[str, dataclasses.Field, Any]]:
     return known
 
 
-def check_known(given: dict[str, Any], known: typing.Collection[str]) -> None:
-    """Raise ValueError for keys that no section has, each with the nearest known name."""
-    unknown = []
-    for key in (key for key in given if key not in known):
-        close = difflib.get_close_matches(key, known, n=1)
-        unknown.append(f"{key!r} (value {given[key]!r}{f'; did you mean {close[0]!r}?' if close else ''})")
-    if unknown:
-        raise ValueError(f"unknown setting {', '.join(unknown)}; all settings are listed in docs/settings.md")
+def guess(key: str, known: typing.Collection[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def resolve_settings(
@@ -162,7 +152,9 @@ def resolve_settings(
     # Renamed before they are laid over each other, so that an old name in the YAML gives way to the new one.
     (from_yaml, notices), (from_cli, cli_notices) = rename(read_yaml(path)), rename(read_overrides(words))
     given, known = {**from_yaml, **from_cli}, known_keys()
-    check_known(given, known)
+    unknown = [f"{key!r} (value {given[key]!r}{guess(key, known)})" for key in given if key not in known]
+    if unknown:
+        raise ValueError(f"unknown setting {', '.join(unknown)}; all settings are listed in docs/settings.md")
     sections: dict[str, dict[str, Any]] = {**{name: {} for name in SECTIONS}, "training": dict(TRAINING_DEFAULTS)}
     for key, value in given.items():
         section, item, hint = known[key]
@@ -188,5 +180,5 @@ def resolve_settings(
     if for_this_machine:
         training, changes = fit_optimizer(training, uses_gpu=uses_gpu)
         notices += changes
-    settings = Settings(**parts, training=MappingProxyType(training), given=MappingProxyType(given), uses_gpu=uses_gpu)
+    settings = Settings(**parts, training=training, given=given, uses_gpu=uses_gpu)
     return settings, list(dict.fromkeys(notices))

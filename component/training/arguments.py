@@ -41,16 +41,15 @@ class RunArguments(TrainingArguments):
 
 def build_arguments(settings: Settings) -> RunArguments:
     """The arguments of a run; what transformers objects to, now or when it has loaded the model, is a ValueError."""
-    if settings.log.logging_dir:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = settings.log.logging_dir
+    if settings.output.logging_dir:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = settings.output.logging_dir
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             arguments = RunArguments(**settings.training)
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError, OSError) as error:
         raise ValueError(f"training settings: {error}") from None
-    check_optimizer(arguments)
-    check_schedule(arguments)
+    check_buildable(arguments)
     mismatches = arguments.hf_deepspeed_config.mismatches if arguments.deepspeed else []
     if mismatches:
         pairs = "; ".join(text.removeprefix("- ds ").replace(" vs hf ", " but ") for text in mismatches)
@@ -58,8 +57,8 @@ def build_arguments(settings: Settings) -> RunArguments:
     return arguments
 
 
-def check_optimizer(arguments: TrainingArguments) -> None:
-    """Refuse an optimizer that cannot be built, as far as that can be known without the model."""
+def check_buildable(arguments: TrainingArguments) -> None:
+    """Refuse an optimizer or a schedule that transformers would fail to build after the model is loaded."""
     needs_model = arguments.optim.split("_")[0] in ("galore", "apollo", "lomo", "adalomo")
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
@@ -68,10 +67,6 @@ def check_optimizer(arguments: TrainingArguments) -> None:
             extra = f" with optim_args {arguments.optim_args!r}" if arguments.optim_args else ""
             name = f"{arguments.optim.value!r}{extra}"
             raise ValueError(f"optim: {name} cannot be used ({error}); use adamw_torch") from None
-
-
-def check_schedule(arguments: TrainingArguments) -> None:
-    """Refuse a schedule that cannot be built."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule, extra = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
     try:

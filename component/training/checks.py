@@ -28,19 +28,6 @@ from longqlora.model.weight_checks import check_base, check_vocabulary, has_weig
 from longqlora.settings.config import Notice, Settings, warning
 from longqlora.training.checkpoint import FINAL, list_checkpoints
 
-LEAST = {
-    "learning_rate": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1, "warmup_steps": 0, "weight_decay": 0, "dataloader_num_workers": 0,
-    "max_grad_norm": 0, "save_total_limit": 1, "logging_steps": 0, "save_steps": 0, "eval_steps": 0,
-    "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "seed": 0, "data_seed": 0,
-}  # fmt: skip
-UNSUPPORTED = {
-    "fsdp": "use deepspeed to shard",
-    "fsdp_config": "use deepspeed to shard",
-    "parallelism_config": "set sequence_parallel_size",
-    "use_liger_kernel": "the loss is computed in chunks without it",
-}
-
 
 def check_settings(settings: Settings) -> list[Notice]:
     """Refuse values that no run can have, and paths that it must not; returns notices of settings without effect."""
@@ -52,49 +39,20 @@ def check_settings(settings: Settings) -> list[Notice]:
         )
     if settings.attention.use_flash_attn:
         flash_kernel()
-    check_training_values(settings.training)
-    check_evaluation(settings)
-    check_paths(settings)
-    return settings_without_effect(settings)
-
-
-def check_training_values(training: dict) -> None:
-    """What TrainingArguments takes and a run cannot use."""
-    for key, fix in UNSUPPORTED.items():
-        if training.get(key):
-            raise ValueError(f"{key}: {training[key]!r} is not supported by this trainer; leave it out ({fix})")
-    for key, low in LEAST.items():
-        if training.get(key) is not None and training[key] < low:
-            raise ValueError(f"{key}: must be at least {low}, got {training[key]}")
-    for key in ("adam_beta1", "adam_beta2"):
-        if training.get(key, 0) >= 1:
-            raise ValueError(f"{key}: must lie in [0, 1), got {training[key]}")
-    for key in ("seed", "data_seed"):
-        if (training.get(key) or 0) >= 2**32:
-            raise ValueError(f"{key}: must be below 2**32, got {training[key]}")
-    for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
-        if isinstance(training.get(key), str):
-            raise ValueError(f"{key}: {training[key]!r} is not a mapping")
-    max_steps = training.get("max_steps", -1)
-    if max_steps == 0 or max_steps < -1:
-        raise ValueError(f"max_steps: must be positive, or -1 for whole epochs, got {max_steps}")
-    if max_steps == -1 and training.get("num_train_epochs", 1) <= 0:
+    training = settings.training
+    if training.get("max_steps", -1) == -1 and training.get("num_train_epochs", 1) <= 0:
         raise ValueError(f"num_train_epochs: must be positive, got {training['num_train_epochs']}; or set max_steps")
     reporters, available = training.get("report_to") or [], [*get_available_reporting_integrations(), "all", "none"]
     for name in [reporters] if isinstance(reporters, str) else reporters:
         if name not in available:
             raise ValueError(f"report_to: {name!r} is unknown or not installed; choose from {', '.join(available)}")
-
-
-def check_evaluation(settings: Settings) -> None:
-    training = settings.training
+    strategy = training.get("eval_strategy", "no")
     if evaluates(training) and not settings.data.eval_file:
-        strategy = training.get("eval_strategy", "no")
         raise ValueError(f"eval_strategy: {strategy!r} has nothing to evaluate on; add eval_file, or leave it out")
-    if training.get("metric_for_best_model") not in (None, "loss", "eval_loss"):
-        raise ValueError(f"metric_for_best_model: {training['metric_for_best_model']!r} is not measured; use eval_loss")
     if training.get("save_strategy") == "best" and not evaluates(training):
         raise ValueError("save_strategy: 'best' needs an evaluation; set eval_strategy and eval_file")
+    check_paths(settings)
+    return settings_without_effect(settings)
 
 
 def evaluates(training: dict) -> bool:
@@ -104,7 +62,7 @@ def evaluates(training: dict) -> bool:
 def check_paths(settings: Settings) -> None:
     """Refuse folders that a file is in the way of, and inputs that the run would replace."""
     output_dir, resume = settings.training["output_dir"], settings.training.get("resume_from_checkpoint")
-    folders = {"output_dir": output_dir, "logging_dir": settings.log.logging_dir}
+    folders = {"output_dir": output_dir, "logging_dir": settings.output.logging_dir}
     for key, value in {**folders, "data_cache_dir": settings.data.data_cache_dir}.items():
         path = Path(value or ".")
         file = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)

@@ -81,12 +81,11 @@ LLAMA_7B = ModelShape(4096, 11008, 32, 32, 32, 128, 32000)
 
 
 def test_candidates_lead_from_fast_to_lean():
-    run = RunShape(65536, attended=16384)
-    estimates = [predict(LLAMA_7B, run, policy) for policy in CANDIDATES]
+    estimates = [predict(LLAMA_7B, RunShape(65536, attended=16384), policy) for policy in CANDIDATES]
     assert [e.peak for e in estimates] == sorted((e.peak for e in estimates), reverse=True)
     times = [e.relative_time for e in estimates]
     assert times[:3] == sorted(times[:3]) and times[0] == min(times) and times[-1] == max(times)
-    assert all((e.host > 0) == m.offload_activations for e, m in zip(estimates, CANDIDATES, strict=True))
+    assert [e.host > 0 for e in estimates] == [policy.offload_activations for policy in CANDIDATES]
 
 
 def test_weights_are_counted_by_what_they_are():

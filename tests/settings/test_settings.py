@@ -300,7 +300,7 @@ def test_paths_are_found_below_the_repository_and_home(read, tmp_path, monkeypat
     settings, _ = read(folders)
     found = {
         **settings.training,
-        "logging_dir": settings.log.logging_dir,
+        "logging_dir": settings.output.logging_dir,
         "data_cache_dir": settings.data.data_cache_dir,
     }
     assert {key: found[key] for key in folders} == {k: v.replace("~", str(tmp_path)) for k, v in folders.items()}
