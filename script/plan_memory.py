@@ -11,6 +11,7 @@ ask for the fastest set that fits each length.
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from longqlora.cli import run_main
@@ -30,20 +31,17 @@ def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--seq", type=int, nargs="+", help="lengths in tokens (default: max_seq_length, x2, x4, x8)")
     parser.add_argument("--output_file", type=Path, help="JSON file for the table (default: none)")
-    return parser.parse_known_args()
+    args, overrides = parser.parse_known_args()
+    if min(args.seq or [2]) < 2:
+        raise ValueError(f"--seq: must be at least 2 tokens, got {min(args.seq)}")
+    if args.num_gpus < 1:
+        raise ValueError(f"--num_gpus: must be at least 1, got {args.num_gpus}")
+    return args, overrides
 
 
 def main() -> None:
     args, overrides = parse_command_line()
-    for length in args.seq or []:
-        if length < 2:
-            raise ValueError(f"--seq: must be at least 2 tokens, got {length}")
-
-    if args.num_gpus < 1:
-        raise ValueError(f"--num_gpus: must be at least 1, got {args.num_gpus}")
     os.environ["WORLD_SIZE"] = str(args.num_gpus)
-
-    import dataclasses
 
     import torch
 
@@ -62,10 +60,10 @@ def main() -> None:
     if args.gpu_memory:
         parse_size(args.gpu_memory, "--gpu_memory")
     default = str(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else DEFAULT_MEMORY
-    memory = dataclasses.replace(settings.memory, gpu_memory=args.gpu_memory or settings.memory.gpu_memory or default)
+    memory = replace(settings.memory, gpu_memory=args.gpu_memory or settings.memory.gpu_memory or default)
     config = load_config(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
     lengths = args.seq or [data.max_seq_length * factor for factor in (1, 2, 4, 8)]
-    table = Planner.of(dataclasses.replace(settings, memory=memory), config).table(sorted(set(lengths)))
+    table = Planner.of(replace(settings, memory=memory), config).table(sorted(set(lengths)))
     print(f"{model.model_name_or_path}, {settings.adapter.finetuning_type}, {settings.attention.attention} attention; "
           f"predicted GiB of {table['capacity_gib']:.1f}")  # fmt: skip
     print(format_table(table))

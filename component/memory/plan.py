@@ -85,8 +85,7 @@ def plan_memory(settings: Settings, config: PretrainedConfig) -> tuple[Plan, Set
     changes = {CHECKPOINTING_KEY: policy.gradient_checkpointing}
     if policy.optim and settings.uses_gpu:
         changes["optim"] = policy.optim
-    settings = replace(settings, training={**settings.training, **changes})
-    return plan, settings, [*notices, Notice(plan.describe())]
+    return plan, settings.with_training(**changes), [*notices, Notice(plan.describe())]
 
 
 def choose(settings: Settings, planner: "Planner") -> tuple[ActivationPolicy, list[Notice]]:

@@ -2,12 +2,7 @@
 
     memory: auto | fast | balanced | max_length
 
-- fast: everything that a product computed is kept for the backward pass; nothing is computed twice.
-- balanced: attention's output is kept, the rest of a layer is recomputed.
-- max_length: like balanced, with what is kept in host memory, attention in chunks of heads and a paged 8-bit
-  optimizer.
-- auto: the fastest of CANDIDATES that fits the GPU (plan.py).
-
+docs/memory.md says what each word means; auto is the fastest of CANDIDATES that fits the GPU (plan.py).
 Without `memory`, `gradient_checkpointing` decides as in transformers. A part that is set by its own key overrules the
 policy.
 """

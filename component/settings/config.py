@@ -229,6 +229,10 @@ class Settings:
         for name in ("training", "given"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
+    def with_training(self, **changes) -> "Settings":
+        """The same with some keywords of TrainingArguments changed."""
+        return dataclasses.replace(self, training={**self.training, **changes})
+
     def as_dict(self) -> dict[str, dict]:
         """Sections as plain values for a record on disk, without the secret among them."""
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}

@@ -10,17 +10,20 @@ import math
 from longqlora.cli import require_file
 from longqlora.device import GIB
 from longqlora.files import read_json
-from longqlora.settings.config import Notice
+from longqlora.settings.config import Notice, Settings
 
 LARGE_BUFFERS = 0.5 * GIB
 OBJECTS = ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler")
 
 
-def read_deepspeed(value: str | dict, finetuning_type: str) -> tuple[dict, list[Notice]]:
-    """The content of the setting `deepspeed`, a path or the content, completed by what upstream's file leaves out.
+def complete_deepspeed(settings: Settings) -> tuple[Settings, list[Notice]]:
+    """Settings with the content of the DeepSpeed file, completed by what upstream's leaves out.
 
     Raises ValueError for what DeepSpeed would refuse after the model is loaded.
     """
+    value = settings.training.get("deepspeed")
+    if value is None:
+        return settings, []
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("deepspeed: the package is not installed; pip install deepspeed, or leave the key out")
     config = value if isinstance(value, dict) else read_json(require_file(value, "deepspeed"), "deepspeed")
@@ -34,7 +37,7 @@ def read_deepspeed(value: str | dict, finetuning_type: str) -> tuple[dict, list[
         raise ValueError(f'deepspeed: offload_optimizer is {offload!r}; give an object as {{"device": "cpu"}}')
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"deepspeed: zero_optimization.stage is {stage!r}; give 0, 1, 2 or 3")
-    if stage == 3 and finetuning_type == "qlora":
+    if stage == 3 and settings.adapter.finetuning_type == "qlora":
         raise ValueError(
             "deepspeed: ZeRO-3 cannot shard 4-bit weights (bitsandbytes issue 1249, peft issue 2016); use ZeRO-2, as "
             "train_args/deepspeed/zero2_offload.json, or finetuning_type: lora"
@@ -50,7 +53,7 @@ def read_deepspeed(value: str | dict, finetuning_type: str) -> tuple[dict, list[
     if offloads_optimizer(config) and "optimizer" not in config:
         # Its own CPU optimizer is compiled at the first start and takes the place of the one in the settings.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
-    return config, notices
+    return settings.with_training(deepspeed=config), notices
 
 
 def gradient_buffers(config: dict | None, *, element_bytes: int) -> float:

@@ -16,7 +16,7 @@ import yaml
 from transformers import TrainingArguments
 
 from longqlora.settings.config import SECTIONS, Notice, Settings, warning
-from longqlora.settings.deepspeed import read_deepspeed
+from longqlora.settings.deepspeed import complete_deepspeed
 from longqlora.settings.machine import fit_optimizer, fit_precision
 from longqlora.settings.values import KIND_NAMES, coerce
 
@@ -170,15 +170,8 @@ def resolve_settings(
     training = sections.pop("training")
     parts = {name: SECTIONS[name](**values) for name, values in sections.items()}
     uses_gpu = torch.cuda.is_available() and not training.get("use_cpu")
-    notices += cli_notices
-    if for_this_machine:
-        training, changes = fit_precision(training, uses_gpu=uses_gpu)
+    settings, notices = Settings(**parts, training=training, given=given, uses_gpu=uses_gpu), notices + cli_notices
+    for step in (fit_precision, complete_deepspeed, fit_optimizer) if for_this_machine else (complete_deepspeed,):
+        settings, changes = step(settings)
         notices += changes
-    if training.get("deepspeed") is not None:
-        config, changes = read_deepspeed(training["deepspeed"], parts["adapter"].finetuning_type)
-        training, notices = {**training, "deepspeed": config}, notices + changes
-    if for_this_machine:
-        training, changes = fit_optimizer(training, uses_gpu=uses_gpu)
-        notices += changes
-    settings = Settings(**parts, training=training, given=given, uses_gpu=uses_gpu)
     return settings, list(dict.fromkeys(notices))
