@@ -47,7 +47,7 @@ def main() -> None:
 
     from longqlora.device import parse_size
     from longqlora.files import write_json
-    from longqlora.memory.plan import Planner
+    from longqlora.memory.plan import MemoryPlan
     from longqlora.model.base import load_config
     from longqlora.outputs import check_outputs
     from longqlora.settings.reader import resolve_settings
@@ -63,7 +63,7 @@ def main() -> None:
     memory = replace(settings.memory, gpu_memory=args.gpu_memory or settings.memory.gpu_memory or default)
     config = load_config(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
     lengths = args.seq or [data.max_seq_length * factor for factor in (1, 2, 4, 8)]
-    table = Planner.of(replace(settings, memory=memory), config).table(sorted(set(lengths)))
+    table = MemoryPlan.of(replace(settings, memory=memory), config).table(sorted(set(lengths)))
     print(f"{model.model_name_or_path}, {settings.adapter.finetuning_type}, {settings.attention.attention} attention; "
           f"predicted GiB of {table['capacity_gib']:.1f}")  # fmt: skip
     print(format_table(table))

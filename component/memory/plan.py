@@ -3,6 +3,7 @@
 Everything here is decided from the settings and config.json, before weights are loaded.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,52 +36,24 @@ CHECKPOINTING_KEY = next(
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A policy with its predicted memory; capacity in bytes, None where nothing limits it; what takes less."""
-
-    policy: ActivationPolicy
-    estimate: MemoryEstimate
-    capacity: float | None
-    advice: str
-
-    def describe(self) -> str:
-        """One line for the log."""
-        host = f", {self.estimate.host / GIB:.1f} GiB of host memory" if self.estimate.host else ""
-        limit = f" of {self.capacity / GIB:.1f}" if self.capacity else ""
-        return f"memory: {self.policy.describe()}; predicted peak {self.estimate.peak / GIB:.2f}{limit} GiB{host}"
-
-    @contextmanager
-    def advice_on_out_of_memory(self) -> Iterator[None]:
-        """Turn an out-of-memory error into one line that says what takes less."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failure = ValueError(f"out of memory with {self.policy.describe()}; {self.advice}")
-            failure.from_one_rank = True
-            raise failure from error
-
-
-def plan_memory(settings: Settings, config: PretrainedConfig) -> tuple[Plan, Settings, list[Notice]]:
-    """The policy of a run, the settings with what transformers must know of it, and notices for the log.
+def plan_memory(settings: Settings, config: PretrainedConfig) -> tuple["MemoryPlan", Settings, list[Notice]]:
+    """The plan of a run, the settings with what transformers must know of it, and notices for the log.
 
     Raises ValueError, with what would fit, where the prediction is beyond this machine's GPU or `gpu_memory`.
     """
-    planner = Planner.of(settings, config)
-    policy, notices = choose(settings, planner)
-    plan = Plan(policy, planner.predict(policy), planner.capacity, planner.advice(policy))
-    needed, free, peak = plan.estimate.host, planner.host_capacity, plan.estimate.peak
+    plan = MemoryPlan.of(settings, config)
+    policy, notices = choose(settings, plan)
+    plan = replace(plan, policy=policy)
+    needed, free, peak = plan.estimate.host, plan.host_capacity, plan.estimate.peak
     if needed > free:
         raise ValueError(
             f"memory: {policy.describe()} needs {needed / GIB:.1f} GiB of host memory, {free / GIB:.1f} GiB are free; "
             "set keep_activations: input, or offload_activations: false"
         )
-    if planner.capacity is not None and peak > planner.capacity:
+    if peak > plan.capacity:
         raise ValueError(
-            f"memory: {policy.describe()} is predicted to take {peak / GIB:.1f} GiB of the "
-            f"{planner.capacity / GIB:.1f} GiB available; {plan.advice}"
+            f"memory: {policy.describe()} is predicted to take {peak / GIB:.1f} GiB of the {plan.capacity / GIB:.1f} "
+            f"GiB available; {plan.advice()}"
         )
     changes = {CHECKPOINTING_KEY: policy.gradient_checkpointing}
     if policy.optim and settings.uses_gpu:
@@ -88,9 +61,9 @@ def plan_memory(settings: Settings, config: PretrainedConfig) -> tuple[Plan, Set
     return plan, settings.with_training(**changes), [*notices, Notice(plan.describe())]
 
 
-def choose(settings: Settings, planner: "Planner") -> tuple[ActivationPolicy, list[Notice]]:
+def choose(settings: Settings, plan: "MemoryPlan") -> tuple[ActivationPolicy, list[Notice]]:
     """The policy that the settings ask for, and what becomes of those that ask in vain."""
-    memory, own, reason = settings.memory, own_settings(settings.memory), planner.reason
+    memory, own, reason = settings.memory, own_settings(settings.memory), plan.reason
     checkpoints = CHECKPOINTED if settings.training.get(CHECKPOINTING_KEY) else STOCK
     if memory.layer_function and reason:
         raise ValueError(f"layer_function: not available, since {reason}; set layer_function: false")
@@ -100,46 +73,47 @@ def choose(settings: Settings, planner: "Planner") -> tuple[ActivationPolicy, li
         if reason and memory.memory:
             notices.append(Notice(f"memory: the layer function is not used, since {reason}"))
         if memory.memory == "auto":
-            return planner.fastest(STOCK_CANDIDATES, notices), notices
+            return plan.fastest(STOCK_CANDIDATES, notices), notices
         return {None: checkpoints, "fast": STOCK}.get(memory.memory, CHECKPOINTED), notices
     notices = []
     if settings.given.get(CHECKPOINTING_KEY):
         notices.append(warning(f"{CHECKPOINTING_KEY} has no effect with the layer function (memory)"))
-    if memory.offload_activations and not planner.run.is_gpu:
+    if memory.offload_activations and not plan.run.is_gpu:
         text = "offload_activations has no effect without a GPU: activations are in host memory as it is"
         notices.append(warning(text))
-    num_kv_heads = planner.model.num_kv_heads
+    num_kv_heads = plan.model.num_kv_heads
     if (memory.num_head_chunks or 0) > num_kv_heads:
         notices.append(Notice(f"num_head_chunks: {memory.num_head_chunks} acts as {num_kv_heads}, the key/value heads"))
     if memory.memory == "auto":
-        return planner.fastest([replace(policy, **own) for policy in planner.candidates], notices), notices
+        return plan.fastest([replace(policy, **own) for policy in plan.candidates], notices), notices
     policy = POLICIES[memory.memory or "balanced"]
-    return replace(policy, **own, optim=policy.optim if planner.may_set_optimizer else None), notices
+    return replace(policy, **own, optim=policy.optim if plan.may_set_optimizer else None), notices
 
 
 @dataclass(frozen=True)
-class Planner:
-    """What decides the memory of a run, and the policies that it can have, from the fastest to the leanest.
+class MemoryPlan:
+    """What decides the memory of a run, the policies that it can have, from the fastest to the leanest, and the chosen.
 
-    reason: why the layer function is not among them, if so; capacity and host_capacity: bytes, None or infinite
-    where nothing limits them; may_set_optimizer: whether a policy may bring its optimizer.
+    reason: why the layer function is not among them, if so; capacity and host_capacity: bytes, infinite where nothing
+    limits them; may_set_optimizer: whether a policy may bring its optimizer.
     """
 
     model: ModelShape
     run: RunShape
     candidates: tuple[ActivationPolicy, ...]
     reason: str | None
-    capacity: float | None
+    capacity: float
     host_capacity: float
     may_set_optimizer: bool
+    policy: ActivationPolicy = STOCK
 
     @classmethod
-    def of(cls, settings: Settings, config: PretrainedConfig) -> "Planner":
+    def of(cls, settings: Settings, config: PretrainedConfig) -> "MemoryPlan":
         deepspeed, is_gpu = settings.training.get("deepspeed"), settings.uses_gpu
         reason = reason_unsupported_config(config)
         if reason is None and zero_stage(deepspeed) == 3:
             reason = "DeepSpeed ZeRO-3 holds a part of each weight only"
-        capacity, free = None, free_host_memory() if is_gpu else None
+        capacity, free = math.inf, free_host_memory() if is_gpu else None
         if settings.memory.gpu_memory:
             capacity, is_gpu = parse_size(settings.memory.gpu_memory, "gpu_memory"), True
         elif is_gpu:
@@ -150,9 +124,19 @@ class Planner:
         candidates = STOCK_CANDIDATES if reason else CANDIDATES
         if not may_set_optimizer:
             candidates = tuple(replace(policy, optim=None) for policy in candidates)
-        model, host_capacity = ModelShape.of(config), float("inf") if free is None else free
+        model, host_capacity = ModelShape.of(config), math.inf if free is None else free
         run = run_shape(settings, model, is_gpu=is_gpu)
         return cls(model, run, candidates, reason, capacity, host_capacity, may_set_optimizer)
+
+    @property
+    def estimate(self) -> MemoryEstimate:
+        return self.predict(self.policy)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        host = f", {self.estimate.host / GIB:.1f} GiB of host memory" if self.estimate.host else ""
+        limit = f" of {self.capacity / GIB:.1f}" if math.isfinite(self.capacity) else ""
+        return f"memory: {self.policy.describe()}; predicted peak {self.estimate.peak / GIB:.2f}{limit} GiB{host}"
 
     def predict(self, policy: ActivationPolicy, num_tokens: int | None = None) -> MemoryEstimate:
         """The prediction for rows of the run's length, or of another."""
@@ -169,8 +153,8 @@ class Planner:
         estimates = {policy: self.predict(policy) for policy in policies}
         for policy, estimate in estimates.items():
             notices.append(Notice(f"memory: auto can take {policy.describe()}: {estimate.peak / GIB:.2f} GiB"))
-        limit = float("inf") if self.capacity is None else AUTO_SHARE * self.capacity
-        fitting = [p for p, x in estimates.items() if x.peak <= limit and x.host <= self.host_capacity]
+        limit, host_limit = AUTO_SHARE * self.capacity, self.host_capacity
+        fitting = [policy for policy, x in estimates.items() if x.peak <= limit and x.host <= host_limit]
         if not fitting:
             return min(estimates, key=lambda policy: estimates[policy].peak)
         return min(fitting, key=lambda policy: estimates[policy].relative_time)
@@ -183,13 +167,13 @@ class Planner:
             low, high = (middle, high) if self.predict(policy, middle).peak <= capacity else (low, middle)
         return low
 
-    def advice(self, policy: ActivationPolicy) -> str:
-        """What takes less memory than `policy`, as settings to add."""
-        here = self.predict(policy).peak
-        limit = here if self.capacity is None else min(self.capacity, here)
+    def advice(self) -> str:
+        """What takes less memory than the chosen policy, as settings to add."""
+        here = self.estimate.peak
+        limit = min(self.capacity, here)
         for leaner in self.candidates:
             peak = self.predict(leaner).peak
-            if peak < 0.95 * limit or (self.capacity is not None and peak <= self.capacity < here):
+            if peak < 0.95 * limit or peak <= self.capacity < here:
                 lines = leaner.as_settings(CHECKPOINTING_KEY)
                 return f"add {'; '.join(lines)} (predicted {peak / GIB:.1f} GiB)"
         leanest = self.candidates[-1]
@@ -198,6 +182,18 @@ class Planner:
         if longest < 2:
             return f"{text} do not fit at any length; use a smaller model, or a larger GPU"
         return f"{text} reach max_seq_length: {longest}; lower it"
+
+    @contextmanager
+    def advice_on_out_of_memory(self) -> Iterator[None]:
+        """Turn an out-of-memory error into one line that says what takes less."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = ValueError(f"out of memory with {self.policy.describe()}; {self.advice()}")
+            failure.from_one_rank = True
+            raise failure from error
 
     def table(self, lengths: list[int]) -> dict:
         """JSON-ready: for each policy its predicted GiB by length, the longest length, host GiB there, relative time;

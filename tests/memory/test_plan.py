@@ -73,7 +73,7 @@ def asked(lines: list[str]) -> dict:
 def test_a_word_chooses_the_policy_and_own_keys_overrule_it(settings_of, values, expected):
     before = settings_of(**values)
     plan, settings, notices = plan_memory(before, tiny_config())
-    assert plan.policy == expected and plan.capacity is None
+    assert plan.policy == expected and plan.capacity == math.inf
     assert settings.training == {**before.training, CHECKPOINTING_KEY: expected.gradient_checkpointing}
     assert before.training.get(CHECKPOINTING_KEY) == values.get("gradient_checkpointing"), "nothing is written there"
     is_overruled = bool(values.get("gradient_checkpointing") and expected.layer_function)
@@ -171,7 +171,7 @@ def test_a_row_that_processes_share_may_be_longer(settings_of):
     longest = []
     for size in (1, 4):
         settings = settings_of(sequence_parallel_size=size, gpu_memory="32GiB", fp16=True, max_seq_length=1000)
-        planner = memory_plan.Planner.of(settings, tiny_config(**LLAMA_7B))
+        planner = memory_plan.MemoryPlan.of(settings, tiny_config(**LLAMA_7B))
         longest.append(planner.longest(CHECKPOINTED, planner.capacity))
     assert longest[1] == pytest.approx(4 * longest[0], rel=0.01)
 
