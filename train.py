@@ -39,59 +39,53 @@ def main() -> None:
     from longqlora.attention.binding import bind_attention
     from longqlora.data.collator import DataCollator
     from longqlora.data.dataset import build_datasets
-    from longqlora.memory.layer_binding import apply_mechanisms
-    from longqlora.memory.plan import advice_on_out_of_memory, plan_memory
+    from longqlora.memory.layer_binding import apply_policy
+    from longqlora.memory.plan import plan_memory
     from longqlora.model.adapter import attach_adapter, trainable_table
     from longqlora.model.base import load_tokenizer, load_training_model
     from longqlora.model.context import context_length, load_extended_config
     from longqlora.model.loss_binding import bind_chunked_loss
-    from longqlora.settings.reader import read_settings
-    from longqlora.training.checks import (
-        check_against_model,
-        check_data,
-        check_num_rows,
-        check_settings,
-        check_tokenizer,
-        check_weights_at_hand,
-    )
+    from longqlora.settings.config import Notice
+    from longqlora.settings.reader import resolve_settings
+    from longqlora.training.arguments import build_arguments
+    from longqlora.training.checks import check_data, check_model, check_num_rows, check_settings
     from longqlora.training.dry_run import dry_run
     from longqlora.training.run import start_run
     from longqlora.training.trainer import LongContextTrainer
 
-    settings, notices = read_settings(args.train_args_file, overrides)
+    settings, notices = resolve_settings(args.train_args_file, overrides)
     notices += check_settings(settings)
     config, context = load_extended_config(settings.model, settings.context, settings.attention)
-    notices += check_against_model(settings, config)
+    empty_model, on_model = check_model(settings, config, needs_weights=not args.dry_run)
+    plan, settings, on_memory = plan_memory(settings, config)
+    notices += [*on_model, Notice(context), *on_memory]
+    arguments = build_arguments(settings)
     tokenizer = load_tokenizer(
         settings.model.model_name_or_path,
         model_max_length=context_length(config),
         trust_remote_code=settings.model.trust_remote_code,
     )
-    check_tokenizer(settings, config, tokenizer)
-    check_data(settings)
-    plan = plan_memory(settings, config)
-    notices += [*plan.notices, context, plan.describe()]
-    notices += check_weights_at_hand(settings, config, is_dry_run=args.dry_run)
+    check_data(settings, config, tokenizer)
     if args.dry_run:
-        return dry_run(settings, config, plan.mechanisms, notices)
+        return dry_run(settings, arguments, empty_model, plan.policy, notices)
 
-    run = start_run(settings, notices, mechanisms=asdict(plan.mechanisms))
+    run = start_run(settings, arguments, notices, mechanisms=asdict(plan.policy))
     size, is_packed = settings.parallel.sequence_parallel_size, settings.data.pack
     train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log)
     num_eval_rows = len(eval_dataset) if eval_dataset else None
-    check_num_rows(run.arguments, len(train_dataset), num_eval_rows, processes_per_row=size)
+    check_num_rows(arguments, len(train_dataset), num_eval_rows, processes_per_row=size)
     is_quantized = settings.adapter.finetuning_type == "qlora"
-    model = load_training_model(settings.model, config, run.arguments, load_in_4bit=is_quantized)
+    model = load_training_model(settings.model, config, arguments, load_in_4bit=is_quantized)
     length = settings.data.max_seq_length
     run.log(bind_attention(model, settings.attention, length, sequence_parallel_size=size, is_packed=is_packed))
     run.log(bind_chunked_loss(model))
     model = attach_adapter(model, settings.adapter)
-    apply_mechanisms(model, plan.mechanisms, run.arguments.device)
+    apply_policy(model, plan.policy, arguments.device)
     run.log(trainable_table(model))
 
     trainer = LongContextTrainer(
         model=model,
-        args=run.arguments,
+        args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=DataCollator(tokenizer, num_parts=size),
@@ -100,7 +94,7 @@ def main() -> None:
         earlier=run.earlier,
         sequence_parallel_size=size,
     )
-    with advice_on_out_of_memory(plan):
+    with plan.advice_on_out_of_memory():
         trainer.train(resume_from_checkpoint=run.checkpoint)
     run.finish(trainer, predicted_gib=plan.estimate.peak / 2**30)
 

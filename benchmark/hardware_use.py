@@ -7,19 +7,19 @@ import torch
 from random_nf4_model import shape_config
 
 from longqlora.memory.estimate import step_work
-from longqlora.memory.policy import Mechanisms
+from longqlora.memory.policy import ActivationPolicy
 from longqlora.memory.shapes import ModelShape, RunShape
 from longqlora.settings.config import AttentionConfig
 
 
 def hardware_use(
-    args: argparse.Namespace, mechanisms: Mechanisms, dtype: torch.dtype, device: torch.device, seconds: float
+    args: argparse.Namespace, policy: ActivationPolicy, dtype: torch.dtype, device: torch.device, seconds: float
 ) -> dict:
     """FLOPs per second of a step of `seconds`, those of a matrix product in the same dtype, and their ratio (HFU)."""
     ratio = AttentionConfig(group_size_ratio=args.group_size_ratio)
     attended = ratio.group_size(args.seq_len) if args.attention == "s2" else args.seq_len
     run = RunShape(args.seq_len, args.batch_size, dtype.itemsize, lora_rank=args.lora_rank, attended=attended)
-    work = step_work(ModelShape.of(shape_config(args.shape)), run, mechanisms)
+    work = step_work(ModelShape.of(shape_config(args.shape)), run, policy)
     rate = work * args.seq_len * args.batch_size / seconds
     peak = product_rate(dtype, device)
     return {"flops_per_second": rate, "product_flops_per_second": peak, "hfu": rate / peak}

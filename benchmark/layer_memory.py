@@ -1,4 +1,4 @@
-"""Live memory of one decoder layer in training, per token, for each set of mechanisms, at a model's exact ratios.
+"""Live memory of one decoder layer in training, per token, for each activation policy, at a model's exact ratios.
 
     python benchmark/layer_memory.py
     python benchmark/layer_memory.py --shapes 7b 70b --seq_len 16384 --output_file layer.json --plot layer.png
@@ -46,10 +46,10 @@ def layer_config(shape: str, hidden_size: int):
     return config, max(1, round(64 * hidden_size / full_size))
 
 
-def measure(shape: str, args: argparse.Namespace, mechanisms) -> dict[str, float]:
+def measure(shape: str, args: argparse.Namespace, policy) -> dict[str, float]:
     """Units held at the peak of a forward and backward pass: in all at --seq_len, and for each further token."""
     config, rank = layer_config(shape, args.hidden_size)
-    half, whole = (live_bytes(config, rank, length, mechanisms) for length in (args.seq_len // 2, args.seq_len))
+    half, whole = (live_bytes(config, rank, length, policy) for length in (args.seq_len // 2, args.seq_len))
     unit = 2 * args.hidden_size
     return {
         "units_in_all": whole / (unit * args.seq_len),
@@ -57,13 +57,13 @@ def measure(shape: str, args: argparse.Namespace, mechanisms) -> dict[str, float
     }
 
 
-def live_bytes(config, rank: int, length: int, mechanisms) -> int:
+def live_bytes(config, rank: int, length: int, policy) -> int:
     import torch
     from live_memory import PeakMemory
     from random_nf4_model import random_nf4_model
 
     from longqlora.attention.binding import bind_attention
-    from longqlora.memory.layer_binding import apply_mechanisms, decoder_layers
+    from longqlora.memory.layer_binding import apply_policy, decoder_layers
     from longqlora.model.adapter import attach_adapter
     from longqlora.settings.config import AdapterConfig, AttentionConfig
 
@@ -71,9 +71,9 @@ def live_bytes(config, rank: int, length: int, mechanisms) -> int:
     model = random_nf4_model(config, dtype=dtype, device=device)
     bind_attention(model, AttentionConfig(), length)
     model = attach_adapter(model, AdapterConfig(lora_rank=rank, lora_dropout=0.05)).train()
-    apply_mechanisms(model, mechanisms, device)
+    apply_policy(model, policy, device)
     (layer,) = decoder_layers(model)
-    if mechanisms.gradient_checkpointing:
+    if policy.gradient_checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     states = torch.randn(1, length, config.hidden_size).to(dtype).requires_grad_()
     rope = model.get_base_model().model.rotary_emb(states, torch.arange(length)[None])
@@ -123,13 +123,13 @@ def main() -> None:
     from tqdm import tqdm
 
     from longqlora.files import write_json
-    from longqlora.memory.policy import CHECKPOINTED, LADDER, STOCK
+    from longqlora.memory.policy import CANDIDATES, CHECKPOINTED, STOCK
 
     on_cpu = {"tile_size": args.tile_size, "offload_activations": False, "optim": None}
-    sets = list(dict.fromkeys(replace(rung, **on_cpu) for rung in (STOCK, CHECKPOINTED, *LADDER)))
+    sets = list(dict.fromkeys(replace(candidate, **on_cpu) for candidate in (STOCK, CHECKPOINTED, *CANDIDATES)))
     results: dict = {shape: {} for shape in args.shapes}
-    for shape, mechanisms in tqdm([(s, m) for s in args.shapes for m in sets], desc="sets", leave=False):
-        results[shape][mechanisms.describe()] = measure(shape, args, mechanisms)
+    for shape, policy in tqdm([(s, m) for s in args.shapes for m in sets], desc="sets", leave=False):
+        results[shape][policy.describe()] = measure(shape, args, policy)
     print(table(results))
     if args.output_file:
         settings = {"seq_len": args.seq_len, "hidden_size": args.hidden_size, "tile_size": args.tile_size}

@@ -1,4 +1,4 @@
-"""The longest row that trains two steps under a memory cap, for each set of mechanisms; random NF4 weights.
+"""The longest row that trains two steps under a memory cap, for each activation policy; random NF4 weights.
 
     python benchmark/longest.py --shape tiny --memory_cap 64MiB --sets checkpointing balanced max_length
     python benchmark/longest.py --shape llama2-7b --memory_cap 32GiB --sets checkpointing balanced max_length \\
@@ -67,19 +67,19 @@ def predicted_length(args: argparse.Namespace, name: str, cap: int) -> int:
     from longqlora.memory.shapes import ModelShape, RunShape
     from longqlora.settings.config import AttentionConfig
 
-    mechanisms = CHECKPOINTED if name == "checkpointing" else POLICIES[name]
+    policy = CHECKPOINTED if name == "checkpointing" else POLICIES[name]
     shape = ModelShape.of(shape_config(args.shape))
     is_gpu = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
-    stream_bytes = getattr(torch, DTYPE_NAMES[args.dtype or ("bf16" if is_gpu else "fp32")]).itemsize
+    activation_bytes = getattr(torch, DTYPE_NAMES[args.dtype or ("bf16" if is_gpu else "fp32")]).itemsize
     optim = args.optim or ("paged_adamw_32bit" if is_gpu else "adamw_torch")
 
     def fits(length: int) -> bool:
         attended = AttentionConfig().group_size(length) if args.attention == "s2" else length
         run = RunShape(
-            length, stream_bytes=stream_bytes, lora_rank=args.lora_rank, attended=attended,
+            length, activation_bytes=activation_bytes, lora_rank=args.lora_rank, attended=attended,
             optimizer_bytes=optimizer_bytes(optim), is_gpu=is_gpu,
         )  # fmt: skip
-        return predict(shape, run, mechanisms).peak <= cap
+        return predict(shape, run, policy).peak <= cap
 
     low, high = 0, args.longest + 1
     while high - low > 1:

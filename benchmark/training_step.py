@@ -24,21 +24,21 @@ from tqdm import tqdm
 from trl_step import trl_step
 
 from longqlora.attention.binding import bind_attention
-from longqlora.memory.layer_binding import apply_mechanisms
-from longqlora.memory.policy import CHECKPOINTED, POLICIES, STOCK, Mechanisms, own_mechanisms
+from longqlora.memory.layer_binding import apply_policy
+from longqlora.memory.policy import CHECKPOINTED, POLICIES, STOCK, ActivationPolicy, own_settings
 from longqlora.model.adapter import attach_adapter, trainable_table
 from longqlora.model.context import extend_rope
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.config import AdapterConfig, AttentionConfig, MemoryConfig
 
 
-def mechanisms_of(args: argparse.Namespace) -> Mechanisms:
-    """The mechanisms that the flags ask for, as train.py resolves them."""
+def policy_of(args: argparse.Namespace) -> ActivationPolicy:
+    """The policy that the flags ask for, as train.py resolves them."""
     names = ("layer_function", "keep_activations", "tile_size", "num_head_chunks", "offload_activations")
     memory = MemoryConfig(memory=args.memory, **{name: getattr(args, name) for name in names})
-    if memory.layer_function is False or not (memory.memory or own_mechanisms(memory)):
+    if memory.layer_function is False or not (memory.memory or own_settings(memory)):
         return CHECKPOINTED if args.gradient_checkpointing else STOCK
-    return replace(POLICIES[memory.memory or "balanced"], **own_mechanisms(memory))
+    return replace(POLICIES[memory.memory or "balanced"], **own_settings(memory))
 
 
 def build(
@@ -61,10 +61,10 @@ def build(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = attach_adapter(model, adapter).train()
-    mechanisms = mechanisms_of(args)
-    print(mechanisms.describe())
-    apply_mechanisms(model, mechanisms, device)
-    if mechanisms.gradient_checkpointing:
+    policy = policy_of(args)
+    print(policy.describe())
+    apply_policy(model, policy, device)
+    if policy.gradient_checkpointing:
         base = model.get_base_model()
         # transformers renamed it; the old name warns.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -147,7 +147,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) 
     median = statistics.median(seconds)
     speed = {"tokens_per_second": args.batch_size * args.seq_len / median, "median_seconds": median}
     if args.contestant == "ours":
-        speed |= hardware_use(args, mechanisms_of(args), dtype, device, median)
+        speed |= hardware_use(args, policy_of(args), dtype, device, median)
     if args.profile:
         result["profile"] = profile_step(step, device)
         print(format_profile(result["profile"]))

@@ -15,7 +15,7 @@ USER_ERRORS = (ValueError, OSError)
 def run_main(main: Callable[[], None]) -> None:
     """Run `main`; turn a user's mistake into one line on stderr and exit code 2.
 
-    `ValueError` and `OSError` are the user's to mend (a bad value, a missing file, a full disk). Any
+    `ValueError` and `OSError` are the user's to correct (a bad value, a missing file, a full disk). Any
     other exception is our defect and keeps its traceback. LONGQLORA_TRACEBACK=1 keeps it always.
     Under a launcher only rank 0 prints, since every rank meets the same bad input.
     """
@@ -50,15 +50,13 @@ def one_line(error: BaseException) -> str:
 
 def require_file(path: str | os.PathLike, flag: str) -> Path:
     """Return `path` if it is a file; `flag` names the option or YAML key that gave it."""
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise ValueError(f"{flag}: no file at {str(path)!r}; give the path of an existing file")
-    return path
+    return Path(path)
 
 
 def require_folder(path: str | os.PathLike, flag: str) -> Path:
     """Return `path` if it is a folder; `flag` names the option or YAML key that gave it."""
-    path = Path(path)
-    if not path.is_dir():
+    if not Path(path).is_dir():
         raise ValueError(f"{flag}: no folder at {str(path)!r}; give the path of an existing folder")
-    return path
+    return Path(path)

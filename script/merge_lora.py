@@ -15,7 +15,7 @@ import argparse
 
 from longqlora.cli import require_folder, run_main
 from longqlora.inference.arguments import DTYPES, dtype_of
-from longqlora.model.context_arguments import (
+from longqlora.model.context_request import (
     add_context_arguments,
     check_context_arguments,
     context_request,

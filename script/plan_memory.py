@@ -1,4 +1,4 @@
-"""What a training run will take, mechanism by mechanism, and the longest text that fits, before anything is loaded.
+"""What a training run will take, policy by policy, and the longest text that fits, before anything is loaded.
 
     python script/plan_memory.py --train_args_file train_args/llama2-7b-pretrain.yaml --gpu_memory 32GiB
     python script/plan_memory.py --train_args_file F --seq 8192 32768 131072 --output_file plan.json [--key value ...]
@@ -11,6 +11,7 @@ ask for the fastest set that fits each length.
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from longqlora.cli import run_main
@@ -23,53 +24,73 @@ def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--train_args_file", required=True, help="YAML with the settings of the run")
-    parser.add_argument("--gpu_memory", help=f"memory of the GPU (default: of the GPU at hand, else {DEFAULT_MEMORY})")
+    parser.add_argument(
+        "--gpu_memory", help=f"memory of the GPU (default: that of this machine, else {DEFAULT_MEMORY})"
+    )
     parser.add_argument("--num_gpus", type=int, default=1, help="GPUs of the run, for sequence_parallel_size and ZeRO "
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--seq", type=int, nargs="+", help="lengths in tokens (default: max_seq_length, x2, x4, x8)")
     parser.add_argument("--output_file", type=Path, help="JSON file for the table (default: none)")
-    return parser.parse_known_args()
+    args, overrides = parser.parse_known_args()
+    if min(args.seq or [2]) < 2:
+        raise ValueError(f"--seq: must be at least 2 tokens, got {min(args.seq)}")
+    if args.num_gpus < 1:
+        raise ValueError(f"--num_gpus: must be at least 1, got {args.num_gpus}")
+    return args, overrides
 
 
 def main() -> None:
     args, overrides = parse_command_line()
-    for length in args.seq or []:
-        if length < 2:
-            raise ValueError(f"--seq: must be at least 2 tokens, got {length}")
-
-    if args.num_gpus < 1:
-        raise ValueError(f"--num_gpus: must be at least 1, got {args.num_gpus}")
     os.environ["WORLD_SIZE"] = str(args.num_gpus)
 
     import torch
 
-    from longqlora.device import GIB, parse_size
+    from longqlora.device import parse_size
     from longqlora.files import write_json
-    from longqlora.memory.plan_table import format_table, memory_table
+    from longqlora.memory.plan import MemoryPlan
     from longqlora.model.base import load_config
     from longqlora.outputs import check_outputs
-    from longqlora.settings.deepspeed import complete_deepspeed
-    from longqlora.settings.reader import read_settings
+    from longqlora.settings.reader import resolve_settings
 
-    settings, _ = read_settings(args.train_args_file, overrides, needs_data=False)
-    data = settings.data
-    named = {"model_name_or_path": settings.model.model_name_or_path, "train_file": data.train_file}
-    named |= {"eval_file": data.eval_file, "--train_args_file": args.train_args_file}
-    check_outputs({"--output_file": args.output_file}, named)
-    complete_deepspeed(settings)
-    size = args.gpu_memory or settings.memory.gpu_memory
-    if size is None and torch.cuda.is_available():
-        size = str(torch.cuda.get_device_properties(0).total_memory)
-    settings.memory.gpu_memory = size or DEFAULT_MEMORY
-    capacity = parse_size(settings.memory.gpu_memory, "--gpu_memory" if args.gpu_memory else "gpu_memory")
-    config = load_config(settings.model.model_name_or_path, trust_remote_code=settings.model.trust_remote_code)
-    lengths = args.seq or [settings.data.max_seq_length * factor for factor in (1, 2, 4, 8)]
-    table = memory_table(settings, config, sorted(set(lengths)), capacity)
-    print(f"{settings.model.model_name_or_path}, {settings.adapter.finetuning_type}, {settings.attention.attention} "
-          f"attention; predicted GiB of {capacity / GIB:.1f}")  # fmt: skip
+    settings, _ = resolve_settings(args.train_args_file, overrides, for_this_machine=False)
+    model, data = settings.model, settings.data
+    inputs = {"model_name_or_path": model.model_name_or_path, "train_file": data.train_file}
+    inputs |= {"eval_file": data.eval_file, "--train_args_file": args.train_args_file}
+    check_outputs({"--output_file": args.output_file}, inputs)
+    if args.gpu_memory:
+        parse_size(args.gpu_memory, "--gpu_memory")
+    default = str(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else DEFAULT_MEMORY
+    memory = replace(settings.memory, gpu_memory=args.gpu_memory or settings.memory.gpu_memory or default)
+    config = load_config(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+    lengths = args.seq or [data.max_seq_length * factor for factor in (1, 2, 4, 8)]
+    table = MemoryPlan.of(replace(settings, memory=memory), config).table(sorted(set(lengths)))
+    print(f"{model.model_name_or_path}, {settings.adapter.finetuning_type}, {settings.attention.attention} attention; "
+          f"predicted GiB of {table['capacity_gib']:.1f}")  # fmt: skip
     print(format_table(table))
     if args.output_file:
         write_json(args.output_file, table)
+
+
+def format_table(table: dict) -> str:
+    """At most 120 columns with four lengths: long settings are wrapped."""
+    from tabulate import tabulate
+
+    head = ["settings", *table["fastest"], "longest", "host GiB", "time"]
+    rows = [
+        ["; ".join(row["settings"]), *(f"{gib:.1f}" for gib in row["peak_gib"].values()), row["longest"],
+         f"{row['host_gib']:.1f}", f"{row['relative_time']:.2f}"]
+        for row in table["sets"]
+    ]  # fmt: skip
+    widths = [48, *[None] * (len(head) - 1)]
+    lines = [
+        tabulate(
+            rows, head, disable_numparse=True, maxcolwidths=widths, colalign=("left", *["right"] * len(widths[1:]))
+        )
+    ]
+    if table["reason"]:
+        lines.append(f"the layer function is not available, since {table['reason']}")
+    fastest = {length: "; ".join(asked or ["nothing fits"]) for length, asked in table["fastest"].items()}
+    return "\n".join([*lines, *(f"{length} tokens: {asked}" for length, asked in fastest.items())])
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ from longqlora.evaluation.scoring import TokenScorer
 from longqlora.inference.arguments import DTYPES, dtype_of
 from longqlora.inference.load import LoadedModel, folder_state, load_for_inference, set_context
 from longqlora.model.context import context_length, resolve_config
-from longqlora.model.context_arguments import ATTENTIONS
-from longqlora.model.context_request import ContextRequest
+from longqlora.model.context_request import ATTENTIONS, ContextRequest
 from longqlora.model.rope_scaling import ROPE_METHODS
 from longqlora.plot import plot_perplexity
 from longqlora.settings.reader import input_path, read_yaml

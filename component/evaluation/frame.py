@@ -25,7 +25,7 @@ from longqlora.inference.arguments import (
     model_sources,
 )
 from longqlora.inference.generation import NO_TEMPLATE, known_template
-from longqlora.model.context_arguments import context_request
+from longqlora.model.context_request import context_request
 from longqlora.outputs import check_results
 
 T = TypeVar("T")

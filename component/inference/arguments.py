@@ -7,7 +7,7 @@ import argparse
 
 from longqlora.data.prompt import prompt_template_for
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, known_template
-from longqlora.model.context_arguments import add_context_arguments, check_context_arguments, context_request
+from longqlora.model.context_request import add_context_arguments, check_context_arguments, context_request
 from longqlora.settings.config import PROMPT_TEMPLATES
 
 DTYPES = {"auto": None, "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}

@@ -2,22 +2,23 @@
 
     peak = static + kept for all layers + max(a layer's backward pass, the loss) (+ 5% and 0.6 GiB on a GPU)
 
-The terms follow the code that they describe (layer_backward.py, loss.py), in bytes; what one tile of a layer
+The terms follow the code that they describe (layer_function.py, loss.py), in bytes; what one tile of a layer
 holds was counted, as live tensors on a CPU, for LlamaRMSNorm and SwiGLU. docs/memory.md explains them.
 
-Letters: T tokens of a step, C hidden size, F intermediate size, e bytes of an element of the 16- or 32-bit stream.
+Letters: T tokens of a step, C hidden size, F intermediate size, e bytes of an activation in 16 or 32 bit.
 """
 
 from dataclasses import dataclass
 
-from longqlora.memory.policy import Mechanisms
+from longqlora.device import GIB
+from longqlora.memory.policy import STOCK, ActivationPolicy
 from longqlora.memory.shapes import ModelShape, RunShape
+from longqlora.model.loss import CHUNK_BYTES
+from longqlora.settings.config import KEPT
 
-GIB = 2**30
 # 4 bits, an 8-bit scale for 64 weights, an fp32 scale for 256 scales (QLoRA, arXiv 2305.14314, section 3).
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 CUDA_CONTEXT, CUDA_FRAGMENTATION = 0.6 * GIB, 0.05
-LOSS_CHUNK = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ STOCK_PEAK = {2: (27.2, 11.05, 2.04), 4: (19.1, 6.03, 2.02)}
 STOCK_SAVED = {2: (24.7, 6.05, 2.04), 4: (16.1, 5.03, 2.02)}
 # The same of a token of the tile at work: in the MLP's backward pass (of C, of F), and in that of the projections.
 TILE_MLP = {2: (6.0, 7.2), 4: (3.0, 7.7)}
-TILE_PROJECT = {2: (14.0,), 4: (9.0,)}
+TILE_PROJECT = {2: 14.0, 4: 9.0}
 
 
 def optimizer_bytes(name: str) -> float:
@@ -61,15 +62,15 @@ def optimizer_bytes(name: str) -> float:
     return 2 if "8bit" in name else 4 if name in ("adagrad", "rmsprop") or "lion" in name else 8
 
 
-def predict(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> MemoryEstimate:
-    """Memory and relative time of training steps of `run` on `model` with `mechanisms`."""
+def predict(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> MemoryEstimate:
+    """Memory and relative time of training steps of `run` on `model` with `policy`."""
     num_linear = model.num_linear() * model.num_layers
     num_embeddings = 1 if model.is_tied else 2
     num_trained_embeddings = min(2 if run.weights == "trained" else run.num_trained_embeddings, num_embeddings)
     num_trained = sum(sum(model.linears[name]) for name in run.lora_targets or model.linears)
     num_trained *= run.lora_rank * model.num_layers
-    weight_bytes = {"nf4": NF4_BYTES, "plain": run.stream_bytes, "trained": 4}[run.weights]
-    embedding_bytes = 4 * num_trained_embeddings + run.stream_bytes * (num_embeddings - num_trained_embeddings)
+    weight_bytes = {"nf4": NF4_BYTES, "plain": run.activation_bytes, "trained": 4}[run.weights]
+    embedding_bytes = 4 * num_trained_embeddings + run.activation_bytes * (num_embeddings - num_trained_embeddings)
     static = num_linear * weight_bytes + model.vocab * model.hidden * embedding_bytes
     if run.weights == "trained":
         num_trained = num_linear
@@ -80,106 +81,89 @@ def predict(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> MemoryE
         static = static / run.weight_shards + 2 * model.num_linear() * weight_bytes
     num_trained += model.vocab * model.hidden * num_trained_embeddings
     static += num_trained * run.optimizer_bytes / run.state_shards
-    layer = layer_memory(model, run, mechanisms)
-    is_offloaded = mechanisms.offload_activations and mechanisms.layer_function and run.is_gpu
-    kept = layer.kept * model.num_layers
+    kept_by_layer, layer_peak = layer_memory(model, run, policy)
+    is_offloaded = policy.offload_activations and policy.layer_function and run.is_gpu
+    kept = kept_by_layer * model.num_layers
     return MemoryEstimate(
         static=static,
         gradients=num_trained * run.gradient_bytes / run.state_shards + run.buffers,
         # One layer's at work, one on its way.
-        kept=min(kept, 2 * layer.kept) if is_offloaded else kept,
-        layer=layer.peak,
-        loss=loss_memory(model, run, mechanisms),
+        kept=min(kept, 2 * kept_by_layer) if is_offloaded else kept,
+        layer=layer_peak,
+        loss=loss_memory(model, run, policy),
         host=kept if is_offloaded else 0,
-        relative_time=step_work(model, run, mechanisms) / step_work(model, run, Mechanisms(layer_function=False)),
+        relative_time=step_work(model, run, policy) / step_work(model, run, STOCK),
         is_gpu=run.is_gpu,
     )
 
 
-@dataclass(frozen=True)
-class LayerMemory:
+def layer_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> tuple[float, float]:
     """Bytes of one layer: kept between its passes, and the most beside that in its backward pass."""
-
-    kept: float
-    peak: float
-
-
-def layer_memory(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> LayerMemory:
-    tokens, e = run.num_tokens * run.num_rows, run.stream_bytes
-    c, f, q, k = (tokens * e * n for n in (model.hidden, model.intermediate, model.query_width, model.key_width))
-    if not mechanisms.layer_function:
-        peak, saved = (
-            sum(x * y for x, y in zip(table[e], (c, f, k), strict=True)) for table in (STOCK_PEAK, STOCK_SAVED)
-        )
+    e = run.activation_bytes
+    c, f, q, k = (run.tokens * e * n for n in (model.hidden, model.intermediate, model.query_width, model.key_width))
+    if not policy.layer_function:
+        peak, saved = (table[e][0] * c + table[e][1] * f + table[e][2] * k for table in (STOCK_PEAK, STOCK_SAVED))
         weights = dense_bytes(model, run, "up_proj")
-        if mechanisms.gradient_checkpointing:
-            return LayerMemory(c, peak + c + weights)
-        return LayerMemory(saved, peak - saved + c + weights)
-    lse = tokens * model.num_heads * 4
-    keep, level = mechanisms.keep_activations, ("input", "attention", "projections", "all").index
-    kept = c
-    if run.by_kernels:
-        kept += (q + lse if level(keep) >= 1 else 0) + (q + 2 * k if level(keep) >= 2 else 0)
-    kept += c + 2 * f if keep == "all" else 0
-    tile = min(mechanisms.tile_size, run.num_tokens) * run.num_rows * e
-    mlp_c, mlp_f = TILE_MLP[e]
-    mlp_tile = tile * (mlp_c * model.hidden + mlp_f * model.intermediate) + dense_bytes(
-        model, run, "o_proj", "gate_proj", "up_proj", "down_proj"
-    )
-    project_tile = tile * TILE_PROJECT[e][0] * model.hidden
-    project_weights = dense_bytes(model, run, "q_proj", "k_proj", "v_proj")
-    heads_per_chunk = -(-model.num_kv_heads // mechanisms.num_head_chunks)
+        return (c, peak + c + weights) if policy.gradient_checkpointing else (saved, peak - saved + c + weights)
+    lse, level = run.tokens * model.num_heads * 4, KEPT.index(policy.keep_activations)
+    has_attention = run.by_kernels and level >= KEPT.index("attention")
+    has_projections = run.by_kernels and level >= KEPT.index("projections")
+    kept = c + (q + lse if has_attention else 0) + (q + 2 * k if has_projections else 0)
+    kept += c + 2 * f if policy.keep_activations == "all" else 0
+    tile = min(policy.tile_size * run.num_rows, run.tokens) * e
+    mlp_tile = tile * (TILE_MLP[e][0] * model.hidden + TILE_MLP[e][1] * model.intermediate)
+    mlp_tile += dense_bytes(model, run, "o_proj", "gate_proj", "up_proj", "down_proj")
+    project_tile = tile * TILE_PROJECT[e] * model.hidden + dense_bytes(model, run, "q_proj", "k_proj", "v_proj")
+    heads_per_chunk = -(-model.num_kv_heads // policy.num_head_chunks)
     num_chunks = -(-model.num_kv_heads // heads_per_chunk) if run.by_kernels else 1
     attention = (q + 2 * k) / num_chunks
     # Attention's fp32 gradient of the queries at work, which a CPU's kernel holds in its own scratch space.
-    piece = attention / 4 + (q * 4 / e / num_chunks / 4 if run.is_gpu else 0)
+    scratch = attention / 4 + (q * 4 / e / num_chunks / 4 if run.is_gpu else 0)
     if not run.by_kernels:
-        piece = q + 2 * k
-    has_attention, has_projections = run.by_kernels and level(keep) >= 1, run.by_kernels and level(keep) >= 2
+        scratch = q + 2 * k
     output = 0 if has_attention else q + lse
     projected = 0 if has_projections else attention
     # The incoming gradient, and in order: the MLP's pass, attention's, that of the projections.
     first = output + c + q + mlp_tile + (attention if not has_attention and num_chunks == 1 else 0)
     own = 0 if num_chunks == 1 else k + (0 if k == q else k)
-    second = output + c + q + projected + piece + own
-    third = output + c + projected + own + project_tile + project_weights
-    recompute = output + attention + project_tile + project_weights if not has_attention else 0
-    return LayerMemory(kept, c + max(first, second, third, recompute))
+    second = output + c + q + projected + scratch + own
+    third = output + c + projected + own + project_tile
+    recompute = output + attention + project_tile if not has_attention else 0
+    return kept, c + max(first, second, third, recompute)
 
 
 def dense_bytes(model: ModelShape, run: RunShape, *names: str) -> float:
     """Quantised weights of these layers, unpacked."""
-    return model.num_linear(*names) * run.stream_bytes if run.weights == "nf4" else 0
+    return model.num_linear(*names) * run.activation_bytes if run.weights == "nf4" else 0
 
 
-def loss_memory(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> float:
+def loss_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> float:
     """Hidden states behind the last layer and behind the norm, their gradients, and a chunk of logits."""
-    c = run.num_tokens * run.num_rows * model.hidden * run.stream_bytes
-    logits = min(LOSS_CHUNK, run.num_tokens * run.num_rows * model.vocab * 4)
+    c = run.tokens * model.hidden * run.activation_bytes
+    logits = min(CHUNK_BYTES, run.tokens * model.vocab * 4)
     # torch's own operation, used in fp32, holds its chunks out of sight.
-    chunk = 2 * logits if run.stream_bytes == 2 else 0
-    norm = 0 if mechanisms.layer_function else (4 if run.stream_bytes == 2 else 2) * c
+    chunk = 2 * logits if run.activation_bytes == 2 else 0
+    norm = 0 if policy.layer_function else (4 if run.activation_bytes == 2 else 2) * c
     return max(4 * c + norm, 3 * c + chunk)
 
 
-def step_work(model: ModelShape, run: RunShape, mechanisms: Mechanisms) -> float:
+def step_work(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> float:
     """FLOPs of a step per token: a frozen layer's products run forward and for the input's gradient."""
     linear = {name: 2 * sizes[0] * sizes[1] for name, sizes in model.linears.items()}
     passes = 3 if run.weights == "trained" else 2
     work = passes * sum(linear.values())
     work += 0 if run.weights == "trained" else 6 * run.lora_rank * sum(sum(sizes) for sizes in model.linears.values())
-    attended = min(run.attended or run.num_tokens, run.num_tokens)
-    attention = 2 * attended * model.query_width
+    attention = 2 * min(run.attended or run.num_tokens, run.num_tokens) * model.query_width
     work += 3.5 * attention
-    keep = mechanisms.keep_activations
-    if not mechanisms.layer_function:
-        work += sum(linear.values()) + attention if mechanisms.gradient_checkpointing else 0
+    keep = policy.keep_activations
+    if not policy.layer_function:
+        work += sum(linear.values()) + attention if policy.gradient_checkpointing else 0
     else:
         projections = linear["q_proj"] + linear["k_proj"] + linear["v_proj"]
         work += attention if keep == "input" or not run.by_kernels else 0
         work += projections if keep in ("input", "attention") else 0
-        work += projections if keep == "input" and mechanisms.num_head_chunks > 1 else 0
+        work += projections if keep == "input" and policy.num_head_chunks > 1 else 0
         work += 0 if keep == "all" else linear["o_proj"] + linear["gate_proj"] + linear["up_proj"]
         # Norms, masks and small kernel calls again for each chunk.
-        work *= 1 + 0.02 * (mechanisms.num_head_chunks - 1) + (0.02 if mechanisms.offload_activations else 0)
+        work *= 1 + 0.02 * (policy.num_head_chunks - 1) + (0.02 if policy.offload_activations else 0)
     return work * model.num_layers + 4 * model.vocab * model.hidden

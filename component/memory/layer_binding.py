@@ -25,7 +25,7 @@ from longqlora.attention.tiny_copy import tiny_copy
 from longqlora.memory.decoder_layer import DecoderLayer, reason_unsupported
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.layer_function import LayerCall, LayerFunction
-from longqlora.memory.policy import Mechanisms
+from longqlora.memory.policy import ActivationPolicy
 from longqlora.model.adapter import attach_adapter
 from longqlora.settings.config import AdapterConfig
 
@@ -33,20 +33,20 @@ from longqlora.settings.config import AdapterConfig
 PROOF_TILE_SIZE = 5
 
 
-def apply_mechanisms(model: nn.Module, mechanisms: Mechanisms, device: torch.device) -> None:
+def apply_policy(model: nn.Module, policy: ActivationPolicy, device: torch.device) -> None:
     """Bind the layer function as the memory plan says; gradient checkpointing is the trainer's to switch on.
 
     Raises ValueError where the function's outputs or gradients are not those of the model's layers.
     """
-    if mechanisms.layer_function:
-        few_tokens = replace(mechanisms, tile_size=PROOF_TILE_SIZE)
-        prove_layers(model, partial(bind_layers, mechanisms=few_tokens), fix="set layer_function: false")
+    if policy.layer_function:
+        few_tokens = replace(policy, tile_size=PROOF_TILE_SIZE)
+        prove_layers(model, partial(bind_layers, policy=few_tokens), fix="set layer_function: false")
         # On a CPU, host memory is where tensors are anyway.
-        is_offloaded = mechanisms.offload_activations and device.type == "cuda"
-        bind_layers(model, mechanisms, store=HostOffload(device) if is_offloaded else None)
+        is_offloaded = policy.offload_activations and device.type == "cuda"
+        bind_layers(model, policy, store=HostOffload(device) if is_offloaded else None)
 
 
-def bind_layers(model: nn.Module, mechanisms: Mechanisms, *, store: HostOffload | None = None) -> None:
+def bind_layers(model: nn.Module, policy: ActivationPolicy, *, store: HostOffload | None = None) -> None:
     """Let every decoder layer of `model`, adapter attached, train through `LayerFunction`.
 
     store: keeps tensors between forward and backward pass; None for autograd's own keeping.
@@ -57,10 +57,10 @@ def bind_layers(model: nn.Module, mechanisms: Mechanisms, *, store: HostOffload 
         raise ValueError(f"layer_function: not available, since {reason}; set layer_function: false")
     for layer in decoder_layers(model):
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = LayerCheckpoint(layer, mechanisms, store)
+        layer._gradient_checkpointing_func = LayerCheckpoint(layer, policy, store)
     norm = decoder(model).norm
     # No hook of a module can take the place of its forward pass.
-    norm.forward = partial(tiled_norm, norm, mechanisms.tile_size)
+    norm.forward = partial(tiled_norm, norm, policy.tile_size)
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -74,8 +74,8 @@ def decoder(model: nn.Module) -> nn.Module:
 class LayerCheckpoint:
     """The checkpointing function of one decoder layer, as transformers calls it in training mode."""
 
-    def __init__(self, layer: nn.Module, mechanisms: Mechanisms, store: HostOffload | None):
-        self.layer, self.parts, self.mechanisms, self.store = layer, DecoderLayer(layer), mechanisms, store
+    def __init__(self, layer: nn.Module, policy: ActivationPolicy, store: HostOffload | None):
+        self.layer, self.parts, self.policy, self.store = layer, DecoderLayer(layer), policy, store
         self.was_called = False
 
     def __call__(self, forward: partial, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class LayerCheckpoint:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
         attention = self.parts.attention
         call = LayerCall(
-            self.parts, self.mechanisms, dtype, *(x.to(dtype) for x in rope),
+            self.parts, self.policy, dtype, *(x.to(dtype) for x in rope),
             pattern=attention_pattern(attention, attention_mask),
             attend=partial(call_attention, attention, attention_mask, **inputs),
             # From the CPU's generator: no wait for a GPU.

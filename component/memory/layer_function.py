@@ -21,7 +21,7 @@ from longqlora.attention.lse_kernels import CausalPattern, attention_backward, a
 from longqlora.memory.adapted_linear import AdaptedLinear
 from longqlora.memory.decoder_layer import MLP, PROJECTIONS, DecoderLayer, Linear, Rope
 from longqlora.memory.host_offload import HostOffload
-from longqlora.memory.policy import Mechanisms
+from longqlora.memory.policy import ActivationPolicy
 from longqlora.settings.config import KEPT
 
 
@@ -29,14 +29,14 @@ from longqlora.settings.config import KEPT
 class LayerCall:
     """What does not change between the forward and the backward pass of one call of a layer.
 
-    mechanisms: what is kept, each of KEPT with those before it (the layer's input; attention's output and
+    policy: what is kept, each of KEPT with those before it (the layer's input; attention's output and
     log-sum-exp; queries, keys and values; the products inside the MLP), tile size and chunks of heads.
     cos, sin [B or 1, S, D]. pattern: None where attention is `attend(q, k, v)` on [B, H, S, D], through autograd.
     seed: of all dropout masks. store: where tensors are kept; None for autograd's own place.
     """
 
     layer: DecoderLayer
-    mechanisms: Mechanisms
+    policy: ActivationPolicy
     dtype: torch.dtype
     cos: torch.Tensor
     sin: torch.Tensor
@@ -47,7 +47,7 @@ class LayerCall:
 
     def tiles(self, linears: dict[str, AdaptedLinear]) -> Iterator[tuple[slice, Linear]]:
         """Tiles of the sequence, each with `linears` under its dropout masks."""
-        length, size = self.cos.shape[1], self.mechanisms.tile_size
+        length, size = self.cos.shape[1], self.policy.tile_size
         for start in range(0, length, size):
 
             def linear(name: str, x: torch.Tensor, start: int = start, **options) -> torch.Tensor:
@@ -61,7 +61,7 @@ class LayerCall:
     def head_chunks(self) -> list[tuple[slice, slice]]:
         """Query heads and the key/value heads that they share, chunk by chunk."""
         num_kv_heads, per_kv_head = self.layer.num_kv_heads, self.layer.num_heads // self.layer.num_kv_heads
-        size = -(-num_kv_heads // (self.mechanisms.num_head_chunks if self.pattern else 1))
+        size = -(-num_kv_heads // (self.policy.num_head_chunks if self.pattern else 1))
         bounds = [(low, min(low + size, num_kv_heads)) for low in range(0, num_kv_heads, size)]
         return [(slice(low * per_kv_head, high * per_kv_head), slice(low, high)) for low, high in bounds]
 
@@ -79,7 +79,7 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, call: LayerCall, *trained: torch.nn.Parameter) -> torch.Tensor:
-        level = KEPT.index(call.mechanisms.keep_activations)
+        level = KEPT.index(call.policy.keep_activations)
         with torch.autocast(hidden.device.type, enabled=False):
             x = hidden.to(call.dtype)
             output, lse, *projected = attention_of(call, x)

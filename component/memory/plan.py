@@ -1,9 +1,10 @@
-"""Which mechanisms a run gets, what they are predicted to take, and what to do where that is too much.
+"""Which activation policy a run gets, what it is predicted to take, and what to do where that is too much.
 
 Everything here is decided from the settings and config.json, before weights are loaded.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -15,246 +16,231 @@ from longqlora.distributed import world_size
 from longqlora.memory.decoder_layer import reason_unsupported_config
 from longqlora.memory.estimate import MemoryEstimate, optimizer_bytes, predict
 from longqlora.memory.policy import (
+    CANDIDATES,
     CHECKPOINTED,
-    LADDER,
     POLICIES,
     STOCK,
-    STOCK_LADDER,
-    Mechanisms,
-    mechanisms_without_effect,
-    own_mechanisms,
+    STOCK_CANDIDATES,
+    ActivationPolicy,
+    own_settings,
 )
 from longqlora.memory.shapes import ModelShape, RunShape
-from longqlora.settings.config import INPUT
+from longqlora.settings.config import INPUT, Notice, Settings, warning
 from longqlora.settings.deepspeed import gradient_buffers, offloads_optimizer, shards, zero_stage
-from longqlora.settings.machine import has_gpu
-from longqlora.settings.reader import Settings, fields_of
 
 # `memory: auto` plans for this part of the memory: the prediction was held to 10% of counted bytes, on a CPU.
 AUTO_SHARE = 0.92
+# transformers 5 renamed it.
 CHECKPOINTING_KEY = next(
-    key for key in ("activation_checkpointing", "gradient_checkpointing") if key in fields_of(TrainingArguments)
+    key for key in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, key)
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Mechanisms with their predicted memory; capacity in bytes, None where nothing limits it; notices to log."""
+def plan_memory(settings: Settings, config: PretrainedConfig) -> tuple["MemoryPlan", Settings, list[Notice]]:
+    """The plan of a run, the settings with what transformers must know of it, and notices for the log.
 
-    mechanisms: Mechanisms
-    estimate: MemoryEstimate
-    capacity: float | None
-    advice: str
-    notices: list[str]
+    Raises ValueError, with what would fit, where the prediction is beyond this machine's GPU or `gpu_memory`.
+    """
+    plan = MemoryPlan.of(settings, config)
+    policy, notices = choose(settings, plan)
+    plan = replace(plan, policy=policy)
+    needed, free, peak = plan.estimate.host, plan.host_capacity, plan.estimate.peak
+    if needed > free:
+        raise ValueError(
+            f"memory: {policy.describe()} needs {needed / GIB:.1f} GiB of host memory, {free / GIB:.1f} GiB are free; "
+            "set keep_activations: input, or offload_activations: false"
+        )
+    if peak > plan.capacity:
+        raise ValueError(
+            f"memory: {policy.describe()} is predicted to take {peak / GIB:.1f} GiB of the {plan.capacity / GIB:.1f} "
+            f"GiB available; {plan.advice()}"
+        )
+    changes = {CHECKPOINTING_KEY: policy.gradient_checkpointing}
+    if policy.optim and settings.uses_gpu:
+        changes["optim"] = policy.optim
+    return plan, settings.with_training(**changes), [*notices, Notice(plan.describe())]
+
+
+def choose(settings: Settings, plan: "MemoryPlan") -> tuple[ActivationPolicy, list[Notice]]:
+    """The policy that the settings ask for, and what becomes of those that ask in vain."""
+    memory, own, reason = settings.memory, own_settings(settings.memory), plan.reason
+    checkpoints = CHECKPOINTED if settings.training.get(CHECKPOINTING_KEY) else STOCK
+    if memory.layer_function and reason:
+        raise ValueError(f"layer_function: not available, since {reason}; set layer_function: false")
+    if reason or memory.layer_function is False or not (memory.memory or own):
+        cause = f"since {reason}" if reason else "with layer_function: false"
+        notices = [warning(f"{name} has no effect {cause}") for name in own if name != "layer_function"]
+        if reason and memory.memory:
+            notices.append(Notice(f"memory: the layer function is not used, since {reason}"))
+        if memory.memory == "auto":
+            return plan.fastest(STOCK_CANDIDATES, notices), notices
+        return {None: checkpoints, "fast": STOCK}.get(memory.memory, CHECKPOINTED), notices
+    notices = []
+    if settings.given.get(CHECKPOINTING_KEY):
+        notices.append(warning(f"{CHECKPOINTING_KEY} has no effect with the layer function (memory)"))
+    if memory.offload_activations and not plan.run.is_gpu:
+        text = "offload_activations has no effect without a GPU: activations are in host memory as it is"
+        notices.append(warning(text))
+    num_kv_heads = plan.model.num_kv_heads
+    if (memory.num_head_chunks or 0) > num_kv_heads:
+        notices.append(Notice(f"num_head_chunks: {memory.num_head_chunks} acts as {num_kv_heads}, the key/value heads"))
+    if memory.memory == "auto":
+        return plan.fastest([replace(policy, **own) for policy in plan.candidates], notices), notices
+    policy = POLICIES[memory.memory or "balanced"]
+    return replace(policy, **own, optim=policy.optim if plan.may_set_optimizer else None), notices
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What decides the memory of a run, the policies that it can have, from the fastest to the leanest, and the chosen.
+
+    reason: why the layer function is not among them, if so; capacity and host_capacity: bytes, infinite where nothing
+    limits them; may_set_optimizer: whether a policy may bring its optimizer.
+    """
+
+    model: ModelShape
+    run: RunShape
+    candidates: tuple[ActivationPolicy, ...]
+    reason: str | None
+    capacity: float
+    host_capacity: float
+    may_set_optimizer: bool
+    policy: ActivationPolicy = STOCK
+
+    @classmethod
+    def of(cls, settings: Settings, config: PretrainedConfig) -> "MemoryPlan":
+        deepspeed, is_gpu = settings.training.get("deepspeed"), settings.uses_gpu
+        reason = reason_unsupported_config(config)
+        if reason is None and zero_stage(deepspeed) == 3:
+            reason = "DeepSpeed ZeRO-3 holds a part of each weight only"
+        capacity, free = math.inf, free_host_memory() if is_gpu else None
+        if settings.memory.gpu_memory:
+            capacity, is_gpu = parse_size(settings.memory.gpu_memory, "gpu_memory"), True
+        elif is_gpu:
+            capacity = torch.cuda.get_device_properties(0).total_memory
+        # Nobody else chose it, and its state lives on a GPU.
+        is_taken = settings.given.get("optim") or "optimizer" in (deepspeed or {}) or offloads_optimizer(deepspeed)
+        may_set_optimizer = is_gpu and not is_taken
+        candidates = STOCK_CANDIDATES if reason else CANDIDATES
+        if not may_set_optimizer:
+            candidates = tuple(replace(policy, optim=None) for policy in candidates)
+        model, host_capacity = ModelShape.of(config), math.inf if free is None else free
+        run = run_shape(settings, model, is_gpu=is_gpu)
+        return cls(model, run, candidates, reason, capacity, host_capacity, may_set_optimizer)
 
     @property
-    def fits(self) -> bool:
-        return self.capacity is None or self.estimate.peak <= self.capacity
+    def estimate(self) -> MemoryEstimate:
+        return self.predict(self.policy)
 
     def describe(self) -> str:
         """One line for the log."""
-        estimate = self.estimate
-        host = f", {estimate.host / GIB:.1f} GiB of host memory" if estimate.host else ""
-        limit = f" of {self.capacity / GIB:.1f}" if self.capacity else ""
-        return f"memory: {self.mechanisms.describe()}; predicted peak {estimate.peak / GIB:.2f}{limit} GiB{host}"
+        host = f", {self.estimate.host / GIB:.1f} GiB of host memory" if self.estimate.host else ""
+        limit = f" of {self.capacity / GIB:.1f}" if math.isfinite(self.capacity) else ""
+        return f"memory: {self.policy.describe()}; predicted peak {self.estimate.peak / GIB:.2f}{limit} GiB{host}"
+
+    def predict(self, policy: ActivationPolicy, num_tokens: int | None = None) -> MemoryEstimate:
+        """The prediction for rows of the run's length, or of another."""
+        run = self.run if num_tokens is None else self.run.at_length(num_tokens)
+        if policy.optim:
+            run = replace(run, optimizer_bytes=optimizer_bytes(policy.optim))
+        return predict(self.model, run, policy)
+
+    def fastest(self, policies: Iterable[ActivationPolicy], notices: list[Notice]) -> ActivationPolicy:
+        """The policy with the least work of those that fit, or the one that takes least memory.
+
+        What there was to choose from goes into `notices`.
+        """
+        estimates = {policy: self.predict(policy) for policy in policies}
+        for policy, estimate in estimates.items():
+            notices.append(Notice(f"memory: auto can take {policy.describe()}: {estimate.peak / GIB:.2f} GiB"))
+        limit, host_limit = AUTO_SHARE * self.capacity, self.host_capacity
+        fitting = [policy for policy, x in estimates.items() if x.peak <= limit and x.host <= host_limit]
+        if not fitting:
+            return min(estimates, key=lambda policy: estimates[policy].peak)
+        return min(fitting, key=lambda policy: estimates[policy].relative_time)
+
+    def longest(self, policy: ActivationPolicy, capacity: float) -> int:
+        """Most tokens of a row that fit `capacity` bytes; 0 where not even the weights do."""
+        low, high = 0, 2**26
+        while high - low > max(1, low // 1000):
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.predict(policy, middle).peak <= capacity else (low, middle)
+        return low
+
+    def advice(self) -> str:
+        """What takes less memory than the chosen policy, as settings to add."""
+        here = self.estimate.peak
+        limit = min(self.capacity, here)
+        for leaner in self.candidates:
+            peak = self.predict(leaner).peak
+            if peak < 0.95 * limit or peak <= self.capacity < here:
+                lines = leaner.as_settings(CHECKPOINTING_KEY)
+                return f"add {'; '.join(lines)} (predicted {peak / GIB:.1f} GiB)"
+        leanest = self.candidates[-1]
+        longest = self.longest(leanest, 0.95 * limit)
+        text = f"the leanest settings ({'; '.join(leanest.as_settings(CHECKPOINTING_KEY))})"
+        if longest < 2:
+            return f"{text} do not fit at any length; use a smaller model, or a larger GPU"
+        return f"{text} reach max_seq_length: {longest}; lower it"
+
+    @contextmanager
+    def advice_on_out_of_memory(self) -> Iterator[None]:
+        """Turn an out-of-memory error into one line that says what takes less."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = ValueError(f"out of memory with {self.policy.describe()}; {self.advice()}")
+            failure.from_one_rank = True
+            raise failure from error
+
+    def table(self, lengths: list[int]) -> dict:
+        """JSON-ready: for each policy its predicted GiB by length, the longest length, host GiB there, relative time;
+        and for each length the settings of the fastest policy that fits (None where none does)."""
+        rows = []
+        for policy in dict.fromkeys((*STOCK_CANDIDATES, *self.candidates)):
+            longest = self.longest(policy, self.capacity)
+            rows.append(
+                {
+                    "mechanisms": policy.describe(),
+                    "settings": policy.as_settings(CHECKPOINTING_KEY),
+                    "peak_gib": {str(length): self.predict(policy, length).peak / GIB for length in lengths},
+                    "longest": longest,
+                    "host_gib": self.predict(policy, max(longest, 2)).host / GIB,
+                    "relative_time": self.predict(policy, lengths[0]).relative_time,
+                }
+            )
+        by_time, room = sorted(rows, key=lambda row: row["relative_time"]), AUTO_SHARE * self.capacity / GIB
+        fastest = {
+            str(length): next((row["settings"] for row in by_time if row["peak_gib"][str(length)] <= room), None)
+            for length in lengths
+        }
+        return {"capacity_gib": self.capacity / GIB, "sets": rows, "fastest": fastest, "reason": self.reason}
 
 
-def plan_memory(settings: Settings, config: PretrainedConfig) -> Plan:
-    """Choose the mechanisms, and put what transformers must know of them into `settings`.
-
-    Raises ValueError, with what would fit, where the prediction is beyond the GPU at hand or `gpu_memory`.
-    """
-    notices: list[str] = []
-    capacity = capacity_of(settings)
-    mechanisms = choose(settings, config, capacity, notices)
-    plan = make_plan(settings, config, mechanisms, capacity, notices)
-    if host_shortage(settings, plan.estimate):
-        raise ValueError(
-            f"memory: {mechanisms.describe()} needs {plan.estimate.host / GIB:.1f} GiB of host memory, "
-            f"{free_host_memory() / GIB:.1f} GiB are free; set keep_activations: input, or offload_activations: false"
-        )
-    if not plan.fits:
-        raise ValueError(
-            f"memory: {mechanisms.describe()} is predicted to take {plan.estimate.peak / GIB:.1f} GiB of the "
-            f"{capacity / GIB:.1f} GiB at hand; {plan.advice}"
-        )
-    settings.training[CHECKPOINTING_KEY] = mechanisms.gradient_checkpointing
-    if mechanisms.optim and has_gpu(settings):
-        settings.training["optim"] = mechanisms.optim
-    return plan
-
-
-def make_plan(settings, config, mechanisms: Mechanisms, capacity: float | None, notices: list[str]) -> Plan:
-    """The plan for given mechanisms, with advice should they not be enough."""
-    estimate = predict(ModelShape.of(config), run_shape(settings, mechanisms), mechanisms)
-    return Plan(mechanisms, estimate, capacity, advice(settings, config, mechanisms, capacity), notices)
-
-
-def capacity_of(settings: Settings) -> float | None:
-    if settings.memory.gpu_memory:
-        return parse_size(settings.memory.gpu_memory, "gpu_memory")
-    return torch.cuda.get_device_properties(0).total_memory if has_gpu(settings) else None
-
-
-def ladder_of(settings: Settings, config: PretrainedConfig) -> tuple[tuple[Mechanisms, ...], str | None]:
-    """Sets of mechanisms from the fastest to the leanest, and why the layer function is not among them, if so."""
-    reason = reason_unsupported_config(config)
-    if reason is None and zero_stage(settings.training.get("deepspeed")) == 3:
-        reason = "DeepSpeed ZeRO-3 holds a part of each weight only"
-    return (LADDER, None) if reason is None else (STOCK_LADDER, reason)
-
-
-def choose(settings: Settings, config: PretrainedConfig, capacity: float | None, notices: list[str]) -> Mechanisms:
-    memory, checkpoints = settings.memory, bool(settings.training.get(CHECKPOINTING_KEY))
-    own = own_mechanisms(memory)
-    ladder, reason = ladder_of(settings, config)
-    if memory.layer_function and reason:
-        raise ValueError(f"layer_function: not available, since {reason}; set layer_function: false")
-    if not sets_optimizer(settings):
-        ladder = tuple(replace(rung, optim=None) for rung in ladder)
-    wants_layers = memory.layer_function is not False and (memory.memory or own)
-    if not wants_layers or reason:
-        details = [name for name in own if name != "layer_function"]
-        cause = f"since {reason}" if reason else "with layer_function: false"
-        notices += [f"{name} has no effect {cause}" for name in details]
-        if reason and memory.memory:
-            notices.append(f"memory: the layer function is not used, since {reason}")
-        if memory.memory in (None, "auto"):
-            chosen = CHECKPOINTED if checkpoints else STOCK
-            if memory.memory == "auto":
-                chosen = fastest_that_fits(settings, config, STOCK_LADDER, capacity, notices)
-            return chosen
-        return STOCK if memory.memory == "fast" else CHECKPOINTED
-    if settings.given.get(CHECKPOINTING_KEY):
-        notices.append(f"{CHECKPOINTING_KEY} has no effect with the layer function (memory)")
-    num_kv_heads = ModelShape.of(config).num_kv_heads
-    notices += mechanisms_without_effect(memory, is_on_gpu=is_on_gpu(settings), num_kv_heads=num_kv_heads)
-    if memory.memory == "auto":
-        return fastest_that_fits(settings, config, [replace(rung, **own) for rung in ladder], capacity, notices)
-    policy = POLICIES[memory.memory or "balanced"]
-    return replace(policy, **own, optim=policy.optim if sets_optimizer(settings) else None)
-
-
-def fastest_that_fits(settings, config, ladder, capacity: float | None, notices: list[str]) -> Mechanisms:
-    """The set of `ladder` with the least work of those that fit, or the one that takes least memory.
-
-    What was to choose from goes into `notices`.
-    """
-    shape = ModelShape.of(config)
-    estimates = {rung: predict(shape, run_shape(settings, rung), rung) for rung in ladder}
-    notices += [f"memory: auto can take {rung.describe()}: {x.peak / GIB:.2f} GiB" for rung, x in estimates.items()]
-    fitting = [
-        rung
-        for rung, estimate in estimates.items()
-        if (capacity is None or estimate.peak <= AUTO_SHARE * capacity) and not host_shortage(settings, estimate)
-    ]
-    if not fitting:
-        return min(ladder, key=lambda rung: estimates[rung].peak)
-    return min(fitting, key=lambda rung: estimates[rung].relative_time)
-
-
-def host_shortage(settings: Settings, estimate: MemoryEstimate) -> bool:
-    """Whether this machine's RAM is too small for what would be kept there."""
-    free = free_host_memory()
-    return has_gpu(settings) and free is not None and estimate.host > free
-
-
-def sets_optimizer(settings: Settings) -> bool:
-    """Whether the policy may choose the optimizer: nobody else did, and its state lives on a GPU."""
-    deepspeed = settings.training.get("deepspeed")
-    is_taken = settings.given.get("optim") or "optimizer" in (deepspeed or {}) or offloads_optimizer(deepspeed)
-    return is_on_gpu(settings) and not is_taken
-
-
-def is_on_gpu(settings: Settings) -> bool:
-    """Whether the plan is for a GPU: the one at hand, or one whose memory was named."""
-    return has_gpu(settings) or settings.memory.gpu_memory is not None
-
-
-def run_shape(settings: Settings, mechanisms: Mechanisms) -> RunShape:
-    """What the settings say of memory."""
+def run_shape(settings: Settings, model: ModelShape, *, is_gpu: bool) -> RunShape:
+    """What the settings say of memory, whatever the policy."""
     training, adapter, attention = settings.training, settings.adapter, settings.attention
-    deepspeed = training.get("deepspeed")
+    deepspeed, length = training.get("deepspeed"), settings.data.max_seq_length
     kind, is_16_bit = adapter.finetuning_type, bool(training.get("fp16") or training.get("bf16"))
-    optim = mechanisms.optim if mechanisms.optim and not settings.given.get("optim") else training.get("optim", "")
-    length = settings.data.max_seq_length
-    is_s2 = attention.attention == "s2"
-    is_shared = settings.parallel.sequence_parallel_size > 1
+    row_shards = settings.parallel.sequence_parallel_size
     weight_shards, state_shards = shards(deepspeed, world_size())
-    by_kernels = attention.attention in ("s2", "full") and not attention.use_flash_attn and not is_shared
+    names = [name.strip() for name in (adapter.target_modules or "").split(",")]
     return RunShape(
-        num_tokens=-(-length // settings.parallel.sequence_parallel_size),
+        num_tokens=length,
         num_rows=training.get("per_device_train_batch_size", 1),
-        stream_bytes=2 if is_16_bit and kind != "full" else 4,
+        activation_bytes=2 if is_16_bit and kind != "full" else 4,
         weights={"qlora": "nf4", "lora": "plain", "full": "trained"}[kind],
         lora_rank=adapter.lora_rank,
-        lora_targets=lora_targets(adapter.target_modules),
+        lora_targets=tuple(name for name in names if name in model.linears) or None,
         num_trained_embeddings={True: 2, INPUT: 1}.get(adapter.train_embedding, 0),
-        attended=attention.group_size(length) if is_s2 else length,
-        by_kernels=by_kernels,
-        optimizer_bytes=0 if offloads_optimizer(deepspeed) else optimizer_bytes(optim),
+        attended=attention.group_size(length) if attention.attention == "s2" else length,
+        by_kernels=attention.attention in ("s2", "full") and not attention.use_flash_attn and row_shards == 1,
+        optimizer_bytes=0 if offloads_optimizer(deepspeed) else optimizer_bytes(training.get("optim", "")),
         buffers=gradient_buffers(deepspeed, element_bytes=2 if is_16_bit else 4),
+        row_shards=row_shards,
         weight_shards=weight_shards,
         state_shards=state_shards,
-        is_gpu=is_on_gpu(settings),
+        is_gpu=is_gpu,
     )
-
-
-def lora_targets(names: str | None) -> tuple[str, ...] | None:
-    known = ModelShape(1, 1, 1, 1, 1, 1, 1).linears
-    targets = tuple(name.strip() for name in (names or "").split(",") if name.strip() in known)
-    return targets or None
-
-
-def longest_length(settings, config, mechanisms: Mechanisms, capacity: float) -> int:
-    """Most tokens of a row that fit `capacity` bytes; 0 where not even the weights do."""
-    shape, run = ModelShape.of(config), run_shape(settings, mechanisms)
-    low, high = 0, 2**26
-    while high - low > max(1, low // 1000):
-        middle = (low + high) // 2
-        attended = run.attended * middle // run.num_tokens
-        estimate = predict(shape, replace(run, num_tokens=middle, attended=max(1, attended)), mechanisms)
-        low, high = (middle, high) if estimate.peak <= capacity else (low, middle)
-    return low
-
-
-def advice(settings: Settings, config: PretrainedConfig, mechanisms: Mechanisms, capacity: float | None) -> str:
-    """What takes less memory than `mechanisms`, as settings to add."""
-    ladder, _ = ladder_of(settings, config)
-    here = predict(ModelShape.of(config), run_shape(settings, mechanisms), mechanisms).peak
-    limit = here if capacity is None else min(capacity, here)
-    for leaner in ladder:
-        peak = predict(ModelShape.of(config), run_shape(settings, leaner), leaner).peak
-        if peak < 0.95 * limit or (capacity is not None and peak <= capacity < here):
-            return f"add {yaml_lines(leaner, '; ')} (predicted {peak / GIB:.1f} GiB)"
-    longest = longest_length(settings, config, ladder[-1], 0.95 * limit)
-    leanest = f"the leanest settings ({yaml_lines(ladder[-1], '; ')})"
-    if longest < 2:
-        return f"{leanest} do not fit at any length; use a smaller model, or a larger GPU"
-    return f"{leanest} reach max_seq_length: {longest}; lower it"
-
-
-def yaml_lines(mechanisms: Mechanisms, separator: str = "\n") -> str:
-    """The settings that ask for `mechanisms`."""
-    if not mechanisms.layer_function:
-        return f"{CHECKPOINTING_KEY}: {str(mechanisms.gradient_checkpointing).lower()}"
-    names = ("keep_activations", "tile_size", "num_head_chunks", "offload_activations")
-    options = []
-    for policy, base in POLICIES.items():
-        changed = [name for name in names if getattr(mechanisms, name) != getattr(base, name)]
-        lines = [f"{name}: {str(getattr(mechanisms, name)).lower()}" for name in changed]
-        options.append([f"memory: {policy}", *lines])
-    return separator.join(min(options, key=len))
-
-
-@contextmanager
-def advice_on_out_of_memory(plan: Plan) -> Iterator[None]:
-    """Turn an out-of-memory error into one line that says what takes less."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = ValueError(f"out of memory with {plan.mechanisms.describe()}; {plan.advice}")
-        failure.from_one_rank = True
-        raise failure from error

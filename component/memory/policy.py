@@ -1,15 +1,10 @@
-"""The memory policy: which mechanisms a training run uses, by one word or one by one.
+"""How a training run spends memory on activations: chosen by one word, or by a key for each part.
 
     memory: auto | fast | balanced | max_length
 
-- fast: everything that a product computed is kept for the backward pass; nothing is made twice.
-- balanced: attention's output is kept, the rest of a layer is made again.
-- max_length: like balanced, with what is kept in host memory, attention in chunks of heads and a paged 8-bit
-  optimizer.
-- auto: the fastest of LADDER that fits the GPU (memory_plan.py).
-
-Without `memory`, `gradient_checkpointing` decides as in transformers. A mechanism that is set by its own key
-overrules the policy.
+docs/memory.md says what each word means; auto is the fastest of CANDIDATES that fits the GPU (plan.py).
+Without `memory`, `gradient_checkpointing` decides as in transformers. A part that is set by its own key overrules the
+policy.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -18,8 +13,8 @@ from longqlora.settings.config import MemoryConfig
 
 
 @dataclass(frozen=True)
-class Mechanisms:
-    """How a run spends memory. Without layer_function, only gradient_checkpointing counts.
+class ActivationPolicy:
+    """Without layer_function, only gradient_checkpointing counts.
 
     optim: the optimizer that goes with it on a GPU where the user names none; None for the default.
     """
@@ -40,17 +35,28 @@ class Mechanisms:
         parts += ["in host memory"] if self.offload_activations else []
         return ", ".join(parts + ([self.optim] if self.optim else []))
 
+    def as_settings(self, checkpointing_key: str) -> list[str]:
+        """The fewest lines of a YAML that ask for it; transformers renamed the key of gradient checkpointing."""
+        if not self.layer_function:
+            return [f"{checkpointing_key}: {str(self.gradient_checkpointing).lower()}"]
+        names = ("keep_activations", "tile_size", "num_head_chunks", "offload_activations")
+        options = []
+        for word, policy in POLICIES.items():
+            changed = [name for name in names if getattr(self, name) != getattr(policy, name)]
+            options.append([f"memory: {word}", *(f"{name}: {str(getattr(self, name)).lower()}" for name in changed)])
+        return min(options, key=len)
 
-STOCK = Mechanisms(layer_function=False)
-CHECKPOINTED = Mechanisms(layer_function=False, gradient_checkpointing=True)
-FAST = Mechanisms(keep_activations="all")
-BALANCED = Mechanisms()
-MAX_LENGTH = Mechanisms(
+
+STOCK = ActivationPolicy(layer_function=False)
+CHECKPOINTED = ActivationPolicy(layer_function=False, gradient_checkpointing=True)
+FAST = ActivationPolicy(keep_activations="all")
+BALANCED = ActivationPolicy()
+MAX_LENGTH = ActivationPolicy(
     keep_activations="attention", offload_activations=True, tile_size=1024, num_head_chunks=4, optim="paged_adamw_8bit"
 )
 POLICIES = {"fast": FAST, "balanced": BALANCED, "max_length": MAX_LENGTH}
 # From the fastest to the one that reaches furthest.
-LADDER = (
+CANDIDATES = (
     FAST,
     replace(FAST, keep_activations="projections"),
     BALANCED,
@@ -61,21 +67,11 @@ LADDER = (
     replace(MAX_LENGTH, keep_activations="input"),
     replace(MAX_LENGTH, num_head_chunks=8, keep_activations="input"),
 )
-# Models whose layers the layer function does not know.
-STOCK_LADDER = (STOCK, CHECKPOINTED)
+# For models whose layers the layer function does not know.
+STOCK_CANDIDATES = (STOCK, CHECKPOINTED)
 
 
-def own_mechanisms(memory: MemoryConfig) -> dict[str, object]:
-    """Mechanisms set by their own key."""
-    names = [mechanism.name for mechanism in fields(Mechanisms)]
-    return {name: getattr(memory, name) for name in names if getattr(memory, name, None) is not None}
-
-
-def mechanisms_without_effect(memory: MemoryConfig, *, is_on_gpu: bool, num_kv_heads: int) -> list[str]:
-    """Notices of mechanisms that were asked for by name and cannot do what they say."""
-    notices = []
-    if memory.offload_activations and not is_on_gpu:
-        notices.append("offload_activations has no effect without a GPU: activations are in host memory as it is")
-    if memory.num_head_chunks and memory.num_head_chunks > num_kv_heads:
-        notices.append(f"num_head_chunks: {memory.num_head_chunks} acts as {num_kv_heads}, the key/value heads")
-    return notices
+def own_settings(memory: MemoryConfig) -> dict[str, object]:
+    """The parts of a policy that are set by their own key."""
+    values = {item.name: getattr(memory, item.name, None) for item in fields(ActivationPolicy)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,6 +1,6 @@
 """What decides the memory and the time of a training step: the sizes of the model, and how it is trained."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,16 @@ class ModelShape:
 class RunShape:
     """What else decides: tokens of a row and rows of a step, precision, what is trained, and how.
 
-    stream_bytes: of an element in 16 or 32 bit. weights: nf4, plain (16 or 32 bit) or trained.
+    activation_bytes: of an element in 16 or 32 bit. weights: nf4, plain (16 or 32 bit) or trained.
     num_trained_embeddings: 1 for the input's, 2 with the output's. attended: tokens that a query sees at most,
-    beside half of which it sees on average: the group size of S2-Attn, or num_tokens.
-    optimizer_bytes: kept on the device for each trained parameter; gradient_bytes likewise. buffers: bytes that
-    DeepSpeed holds to collect gradients in; weight_shards, state_shards: processes that it splits weights, and
-    gradients and optimizer state, among.
+    beside half of which it sees on average: the group size of S2-Attn; None for all. optimizer_bytes: kept on the
+    device for each trained parameter; gradient_bytes likewise. buffers: bytes that DeepSpeed holds to collect gradients
+    in. Processes that split: row_shards a row, weight_shards the weights, state_shards gradients and optimizer state.
     """
 
     num_tokens: int
     num_rows: int = 1
-    stream_bytes: int = 2
+    activation_bytes: int = 2
     weights: str = "nf4"
     lora_rank: int = 64
     lora_targets: tuple[str, ...] | None = None
@@ -77,6 +76,17 @@ class RunShape:
     optimizer_bytes: float = 8
     gradient_bytes: float = 4
     buffers: float = 0
+    row_shards: int = 1
     weight_shards: float = 1
     state_shards: float = 1
     is_gpu: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, in one process."""
+        return -(-self.num_tokens // self.row_shards) * self.num_rows
+
+    def at_length(self, num_tokens: int) -> "RunShape":
+        """The same with rows of another length."""
+        attended = self.attended and max(1, self.attended * num_tokens // self.num_tokens)
+        return replace(self, num_tokens=num_tokens, attended=attended)

@@ -1,17 +1,32 @@
-"""What a user asks of a model's context, checked as far as that goes without the model. Pure: imports fast."""
+"""What a user asks of a model's context, and the command-line arguments for it, the same in every script.
 
-from dataclasses import dataclass
+Checked as far as that goes without the model; imports nothing heavy.
+"""
+
+import argparse
+from dataclasses import dataclass, fields
 
 from longqlora.model.rope_scaling import check_rope_request
+from longqlora.settings.config import ROPE_TYPES, AttentionConfig, ContextConfig, at_least, check_limit
+
+ATTENTIONS = ("auto", "full", "dca")
+LENGTHS = ("context_size", "pretraining_length", "dca_chunk_size", "dca_local_window")
+HELP = {
+    item.name: item.metadata["help"] for section in (ContextConfig, AttentionConfig) for item in fields(section)
+} | {
+    "context_size": "context in tokens; a longer one than the model's is reached by --rope_type or --attention dca "
+    "(default: what the configs say)",
+    "attention": "full: dense causal; dca: dual chunk attention, without training; auto: as the model's config says "
+    "(default: auto)",
+}
 
 
 @dataclass(frozen=True)
 class ContextRequest:
-    """What a user asks of a model's context; None and "auto" leave it to what the model's config says.
+    """None and "auto" leave a thing to what the model's config says. context_size: tokens to read.
 
-    context_size: tokens to read. rope_type, rope_theta: how RoPE is scaled to them. attention: auto, full
-    or dca. With dca, RoPE is scaled to `pretraining_length` only, and only if rope_type is given; chunks
-    of dca_chunk_size tokens with dca_local_window of overlap (both in tokens) reach the rest.
+    The rest is named as in a training YAML. With dca, RoPE is scaled to `pretraining_length` only, and only if
+    rope_type is given; chunks reach the rest.
     """
 
     context_size: int | None = None
@@ -24,10 +39,8 @@ class ContextRequest:
     dca_mscale: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("context_size", "pretraining_length", "dca_chunk_size", "dca_local_window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1 token, got {value}")
+        for name in LENGTHS:
+            check_limit(name, getattr(self, name), at_least(1))
         check_rope_request(self.rope_type, self.rope_theta, None)
         if self.attention == "full" and self.given_dual_chunk_settings:
             raise ValueError(f"{self.given_dual_chunk_settings[0]}: has an effect with attention: dca only")
@@ -36,3 +49,25 @@ class ContextRequest:
     def given_dual_chunk_settings(self) -> list[str]:
         names = ("pretraining_length", "dca_chunk_size", "dca_local_window", "dca_mscale")
         return [name for name in names if getattr(self, name)]
+
+
+def add_context_arguments(parser: argparse.ArgumentParser) -> None:
+    """One argument for each field of `ContextRequest`."""
+    group = parser.add_argument_group("context and attention")
+    kinds = {"rope_type": {"choices": ROPE_TYPES}, "rope_theta": {"type": float}, "attention": {"choices": ATTENTIONS}}
+    kinds |= {"dca_mscale": {"action": "store_true"}, **dict.fromkeys(LENGTHS, {"type": int})}
+    for item in fields(ContextRequest):
+        group.add_argument(f"--{item.name}", default=item.default, help=HELP[item.name], **kinds[item.name])
+
+
+def check_context_arguments(args: argparse.Namespace) -> None:
+    """Refuse, before anything heavy is imported, what the arguments cannot mean."""
+    try:
+        context_request(args)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+
+
+def context_request(args: argparse.Namespace) -> ContextRequest:
+    """What `add_context_arguments` parsed."""
+    return ContextRequest(**{item.name: getattr(args, item.name) for item in fields(ContextRequest)})

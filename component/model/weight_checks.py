@@ -14,21 +14,29 @@ from longqlora.model.weight_shards import WEIGHT_LAYOUTS, CheckpointNames, Saved
 
 
 def check_base(
-    name_or_path: str, config: PretrainedConfig, *, trust_remote_code: bool = False, needs_weights: bool = True
+    name_or_path: str,
+    config: PretrainedConfig,
+    model: PreTrainedModel | None = None,
+    *,
+    trust_remote_code: bool = False,
+    needs_weights: bool = True,
 ) -> PreTrainedModel:
     """Check the weights in a model folder against `config`; returns the model without weights.
 
-    Weights of a hub name are not at hand, and those of a base that is saved quantised have other names: neither is
-    looked at. needs_weights: whether a folder without any is an error. Raises ValueError naming the first weight
-    that is missing, damaged, of another shape or quantised.
+    model: that model, where it was made before; needs_weights: whether a folder without any is an error. Weights of a
+    hub name are not looked at, nor those of a base that is saved quantised, which have other names. Raises ValueError
+    naming the first weight that is missing, damaged, of another shape or quantised.
     """
-    model = empty_model(config, name=name_or_path, trust_remote_code=trust_remote_code)
+    if model is None:
+        model = empty_model(config, name=name_or_path, trust_remote_code=trust_remote_code)
     folder = Path(model_source(name_or_path))
     if folder.is_dir() and not getattr(config, "quantization_config", None):
         if needs_weights or has_weights(folder):
             weights = SavedWeights(folder)
             check_weights(weights, model, folder)
             untie_where_saved_apart(config, weights, model)
+    if config.tie_word_embeddings != model.config.tie_word_embeddings:
+        model = empty_model(config, name=name_or_path, trust_remote_code=trust_remote_code)
     return model
 
 

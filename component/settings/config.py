@@ -1,9 +1,14 @@
 """Every key of the training YAML that is ours, by section; the section `training` is transformers' TrainingArguments.
 
-Imports nothing, so that a YAML can be read before torch is. A field's `help` and `choices` make docs/settings.md.
+Imports nothing heavy, so that a YAML can be read before torch is. The help texts make docs/settings.md.
 """
 
-from dataclasses import dataclass, field
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "theta")
 ATTENTIONS = ("s2", "full", "dca")
@@ -16,209 +21,235 @@ KEPT = ("input", "attention", "projections", "all")
 PROMPT_TEMPLATES = ("vicuna_v1.1", "vicuna_v1.1_fastchat", "chat_template")
 DEFAULT_PROMPT_TEMPLATE = "vicuna_v1.1"
 
+# What a value must be, in words and as a test.
+Limit = tuple[str, Callable[[Any], bool]]
 
-@dataclass
-class ModelConfig:
+
+def one_of(choices: Sequence) -> Limit:
+    return f"one of {', '.join(choices)}", lambda value: value in choices
+
+
+def at_least(least: int) -> Limit:
+    return f"a whole number of at least {least}", lambda value: type(value) is int and value >= least
+
+
+PART = "in [0, 1)", lambda value: 0 <= value < 1
+# Keys of the section `training` that this trainer does not support, and what to do instead.
+UNSUPPORTED = {
+    "fsdp": "use deepspeed to shard", "fsdp_config": "use deepspeed to shard",
+    "parallelism_config": "set sequence_parallel_size",
+    "use_liger_kernel": "the loss is computed in chunks without it",
+}  # fmt: skip
+LIMITS = {name: limit for names, limit in {
+    "learning_rate warmup_steps weight_decay max_grad_norm adam_epsilon logging_steps save_steps eval_steps "
+    "dataloader_num_workers": ("0 or more", lambda value: value >= 0),
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit": at_least(1),
+    "adam_beta1 adam_beta2": PART,
+    "seed data_seed": ("in [0, 2**32)", lambda value: 0 <= value < 2**32),
+    "max_steps": ("positive, or -1 for whole epochs", lambda value: value == -1 or value > 0),
+    "metric_for_best_model": ("measured; use eval_loss", lambda value: value in ("loss", "eval_loss")),
+    "lr_scheduler_kwargs activation_checkpointing_kwargs gradient_checkpointing_kwargs":
+        ("a mapping", lambda value: not isinstance(value, str)),
+    **{key: (f"supported; leave it out ({fix})", lambda value: not value) for key, fix in UNSUPPORTED.items()},
+}.items() for name in names.split()}  # fmt: skip
+
+
+def check_limit(name: str, value: Any, limit: Limit | None) -> None:
+    """Raise ValueError naming the key and the value where it is beyond the limit. None never is."""
+    if limit and value is not None and not limit[1](value):
+        raise ValueError(f"{name}: {value!r} is not {limit[0]}")
+
+
+def key(default: Any, text: str, limit: Limit | None = None) -> Any:
+    """A field with its help text; MISSING: it must be given."""
+    return field(default=default, metadata={"help": text, "limit": limit})
+
+
+@dataclass(frozen=True)
+class Section:
+    """Keys that belong together, each within its limit."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            check_limit(item.name, getattr(self, item.name), item.metadata["limit"])
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
     """The base model."""
 
-    model_name_or_path: str = field(metadata={"help": "folder or hub name of the base model"})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "run code that comes with the model; only for sources you trust"}
+    model_name_or_path: str = key(MISSING, "folder or hub name of the base model")
+    trust_remote_code: bool = key(False, "run code that comes with the model; only for sources you trust")
+
+
+@dataclass(frozen=True)
+class ContextConfig(Section):
+    """The context length to reach and how."""
+
+    model_max_length: int | None = key(None, "context length after training, in tokens; None keeps the model's own")
+    rope_type: str | None = key(
+        None,
+        "RoPE scaling: linear (PI), ntk, dynamic, yarn, llama3 or theta; "
+        "None is linear, and RoPE unchanged with attention: dca",
     )
+    rope_theta: float | None = key(None, "the new base, with rope_type: theta only")
 
 
-@dataclass
-class ContextConfig:
-    """The context length to reach and the way there."""
-
-    model_max_length: int | None = field(
-        default=None, metadata={"help": "context length after training, in tokens; None keeps the model's own"}
-    )
-    rope_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "RoPE scaling: linear (PI), ntk, dynamic, yarn, llama3 or theta; "
-            "None is linear, and RoPE unchanged with attention: dca"
-        },
-    )
-    rope_theta: float | None = field(default=None, metadata={"help": "the new base, with rope_type: theta only"})
-
-
-@dataclass
-class AttentionConfig:
+@dataclass(frozen=True)
+class AttentionConfig(Section):
     """Attention during training; evaluation is dense after s2 and full, and dual chunk attention after dca."""
 
-    attention: str = field(
-        default="s2",
-        metadata={
-            "help": "s2 (shift-short attention), full, or dca (dual chunk attention, also after training)",
-            "choices": ATTENTIONS,
-        },
+    attention: str = key(
+        "s2", "s2 (shift-short attention), full, or dca (dual chunk attention, also after training)", one_of(ATTENTIONS)
     )
-    group_size_ratio: float = field(
-        default=0.25, metadata={"help": "S2-Attn group size as a part of max_seq_length (the papers use 1/4)"}
+    group_size_ratio: float = key(
+        0.25,
+        "S2-Attn group size as a part of max_seq_length (the papers use 1/4)",
+        ("in (0, 1]; the papers use 0.25", lambda value: 0 < value <= 1),
     )
-    use_flash_attn: bool = field(
-        default=False, metadata={"help": "use the flash-attn package, which must be installed; else torch's SDPA"}
-    )
-    pretraining_length: int | None = field(
-        default=None, metadata={"help": "dca: tokens that RoPE covers; default: the model's context"}
-    )
-    dca_chunk_size: int | None = field(
-        default=None, metadata={"help": "dca: largest distance within chunks; default: 3/4 of pretraining_length"}
-    )
-    dca_local_window: int | None = field(
-        default=None, metadata={"help": "dca: overlap of chunks in tokens; default: 1/8 of pretraining_length"}
-    )
-    dca_mscale: bool = field(
-        default=False, metadata={"help": "dca: scale the logits with the logarithm of the length, as its authors can"}
-    )
+    use_flash_attn: bool = key(False, "use the flash-attn package, which must be installed; else torch's SDPA")
+    pretraining_length: int | None = key(None, "dca: tokens that RoPE covers; default: the model's context")
+    dca_chunk_size: int | None = key(None, "dca: largest distance within chunks; default: 3/4 of pretraining_length")
+    dca_local_window: int | None = key(None, "dca: overlap of chunks in tokens; default: 1/8 of pretraining_length")
+    dca_mscale: bool = key(False, "dca: scale the logits with the logarithm of the length, as its authors can")
 
     def group_size(self, max_seq_length: int) -> int:
         """Tokens per S2-Attn group, rounded down to an even number; fixed for the whole run."""
-        if not 0 < self.group_size_ratio <= 1:
-            raise ValueError(f"group_size_ratio: must lie in (0, 1], got {self.group_size_ratio}; the papers use 0.25")
         return int(max_seq_length * self.group_size_ratio) // 2 * 2
 
 
-@dataclass
-class AdapterConfig:
+@dataclass(frozen=True)
+class AdapterConfig(Section):
     """Which weights are trained."""
 
-    finetuning_type: str = field(
-        default="qlora",
-        metadata={"help": "qlora (4-bit base), lora (16-bit base) or full", "choices": FINETUNING_TYPES},
+    finetuning_type: str = key("qlora", "qlora (4-bit base), lora (16-bit base) or full", one_of(FINETUNING_TYPES))
+    lora_rank: int = key(64, "rank of the LoRA matrices", at_least(1))
+    lora_alpha: float = key(
+        16, "LoRA scale numerator: the update is alpha / rank * B A", ("positive", lambda value: value > 0)
     )
-    lora_rank: int = field(default=64, metadata={"help": "rank of the LoRA matrices"})
-    lora_alpha: float = field(default=16, metadata={"help": "LoRA scale numerator: the update is alpha / rank * B A"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the input of the LoRA matrices"})
-    target_modules: str | None = field(
-        default=None, metadata={"help": "comma-separated names of linear layers; default: all but the output layer"}
+    lora_dropout: float = key(0.05, "dropout on the input of the LoRA matrices", PART)
+    target_modules: str | None = key(None, "comma-separated names of linear layers; default: all but the output layer")
+    train_embedding: bool | str = key(
+        False,
+        "true: train input and output embeddings in full; input: the former alone, as LongLoRA does",
+        (f"true, false or {INPUT}", lambda value: value in (True, False, INPUT)),
     )
-    train_embedding: bool | str = field(
-        default=False,
-        metadata={"help": "true: train input and output embeddings in full; input: the former alone, as LongLoRA does"},
-    )
-    train_norm: bool = field(default=False, metadata={"help": "train the norm layers in full"})
-
-    def __post_init__(self) -> None:
-        if self.finetuning_type not in FINETUNING_TYPES:
-            raise ValueError(f"finetuning_type: {self.finetuning_type!r} is not one of {', '.join(FINETUNING_TYPES)}")
-        if self.train_embedding not in (True, False, INPUT):
-            raise ValueError(f"train_embedding: {self.train_embedding!r} is not true, false or {INPUT}")
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank: must be at least 1, got {self.lora_rank}")
-        if self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha: must be positive, got {self.lora_alpha}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout: must lie in [0, 1), got {self.lora_dropout}")
+    train_norm: bool = key(False, "train the norm layers in full")
 
 
-@dataclass
-class MemoryConfig:
+@dataclass(frozen=True)
+class MemoryConfig(Section):
     """What is given up for memory: time, and host memory."""
 
-    memory: str | None = field(
-        default=None,
-        metadata={
-            "help": "memory policy: auto (the fastest that fits), fast, balanced, max_length; default: none, "
-            "gradient_checkpointing decides",
-            "choices": MEMORY_POLICIES,
-        },
+    memory: str | None = key(
+        None,
+        "memory policy: auto (the fastest that fits), fast, balanced, max_length; default: none, "
+        "gradient_checkpointing decides",
+        one_of(MEMORY_POLICIES),
     )
-    layer_function: bool | None = field(
-        default=None,
-        metadata={"help": "train each decoder layer as one function that works in tiles; default: by the policy"},
+    layer_function: bool | None = key(
+        None, "train each decoder layer as one function that works in tiles; default: by the policy"
     )
-    keep_activations: str | None = field(
-        default=None,
-        metadata={
-            "help": "layer_function: what is kept of each layer for the backward pass: input, attention "
-            "(and its output), projections (and queries, keys, values), all (and the MLP's inner products)",
-            "choices": KEPT,
-        },
+    keep_activations: str | None = key(
+        None,
+        "layer_function: what is kept of each layer for the backward pass: input, attention (and its output), "
+        "projections (and queries, keys, values), all (and the MLP's inner products)",
+        one_of(KEPT),
     )
-    tile_size: int | None = field(default=None, metadata={"help": "layer_function: tokens computed at a time"})
-    num_head_chunks: int | None = field(
-        default=None, metadata={"help": "layer_function: parts in which attention and its projections are computed"}
+    tile_size: int | None = key(None, "layer_function: tokens computed at a time", at_least(1))
+    num_head_chunks: int | None = key(
+        None, "layer_function: parts in which attention and its projections are computed", at_least(1)
     )
-    offload_activations: bool | None = field(
-        default=None, metadata={"help": "layer_function: keep activations in host memory between forward and backward"}
+    offload_activations: bool | None = key(
+        None, "layer_function: keep activations in host memory between forward and backward"
     )
-    gpu_memory: str | None = field(
-        default=None, metadata={"help": "memory to plan for, such as 32GiB; default: that of the GPU at hand"}
-    )
-
-    def __post_init__(self) -> None:
-        for name, choices in (("memory", MEMORY_POLICIES), ("keep_activations", KEPT)):
-            value = getattr(self, name)
-            if value is not None and value not in choices:
-                raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
-        for name in ("tile_size", "num_head_chunks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
+    gpu_memory: str | None = key(None, "memory to plan for, such as 32GiB; default: that of this machine's GPU")
 
 
-@dataclass
-class SequenceParallelConfig:
+@dataclass(frozen=True)
+class SequenceParallelConfig(Section):
     """How many processes share one row."""
 
-    sequence_parallel_size: int = field(
-        default=1,
-        metadata={"help": "processes that share each row (Ulysses); divides their number and the attention heads"},
+    sequence_parallel_size: int = key(
+        1, "processes that share each row (Ulysses); divides their number and the attention heads", at_least(1)
     )
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """What to train on and how it is cut into rows."""
+
+    train_file: str = key(MISSING, 'jsonl: {"text"} rows, or conversations where sft is true.')
+    eval_file: str | None = key(None, "jsonl of the same form, for the evaluation loss.")
+    sft: bool = key(False, "Rows are conversations; only the answers are learned.")
+    max_seq_length: int = key(8192, "Most tokens of a row; longer rows are cut.", at_least(2))
+    pack: bool = key(False, "Fill rows with several documents, kept apart, and split long documents, not cut them.")
+    prompt_template: str = key(
+        DEFAULT_PROMPT_TEMPLATE,
+        f"Form of the conversations where sft is true: {', '.join(PROMPT_TEMPLATES)}.",
+        one_of(PROMPT_TEMPLATES),
+    )
+    preprocessing_num_workers: int = key(1, "Processes that tokenise.", at_least(1))
+    data_cache_dir: str | None = key(None, "Folder for tokenised files; default: the Hugging Face datasets cache.")
+
+
+@dataclass(frozen=True)
+class OutputConfig(Section):
+    """Where a run writes, and whether it may replace an earlier run there."""
+
+    overwrite_output_dir: bool = key(
+        False, "replace the results of an earlier run in output_dir as soon as this run has its own"
+    )
+    logging_dir: str | None = key(None, "folder of the tensorboard events; default: tensorboard/ in output_dir")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run; a change makes new ones.
+
+    training: keywords of TrainingArguments; given: what the user gave, by key; uses_gpu: whether a GPU trains.
+    """
+
+    model: ModelConfig
+    context: ContextConfig
+    attention: AttentionConfig
+    adapter: AdapterConfig
+    memory: MemoryConfig
+    parallel: SequenceParallelConfig
+    data: DataConfig
+    output: OutputConfig
+    # They may hold hub_token.
+    training: Mapping[str, Any] = field(repr=False)
+    given: Mapping[str, Any] = field(repr=False)
+    uses_gpu: bool
 
     def __post_init__(self) -> None:
-        if self.sequence_parallel_size < 1:
-            raise ValueError(f"sequence_parallel_size: must be at least 1, got {self.sequence_parallel_size}")
+        for name, value in self.training.items():
+            check_limit(name, value, LIMITS.get(name))
+        for name in ("training", "given"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def with_training(self, **changes) -> "Settings":
+        """The same with some keywords of TrainingArguments changed."""
+        return dataclasses.replace(self, training={**self.training, **changes})
+
+    def as_dict(self) -> dict[str, dict]:
+        """Sections as plain values for a record on disk, without the secret among them."""
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+        return {**sections, "training": {k: value for k, value in self.training.items() if k != "hub_token"}}
 
 
-@dataclass
-class DataConfig:
-    """What to train on and how it is cut into rows. The fields are keys of the training YAML."""
-
-    train_file: str = field(metadata={"help": 'jsonl: {"text"} rows, or conversations where sft is true.'})
-    eval_file: str | None = field(default=None, metadata={"help": "jsonl of the same form, for the evaluation loss."})
-    sft: bool = field(default=False, metadata={"help": "Rows are conversations; only the answers are learned."})
-    max_seq_length: int = field(default=8192, metadata={"help": "Most tokens of a row; longer rows are cut."})
-    pack: bool = field(
-        default=False,
-        metadata={"help": "Fill rows with several documents, kept apart, and split long documents, not cut them."},
-    )
-    prompt_template: str = field(
-        default=DEFAULT_PROMPT_TEMPLATE,
-        metadata={"help": f"Form of the conversations where sft is true: {', '.join(PROMPT_TEMPLATES)}."},
-    )
-    preprocessing_num_workers: int = field(default=1, metadata={"help": "Processes that tokenise."})
-    data_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for tokenised files; default: the Hugging Face datasets cache."}
-    )
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_seq_length", 2), ("preprocessing_num_workers", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}: {value!r} is not a whole number of at least {least}; give one")
-        if self.prompt_template not in PROMPT_TEMPLATES:
-            known = ", ".join(PROMPT_TEMPLATES)
-            raise ValueError(f"prompt_template: unknown template {self.prompt_template!r}; use one of {known}")
+SECTIONS = {item.name: item.type for item in dataclasses.fields(Settings) if dataclasses.is_dataclass(item.type)}
 
 
-@dataclass
-class OutputConfig:
-    """Where a run writes and what becomes of an earlier run there."""
+@dataclass(frozen=True)
+class Notice:
+    """A line for the log on what became of a setting, with its level there."""
 
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "replace the results of an earlier run in output_dir as soon as this run has its own"},
-    )
+    text: str
+    level: int = logging.INFO
 
 
-@dataclass
-class LogConfig:
-    """Where the events go."""
-
-    logging_dir: str | None = field(
-        default=None, metadata={"help": "folder of the tensorboard events; default: tensorboard/ in output_dir"}
-    )
+def warning(text: str) -> Notice:
+    """A notice that a setting does not do what its words say."""
+    return Notice(text, logging.WARNING)

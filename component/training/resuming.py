@@ -5,8 +5,7 @@ from pathlib import Path
 from longqlora.data.cache import content_hash
 from longqlora.distributed import world_size
 from longqlora.run_record import read_run_record
-from longqlora.settings.config import DataConfig
-from longqlora.settings.reader import Settings
+from longqlora.settings.config import DataConfig, Settings
 from longqlora.training.checkpoint import checkpoint_to_resume
 from longqlora.training.checkpoint_contents import check_contents
 

@@ -16,7 +16,8 @@ from longqlora.distributed import barrier, is_main_process, set_single_process_e
 from longqlora.files import partial_name, remove, write_json
 from longqlora.plot import plot_loss_curve
 from longqlora.run_record import RECORD_NAME, make_run_record, read_run_record
-from longqlora.settings.reader import Settings
+from longqlora.settings.config import Notice, Settings
+from longqlora.training.arguments import RunArguments
 from longqlora.training.checkpoint import FINAL, clear_staging
 from longqlora.training.checkpoint_contents import load_without_code
 from longqlora.training.earlier_run import LOG_NAME, EarlierRun
@@ -82,7 +83,7 @@ class Run:
         self.log("finished: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
 
 
-def start_run(settings: Settings, notices: list[str], **facts) -> Run:
+def start_run(settings: Settings, arguments: RunArguments, notices: list[Notice], **facts) -> Run:
     """Join the other processes, decide where to resume, open the log and write the run record with `facts`."""
     started = time.time()
     output_dir, uses_deepspeed = settings.training["output_dir"], settings.training.get("deepspeed") is not None
@@ -93,12 +94,12 @@ def start_run(settings: Settings, notices: list[str], **facts) -> Run:
     shares_rows = settings.parallel.sequence_parallel_size > 1
     prepare_environment(uses_deepspeed=uses_deepspeed or shares_rows, output_dir=output_dir)
     load_without_code(uses_deepspeed=uses_deepspeed)
-    arguments = settings.training_arguments()
+    arguments.join()
     lock, lock_notices = lock_output_dir(output_dir)
     if choose_start(settings) != (checkpoint, decision):
         raise ValueError(f"output_dir: another run just wrote to {output_dir!r}; start again to go on from there")
     earlier = EarlierRun(output_dir, checkpoint)
-    notices += [*lock_notices, *earlier.describe()]
+    notices += map(Notice, [*lock_notices, *earlier.describe()])
     set_seed(arguments.seed)
     facts |= {"world_size": world_size(), "device": device_name(), "data_sha256": hashes}
     record = make_run_record(settings.as_dict(), **facts)
@@ -111,7 +112,7 @@ def start_run(settings: Settings, notices: list[str], **facts) -> Run:
     run = Run(arguments, str(checkpoint) if checkpoint else None, record, earlier, lock, started)
     run.log("versions: " + json.dumps(record["versions"]))
     for notice in notices:
-        logger.warning(notice) if "no effect" in notice or "becomes" in notice else logger.info(notice)
+        logger.log(notice.level, notice.text)
     run.log(decision)
     if is_main_process():
         for change in changes:

@@ -41,7 +41,7 @@ from longqlora.inference.arguments import (
 )
 from longqlora.inference.chat.session import ChatSession
 from longqlora.inference.generation import GenerationOptions, generate_text
-from longqlora.model.context_arguments import context_request
+from longqlora.model.context_request import context_request
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -10,7 +10,7 @@ from transformers.models.llama import modeling_llama
 
 from longqlora.attention.binding import bind_attention, bind_inference_attention
 from longqlora.attention.tiny_copy import tiny_copy
-from longqlora.memory.layer_binding import apply_mechanisms
+from longqlora.memory.layer_binding import apply_policy
 from longqlora.memory.policy import POLICIES
 from longqlora.model.adapter import attach_adapter
 from longqlora.model.base import load_config, load_model
@@ -82,7 +82,7 @@ def test_layers_that_the_layer_function_does_not_know_are_refused(monkeypatch, h
     def bind():
         model = make()
         model = attach_adapter(model, AdapterConfig("lora" if has_adapter else "full", lora_rank=4))
-        apply_mechanisms(model, POLICIES["balanced"], torch.device("cpu"))
+        apply_policy(model, POLICIES["balanced"], torch.device("cpu"))
 
     bind()
     stock = modeling_llama.LlamaMLP.forward
@@ -95,7 +95,7 @@ def test_layers_that_the_layer_function_does_not_know_are_refused(monkeypatch, h
 def test_a_few_large_heads_are_not_refused_for_rounding(num_heads):
     heads = {"num_attention_heads": num_heads, "num_key_value_heads": 1, "hidden_size": 64 * num_heads}
     model = attach_adapter(make(num_hidden_layers=4, **heads), AdapterConfig("lora", train_norm=True))
-    apply_mechanisms(model, POLICIES["max_length"], torch.device("cpu"))
+    apply_policy(model, POLICIES["max_length"], torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_proof_leaves_no_trace(load_in_4bit, tmp_path, tiny_tokenizer):
     random_state = torch.get_rng_state()
     for attention in ("s2", "full", "dca"):
         bind_attention(base, AttentionConfig(attention=attention), 64, is_packed=True)
-    apply_mechanisms(model, POLICIES["balanced"], torch.device("cpu"))
+    apply_policy(model, POLICIES["balanced"], torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), random_state)
     after, flags_after = state()
     assert flags_after == flags and after.keys() == tensors.keys()

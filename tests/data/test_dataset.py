@@ -490,7 +490,7 @@ def test_tokenizer_without_eos_is_refused(tokenizer, jsonl, build):
         ({"max_seq_length": 8.5}, "max_seq_length: 8.5"),
         ({"preprocessing_num_workers": 0}, "preprocessing_num_workers: 0"),
         ({"preprocessing_num_workers": True}, "preprocessing_num_workers: True"),
-        ({"prompt_template": "alpaca"}, "unknown template 'alpaca'.*vicuna_v1.1"),
+        ({"prompt_template": "alpaca"}, "prompt_template: 'alpaca' is not one of.*vicuna_v1.1"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -1,4 +1,4 @@
-"""Predicted memory against live bytes counted in a real step, for three shapes and every set of mechanisms."""
+"""Predicted memory against live bytes counted in a real step, for three shapes and every activation policy."""
 
 import math
 from dataclasses import replace
@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 
 from longqlora.attention.binding import bind_attention
 from longqlora.memory.estimate import GIB, optimizer_bytes, predict
-from longqlora.memory.layer_binding import apply_mechanisms
-from longqlora.memory.policy import CHECKPOINTED, LADDER, STOCK, Mechanisms
+from longqlora.memory.layer_binding import apply_policy
+from longqlora.memory.policy import CANDIDATES, CHECKPOINTED, STOCK, ActivationPolicy
 from longqlora.memory.shapes import ModelShape, RunShape
 from longqlora.model.adapter import attach_adapter
 from longqlora.model.loss_binding import bind_chunked_loss
@@ -33,14 +33,14 @@ SHAPES = {
 }  # fmt: skip
 
 
-def measured(config: LlamaConfig, mechanisms: Mechanisms, run: RunShape, dtype: torch.dtype, **inputs) -> int:
+def measured(config: LlamaConfig, policy: ActivationPolicy, run: RunShape, dtype: torch.dtype, **inputs) -> int:
     model = random_nf4_model(config, dtype=dtype, device=CPU)
     attention = AttentionConfig(attention="full" if run.attended == run.num_tokens else "s2")
     bind_attention(model, attention, run.num_tokens, is_packed="position_ids" in inputs)
     bind_chunked_loss(model)
     model = attach_adapter(model, AdapterConfig(lora_rank=run.lora_rank)).train()
-    apply_mechanisms(model, mechanisms, CPU)
-    if mechanisms.gradient_checkpointing:
+    apply_policy(model, policy, CPU)
+    if policy.gradient_checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(config.vocab_size, (1, run.num_tokens))
     with PeakMemory(CPU) as memory, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -53,14 +53,14 @@ def measured(config: LlamaConfig, mechanisms: Mechanisms, run: RunShape, dtype: 
 )
 def test_prediction_is_within_a_tenth_of_live_bytes(name, dtype):
     config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=2048, **SHAPES[name])
-    run = RunShape(512, stream_bytes=dtype.itemsize, lora_rank=2, attended=128, is_gpu=False)
+    run = RunShape(512, activation_bytes=dtype.itemsize, lora_rank=2, attended=128, is_gpu=False)
     # A CPU offloads nothing, and tiles are scaled down with the rest.
     on_cpu = {"tile_size": 128, "optim": None, "offload_activations": False}
-    for mechanisms in dict.fromkeys(replace(mechanisms, **on_cpu) for mechanisms in (STOCK, CHECKPOINTED, *LADDER)):
-        predicted = predict(ModelShape.of(config), run, mechanisms)
-        count = measured(config, mechanisms, run, dtype)
-        assert 0.9 < predicted.step / count < 1.1, (mechanisms.describe(), predicted.step / count)
-    assert predict(ModelShape.of(config), run, LADDER[-1]).host == 0, "a CPU keeps tensors where they are"
+    for policy in dict.fromkeys(replace(policy, **on_cpu) for policy in (STOCK, CHECKPOINTED, *CANDIDATES)):
+        predicted = predict(ModelShape.of(config), run, policy)
+        count = measured(config, policy, run, dtype)
+        assert 0.9 < predicted.step / count < 1.1, (policy.describe(), predicted.step / count)
+    assert predict(ModelShape.of(config), run, CANDIDATES[-1]).host == 0, "a CPU keeps tensors where they are"
 
 
 @pytest.mark.parametrize("attended", [128, 512])
@@ -68,63 +68,62 @@ def test_prediction_is_within_a_tenth_of_live_bytes(name, dtype):
 def test_packed_rows_take_what_plain_rows_take(length, attended):
     """Documents of this length; S2-Attn and full attention."""
     config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=2048, **SHAPES["7b"])
-    run = RunShape(512, stream_bytes=2, lora_rank=2, attended=attended, is_gpu=False)
-    for mechanisms in (LADDER[0], LADDER[2], replace(LADDER[2], num_head_chunks=4)):
-        mechanisms = replace(mechanisms, tile_size=128)
-        predicted = predict(ModelShape.of(config), run, mechanisms)
+    run = RunShape(512, activation_bytes=2, lora_rank=2, attended=attended, is_gpu=False)
+    for policy in (CANDIDATES[0], CANDIDATES[2], replace(CANDIDATES[2], num_head_chunks=4)):
+        policy = replace(policy, tile_size=128)
+        predicted = predict(ModelShape.of(config), run, policy)
         positions = (torch.arange(512) % length)[None]
-        count = measured(config, mechanisms, run, torch.bfloat16, position_ids=positions, use_cache=False)
-        assert 0.9 < predicted.step / count < 1.1, (mechanisms.describe(), predicted.step / count)
+        count = measured(config, policy, run, torch.bfloat16, position_ids=positions, use_cache=False)
+        assert 0.9 < predicted.step / count < 1.1, (policy.describe(), predicted.step / count)
 
 
 LLAMA_7B = ModelShape(4096, 11008, 32, 32, 32, 128, 32000)
 
 
-def test_ladder_leads_from_fast_to_lean():
-    run = RunShape(65536, attended=16384)
-    estimates = [predict(LLAMA_7B, run, mechanisms) for mechanisms in LADDER]
+def test_candidates_lead_from_fast_to_lean():
+    estimates = [predict(LLAMA_7B, RunShape(65536, attended=16384), policy) for policy in CANDIDATES]
     assert [e.peak for e in estimates] == sorted((e.peak for e in estimates), reverse=True)
     times = [e.relative_time for e in estimates]
     assert times[:3] == sorted(times[:3]) and times[0] == min(times) and times[-1] == max(times)
-    assert all((e.host > 0) == m.offload_activations for e, m in zip(estimates, LADDER, strict=True))
+    assert [e.host > 0 for e in estimates] == [policy.offload_activations for policy in CANDIDATES]
 
 
 def test_weights_are_counted_by_what_they_are():
     run = RunShape(1024)
     linear, embedding, lora = 32 * 202375168, 2 * 32000 * 4096, 159907840
-    fast = predict(LLAMA_7B, run, LADDER[0])
+    fast = predict(LLAMA_7B, run, CANDIDATES[0])
     assert fast.static == pytest.approx(linear * 4.127 / 8 + embedding * 2 + lora * (4 + 8), rel=1e-3)
     assert fast.gradients == lora * 4
-    paged = predict(LLAMA_7B, replace(run, optimizer_bytes=optimizer_bytes("paged_adamw_8bit")), LADDER[0])
+    paged = predict(LLAMA_7B, replace(run, optimizer_bytes=optimizer_bytes("paged_adamw_8bit")), CANDIDATES[0])
     assert fast.static - paged.static == lora * 8
-    plain = predict(LLAMA_7B, replace(run, weights="plain"), LADDER[0])
+    plain = predict(LLAMA_7B, replace(run, weights="plain"), CANDIDATES[0])
     assert plain.static - fast.static == pytest.approx(linear * (2 - 4.127 / 8), rel=1e-3)
-    trained = predict(LLAMA_7B, replace(run, weights="trained", stream_bytes=4), LADDER[0])
+    trained = predict(LLAMA_7B, replace(run, weights="trained", activation_bytes=4), CANDIDATES[0])
     assert trained.static == (linear + embedding) * 12 and trained.gradients == (linear + embedding) * 4
-    embeds = predict(LLAMA_7B, replace(run, num_trained_embeddings=2), LADDER[0])
+    embeds = predict(LLAMA_7B, replace(run, num_trained_embeddings=2), CANDIDATES[0])
     assert embeds.static - fast.static == embedding * (4 - 2 + 8), "no frozen twin"
 
 
 def test_targets_of_the_project():
-    """What the mechanisms are for, as predicted: 7B at 100k and 256k, 13B at 100k, 70B at 32k."""
-    lean, offloaded = LADDER[-1], LADDER[4]
+    """What the policies are for, as predicted: 7B at 100k and 256k, 13B at 100k, 70B at 32k."""
+    lean, offloaded = CANDIDATES[-1], CANDIDATES[4]
     llama_13b = ModelShape(5120, 13824, 40, 40, 40, 128, 32000)
     llama_70b = ModelShape(8192, 28672, 80, 64, 8, 128, 32000)
-    for shape, length, limit, mechanisms in (
+    for shape, length, limit, policy in (
         (LLAMA_7B, 100_000, 18, offloaded), (LLAMA_7B, 262_144, 32, lean), (llama_13b, 100_000, 26, offloaded),
         (llama_70b, 32_768, 52, lean),
     ):  # fmt: skip
-        optimizer = 8 if mechanisms.optim is None else 0
+        optimizer = 8 if policy.optim is None else 0
         run = RunShape(length, attended=length // 4, optimizer_bytes=optimizer)
-        assert predict(shape, run, mechanisms).peak < limit * GIB, (length, limit)
+        assert predict(shape, run, policy).peak < limit * GIB, (length, limit)
 
 
 def test_several_processes_share_what_zero_splits():
     run = RunShape(8192, attended=2048, weights="plain")
-    alone = predict(LLAMA_7B, run, LADDER[0])
-    two = predict(LLAMA_7B, replace(run, state_shards=8), LADDER[0])
-    three = predict(LLAMA_7B, replace(run, state_shards=8, weight_shards=8), LADDER[0])
-    offloaded = predict(LLAMA_7B, replace(run, state_shards=8, weight_shards=math.inf), LADDER[0])
+    alone = predict(LLAMA_7B, run, CANDIDATES[0])
+    two = predict(LLAMA_7B, replace(run, state_shards=8), CANDIDATES[0])
+    three = predict(LLAMA_7B, replace(run, state_shards=8, weight_shards=8), CANDIDATES[0])
+    offloaded = predict(LLAMA_7B, replace(run, state_shards=8, weight_shards=math.inf), CANDIDATES[0])
     assert 13 * GIB < alone.static and alone.static - 1.2 * GIB < two.static < alone.static - 0.9 * GIB
     assert two.gradients == alone.gradients / 8
     # 12.06 GiB of layers, 0.49 of embeddings, 0.6 of LoRA: an eighth of it, and two layers of 0.38 whole.

@@ -17,9 +17,9 @@ from longqlora.attention.binding import bind_attention
 from longqlora.memory import adapted_linear, layer_binding
 from longqlora.memory.adapted_linear import keep_mask
 from longqlora.memory.decoder_layer import LINEARS, MODEL_TYPES
-from longqlora.memory.layer_binding import apply_mechanisms, bind_layers, decoder_layers
+from longqlora.memory.layer_binding import apply_policy, bind_layers, decoder_layers
 from longqlora.memory.layer_function import mask_seed
-from longqlora.memory.policy import MAX_LENGTH, Mechanisms
+from longqlora.memory.policy import MAX_LENGTH, ActivationPolicy
 from longqlora.model.adapter import attach_adapter
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.config import KEPT, AdapterConfig, AttentionConfig
@@ -71,7 +71,7 @@ def assert_equal(got, expected, tolerance: float) -> None:
 
 
 def bind(model, keep: str = "attention", num_head_chunks: int = 1, *, tile_size: int = TILE_SIZE, store=None) -> None:
-    bind_layers(model, Mechanisms(True, keep, tile_size, num_head_chunks), store=store)
+    bind_layers(model, ActivationPolicy(True, keep, tile_size, num_head_chunks), store=store)
 
 
 def assert_layers_give(expected, model, inputs, *, ways=MANY_WAYS, tolerance: float = 1e-10, store=None) -> None:
@@ -240,7 +240,7 @@ def test_a_transformers_that_calls_no_checkpointing_function_is_refused(monkeypa
     """Training would go on, with all the memory that plain layers take."""
     monkeypatch.setattr(layer_binding.LayerCheckpoint, "__call__", lambda self, forward, x: forward(x))
     with pytest.raises(ValueError, match="does not call its layers' checkpointing function; set layer_function: false"):
-        apply_mechanisms(build(), MAX_LENGTH, torch.device("cpu"))
+        apply_policy(build(), MAX_LENGTH, torch.device("cpu"))
 
 
 def test_products_that_no_gradient_needs_are_not_computed(monkeypatch):

@@ -98,7 +98,7 @@ def test_device_memory_is_that_of_two_layers_however_far_the_cpu_runs_ahead():
 
 
 @pytest.mark.parametrize(
-    ("words", "mechanisms"),
+    ("words", "policy"),
     [
         ([], CHECKPOINTED),
         (["--memory", "balanced"], BALANCED),
@@ -106,12 +106,12 @@ def test_device_memory_is_that_of_two_layers_however_far_the_cpu_runs_ahead():
         (["--memory", "max_length"], MAX_LENGTH),
     ],
 )
-def test_prediction_is_within_a_tenth_of_what_is_reserved(run_script, tmp_path, words, mechanisms):
+def test_prediction_is_within_a_tenth_of_what_is_reserved(run_script, tmp_path, words, policy):
     """A step of the 7B shape at 16,384 tokens; the CUDA context is not the allocator's."""
     file, length = tmp_path / "step.json", 16384
     flags = ["--shape", "llama2-7b", "--seq_len", length, "--steps", 1, "--optim", "paged_adamw_8bit", *words]
     run_script("benchmark/train_step.py", *flags, "--output_file", file, check=True, timeout=600)
     reserved = json.loads(file.read_text())["peak_reserved_bytes"]
     run = RunShape(length, attended=length // 4, optimizer_bytes=0)
-    predicted = predict(ModelShape.of(shape_config("llama2-7b")), run, mechanisms).peak - CUDA_CONTEXT
+    predicted = predict(ModelShape.of(shape_config("llama2-7b")), run, policy).peak - CUDA_CONTEXT
     assert 0.9 < predicted / reserved < 1.1, f"predicted {predicted / GIB:.2f} GiB, reserved {reserved / GIB:.2f} GiB"

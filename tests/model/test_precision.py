@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from longqlora.attention.binding import bind_attention
 from longqlora.memory.layer_binding import bind_layers
-from longqlora.memory.policy import Mechanisms
+from longqlora.memory.policy import ActivationPolicy
 from longqlora.model.adapter import attach_adapter
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.config import AdapterConfig, AttentionConfig
@@ -36,7 +36,7 @@ def batch(length: int = 32) -> dict[str, torch.Tensor]:
 def test_stream_is_16_bit_and_trained_weights_are_fp32(model_type, trains_rest, is_autocast, uses_layer_function):
     model, seen = build(model_type, trains_rest=trains_rest), []
     if uses_layer_function:
-        bind_layers(model, Mechanisms(tile_size=16))
+        bind_layers(model, ActivationPolicy(tile_size=16))
     decoder = model.get_base_model().model
     decoder.embed_tokens.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     # A stream that any layer widens stays wide.
@@ -83,7 +83,7 @@ def test_fp16_with_loss_scaling(uses_layer_function, num_steps):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 320}
     model = build(dtype=torch.float16, num_attention_heads=2, num_key_value_heads=2, **sizes)
     if uses_layer_function:
-        bind_layers(model, Mechanisms(tile_size=8))
+        bind_layers(model, ActivationPolicy(tile_size=8))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, scaler = torch.optim.AdamW(trained, lr=2e-3), torch.amp.GradScaler("cpu")
     losses, skipped = [], 0

@@ -141,7 +141,7 @@ def refused(work, monkeypatch, capsys):
     def run(name: str, *words: str) -> str:
         for target in ("torch.nn.Module.__call__", "transformers.PreTrainedModel.from_pretrained",
                        "transformers.PreTrainedTokenizerBase.from_pretrained", "longqlora.model.merge.read_updates",
-                       "longqlora.memory.plan_table.memory_table", "subprocess.Popen",
+                       "longqlora.memory.plan.MemoryPlan.table", "subprocess.Popen",
                        "importlib.metadata.distributions",
                        "longqlora.data.documents.read_document", "sysconfig.get_python_version"):  # fmt: skip
             monkeypatch.setattr(target, started)
