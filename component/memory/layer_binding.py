@@ -16,8 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longqlora.attention.binding import attention_pattern, call_attention
-from longqlora.attention.proof import NUM_TOKENS, check_equal, outputs_and_gradients, refusing, token_ids
-from longqlora.attention.tiny_copy import tiny_copy
+from longqlora.attention.proof import prove_training
 from longqlora.memory.decoder_layer import DecoderLayer, reason_unsupported
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.layer_call import LayerCall, LayerOptions
@@ -121,18 +120,17 @@ def prove_layers(model: PreTrainedModel | PeftModel, bind: Callable[[PreTrainedM
 
     Trained are all weights, or, where `model` has an adapter, norms and the random LoRA matrices of another.
     """
-    has_adapter = isinstance(model, PeftModel)
-    base = model.get_base_model() if has_adapter else model
-    small, ids = tiny_copy(base, num_layers=2), token_ids(NUM_TOKENS)
-    small.set_attn_implementation("sdpa")
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), refusing(base, "layer_function", fix):
-        if has_adapter:
-            torch.manual_seed(0)
-            small = attach_adapter(small, AdapterConfig("lora", lora_rank=2, lora_dropout=0.0, train_norm=True))
-            for name, parameter in small.named_parameters():
-                if "lora_B" in name:
-                    # Larger ones make attention sharp, and its gradients rounding.
-                    torch.nn.init.normal_(parameter, std=0.1)
-        expected = outputs_and_gradients(small.train(), ids)
-        bind(small)
-        check_equal(zip(outputs_and_gradients(small, ids), expected, strict=True))
+    if isinstance(model, PeftModel):
+        prove_training(model.get_base_model(), "layer_function", bind, fix=fix, prepare=attach_random_adapter)
+    else:
+        prove_training(model, "layer_function", bind, fix=fix)
+
+
+def attach_random_adapter(model: PreTrainedModel) -> PeftModel:
+    torch.manual_seed(0)
+    model = attach_adapter(model, AdapterConfig("lora", lora_rank=2, lora_dropout=0.0, train_norm=True))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            # Larger ones make attention sharp, and its gradients rounding.
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model

@@ -153,7 +153,7 @@ def test_blocks_need_no_mask_in_any_method(base, data, tmp_path):
     settings = read_comparison(str(write_yaml(tmp_path, base, data, prefill_chunk_size=32)), {})
     models = MethodModels(settings)
     names = {name: models.get(name, 160).model.config._attn_implementation for name in ("none", "DCA", "YaRN")}
-    assert names["none"] == names["YaRN"] == "sdpa_with_past" and names["DCA"].startswith("dca_")
+    assert names["none"] == names["YaRN"] == "sdpa_no_mask" and names["DCA"].startswith("dca_")
 
 
 BAD = {
