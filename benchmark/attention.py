@@ -9,7 +9,8 @@ The methods run in turns within one process, so that a change in the machine's l
   rolled_sdpa   the rolled form with torch's SDPA on the copies
   full_sdpa     full causal attention, torch's SDPA
 With --document_length, also on rows of several documents of that length:
-  s2_packed     s2, document by document          s2_masked     s2, with a mask for each group
+  s2_packed     s2, document by document          s2_masked     s2, with a mask for each group, since every
+                                                                second document continues the one before the last
   full_packed   full, document by document        full_masked   full, with a mask [S, S]
 The two rolled forms wrap around (see rolled_attention.py), hence compute slightly more than causal
 attention allows. Inputs and results are as in a model: projections [B, S, H*D], seen as [B, H, S, D].
@@ -82,26 +83,21 @@ def make_methods(args: argparse.Namespace, length: int, group_size: int, device)
     import torch
     from rolled_attention import materialized_attention, rolled_shift_short_attention
 
-    from longqlora.attention.segments import document_lengths, segment_mask
-    from longqlora.attention.shift_short import (
-        causal_attention,
-        check_shift_short,
-        grouped_attention,
-        shift_short_attention,
-    )
+    from longqlora.attention.sdpa import causal_attention
+    from longqlora.attention.segments import segment_mask
+    from longqlora.attention.shift_short import check_shift_short, grouped_attention, shift_short_attention
 
     check_shift_short(args.heads, group_size)
     segments = (torch.arange(length, device=device) // (args.document_length or length)).expand(args.batch, -1)
-    documents = document_lengths(segments)
     rolled = partial(rolled_shift_short_attention, group_size=group_size)
     methods = {
         "s2": partial(shift_short_attention, group_size=group_size),
         "materialized": partial(rolled, kernel=materialized_attention),
         "rolled_sdpa": rolled,
         "full_sdpa": causal_attention,
-        "s2_packed": partial(shift_short_attention, group_size=group_size, documents=documents),
-        "s2_masked": partial(shift_short_attention, group_size=group_size, segment_ids=segments),
-        "full_packed": lambda *x: grouped_attention(*x, [length], documents=documents).transpose(1, 2),
+        "s2_packed": partial(shift_short_attention, group_size=group_size, segment_ids=segments),
+        "s2_masked": partial(shift_short_attention, group_size=group_size, segment_ids=segments % 2),
+        "full_packed": lambda *x: grouped_attention(*x, [length], segment_ids=segments).transpose(1, 2),
         "full_masked": lambda *x: causal_attention(*x, mask=segment_mask(segments)),
     }
     return {name: methods[name] for name in METHODS if name in args.methods}

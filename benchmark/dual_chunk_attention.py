@@ -67,7 +67,7 @@ def make_methods(args: argparse.Namespace, sizes, device) -> dict:
     import torch
 
     from longqlora.attention.dual_chunk import dual_chunk_attention
-    from longqlora.attention.shift_short import causal_attention
+    from longqlora.attention.sdpa import causal_attention
 
     inv_freq = 10000.0 ** -(torch.arange(0, args.head_dim, 2, device=device) / args.head_dim)
     methods = {"dca": partial(dual_chunk_attention, inv_freq=inv_freq, sizes=sizes), "full_sdpa": causal_attention}

@@ -1,7 +1,7 @@
 """Dual chunk attention (DCA): a model reads far beyond its pretraining length with no training (arXiv 2402.17463).
 
-The sequence is cut into chunks of s tokens, s = chunk_size - local_window. A key has the position j mod s, so
-no position ever exceeds what pretraining showed. A query has three positions, by the chunk of the key:
+The sequence is cut into chunks of s tokens, s = chunk_size - local_window. A key has the position j mod s, so that
+no position exceeds what pretraining showed. A query has three positions, by the chunk of the key:
 
     same chunk        i mod s
     the chunk before  min(i mod s + s, chunk_size): distances to the last local_window tokens stay exact
@@ -10,25 +10,25 @@ no position ever exceeds what pretraining showed. A query has three positions, b
 as in the authors' code (HKUNLP/ChunkLlama, chunkllama_attn_replace.py, commit 15c5787c79ee726d6edeaae838f5d8cb5adb3187;
 section 3 of the paper counts one less at the upper end). Within one chunk it is plain causal attention. Each of the
 three is an attention of its own, merged by log-sum-exp: memory is linear in the length, gradients are exact, and
-a key/value cache holds the same keys whatever is asked of it later.
+a key/value cache holds each key once, for all later queries.
 
 Query and key come rotated by RoPE at position mod s; the other two queries are that query rotated further.
-Pure torch; the binding to transformers is in attention.py.
 
-Dimensions: B batch, H query heads, K key/value heads (K divides H), Q queries, S keys, D head dim,
-R frequencies (2 R <= D; `RotaryLayout` says which dimensions are pairs).
+Dimensions: B batch, H query heads, K key/value heads (K divides H), Q queries, S keys, D head dim, R frequencies.
 
 Pure maths: knows nothing of Hugging Face.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
 
-from longqlora.attention.merged import Block, Part, causal_attention_with_past, check_lengths, merged_attention
+from longqlora.attention import merged
+from longqlora.attention.merged import KeyRange, QueryBlock, merged_attention
+from longqlora.attention.rotation import LLAMA_LAYOUT, QueryRotation, query_rotation
 from longqlora.attention.sdpa import sum_dtype
 from longqlora.attention.segments import segment_runs
 
@@ -48,27 +48,18 @@ class DualChunkSizes:
     local_window: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("pretraining_length", "chunk_size", "local_window"):
-            value = getattr(self, name)
-            if not isinstance(value, int) and not (value is None and name != "pretraining_length"):
-                raise ValueError(f"{name}: must be a whole number of tokens, got {value!r}")
-        if self.pretraining_length < 8:
-            raise ValueError(f"pretraining_length: must be at least 8 tokens, got {self.pretraining_length}")
-        # The dataclass is frozen so that it can be a key; the defaults are filled in once, here.
-        if self.chunk_size is None:
-            object.__setattr__(self, "chunk_size", self.pretraining_length * 3 // 4)
-        if self.local_window is None:
-            object.__setattr__(self, "local_window", self.pretraining_length // 8)
-        if not 0 < self.chunk_size <= self.pretraining_length:
-            raise ValueError(
-                f"chunk_size: must be positive and at most pretraining_length {self.pretraining_length}, "
-                f"so that no distance is new to the model, got {self.chunk_size}; the authors use 3/4 of it"
-            )
-        if not 0 < self.local_window < self.chunk_size:
-            raise ValueError(
-                f"local_window: must be positive and less than chunk_size {self.chunk_size}, got {self.local_window}; "
-                "the authors use 1/8 of pretraining_length"
-            )
+        self.settle("pretraining_length", None, 8, None, "the tokens that the model reads without dual chunk attention")
+        length = self.pretraining_length
+        self.settle("chunk_size", length * 3 // 4, 1, length, "so that no distance is new; the authors use 3/4 of it")
+        self.settle("local_window", length // 8, 1, self.chunk_size - 1, "less than chunk_size")
+
+    def settle(self, name: str, default: int | None, least: int, most: int | None, reason: str) -> None:
+        """Check one size and fill in its default; the dataclass is frozen so that it can be a key."""
+        value = default if getattr(self, name) is None else getattr(self, name)
+        if not isinstance(value, int) or value < least or (most is not None and value > most):
+            limits = f"at least {least}" if most is None else f"{least} to {most}"
+            raise ValueError(f"{name}: must be a whole number of tokens, {limits} ({reason}), got {value!r}")
+        object.__setattr__(self, name, value)
 
     @property
     def stride(self) -> int:
@@ -81,200 +72,100 @@ class DualChunkSizes:
         return min(2 * self.stride - 1, self.chunk_size)
 
 
-@dataclass(frozen=True)
-class RotaryLayout:
-    """Where RoPE's pairs lie in a head: pair d is (start + d, start + R + d) as in Llama, or, interleaved,
-    (start + 2 d, start + 2 d + 1)."""
-
-    start: int = 0
-    is_interleaved: bool = False
-
-    def pairs(self, x: torch.Tensor, num_freqs: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views [..., R] on the first and the second dimensions of all pairs of x [..., D]."""
-        rotary = x[..., self.start : self.start + 2 * num_freqs]
-        if self.is_interleaved:
-            return rotary[..., 0::2], rotary[..., 1::2]
-        return rotary[..., :num_freqs], rotary[..., num_freqs:]
-
-
-LLAMA_LAYOUT = RotaryLayout()
-
-
 def dual_chunk_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    inv_freq: torch.Tensor,
-    sizes: DualChunkSizes,
-    layout: RotaryLayout = LLAMA_LAYOUT,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """DCA of the last Q of S positions: a whole prompt, a later piece of it, or one decoded token.
+    query, key, value, *, inv_freq, sizes: DualChunkSizes, layout=LLAMA_LAYOUT, scaling: float | None = None,
+    segment_ids=None,
+) -> torch.Tensor:  # fmt: skip
+    """DCA of the last Q of S positions: a whole prompt, a later block of it, or one decoded token.
 
-    query [B, H, Q, D] and key [B, K, S, D], rotated at position mod `sizes.stride`; value [B, K, S, D].
-    inv_freq: [R], radians per position, as the model's own RoPE has it; layout: of its pairs.
+    query [B, H, Q, D] and key [B, K, S, D], rotated at (position in the sequence) mod `sizes.stride`; value
+    [B, K, S, D]. inv_freq: [R], radians per position, as the model's own RoPE has it; layout: of its pairs.
     scaling: factor of the logits, 1 / sqrt(D) by default.
+    segment_ids: int [B, S], for padded batches and packed rows: each run of equal ids in a row is a sequence that
+        starts at position 0; negative ids are padding, whose output is zero and has no gradient.
     Returns [B, H, Q, D] in the dtype of query, laid out in memory as [B, Q, H, D].
-
-    Raises ValueError for more queries than keys, for dropout, or where inv_freq does not fit the head dim.
+    Raises ValueError for more queries than keys, or where inv_freq or segment_ids do not fit.
     """
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    check_inputs(query, key, inv_freq, dropout)
-    if num_keys <= sizes.stride:
-        return causal_attention_with_past(query, key, value, scaling)
-    first, inv_freq = num_keys - num_queries, inv_freq.to(query.device)
-    blocks = sequence_blocks(first, num_keys, sizes, inv_freq, layout, sum_dtype(query), query_shift=-first)
-    return merged_attention(query, key, value, list(blocks), scaling=scaling)
-
-
-def segment_dual_chunk_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segment_ids: torch.Tensor,
-    *,
-    inv_freq: torch.Tensor,
-    sizes: DualChunkSizes,
-    layout: RotaryLayout = LLAMA_LAYOUT,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """DCA for padded batches and packed rows: each run of equal ids in a row is a sequence that starts at 0.
-
-    query [B, H, Q, D], the last Q of the S slots; key and value [B, K, S, D]; segment_ids int [B, S], negative
-    on padding. Query and key are rotated at (position in the run) mod `sizes.stride`. Otherwise as
-    `dual_chunk_attention`; rows of padding are zero and have no gradient.
-    """
-    check_inputs(query, key, inv_freq, dropout)
-    if segment_ids.shape != (key.shape[0], key.shape[2]):
+    merged.check_lengths(query, key)
+    if inv_freq.ndim != 1 or 2 * len(inv_freq) > query.shape[-1]:
+        raise ValueError(f"inv_freq: shape {list(inv_freq.shape)} does not fit a head dim of {query.shape[-1]}")
+    if segment_ids is not None and segment_ids.shape != (key.shape[0], key.shape[2]):
         raise ValueError(f"segment_ids: must be {[key.shape[0], key.shape[2]]}, got {list(segment_ids.shape)}")
-    past, inv_freq, blocks = key.shape[2] - query.shape[2], inv_freq.to(query.device), []
+    num_keys, past, inv_freq = key.shape[2], key.shape[2] - query.shape[2], inv_freq.to(query.device)
+    # Tells the cache of rotations that frequencies were changed in place; inference tensors do not count changes.
+    version = None if inv_freq.is_inference() else inv_freq._version
+    rotation = partial(chunk_rotation, sizes, inv_freq, version, layout, sum_dtype(query))
+    if segment_ids is None:
+        if num_keys <= sizes.stride:
+            return merged.causal_attention_with_past(query, key, value, scaling=scaling)
+        blocks = list(sequence_blocks(past, num_keys, sizes, rotation, query_shift=-past))
+        return merged_attention(query, key, value, blocks, scaling=scaling)
+    blocks = []
     for row, runs in enumerate(segment_runs(segment_ids)):
         start = 0
         for segment_id, length in runs:
             first = max(past - start, 0)
             if segment_id >= 0 and first < length:
                 places = {"batch": slice(row, row + 1), "query_shift": start - past, "key_shift": start}
-                blocks += sequence_blocks(first, length, sizes, inv_freq, layout, sum_dtype(query), **places)
+                blocks += sequence_blocks(first, length, sizes, rotation, **places)
             start += length
     return merged_attention(query, key, value, blocks, scaling=scaling)
 
 
-def check_inputs(query: torch.Tensor, key: torch.Tensor, inv_freq: torch.Tensor, dropout: float) -> None:
-    check_lengths(query, key)
-    if dropout:
-        raise ValueError(
-            f"dual chunk attention has no dropout, got {dropout}; set attention_dropout to 0 in config.json"
-        )
-    if inv_freq.ndim != 1 or 2 * len(inv_freq) > query.shape[-1]:
-        raise ValueError(f"inv_freq: shape {list(inv_freq.shape)} does not fit a head dim of {query.shape[-1]}")
-
-
 def sequence_blocks(
-    first: int,
-    end: int,
-    sizes: DualChunkSizes,
-    inv_freq: torch.Tensor,
-    layout: RotaryLayout,
-    dtype: torch.dtype,
-    *,
-    batch: slice = slice(None),
-    query_shift: int,
-    key_shift: int = 0,
-) -> Iterator[Block]:
-    """Blocks for positions [first, end) of a sequence; p has query row p + query_shift and key p + key_shift."""
+    first: int, end: int, sizes: DualChunkSizes, rotation: Callable, *, query_shift: int, key_shift=0, batch=slice(None)
+) -> Iterator[QueryBlock]:
+    """Blocks for positions [first, end) of a sequence, of which p is query row p + query_shift and key p + key_shift.
+
+    rotation: `chunk_rotation` with its first arguments; batch: the range of batch rows.
+    """
     s, start = sizes.stride, first
-    # Tells the cache of turns that frequencies were changed in place; inference tensors do not count changes.
-    version = None if inv_freq.is_inference() else inv_freq._version
-
-    def part(rows: tuple[int, int], keys: tuple[int, int], **options) -> Part:
-        queries, keys = (slice(a + by, b + by) for (a, b), by in ((rows, query_shift), (keys, key_shift)))
-        return Part(queries, keys, **options)
-
     while start < end:
         chunk, offset = divmod(start, s)
         num_rows = min(s - offset, end - start)  # of each chunk
         num_chunks = max(1, min((end - start) // s, ROWS_PER_BLOCK // s)) if offset == 0 else 1
         stop, next_chunk = start + num_chunks * num_rows, chunk + num_chunks
         if num_rows == 1 and offset:
-            parts = [part((start, stop), (chunk * s, stop))]
+            seen = [((start, stop), (chunk * s, stop), {})]
         else:
-            parts = [part((start, stop), (start, stop), is_causal=True, num_chunks=num_chunks)]
-            parts += [part((start, stop), (chunk * s, start))] if offset else []
-        turn_to = partial(query_turn, sizes, offset, num_rows, inv_freq, version, layout, dtype)
+            seen = [((start, stop), (start, stop), {"is_causal": True, "num_chunks": num_chunks})]
+            seen += [((start, stop), (chunk * s, start), {})] if offset else []
         if next_chunk > 1:
-            has_previous = max(chunk, 1)
-            rows, keys = (max(start, s), stop), ((has_previous - 1) * s, (next_chunk - 1) * s)
-            parts.append(part(rows, keys, num_chunks=next_chunk - has_previous, turn=turn_to("previous")))
+            first_next = max(chunk, 1)
+            options = {"num_chunks": next_chunk - first_next, "rotation": rotation(offset, num_rows, "previous")}
+            seen.append(((max(start, s), stop), ((first_next - 1) * s, (next_chunk - 1) * s), options))
         for later in range(max(chunk, 2), next_chunk):
-            begin = max(start, later * s)
-            parts.append(part((begin, begin + num_rows), (0, (later - 1) * s), turn=turn_to("earlier")))
-        yield Block(slice(start + query_shift, stop + query_shift), parts, batch)
+            begin, options = max(start, later * s), {"rotation": rotation(offset, num_rows, "earlier")}
+            seen.append(((begin, begin + num_rows), (0, (later - 1) * s), options))
+        key_ranges = [
+            KeyRange(
+                slice(rows[0] - start, rows[1] - start), slice(keys[0] + key_shift, keys[1] + key_shift), **options
+            )
+            for rows, keys, options in seen
+        ]
+        yield QueryBlock(batch, slice(start + query_shift, stop + query_shift), key_ranges)
         start = stop
 
 
-@dataclass(frozen=True)
-class RotaryTurn:
-    """Rotation of queries [..., Q, D] by an angle per row and frequency: cos and sin [Q, R]."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    layout: RotaryLayout = LLAMA_LAYOUT
-
-    def apply(self, query: torch.Tensor) -> torch.Tensor:
-        return self.rotated(query, self.sin)
-
-    def undo(self, gradient: torch.Tensor) -> torch.Tensor:
-        return self.rotated(gradient, -self.sin)
-
-    def rotated(self, x: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Computed in the dtype of cos, returned in that of x; dimensions that are in no pair pass through."""
-        num_freqs, turned = self.cos.shape[-1], torch.empty_like(x)
-        begin, end = self.layout.start, self.layout.start + 2 * num_freqs
-        turned[..., :begin], turned[..., end:] = x[..., :begin], x[..., end:]
-        first, second = self.layout.pairs(x, num_freqs)
-        turned_first, turned_second = self.layout.pairs(turned, num_freqs)
-        turned_first.copy_((first * self.cos).addcmul_(second, sin, value=-1))
-        turned_second.copy_((second * self.cos).addcmul_(first, sin))
-        return turned
-
-
-def rotate(
-    query: torch.Tensor, delta_positions: torch.Tensor, inv_freq: torch.Tensor, layout: RotaryLayout = LLAMA_LAYOUT
-) -> torch.Tensor:
-    """Move queries [..., Q, D] that RoPE has rotated by `delta_positions` [Q] further; inv_freq [R].
-
-    Angles are in fp32 (fp64 for fp64 queries), the result in the dtype of query. Norms stay as they are.
-    """
-    return rotary_turn(delta_positions, inv_freq, layout, sum_dtype(query)).apply(query)
-
-
-def rotary_turn(
-    delta_positions: torch.Tensor, inv_freq: torch.Tensor, layout: RotaryLayout, dtype: torch.dtype
-) -> RotaryTurn:
-    angles = torch.outer(delta_positions.to(inv_freq.device, dtype), inv_freq.to(dtype))
-    return RotaryTurn(angles.cos(), angles.sin(), layout)
-
-
-# Every layer asks for the same few: those of whole chunks, and those of a ragged end or a decoded token.
+# Every layer asks for the same few: those of whole chunks, and those of a shorter end or a decoded token.
 @lru_cache(maxsize=4)
-def query_turn(sizes: DualChunkSizes, offset, num_rows, inv_freq, version, layout, dtype, keys: str) -> RotaryTurn:
+def chunk_rotation(
+    sizes: DualChunkSizes, inv_freq, version, layout, dtype, offset: int, num_rows: int, keys: str
+) -> QueryRotation:
     """From the positions offset, ..., offset + num_rows - 1 in a chunk to those towards `keys` (previous, earlier)."""
     positions = torch.arange(offset, offset + num_rows, device=inv_freq.device)
     targets = torch.full_like(positions, sizes.inter_position)
     if keys == "previous":
         targets = (positions + sizes.stride).clamp_max(sizes.chunk_size)
-    return rotary_turn(targets - positions, inv_freq.detach(), layout, dtype)
+    return query_rotation(targets - positions, inv_freq.detach(), layout, dtype)
 
 
-def attention_mscale(num_tokens: int, pretraining_length: int, *, coefficient: float = 0.1) -> float:
+def attention_mscale(num_tokens: int, pretraining_length: int) -> float:
     """Factor of the logits for long inputs, to be multiplied into `scaling`; the paper's figures are without it.
 
-    Query and key are each scaled by coefficient * ln(num_tokens / pretraining_length) + 1 (1 up to that length).
-    The authors' coefficient is 0.1 in flash_decoding_chunkllama.py (ChunkLlama commit 4bee63c, as in YaRN) and 0.05
-    in later chunkllama_attn_replace.py (847ae71). One number of tokens must serve a whole text, decoding included.
+    Query and key are each scaled by 0.1 ln(num_tokens / pretraining_length) + 1 (1 up to that length), as in YaRN and
+    the authors' flash_decoding_chunkllama.py (ChunkLlama commit 4bee63c); chunkllama_attn_replace.py (847ae71) has
+    0.05. One number of tokens must serve a whole text, decoding included.
     """
     scale = num_tokens / pretraining_length
-    return 1.0 if scale <= 1 else (coefficient * math.log(scale) + 1.0) ** 2
+    return 1.0 if scale <= 1 else (0.1 * math.log(scale) + 1.0) ** 2

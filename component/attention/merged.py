@@ -1,12 +1,11 @@
-"""Exact attention put together from parts: ranges of keys, each by a fast kernel, merged by log-sum-exp.
+"""Exact attention merged from ranges of keys: each range by a fast kernel, the results by their log-sum-exp.
 
-    causal_attention_with_past(query, key, value)      # the last Q of S positions, with no mask
+    causal_attention_with_past(query, key, value)      # the last Q of S positions, without a mask
     merged_attention(query, key, value, blocks, scaling=...)
 
-A `Block` is a range of query rows, and its parts say which keys they see: all of a range, or a causal
-triangle; a part may see its keys through turned queries (dual chunk attention). Forward and backward hold
-memory linear in the length: scores stay inside the kernels, and only the inputs, the output and one
-log-sum-exp per row are kept for the backward pass, whatever the number of parts.
+A `QueryBlock` is a range of query rows with the key ranges that they see, each whole or under a causal mask, and
+possibly through rotated queries (dual chunk attention). Memory is linear in the length, forward and backward: only the
+inputs, the output and one log-sum-exp per row are kept for the backward pass, whatever the number of key ranges.
 
 Dimensions: B batch, H query heads, K key/value heads (K divides H), Q queries, S keys, D head dim, N chunks.
 
@@ -14,55 +13,44 @@ Pure maths: knows nothing of Hugging Face.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch.autograd.function import once_differentiable
 
-from longqlora.attention.sdpa import attend, attend_backward, sum_dtype
-from longqlora.attention.shift_short import causal_attention
+from longqlora.attention.rotation import QueryRotation
+from longqlora.attention.sdpa import attend, attend_backward, causal_attention, sum_dtype
 
 ALL = slice(None)
 
 
-class Turn(Protocol):
-    """A linear map of queries [B, H, Q, D] and its transpose, which takes gradients back."""
+class KeyRange(NamedTuple):
+    """Rows of a block attend to a range of keys.
 
-    def apply(self, query: torch.Tensor) -> torch.Tensor: ...
-
-    def undo(self, gradient: torch.Tensor) -> torch.Tensor: ...
-
-
-class Part(NamedTuple):
-    """Query rows `queries` attend to the keys `keys`, both ranges of the whole tensors.
-
+    rows: counted from the block's first; keys: the range, of the whole sequence.
     is_causal: row i sees keys up to i of the range, which has as many keys as rows.
-    num_chunks: both ranges fall into so many equal chunks, and a chunk of rows sees its own chunk of keys only;
-        `turn` then applies to each chunk.
-    """
-
-    queries: slice
-    keys: slice
-    is_causal: bool = False
-    num_chunks: int = 1
-    turn: Turn | None = None
-
-
-class Block(NamedTuple):
-    """Query rows computed together; no two blocks share a row. The first part covers all rows, others may cover some.
-
-    rows: the range of query rows; batch: the range of batch rows.
+    num_chunks: both ranges consist of so many equal chunks, and a chunk of rows sees its own chunk of keys only.
+    rotation: of the queries, the same for each chunk.
     """
 
     rows: slice
-    parts: Sequence[Part]
-    batch: slice = ALL
+    keys: slice
+    is_causal: bool = False
+    num_chunks: int = 1
+    rotation: QueryRotation | None = None
 
 
-def causal_attention_with_past(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None = None
-) -> torch.Tensor:
-    """Dense causal attention of the last Q of S positions: prefill, a later piece of a prefill, or decoding.
+class QueryBlock(NamedTuple):
+    """Query rows computed together, in no other block; the first key range is for all of them, others for some."""
+
+    batch: slice
+    rows: slice
+    key_ranges: Sequence[KeyRange]
+
+
+def causal_attention_with_past(query, key, value, *, scaling: float | None = None) -> torch.Tensor:
+    """Dense causal attention of the last Q of S positions: a prefill, a later block of one, or decoding.
 
     query [B, H, Q, D]; key and value [B, K, S, D], Q <= S. Returns [B, H, Q, D]; no mask is built.
     """
@@ -71,10 +59,10 @@ def causal_attention_with_past(
     if num_queries == num_keys:
         return causal_attention(query, key, value, scaling=scaling)
     rows, past = slice(0, num_queries), num_keys - num_queries
-    parts = [Part(rows, slice(past, num_keys), is_causal=True), Part(rows, slice(0, past))]
+    key_ranges = [KeyRange(rows, slice(past, num_keys), is_causal=True), KeyRange(rows, slice(0, past))]
     if num_queries == 1:
-        parts = [Part(rows, slice(0, num_keys))]
-    return merged_attention(query, key, value, [Block(rows, parts)], scaling=scaling)
+        key_ranges = [KeyRange(rows, slice(0, num_keys))]
+    return merged_attention(query, key, value, [QueryBlock(ALL, rows, key_ranges)], scaling=scaling)
 
 
 def check_lengths(query: torch.Tensor, key: torch.Tensor) -> None:
@@ -83,17 +71,10 @@ def check_lengths(query: torch.Tensor, key: torch.Tensor) -> None:
         raise ValueError(f"{query.shape[2]} queries cannot be the last of {key.shape[2]} key positions")
 
 
-def merged_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    blocks: Sequence[Block],
-    *,
-    scaling: float | None = None,
-) -> torch.Tensor:
-    """Softmax attention of each row over the keys of all its parts together, differentiable.
+def merged_attention(query, key, value, blocks: Sequence[QueryBlock], *, scaling: float | None = None) -> torch.Tensor:
+    """Softmax attention of each row over all its key ranges together, differentiable.
 
-    query [B, H, Q, D]; key and value [B, K, S, D]. Rows that no block names are zero.
+    query [B, H, Q, D]; key and value [B, K, S, D]. Rows in no block are zero.
     Returns [B, H, Q, D] in the dtype of query, or of autocast where that is on, as SDPA does;
     laid out in memory as [B, Q, H, D].
     """
@@ -101,12 +82,12 @@ def merged_attention(
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    # Kernels divide by the number of rows: with none of them they kill the process.
+    # Kernels divide by the number of rows: without any they end the process.
     return MergedAttention.apply(query, key, value, blocks if query.numel() else [], scaling)
 
 
 class MergedAttention(torch.autograd.Function):
-    """All blocks as one node of the graph: what a part computes on the way is made again in the backward pass."""
+    """All blocks as one node of the graph: rotated and folded inputs are recomputed in the backward pass."""
 
     @staticmethod
     def forward(ctx, query, key, value, blocks, scaling):
@@ -114,9 +95,9 @@ class MergedAttention(torch.autograd.Function):
         output = query.new_zeros(batch, num_queries, num_heads, value.shape[-1]).transpose(1, 2)
         lse = query.new_zeros(batch, num_heads, num_queries, dtype=sum_dtype(query))
         with torch.autocast(query.device.type, enabled=False):
-            for block in blocks:
-                place = block.batch, ALL, block.rows
-                output[place], lse[place] = block_forward(query, key, value, block, scaling)
+            for batch, rows, key_ranges in blocks:
+                place = batch, ALL, rows
+                output[place], lse[place] = block_forward(query[place], key[batch], value[batch], key_ranges, scaling)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.blocks, ctx.scaling = blocks, scaling
         return output
@@ -126,77 +107,58 @@ class MergedAttention(torch.autograd.Function):
     def backward(ctx, gradient):
         query, key, value, output, lse = ctx.saved_tensors
         grad_query = torch.zeros_like(query)
-        # Many parts may share a key: their gradients are summed before they are rounded.
+        # Many ranges may share a key: their gradients are summed before they are rounded.
         grad_key, grad_value = (torch.zeros_like(x, dtype=sum_dtype(x)) for x in (key, value))
         with torch.autocast(query.device.type, enabled=False):
-            for block in ctx.blocks:
-                place = block.batch, ALL, block.rows
-                rows = torch.zeros_like(query[place], dtype=sum_dtype(query))
-                for part in block.parts:
-                    span = (block.batch, ALL, part.queries)
-                    whole = (fold_chunks(x[span], part.num_chunks) for x in (gradient, output, lse))
-                    grads = part_backward(*whole, *part_inputs(query, key, value, block, part), part, ctx.scaling)
-                    rows[:, :, within(block, part)] += grads[0]
-                    grad_key[block.batch, :, part.keys] += grads[1]
-                    grad_value[block.batch, :, part.keys] += grads[2]
-                grad_query[place] = rows
+            for batch, rows, key_ranges in ctx.blocks:
+                place = batch, ALL, rows
+                sums = torch.zeros_like(query[place], dtype=sum_dtype(query)), grad_key[batch], grad_value[batch]
+                for keys in key_ranges:
+                    whole = [fold_chunks(x[place][:, :, keys.rows], keys.num_chunks) for x in (gradient, output, lse)]
+                    inputs = range_inputs(query[place], key[batch], value[batch], keys)
+                    grads = attend_backward(
+                        whole[0], *inputs, *whole[1:], is_causal=keys.is_causal, scaling=ctx.scaling
+                    )
+                    if keys.rotation is not None:
+                        grads = keys.rotation.rotate(grads[0], is_back=True), *grads[1:]
+                    for total, grad, span in zip(sums, grads, (keys.rows, keys.keys, keys.keys), strict=True):
+                        total[:, :, span] += unfold_chunks(grad, keys.num_chunks)
+                grad_query[place] = sums[0]
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
-def block_forward(query, key, value, block: Block, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B, H, Q, D] and log-sum-exp [B, H, Q] of the block's rows."""
-    first, *others = block.parts
-    merged, lse = part_forward(*part_inputs(query, key, value, block, first), first, scaling)
-    if others:
-        merged = merged.to(lse.dtype)
-    for part in others:
-        span = within(block, part)
-        piece = part_forward(*part_inputs(query, key, value, block, part), part, scaling)
-        merge_into(merged[:, :, span], lse[:, :, span], *piece)
-    return merged, lse
+def block_forward(query, key, value, key_ranges: Sequence[KeyRange], scaling: float) -> list[torch.Tensor]:
+    """Output [B, H, Q, D] and log-sum-exp [B, H, Q] of a block's rows."""
+    merged: list[torch.Tensor] = []
+    for keys in key_ranges:
+        results = attend(*range_inputs(query, key, value, keys), is_causal=keys.is_causal, scaling=scaling)
+        results = [unfold_chunks(x, keys.num_chunks) for x in results]
+        if merged:
+            merge_into(*(x[:, :, keys.rows] for x in merged), *results)
+        else:
+            merged = results if len(key_ranges) == 1 else [x.to(results[1].dtype) for x in results]
+    return merged
 
 
-def merge_into(merged: torch.Tensor, lse: torch.Tensor, piece: torch.Tensor, piece_lse: torch.Tensor) -> None:
-    """Add keys to a finished attention: `merged` and `lse` become those over both sets of keys, in place.
-
-    merged, piece [B, H, Q, D]; lse, piece_lse [B, H, Q]. No exponent is positive, so nothing overflows.
-    """
-    total = torch.logaddexp(lse, piece_lse)
-    merged.mul_((lse - total).exp_()[..., None]).addcmul_(piece, (piece_lse - total).exp_()[..., None])
+def merge_into(merged: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
+    """Let merged [B, H, Q, D] and lse [B, H, Q] be those over both sets of keys; no exponent is positive."""
+    total = torch.logaddexp(lse, more_lse)
+    merged.mul_((lse - total).exp_()[..., None]).addcmul_(more, (more_lse - total).exp_()[..., None])
     lse.copy_(total)
 
 
-def within(block: Block, part: Part) -> slice:
-    """The part's rows counted from the block's first."""
-    return slice(part.queries.start - block.rows.start, part.queries.stop - block.rows.start)
-
-
-def part_inputs(query, key, value, block: Block, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the kernel reads: [B * N, H, Q / N, D] and twice [B * N, K, S / N, D], queries turned."""
-    query = fold_chunks(query[block.batch, :, part.queries], part.num_chunks)
-    key, value = (fold_chunks(x[block.batch, :, part.keys], part.num_chunks) for x in (key, value))
-    return query if part.turn is None else part.turn.apply(query), key, value
-
-
-def part_forward(query, key, value, part: Part, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    output, lse = attend(query, key, value, is_causal=part.is_causal, scaling=scaling)
-    return unfold_chunks(output, part.num_chunks), unfold_chunks(lse, part.num_chunks)
-
-
-def part_backward(gradient, output, lse, query, key, value, part: Part, scaling: float) -> list[torch.Tensor]:
-    """The part's share of the gradients of its query rows and its keys and values, chunks unfolded."""
-    grads = attend_backward(gradient, query, key, value, output, lse, is_causal=part.is_causal, scaling=scaling)
-    grad_query = grads[0] if part.turn is None else part.turn.undo(grads[0])
-    return [unfold_chunks(x, part.num_chunks) for x in (grad_query, *grads[1:])]
+def range_inputs(query, key, value, keys: KeyRange) -> tuple[torch.Tensor, ...]:
+    """What the kernel reads: [B * N, H, Q / N, D] and twice [B * N, K, S / N, D], queries rotated."""
+    query = fold_chunks(query[:, :, keys.rows], keys.num_chunks)
+    key, value = (fold_chunks(x[:, :, keys.keys], keys.num_chunks) for x in (key, value))
+    return query if keys.rotation is None else keys.rotation.rotate(query), key, value
 
 
 def fold_chunks(x: torch.Tensor, num_chunks: int) -> torch.Tensor:
-    """[B, H, N * S, ...] -> [B * N, H, S, ...]; a view for one batch row."""
-    return x if num_chunks == 1 else x.unflatten(2, (num_chunks, -1)).transpose(1, 2).flatten(0, 1)
+    """Chunks as rows of the batch; a view for one batch row."""
+    return x if num_chunks == 1 else rearrange(x, "b h (n s) ... -> (b n) h s ...", n=num_chunks)
 
 
 def unfold_chunks(x: torch.Tensor, num_chunks: int) -> torch.Tensor:
-    """[B * N, H, S, ...] -> [B, H, N * S, ...]; a view on what the kernels write, which is [B * N, S, H, ...]."""
-    if num_chunks == 1:
-        return x
-    return x.unflatten(0, (-1, num_chunks)).transpose(2, 3).flatten(1, 2).transpose(1, 2)
+    """A view on what the kernels write, which is [B * N, S, H, ...] in memory."""
+    return x if num_chunks == 1 else rearrange(x, "(b n) h s ... -> b h (n s) ...", n=num_chunks)

@@ -1,6 +1,6 @@
-"""Segments: the documents and the padding of rows, as ids int [B, S]; negative ids are padding.
+"""Segments: the packed documents and the padding of rows, as ids int [B, S]; negative ids are padding.
 
-Tokens attend only within equal ids. Where the tokens of each id lie side by side, lengths say as much as a mask.
+Tokens attend within equal ids only. Where the tokens of each id are adjacent, lengths say as much as a mask.
 
 Dimensions: B batch, S sequence.
 
@@ -10,13 +10,14 @@ Pure maths: knows nothing of Hugging Face.
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
-# For each row of a batch the lengths of its documents, in order, padding included.
-Documents = tuple[tuple[int, ...], ...]
+# For each row of a batch the lengths of its segments, in order, padding included.
+SegmentLengths = tuple[tuple[int, ...], ...]
 
 
 def segment_runs(segment_ids: torch.Tensor) -> list[list[tuple[int, int]]]:
-    """(id, length) of each run of equal ids, row by row; waits for the device, once for a forward pass."""
+    """(id, length) of each run of equal ids, row by row; waits for the device, once per tensor."""
     # Inference tensors do not count changes.
     return find_runs(segment_ids, None if segment_ids.is_inference() else segment_ids._version)
 
@@ -28,11 +29,8 @@ def find_runs(segment_ids: torch.Tensor, version: int | None) -> list[list[tuple
     return [list(zip(values.tolist(), lengths.tolist(), strict=True)) for values, lengths in rows]
 
 
-def document_lengths(segment_ids: torch.Tensor) -> Documents | None:
-    """Documents of rows with these ids; None where tokens of one id do not lie side by side.
-
-    Each run of padding is a document of its own.
-    """
+def segment_lengths(segment_ids: torch.Tensor) -> SegmentLengths | None:
+    """Lengths of the segments; None where tokens of one id are not adjacent. Each run of padding is a segment."""
     rows = segment_runs(segment_ids)
     for row in rows:
         real = [value for value, _ in row if value >= 0]
@@ -44,9 +42,15 @@ def document_lengths(segment_ids: torch.Tensor) -> Documents | None:
 def segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
     """Bool mask [B, 1, S, S]: causal and within a segment.
 
-    segment_ids: int [B, S], negative on padding. Padding sees padding, so that no row of the softmax is
-    empty (an empty row is NaN, and its gradient reaches real tokens).
+    Padding sees padding, so that no row of the softmax is empty (an empty row is NaN, and its gradient reaches
+    real tokens).
     """
     positions = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     return (same & (positions[:, None] >= positions[None, :]))[:, None]
+
+
+def segments_of(position_ids: torch.Tensor) -> torch.Tensor:
+    """Segment ids int64 [B, S] of position ids int [B, S]: a segment starts where positions do not count on by one."""
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return F.pad(starts.long().cumsum(dim=1), (1, 0))

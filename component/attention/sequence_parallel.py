@@ -2,15 +2,13 @@
 
     deepspeed --num_gpus 2 train.py --train_args_file F --sequence_parallel_size 2
 
-Between the layers a process holds its part of the row's tokens; for attention the processes trade, and each has
-all tokens of its part of the heads (DeepSpeed-Ulysses, arXiv 2309.14509; ALST, arXiv 2506.13996). The trade is
-`deepspeed.runtime.sequence_parallel.ulysses_sp.UlyssesSPAttentionHF`. Its rows come from the trainer's own loader
-(`share_rows`), not from DeepSpeed's: that one cannot be resumed, wants rows of one length without NCCL, and its
-loss is a mean of means. A part is then to the trainer and to ZeRO what a row of its own would be: losses are
-summed over all tokens of a step, whoever holds them.
+Between the layers a process holds its part of the row's tokens; for attention an all-to-all gives it all tokens of
+its part of the heads (DeepSpeed-Ulysses, arXiv 2309.14509; ALST, arXiv 2506.13996). Which heads S2-Attn shifts depends
+on a head's place among ALL heads, and packed documents are told apart by their positions, since no process has the
+whole mask.
 
-Which heads S2-Attn shifts is a matter of the head's place among ALL heads, and documents packed into one
-row are told apart by their positions, since no process has the whole mask.
+Rows come from the trainer's own loader (data/collator.py), not from DeepSpeed's: that one cannot be resumed, wants
+rows of one length without NCCL, and its loss is a mean of means.
 
 Dimensions: B batch, H query heads of this process, K its key/value heads, S all tokens of the row, D head dim.
 """
@@ -20,32 +18,39 @@ from functools import cache
 
 import torch
 
-from longqlora.attention.segments import document_lengths
-from longqlora.attention.shift_short import AttentionKernel, grouped_attention, shift_short_attention
+from longqlora.attention.segments import segments_of
+from longqlora.attention.shift_short import grouped_attention, shift_short_attention
+from longqlora.attention.shift_short_binding import dense_forward
 from longqlora.distributed import rank
 
 
-def trade_heads_for_tokens(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attend: Callable,
-    size: int, **kwargs,
-) -> torch.Tensor:  # fmt: skip
-    """Attention [B, S / size, all heads * D] of a row that `size` processes share.
+def shared_forward(
+    module, query, key, value, attention_mask, *, attend: Callable, size: int, dropout=0.0, scaling=None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """Attention function of transformers' interface: `size` processes share a row in training, else `dense_forward`.
 
-    query, key and value hold all heads of this process's tokens; attend(module, query, key, value, mask, **kwargs)
-    gets all tokens of some heads and their position_ids.
+    query [B, all heads, S / size, D]; attend: `heads_forward` with its settings. Returns ([B, S / size, all heads, D],
+    None).
     """
-    exchange = ulysses(attend, size, query.shape[0], query.shape[1], key.shape[1], query.shape[3])
+    options = {"dropout": dropout, "scaling": scaling}
+    if not module.training:
+        return dense_forward(module, query, key, value, attention_mask, **options, **kwargs)
+    exchange = all_to_all_heads(attend, size, query.shape[0], query.shape[1], key.shape[1], query.shape[3])
     groups = getattr(module, "num_key_value_groups", None)
-    output = exchange(module, query, key, value, None, **kwargs)[0]
-    # Where processes outnumber key/value heads it changes this for good, and evaluation reads it.
+    output = exchange(module, query, key, value, None, position_ids=kwargs["position_ids"], **options)[0]
+    # Where processes outnumber key/value heads DeepSpeed changes it for good, and evaluation reads it.
     if groups is not None:
         module.num_key_value_groups = groups
-    return output
+    return output.unflatten(2, (query.shape[1], -1)), None
 
 
 @cache
-def ulysses(attend: Callable, size: int, batch_size: int, num_heads: int, num_kv_heads: int, head_dim: int):
-    """DeepSpeed's exchange, which is made for one batch size."""
+def all_to_all_heads(attend: Callable, size: int, batch_size: int, num_heads: int, num_kv_heads: int, head_dim: int):
+    """DeepSpeed's exchange around `attend`, for one batch size.
+
+    Called with all heads of this process's tokens, it calls attend(module, query, key, value, mask, **kwargs) with all
+    tokens of some heads and their position_ids, and returns [B, S / size, all heads * D].
+    """
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     return UlyssesSPAttentionHF(
@@ -68,36 +73,22 @@ def sharing_group(size: int):
     return parallel_state_sp.get_sequence_parallel_group()
 
 
-def sharded_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    position_ids: torch.Tensor | None,
-    group_size: int | None,
-    size: int,
-    kernel: AttentionKernel,
-    **kernel_args,
-) -> torch.Tensor:
+def heads_forward(
+    module, query, key, value, attention_mask, *, position_ids, is_packed: bool, group_size: int | None, size: int,
+    **options,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """S2-Attn (full attention for group_size None) of this process's heads over the whole row.
 
     query [B, H, S, D]; key and value [B, K, S, D]; the process has the heads [r H, (r + 1) H) of size * H, r its
-    place among the `size` that share the row. position_ids int [B, S]: given where rows hold several documents,
-    each counted from 0. Returns [B, S, H, D].
+    place among the `size` that share the row. position_ids int [B, S]: where is_packed, each document's from 0.
+    options: kernel, scaling and dropout. Returns ([B, S, H, D], None).
     """
     # The positions come with each layer's exchange, so packed rows wait for the device once a layer.
-    documents = None if position_ids is None else document_lengths(segments_of(position_ids))
-    kernel_args |= {"documents": documents, "kernel": kernel}
+    options["segment_ids"] = segments_of(position_ids) if is_packed else None
     if group_size is None:
-        return grouped_attention(query, key, value, [query.shape[2]], **kernel_args)
+        return grouped_attention(query, key, value, [query.shape[2]], **options), None
     num_heads = query.shape[1]
     first = rank() % size * num_heads
     num_shifted = min(max(first + num_heads - size * num_heads // 2, 0), num_heads)
-    output = shift_short_attention(query, key, value, group_size, num_shifted=num_shifted, **kernel_args)
-    return output.transpose(1, 2)
-
-
-def segments_of(position_ids: torch.Tensor) -> torch.Tensor:
-    """Segment ids int64 [B, S]: a segment starts where the positions do not go on."""
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return torch.nn.functional.pad(starts.long().cumsum(dim=1), (1, 0))
+    output = shift_short_attention(query, key, value, group_size, num_shifted=num_shifted, **options)
+    return output.transpose(1, 2), None

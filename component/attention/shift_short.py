@@ -2,108 +2,40 @@
 
 LongLoRA (arXiv 2309.12307, section 3.2). The first half of the heads attends within groups
 [0, G), [G, 2G), ...; the second half within [0, G/2), [G/2, 3G/2), ... so that information crosses
-group borders. There is no wrap-around: both ends of the shifted half are shorter groups, hence no
+group borders. There is no wrap-around: both ends of the shifted half are shorter groups, so no
 token ever sees a later one (the roll of LongLoRA's published code lets the first tokens see the last).
 
-Neither a roll nor a mask is needed: every group is a plain causal attention on a view, and because
-the views come from `split`, whose backward is one concatenation, no gradient buffer of full length
-is filled more than once. Documents that share a row end groups early, and need no mask either.
-Pure torch; the binding to transformers is in attention.py.
+Neither a roll nor a mask is needed: every group is plain causal attention on a view. The views come from `split`,
+whose backward is one concatenation; slices would each fill a gradient of full length. Packed documents end groups
+early, and need no mask either.
 
-Dimensions: B batch, H query heads, K key/value heads, S sequence, D head dim, G group size, N groups.
+Dimensions: B batch, H query heads, K key/value heads (K divides H), S sequence, D head dim, G group size, N groups.
 
 Pure maths: knows nothing of Hugging Face.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from itertools import accumulate, groupby, pairwise
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 
-from longqlora.attention.segments import Documents, segment_mask
-
-AttentionKernel = Callable[..., torch.Tensor]
-
-
-def causal_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention through torch's SDPA, which picks flash, cuDNN, memory-efficient or math.
-
-    query [B, H, S, D]; key and value [B, K, S, D] with K dividing H; mask bool [B, 1, S, S], True
-    where attention is allowed and already causal. Returns [B, H, S, D] in the dtype of query.
-    """
-    num_groups = query.shape[1] // key.shape[1]
-    enable_gqa = num_groups > 1 and has_gqa_kernel(query, mask)
-    if num_groups > 1 and not enable_gqa:
-        key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=enable_gqa,
-    )
-
-
-def has_gqa_kernel(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether a fused kernel reads grouped key/value heads as they are.
-
-    On CUDA only flash attention does (Ampere or later, 16 bit, no mask, D <= 256); elsewhere there
-    SDPA would fall back to the kernel that holds all scores, which costs more than repeating heads.
-    """
-    if query.device.type != "cuda":
-        return True
-    has_flash = torch.cuda.get_device_capability(query.device) >= (8, 0) and torch.backends.cuda.flash_sdp_enabled()
-    return has_flash and mask is None and query.element_size() == 2 and query.shape[-1] <= 256
-
-
-def group_sizes(length: int, group_size: int | None, *, shifted: bool) -> list[int]:
-    """Sizes of the consecutive groups that cover `length` tokens; shifted ones begin with half a group.
-
-    group_size None: full attention, one group.
-    """
-    if group_size is None:
-        return [length]
-    lead = min(group_size // 2, length) if shifted else 0
-    num_full, rest = divmod(length - lead, group_size)
-    return [size for size in [lead] + [group_size] * num_full + [rest] if size]
+from longqlora.attention.sdpa import AttentionKernel, causal_attention, repeat_heads
+from longqlora.attention.segments import segment_lengths, segment_mask
 
 
 def shift_short_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    group_size: int,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    segment_ids: torch.Tensor | None = None,
-    documents: Documents | None = None,
-    num_shifted: int | None = None,
-    kernel: AttentionKernel = causal_attention,
+    query, key, value, group_size: int, *, segment_ids=None, num_shifted: int | None = None, **options
 ) -> torch.Tensor:
     """Shift-short attention over any sequence length.
 
-    query [B, H, S, D]; key and value [B, K, S, D], K dividing H; any float dtype.
-    group_size: tokens per group, even. S need not be a multiple of it: the last group is ragged.
-    segment_ids: int [B, S]; tokens attend only within equal ids, and a negative id marks padding
-        that nothing attends to. None when rows hold one sequence, padded at most on the right
+    query [B, H, S, D]; key and value [B, K, S, D]; any float dtype.
+    group_size: tokens per group, even. S need not be a multiple of it: the last group is shorter.
+    segment_ids: as in `grouped_attention`. None where rows hold one sequence, padded at most on the right
         (causality alone then keeps padding out of every real token).
-    documents: instead of segment_ids, where `segments.document_lengths` knows them: exact without a mask.
     num_shifted: how many heads, the last ones, have shifted groups; None for half of them. Other numbers are
-        for calls that see a part of a layer's heads.
-    kernel: attention within a group, the signature of `causal_attention`.
+        for calls with some of a layer's heads.
+    options: kernel, scaling and dropout of `grouped_attention`.
     Returns [B, H, S, D], laid out in memory as [B, S, H, D].
 
     Raises ValueError for an odd number of query heads or an odd or non-positive group size.
@@ -114,23 +46,15 @@ def shift_short_attention(
         num_shifted = num_heads // 2
     num_plain, per_kv_head = num_heads - num_shifted, num_heads // num_kv_heads
     if num_kv_heads > 1 and num_plain % per_kv_head:
-        # A key/value head straddles the two kinds: give each query head its own.
-        key, value = (x.repeat_interleave(per_kv_head, dim=1) for x in (key, value))
+        # Plain and shifted query heads share a key/value head: give each query head its own.
+        key, value = (repeat_heads(x, num_heads) for x in (key, value))
         per_kv_head = 1
-    # With one key/value head both kinds share it.
+    # One key/value head alone serves both halves.
     kv_sizes = [num_plain // per_kv_head, num_shifted // per_kv_head]
     queries = query.split([num_plain, num_shifted], dim=1)
     keys, values = ((x, x) if x.shape[1] == 1 else x.split(kv_sizes, dim=1) for x in (key, value))
     halves = [
-        grouped_attention(
-            *half,
-            group_sizes(length, group_size, shifted=shifted),
-            segment_ids=segment_ids,
-            documents=documents,
-            kernel=kernel,
-            scaling=scaling,
-            dropout=dropout,
-        )
+        grouped_attention(*half, group_sizes(length, group_size, shifted=shifted), segment_ids=segment_ids, **options)
         for shifted, *half in zip((False, True), queries, keys, values, strict=True)
         if half[0].shape[1]
     ]
@@ -147,49 +71,66 @@ def check_shift_short(num_heads: int, group_size: int) -> None:
         raise ValueError(f"S2-Attn needs an even group size of at least 2, got {group_size}; change group_size_ratio")
 
 
-def grouped_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sizes: list[int],
-    *,
-    segment_ids: torch.Tensor | None = None,
-    documents: Documents | None = None,
-    kernel: AttentionKernel = causal_attention,
-    **kernel_args,
-) -> torch.Tensor:
-    """Attention within consecutive groups of the given sizes; runs of equal groups share one kernel call.
+def group_sizes(length: int, group_size: int | None, *, shifted: bool) -> list[int]:
+    """Sizes of the consecutive groups that cover `length` tokens; shifted ones begin with half a group.
 
-    query [B, H, S, D], key and value [B, K, S, D] with S = sum(sizes); segment_ids and documents as in
-    `shift_short_attention`. Returns [B, S, H, D].
+    group_size None: full attention, one group.
     """
-    if documents is not None:
-        rows = zip(*(x.split(1) for x in (query, key, value)), documents, strict=True)
-        outputs = [grouped_attention(*row, cut(sizes, lengths), kernel=kernel, **kernel_args) for *row, lengths in rows]
+    if group_size is None:
+        return [length]
+    lead = min(group_size // 2, length) if shifted else 0
+    num_full, rest = divmod(length - lead, group_size)
+    return [size for size in [lead] + [group_size] * num_full + [rest] if size]
+
+
+def grouped_attention(
+    query, key, value, sizes: list[int], *, segment_ids=None, kernel: AttentionKernel = causal_attention, **options
+) -> torch.Tensor:
+    """Causal attention within consecutive groups of these sizes; runs of equal groups share one kernel call.
+
+    query [B, H, S, D], key and value [B, K, S, D] with S = sum(sizes).
+    segment_ids: int [B, S]; tokens attend within equal ids only, and a negative id marks padding that no real token
+        sees. A mask is made only where tokens of one id are not adjacent.
+    kernel: the signature of `causal_attention`, which also gets the options (scaling, dropout).
+    Returns [B, S, H, D].
+    """
+    lengths = None if segment_ids is None else segment_lengths(segment_ids)
+    if lengths is not None:
+        rows = zip(*(x.split(1) for x in (query, key, value)), lengths, strict=True)
+        outputs = [grouped_attention(*row, cut(sizes, ends), kernel=kernel, **options) for *row, ends in rows]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    runs = [(size, len(list(run))) for size, run in groupby(sizes)]
-    lengths = [size * num_groups for size, num_groups in runs]
-    pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    segments = segment_ids.split(lengths, dim=1) if segment_ids is not None else [None] * len(runs)
+    runs = list(runs_of(sizes))
+    spans = [rows.stop - rows.start for rows, _ in runs]
+    inputs = zip(*(x.split(spans, dim=2) for x in (query, key, value)), strict=True)
+    ids = [None] * len(runs) if segment_ids is None else segment_ids.split(spans, dim=1)
     outputs = []
-    for (size, num_groups), piece, segment in zip(runs, pieces, segments, strict=True):
-        mask = None if segment is None else segment_mask(segment.reshape(-1, size))
-        out = kernel(*(fold_groups(x, num_groups) for x in piece), mask=mask, **kernel_args)
-        outputs.append(unfold_groups(out, num_groups))
+    for (_, size), tensors, own_ids in zip(runs, inputs, ids, strict=True):
+        mask = None if own_ids is None else segment_mask(rearrange(own_ids, "b (n g) -> (b n) g", g=size))
+        output = kernel(*(fold_groups(x, size) for x in tensors), mask=mask, **options)
+        outputs.append(unfold_groups(output, len(query)))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def fold_groups(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Groups as rows of the batch; a view unless B > 1 on a part of the sequence."""
+    return x if size == x.shape[2] else rearrange(x, "b h (n g) d -> (b n) h g d", g=size)
+
+
+def unfold_groups(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """[B, S, H, D]: a view, since that is how the kernels lay it out in memory."""
+    return x.transpose(1, 2) if len(x) == batch else rearrange(x, "(b n) h g d -> b (n g) h d", b=batch)
+
+
+def runs_of(sizes: list[int]) -> Iterator[tuple[slice, int]]:
+    """Rows of consecutive groups of one size, and that size: a run is one kernel call."""
+    start = 0
+    for size, run in groupby(sizes):
+        stop = start + size * len(list(run))
+        yield slice(start, stop), size
+        start = stop
 
 
 def cut(sizes: Iterable[int], lengths: Iterable[int]) -> list[int]:
     """Sizes of the groups that end wherever one of `sizes` or one of `lengths` does."""
     ends = sorted({0, *accumulate(sizes), *accumulate(lengths)})
     return [end - start for start, end in pairwise(ends)]
-
-
-def fold_groups(x: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """[B, H, N*G, D] -> [B*N, H, G, D]; a view unless B > 1 on a part of the sequence."""
-    return x if num_groups == 1 else x.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def unfold_groups(x: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """[B*N, H, G, D] -> [B, N*G, H, D]; a view on the kernels that write [B, S, H, D]."""
-    return x.transpose(1, 2) if num_groups == 1 else x.transpose(1, 2).unflatten(0, (-1, num_groups)).flatten(1, 2)

@@ -19,8 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from longqlora.attention.binding import has_sliding_window
-from longqlora.attention.dual_chunk import rotate
 from longqlora.attention.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
+from longqlora.attention.rotation import rotate
 from longqlora.model.context import context_length
 
 DEFAULT_NUM_SINKS = 4

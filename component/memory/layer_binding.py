@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longqlora.attention.binding import attention_pattern, call_attention
-from longqlora.attention.proof import NUM_TOKENS, check_equal, outputs_and_gradients, refusing, token_ids
-from longqlora.attention.tiny_copy import tiny_copy
+from longqlora.attention.proof import prove_training
 from longqlora.memory.decoder_layer import DecoderLayer, reason_unsupported
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.layer_function import LayerCall, LayerFunction
@@ -113,22 +112,28 @@ def prove_layers(model: PreTrainedModel | PeftModel, bind: Callable[[PreTrainedM
 
     Trained are all weights, or, where `model` has an adapter, norms and the random LoRA matrices of another.
     """
+    bound = []
+
+    def bind_and_keep(small: PreTrainedModel) -> None:
+        bind(small)
+        bound.append(small)
+
     has_adapter = isinstance(model, PeftModel)
     base = model.get_base_model() if has_adapter else model
-    small, ids = tiny_copy(base, num_layers=2), token_ids(NUM_TOKENS)
-    small.set_attn_implementation("sdpa")
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), refusing(base, "layer_function", fix):
-        if has_adapter:
-            torch.manual_seed(0)
-            small = attach_adapter(small, AdapterConfig("lora", lora_rank=2, lora_dropout=0.0, train_norm=True))
-            for name, parameter in small.named_parameters():
-                if "lora_B" in name:
-                    # Larger ones make attention sharp, and its gradients rounding.
-                    torch.nn.init.normal_(parameter, std=0.1)
-        expected = outputs_and_gradients(small.train(), ids)
-        bind(small)
-        check_equal(zip(outputs_and_gradients(small, ids), expected, strict=True))
-        if not all(layer._gradient_checkpointing_func.was_called for layer in decoder_layers(small)):
-            raise ValueError(
-                f"transformers {transformers.__version__} does not call its layers' checkpointing function"
-            )
+    prepare = {"prepare": attach_random_adapter} if has_adapter else {}
+    prove_training(base, "layer_function", bind_and_keep, fix=fix, **prepare)
+    if not all(layer._gradient_checkpointing_func.was_called for layer in decoder_layers(bound[0])):
+        version = transformers.__version__
+        raise ValueError(
+            f"layer_function: transformers {version} does not call a layer's checkpointing function; {fix}"
+        )
+
+
+def attach_random_adapter(model: PreTrainedModel) -> PeftModel:
+    torch.manual_seed(0)
+    model = attach_adapter(model, AdapterConfig("lora", lora_rank=2, lora_dropout=0.0, train_norm=True))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            # Larger ones make attention sharp, and its gradients rounding.
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model

@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from longqlora.attention.proof import NUM_TOKENS, token_ids
-from longqlora.attention.tiny_copy import tiny_copy
+from longqlora.attention.proof import tiny_copy, trial_inputs
 from longqlora.device import is_out_of_memory
 from longqlora.model.loss import next_token_loss, token_loss
 
@@ -34,7 +33,7 @@ def bind_chunked_loss(model: PreTrainedModel) -> str:
 def has_stock_loss_in_chunks(model: PreTrainedModel) -> bool:
     """Whether a small copy of `model`, in float32, has the stock loss in chunks too."""
     try:
-        small, ids = tiny_copy(model, num_layers=2), token_ids(NUM_TOKENS)
+        small, ids = tiny_copy(model, num_layers=2), trial_inputs()["input_ids"]
         with torch.no_grad():
             stock = small(input_ids=ids, labels=ids, use_cache=False).loss
             chunked = chunked_loss_forward(small, small.forward, ids, labels=ids).loss

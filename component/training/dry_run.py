@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from longqlora.attention.binding import bind_attention
-from longqlora.attention.proof import FIRST_DOCUMENT, NUM_TOKENS, refusing, token_ids
-from longqlora.attention.tiny_copy import tiny_copy
+from longqlora.attention.proof import refusing, tiny_copy, trial_inputs
 from longqlora.distributed import print_main
 from longqlora.memory.layer_binding import apply_policy
 from longqlora.memory.policy import ActivationPolicy
@@ -52,8 +51,7 @@ def rehearse(model: PreTrainedModel, settings: Settings, policy: ActivationPolic
     """
     small, is_packed = tiny_copy(model, drops=True), settings.data.pack
     attention = bind_attention(small, settings.attention, settings.data.max_seq_length, is_packed=is_packed)
-    ids = token_ids(NUM_TOKENS)
-    positions = {"position_ids": torch.arange(NUM_TOKENS)[None] % FIRST_DOCUMENT} if is_packed else {}
+    inputs = trial_inputs(is_packed=is_packed)
     fix = "give another model_name_or_path, or change the setting that it names"
     with torch.random.fork_rng(devices=[]), refusing(model, "a step of training", fix):
         bind_chunked_loss(small)
@@ -61,5 +59,5 @@ def rehearse(model: PreTrainedModel, settings: Settings, policy: ActivationPolic
             small.gradient_checkpointing_enable({"use_reentrant": False})
         small = attach_adapter(small, replace(settings.adapter, lora_rank=1))
         apply_policy(small, replace(policy, offload_activations=False), torch.device("cpu"))
-        small.train()(input_ids=ids, labels=ids, **positions).loss.backward()
+        small.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     return attention

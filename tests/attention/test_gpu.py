@@ -18,14 +18,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_reference import dense_attention, random_qkv, shift_short_allowed
 from conftest import sentences
-from test_shift_short import reference
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import longqlora.model.loss as loss_module
+from longqlora.attention import shift_short
 from longqlora.attention.binding import bind_attention, flash_kernel
-from longqlora.attention.segments import document_lengths
-from longqlora.attention.shift_short import causal_attention, shift_short_attention
+from longqlora.attention.dual_chunk import DualChunkSizes, dual_chunk_attention
+from longqlora.attention.sdpa import causal_attention
+from longqlora.attention.shift_short import shift_short_attention
 from longqlora.inference.load import load_for_inference
 from longqlora.model.adapter import attach_adapter
 from longqlora.model.adapter_folder import save_adapter
@@ -62,9 +64,12 @@ def assert_close(ours, expected, tolerance):
 
 
 def inputs(heads, kv_heads, length, dim, dtype, batch=2):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(batch, length, h, dim) for h in (heads, kv_heads, kv_heads)]
-    return [torch.randn(s, generator=generator).to(DEVICE, dtype).transpose(1, 2).requires_grad_() for s in shapes]
+    return random_qkv(length, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, device=DEVICE)
+
+
+def reference(query, key, value, group_size, segment_ids=None):
+    allowed = shift_short_allowed(query.shape[2], query.shape[1], group_size, segment_ids)
+    return dense_attention(query, key, value, allowed)[0]
 
 
 def skip_where_missing(backend, dtype, dim):
@@ -109,15 +114,16 @@ def test_s2_through_flash_attn_equals_the_reference(dtype, heads, kv_heads):
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 @pytest.mark.parametrize("kv_heads", [8, 2])
-def test_s2_with_padding_on_the_left(dtype, kv_heads):
+def test_s2_with_padding_on_the_left(dtype, kv_heads, monkeypatch):
     """The kernel that takes a mask, and document by document. Rows of padding are left out: nothing reads them."""
     length = 3 * G
     tensors = [x.detach() for x in inputs(8, kv_heads, length, 64, dtype)]
     segment_ids = torch.zeros(2, length, dtype=torch.long, device=DEVICE)
     segment_ids[0, :70] = -1
     expected = reference(*(x.cpu().double() for x in tensors), G, segment_ids.cpu())
-    for known in ({"segment_ids": segment_ids}, {"documents": document_lengths(segment_ids)}):
-        output = shift_short_attention(*tensors, G, **known)
+    for lengths_of in (shift_short.segment_lengths, lambda segment_ids: None):
+        monkeypatch.setattr(shift_short, "segment_lengths", lengths_of)
+        output = shift_short_attention(*tensors, G, segment_ids=segment_ids)
         assert torch.isfinite(output).all()
         assert_close(output[0, :, 70:], expected[0, :, 70:], TOLERANCE[dtype])
         assert_close(output[1], expected[1], TOLERANCE[dtype])
@@ -139,6 +145,25 @@ def test_changed_future_changes_nothing_before(backend, dtype):
             after = shift_short_attention(*changed, G)
             assert (after[:, :, :token] - before[:, :, :token]).abs().max() <= TOLERANCE[dtype]
             assert (after[:, :, token] - before[:, :, token]).abs().max() > 10 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+@pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32])
+@pytest.mark.parametrize("kv_heads,dim", [(8, 64), (2, 128), (1, 40), (4, 20)])
+def test_dual_chunk_attention_agrees_with_the_cpu_in_float64(backend, dtype, kv_heads, dim):
+    """Every switch leads to a kernel that runs (plain where torch has none), forward and backward."""
+    results = []
+    shape = {"batch": 2, "heads": 8, "kv_heads": kv_heads, "dim": dim, "dtype": dtype}
+    for device, kind in (("cuda", dtype), ("cpu", torch.float64)):
+        tensors = [x.detach().to(device, kind).requires_grad_() for x in random_qkv(900, 1003, **shape)]
+        inv_freq = 10000.0 ** -(torch.arange(0, dim, 2, device=device) / dim)
+        with sdpa_kernel([backend] if device == "cuda" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            output = dual_chunk_attention(*tensors, inv_freq=inv_freq, sizes=DualChunkSizes(256))
+            gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            output.backward(gradient.to(dtype).to(device, kind))
+        results.append([output, *(x.grad for x in tensors)])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("implementation", ["library", "own"])
@@ -244,16 +269,9 @@ def train(tmp_path, tiny_model_dir, train_file, repo, precision, *, launcher, de
     if not deepspeed:
         settings["deepspeed"] = "null"
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = [
-        *launcher,
-        str(repo / "train.py"),
-        "--train_args_file",
-        str(repo / "train_args/tiny-llama-pretrain.yaml"),
-    ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    outcome = subprocess.run(
-        [*command, *words], capture_output=True, text=True, timeout=900, env=environment, cwd=tmp_path
-    )
+    command = [*launcher, repo / "train.py", "--train_args_file", repo / "train_args/tiny-llama-pretrain.yaml", *words]
+    options = {"capture_output": True, "text": True, "timeout": 900, "cwd": tmp_path}
+    outcome = subprocess.run([*map(str, command)], env={**os.environ, "HF_HUB_OFFLINE": "1"}, **options)
     assert outcome.returncode == 0, outcome.stdout[-3000:] + outcome.stderr[-3000:]
     result = json.loads((tmp_path / "run" / "train_results.json").read_text())
     assert result["global_step"] == 3 and math.isfinite(result["last_loss"]) and result["last_loss"] < 7

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from longqlora.attention.binding import bind_attention, bind_inference_attention
-from longqlora.attention.tiny_copy import tiny_copy
+from longqlora.attention.proof import tiny_copy
 from longqlora.memory.layer_binding import apply_policy
 from longqlora.memory.policy import POLICIES
 from longqlora.model.adapter import attach_adapter
@@ -17,14 +17,10 @@ from longqlora.model.base import load_config, load_model
 from longqlora.model.context import ContextRequest, apply_context
 from longqlora.settings.config import AdapterConfig, AttentionConfig
 
-CHUNK = 24
-DCA = ContextRequest(
-    attention="dca", pretraining_length=32, context_size=64, dca_chunk_size=CHUNK, dca_local_window=12
-)  # fmt: skip
-S2 = AttentionConfig(attention="s2")
-CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
-MAMBA = {"hidden_size": 512, "num_attention_heads": 8, "mamba_n_heads": 16, "mamba_d_head": 64}
+CHUNK, CPU = 24, torch.device("cpu")
+DCA = ContextRequest(64, None, None, "dca", pretraining_length=32, dca_chunk_size=CHUNK, dca_local_window=12)
 ALL_FULL = {"layer_types": ["full_attention"] * 2}
+MAMBA = {"hidden_size": 512, "num_attention_heads": 8, "mamba_n_heads": 16, "mamba_d_head": 64}
 
 
 def make(model_type="llama", **overrides):
@@ -39,7 +35,7 @@ def make(model_type="llama", **overrides):
 
 @pytest.mark.parametrize("model_type", ["llama", "ernie4_5", "glm4", "deepseek_v3", "cohere", "smollm3", "helium"])
 def test_dual_chunk_attention_is_dense_up_to_the_chunk_size(model_type):
-    """Within chunk_size all distances are exact, though the second chunk's queries are turned once more."""
+    """Within chunk_size all distances are exact, though the second chunk's queries are rotated once more."""
     model = make(model_type)
     apply_context(model.config, DCA)
     ids = torch.randint(4, 320, (2, CHUNK))
@@ -54,17 +50,18 @@ def test_dual_chunk_attention_is_dense_up_to_the_chunk_size(model_type):
         assert (ours - stock).abs().max() <= 1e-4 * stock.abs().max()
 
 
-@pytest.mark.parametrize(
-    "model_type,overrides,attention,words",
-    [
-        ("hunyuan_v1_dense", {}, "dca", "positions enter its attention.*use attention: full"),
-        ("gpt_oss", ALL_FULL, "s2", "differs from the stock model by .*use attention: full"),
-        ("gemma2", ALL_FULL, "s2", "softcap.*use attention: full"),
-        ("lfm2", CONVOLUTION, "pack", "differs from the stock model by .*set pack: false"),
-        ("falcon", {}, "pack", "differs from the stock model by .*set pack: false"),
-    ],
-    ids=["norm behind RoPE", "sinks", "soft cap", "a convolution across documents", "a mask of its own"],
-)
+REFUSED = {
+    "norm behind RoPE": ("hunyuan_v1_dense", {}, "dca", "positions enter its attention.*use attention: full"),
+    "sinks": ("gpt_oss", ALL_FULL, "s2", "differs from the stock model by .*use attention: full"),
+    "soft cap": ("gemma2", ALL_FULL, "s2", "softcap.*use attention: full"),
+    "a convolution across documents": (
+        "lfm2", {"layer_types": ["conv", "full_attention"]}, "pack", "differs from the stock model by .*set pack: false"
+    ),
+    "a mask of its own": ("falcon", {}, "pack", "differs from the stock model by .*set pack: false"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type,overrides,attention,words", REFUSED.values(), ids=REFUSED)
 def test_what_differs_is_refused_by_name(model_type, overrides, attention, words, monkeypatch):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides))
@@ -77,12 +74,10 @@ def test_what_differs_is_refused_by_name(model_type, overrides, attention, words
         bind_attention(model, config, 64, is_packed=attention == "pack")
 
 
-@pytest.mark.parametrize("has_adapter", [True, False], ids=["adapter", "full"])
-def test_layers_that_the_layer_function_does_not_know_are_refused(monkeypatch, has_adapter):
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_layers_that_the_layer_function_does_not_know_are_refused(monkeypatch, kind):
     def bind():
-        model = make()
-        model = attach_adapter(model, AdapterConfig("lora" if has_adapter else "full", lora_rank=4))
-        apply_policy(model, POLICIES["balanced"], torch.device("cpu"))
+        apply_policy(attach_adapter(make(), AdapterConfig(kind, lora_rank=4)), POLICIES["balanced"], CPU)
 
     bind()
     stock = modeling_llama.LlamaMLP.forward
@@ -95,7 +90,7 @@ def test_layers_that_the_layer_function_does_not_know_are_refused(monkeypatch, h
 def test_a_few_large_heads_are_not_refused_for_rounding(num_heads):
     heads = {"num_attention_heads": num_heads, "num_key_value_heads": 1, "hidden_size": 64 * num_heads}
     model = attach_adapter(make(num_hidden_layers=4, **heads), AdapterConfig("lora", train_norm=True))
-    apply_policy(model, POLICIES["max_length"], torch.device("cpu"))
+    apply_policy(model, POLICIES["max_length"], CPU)
 
 
 @pytest.mark.parametrize(
@@ -110,23 +105,28 @@ def test_a_few_large_heads_are_not_refused_for_rounding(num_heads):
 )
 def test_the_copy_of_a_model_is_small_and_computes(model_type, overrides):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides))
-    small = tiny_copy(model)
+        small = tiny_copy(AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides)))
     assert small(torch.arange(3, 9)[None], use_cache=False).logits.isfinite().all()
     assert max(p.numel() for p in small.parameters()) < 2**20
 
 
+def test_a_model_without_a_copy_is_refused_by_name(monkeypatch):
+    model = make()
+    monkeypatch.setattr(type(model), "__init__", lambda self, config: 1 / 0)
+    with pytest.raises(
+        ValueError, match="model_name_or_path: .* llama: ZeroDivisionError: .*another model_name_or_path"
+    ):
+        tiny_copy(model)
+
+
 @pytest.mark.parametrize("load_in_4bit", [False, True], ids=["plain", "nf4"])
 def test_a_proof_leaves_no_trace(load_in_4bit, tmp_path, tiny_tokenizer):
-    folder = save_tiny_model(tmp_path / "model", tiny_tokenizer)
-    config = load_config(str(folder))
+    folder = str(save_tiny_model(tmp_path / "model", tiny_tokenizer))
+    config = load_config(folder)
     apply_context(config, DCA)
-    model = load_model(
-        str(folder), config, dtype=torch.float32, load_in_4bit=load_in_4bit, device=torch.device("cpu")
-    ).train()  # fmt: skip
+    model = load_model(folder, config, dtype=torch.float32, load_in_4bit=load_in_4bit, device=CPU).train()
     stock = copy.deepcopy(model)
     model = attach_adapter(model, AdapterConfig("qlora" if load_in_4bit else "lora", lora_rank=4))
-    base = model.get_base_model()
 
     def state():
         tensors = {**model.state_dict(), **dict(model.named_buffers())}
@@ -136,8 +136,8 @@ def test_a_proof_leaves_no_trace(load_in_4bit, tmp_path, tiny_tokenizer):
     tensors, flags = state()
     random_state = torch.get_rng_state()
     for attention in ("s2", "full", "dca"):
-        bind_attention(base, AttentionConfig(attention=attention), 64, is_packed=True)
-    apply_policy(model, POLICIES["balanced"], torch.device("cpu"))
+        bind_attention(model.get_base_model(), AttentionConfig(attention=attention), 64, is_packed=True)
+    apply_policy(model, POLICIES["balanced"], CPU)
     assert torch.equal(torch.get_rng_state(), random_state)
     after, flags_after = state()
     assert flags_after == flags and after.keys() == tensors.keys()

@@ -142,7 +142,7 @@ def test_a_killed_comparison_goes_on_and_takes_up_new_methods(base, data, tmp_pa
 def test_blocks_need_no_mask_in_any_method(base, data, tmp_path):
     task = Comparison(read_comparison(str(write_yaml(tmp_path, base, data, prefill_chunk_size=32)), {}))
     names = {name: task.model(name, 160).model.config._attn_implementation for name in ("none", "DCA", "YaRN")}
-    assert names["none"] == names["YaRN"] == "sdpa_with_past" and names["DCA"].startswith("dca_")
+    assert names["none"] == names["YaRN"] == "sdpa_no_mask" and names["DCA"].startswith("dca_")
 
 
 BAD = {

@@ -230,7 +230,7 @@ def test_reading_in_blocks_binds_attention_without_a_mask(tiny_model_dir, data, 
     task = Perplexity(Windows(open_token_file(data), 50), prefill_chunk_size=8)
     (trials,) = task.make_trials(SimpleNamespace(config=tiny_config(), context_size=32, warn_beyond_context=print))
     task.use(load_for_inference(str(tiny_model_dir)))
-    assert task.scorer.model.config._attn_implementation == "sdpa_with_past"
+    assert task.scorer.model.config._attn_implementation == "sdpa_no_mask"
     found = task.score([task.ask(trial) for trial in trials])
     assert found["loss"] == pytest.approx(loss_of(make_tokens(), 32, 50)["loss"], abs=1e-6) and found["seq_len"] == 32
 

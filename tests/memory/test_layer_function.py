@@ -12,7 +12,7 @@ from random_nf4_model import random_nf4_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from longqlora.attention import shift_short_binding
+from longqlora.attention import shift_short
 from longqlora.attention.binding import bind_attention
 from longqlora.memory import adapted_linear, layer_binding
 from longqlora.memory.adapted_linear import keep_mask
@@ -117,9 +117,9 @@ def test_packed_rows_equal_a_mask(documents, attention, num_kv_heads, monkeypatc
         bind_attention(model.get_base_model(), AttentionConfig(attention="full"), 64, is_packed=True)
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(shift_short_binding, "documents_of", lambda segment_ids: None)
+            patch.setattr(shift_short, "segment_lengths", lambda segment_ids: None)
             expected = loss_and_gradients(model, inputs)
-    monkeypatch.setattr(shift_short_binding, "segment_mask", None)
+    monkeypatch.setattr(shift_short, "segment_mask", None)
     assert_equal(loss_and_gradients(model, inputs), expected, 1e-10)
     monkeypatch.setattr(layer_binding, "call_attention", lambda *args, **kwargs: pytest.fail("through autograd"))
     assert_layers_give(expected, model, inputs)

@@ -1,0 +1,72 @@
+"""Rotation of queries by further positions, after RoPE has rotated them; RoPE's pairs may lie in any known layout.
+
+Dimensions: Q queries, D head dim, R frequencies (2 R <= D; dimensions in no pair pass through).
+
+Pure maths: knows nothing of Hugging Face.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from longqlora.attention.sdpa import sum_dtype
+
+
+@dataclass(frozen=True)
+class RotaryLayout:
+    """Where RoPE's pairs lie in a head: pair d is (start + d, start + R + d) as in Llama, or, interleaved,
+    (start + 2 d, start + 2 d + 1)."""
+
+    start: int = 0
+    is_interleaved: bool = False
+
+    def pairs(self, x: torch.Tensor, num_freqs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views [..., R] on the first and the second dimensions of all pairs of x [..., D]."""
+        rotary = x[..., self.start : self.start + 2 * num_freqs]
+        if self.is_interleaved:
+            return rotary[..., 0::2], rotary[..., 1::2]
+        return rotary[..., :num_freqs], rotary[..., num_freqs:]
+
+
+LLAMA_LAYOUT = RotaryLayout()
+
+
+@dataclass(frozen=True)
+class QueryRotation:
+    """Rotation of queries [..., Q, D] by an angle per row and frequency: cos and sin [Q, R]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    layout: RotaryLayout = LLAMA_LAYOUT
+
+    def rotate(self, x: torch.Tensor, *, is_back: bool = False) -> torch.Tensor:
+        """Rotate x [..., Q, D], computed in the dtype of cos, returned in that of x.
+
+        is_back: by the opposite angles, which takes the gradient of rotated queries to that of the queries.
+        """
+        num_freqs, rotated, sin = self.cos.shape[-1], torch.empty_like(x), -self.sin if is_back else self.sin
+        begin, end = self.layout.start, self.layout.start + 2 * num_freqs
+        rotated[..., :begin], rotated[..., end:] = x[..., :begin], x[..., end:]
+        first, second = self.layout.pairs(x, num_freqs)
+        rotated_first, rotated_second = self.layout.pairs(rotated, num_freqs)
+        rotated_first.copy_((first * self.cos).addcmul_(second, sin, value=-1))
+        rotated_second.copy_((second * self.cos).addcmul_(first, sin))
+        return rotated
+
+
+def query_rotation(
+    delta_positions: torch.Tensor, inv_freq: torch.Tensor, layout: RotaryLayout, dtype: torch.dtype
+) -> QueryRotation:
+    """Rotation by `delta_positions` [Q]; inv_freq [R] in radians per position; angles are in `dtype`."""
+    angles = torch.outer(delta_positions.to(inv_freq.device, dtype), inv_freq.to(dtype))
+    return QueryRotation(angles.cos(), angles.sin(), layout)
+
+
+def rotate(
+    query: torch.Tensor, delta_positions: torch.Tensor, inv_freq: torch.Tensor, layout: RotaryLayout = LLAMA_LAYOUT
+) -> torch.Tensor:
+    """Rotate queries [..., Q, D], which RoPE has rotated, by `delta_positions` [Q] further; inv_freq [R].
+
+    Angles are in fp32 (fp64 for fp64 queries), the result in the dtype of query. Norms stay as they are.
+    """
+    return query_rotation(delta_positions, inv_freq, layout, sum_dtype(query)).rotate(query)

@@ -1,0 +1,244 @@
+"""Kernels with log-sum-exp and their merging, against dense attention in float64.
+
+The CUDA kernels' calls are checked without a GPU against their declared signatures (meta tensors) and against
+stand-ins that insist on what the real ones do: equal heads, padded head dims, padded rows of the log-sum-exp.
+"""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from attention_reference import assert_close, assert_same_with_gradients, causal, dense_attention, random_qkv
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmark.live_memory import PeakMemory
+from longqlora.attention import dual_chunk as dca
+from longqlora.attention import sdpa as kernels
+from longqlora.attention.dual_chunk import DualChunkSizes, dual_chunk_attention
+from longqlora.attention.merged import KeyRange, QueryBlock, causal_attention_with_past, merged_attention
+from longqlora.attention.sdpa import attend, attend_backward, causal_attention
+
+aten = torch.ops.aten
+KERNELS = ["cpu_flash", "plain", "cuda_flash", "cuda_efficient"]
+ALL = slice(None)
+
+
+def check_inputs(*tensors):
+    """What both CUDA kernels take for granted."""
+    assert all(x.stride(-1) == 1 and x.shape[-1] % 8 == 0 for x in tensors)
+
+
+def flash(query, key, value, dropout, is_causal, debug, *, scale):
+    """What torch's CUDA flash operator asks for and returns, on a CPU."""
+    check_inputs(query, key, value)
+    assert not dropout and not debug
+    return *aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale), None, None
+
+
+def flash_backward(gradient, query, key, value, output, lse, cum_q, cum_k, max_q, max_k, dropout, is_causal,
+                   seed, offset, *, scale):  # fmt: skip
+    check_inputs(gradient, query, key, value, output)
+    assert lse.is_contiguous() and (max_q, max_k) == (query.shape[2], key.shape[2])
+    assert cum_q is None and cum_k is None and not dropout
+    inputs = gradient, query, key, value, output, lse
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, is_causal, scale=scale)
+
+
+def efficient(query, key, value, bias, with_lse, dropout, is_causal, *, scale):
+    output, lse, *_ = flash(query, key, value, dropout, is_causal, False, scale=scale)
+    assert query.shape[1] == key.shape[1] and bias is None and with_lse
+    return output, torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=math.inf), None, None
+
+
+def efficient_backward(gradient, query, key, value, bias, output, lse, seed, offset, dropout, mask, is_causal,
+                       *, scale):  # fmt: skip
+    rows = query.shape[2]
+    check_inputs(gradient, query, key, value, output)
+    assert query.shape[1] == key.shape[1] and bias is None and not dropout and mask == [True, True, True, False]
+    assert lse.shape[2] == -(-rows // 32) * 32 and lse.is_contiguous() and torch.isinf(lse[:, :, rows:]).all()
+    inputs = gradient, query, key, value, output, lse[:, :, :rows]
+    return *aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, is_causal, scale=scale), None
+
+
+STAND_INS = SimpleNamespace(
+    _scaled_dot_product_flash_attention=flash, _scaled_dot_product_flash_attention_backward=flash_backward,
+    _scaled_dot_product_efficient_attention=efficient,
+    _scaled_dot_product_efficient_attention_backward=efficient_backward,
+)  # fmt: skip
+
+
+@pytest.fixture
+def use_kernel(monkeypatch):
+    """Let every attention go through the kernel of that name, the CUDA ones by stand-ins."""
+
+    def use(name, *, stand_ins=STAND_INS):
+        if name.startswith("cuda"):
+            monkeypatch.setattr(kernels, "aten", stand_ins)
+        monkeypatch.setattr(kernels, "choose_kernel", lambda query, value: getattr(kernels, name.upper()))
+
+    return use
+
+
+def check_attend(tensors, *, is_causal=False, tolerance=1e-10):
+    """Output, log-sum-exp and gradients of one kernel call."""
+    allowed = causal(tensors[0].shape[2]) if is_causal else None
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    expected, expected_lse = dense_attention(*exact, allowed, scaling=0.3)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    options, tensors = {"is_causal": is_causal, "scaling": 0.3}, [x.detach() for x in tensors]
+    output, lse = attend(*tensors, **options)
+    assert output.dtype == tensors[0].dtype and lse.dtype == kernels.sum_dtype(output)
+    assert_close(output, expected, tolerance)
+    assert_close(lse, expected_lse, 1e-10 if lse.dtype == torch.float64 else 1e-4)
+    grads = attend_backward(gradient.to(output.dtype), *tensors, output, lse, **options)
+    for x, ours, theirs in zip(tensors, grads, torch.autograd.grad(expected, exact, gradient), strict=True):
+        assert ours.dtype == x.dtype
+        assert_close(ours, theirs, 10 * tolerance)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("num_queries,num_keys,is_causal", [(1, 9, 0), (33, 70, 0), (37, 37, 1), (8, 3, 0)])
+@pytest.mark.parametrize("dim", [16, 10])
+def test_kernels_equal_dense_attention(use_kernel, name, heads, kv_heads, num_queries, num_keys, is_causal, dim):
+    use_kernel(name)
+    shape = {"batch": 2, "heads": heads, "kv_heads": kv_heads, "dim": dim}
+    check_attend(random_qkv(num_queries, num_keys, **shape), is_causal=bool(is_causal))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_any_strides_are_taken(use_kernel, name):
+    use_kernel(name)
+    check_attend([x.detach().transpose(2, 3).contiguous().transpose(2, 3) for x in random_qkv(7, 9, dim=16)])
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("name", ["cpu_flash", "plain"])
+def test_dtypes(use_kernel, name, dtype, tolerance):
+    use_kernel(name)
+    check_attend(random_qkv(20, 31, dtype=dtype), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("size", [1, 50, 10**6])
+def test_plain_kernel_in_blocks_of_any_size(use_kernel, monkeypatch, size):
+    monkeypatch.setattr(kernels, "PLAIN_SCORES_PER_BLOCK", size)
+    use_kernel("plain")
+    check_attend(random_qkv(13), is_causal=True)
+    check_attend(random_qkv(13, 21))
+
+
+def test_autocast_does_not_reach_into_the_plain_kernel():
+    """Its products are summed in fp32 whatever autocast is set to, forward and backward."""
+    results = []
+    for is_enabled in (False, True):
+        tensors = random_qkv(9, 30, dtype=torch.bfloat16)
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
+            output = causal_attention_with_past(*tensors)
+            results.append([output, *torch.autograd.grad(output.float().square().sum(), tensors)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_kernel_is_chosen_by_device_dtype_and_switch(monkeypatch):
+    def chosen(dtype=torch.float64, dim=16, value_dim=None, device="cuda"):
+        query, value = (
+            SimpleNamespace(
+                dtype=dtype, shape=(1, 2, 3, n), device=torch.device(device), element_size=lambda: dtype.itemsize
+            )
+            for n in (dim, value_dim or dim)
+        )
+        kernel = kernels.choose_kernel(query, value)
+        return next(name for name in KERNELS if getattr(kernels, name.upper()) is kernel)
+
+    assert chosen(device="cpu") == "cpu_flash" and chosen(device="meta") == "plain"
+    assert chosen(device="cpu", value_dim=8) == "plain"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert chosen(device="cpu") == "plain"
+    half, full, bf16, double = torch.float16, torch.float32, torch.bfloat16, torch.float64
+    ampere = {half: "cuda_flash", bf16: "cuda_flash", full: "cuda_efficient", double: "plain"}
+    volta = {half: "cuda_efficient", full: "cuda_efficient", bf16: "plain", double: "plain"}
+    for capability, expected in (((8, 0), ampere), ((9, 0), ampere), ((7, 0), volta)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        for dtype, name in expected.items():
+            assert chosen(dtype, 128) == name
+            assert chosen(dtype, 256) == name.replace("cuda_flash", "cuda_efficient")
+            with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+                assert chosen(dtype, 128) == name.replace("cuda_flash", "cuda_efficient")
+
+
+@pytest.mark.parametrize("name", ["cuda_flash", "cuda_efficient"])
+@pytest.mark.parametrize("dim", [64, 20])
+def test_calls_fit_the_signatures_of_the_cuda_operators(use_kernel, name, dim):
+    """They are private to torch, and this fails where a version of it changes them."""
+    use_kernel(name, stand_ins=aten)
+    tensors = [x.detach() for x in random_qkv(40, kv_heads=4, dim=dim, dtype=torch.float16, device="meta")]
+    options = {"is_causal": True, "scaling": 0.3}
+    output, lse = attend(*tensors, **options)
+    assert output.shape == tensors[0].shape and lse.shape == output.shape[:3] and lse.dtype == torch.float32
+    grads = attend_backward(output, *tensors, output, lse, **options)
+    assert [x.shape for x in grads] == [output.shape] * 3
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("num_queries,num_keys", [(1, 1), (1, 23), (5, 23), (22, 23), (23, 23)])
+def test_causal_attention_with_past(num_queries, num_keys, kv_heads):
+    tensors = random_qkv(num_queries, num_keys, batch=2, kv_heads=kv_heads)
+    assert_same_with_gradients(
+        partial(causal_attention_with_past, scaling=0.2),
+        lambda *x: dense_attention(*x, causal(num_queries, num_keys), scaling=0.2)[0],
+        tensors,
+    )
+
+
+def test_causal_attention_with_past_has_sdpas_scaling_and_refuses_too_many_queries():
+    query, key, value = (x.detach() for x in random_qkv(5, batch=2))
+    whole = causal_attention(query, key, value)
+    assert torch.equal(causal_attention_with_past(query, key, value), whole)
+    assert_close(causal_attention_with_past(query[:, :, 3:], key, value), whole[:, :, 3:])
+    assert causal_attention_with_past(query[:, :, 5:], key, value).shape == (2, 4, 0, 16)
+    with pytest.raises(ValueError, match="5 queries cannot be the last of 4"):
+        causal_attention_with_past(query, key[:, :, 1:], value[:, :, 1:])
+
+
+def test_rows_of_no_block_are_zero_and_key_ranges_of_some_rows_merge():
+    tensors = random_qkv(9, 12, batch=2)
+    key_ranges = [KeyRange(slice(0, 6), slice(0, 4)), KeyRange(slice(3, 6), slice(7, 12))]
+    named = torch.zeros(2, 1, 9, 1)
+    named[1, :, 2:8] = 1
+    allowed = (named == 0).repeat(1, 4, 1, 12)
+    allowed[1, :, 2:8, :4] = allowed[1, :, 5:8, 7:] = True
+    method = partial(merged_attention, blocks=[QueryBlock(slice(1, 2), slice(2, 8), key_ranges)], scaling=0.3)
+    assert not method(*tensors)[(named == 0).expand(-1, 4, -1, 16)].any()
+    assert_same_with_gradients(method, lambda *x: dense_attention(*x, allowed, scaling=0.3)[0], tensors, rows=named)
+
+
+@pytest.mark.parametrize("num_queries,num_keys,limit", [(16, 480, 3), (960, 16, 1.5)])
+def test_many_key_ranges_and_blocks_in_bf16_are_as_exact_as_one(num_queries, num_keys, limit):
+    """Partial results, and gradients of keys that many blocks read, are kept in fp32."""
+    tensors = random_qkv(num_queries, num_keys, heads=2, dtype=torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    expected = dense_attention(*exact, scaling=0.3)[0]
+    theirs, errors = torch.autograd.grad(expected.sum(), exact), []
+    for size in (max(num_queries, num_keys), 16):
+        keys = [slice(start, min(start + size, num_keys)) for start in range(0, num_keys, size)]
+        rows = [slice(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
+        blocks = [QueryBlock(ALL, block, [KeyRange(ALL, span) for span in keys]) for block in rows]
+        output = merged_attention(*tensors, blocks, scaling=0.3)
+        ours = torch.autograd.grad(output.double().sum(), tensors)
+        errors.append([(a - b).abs().mean().item() for a, b in zip([output, *ours], [expected, *theirs], strict=True)])
+    assert all(many <= limit * one for one, many in zip(*errors, strict=True)), errors
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("rows,limit", [(8192, 1.4), (640, 0.5)])
+def test_memory_is_linear_and_small(monkeypatch, kv_heads, rows, limit):
+    """Beside q, k and v of as many heads: one block of all rows, and several blocks. No [S, S] anywhere."""
+    monkeypatch.setattr(dca, "ROWS_PER_BLOCK", rows)
+    sizes, inv_freq = DualChunkSizes(128), 0.9 ** torch.arange(32)
+    for length in (2048, 4096):
+        tensors = [x.detach() for x in random_qkv(length, heads=8, kv_heads=kv_heads, dim=64, dtype=torch.float32)]
+        with torch.no_grad(), PeakMemory(torch.device("cpu")) as memory:
+            dual_chunk_attention(*tensors, inv_freq=inv_freq, sizes=sizes)
+        ratio = memory.peak_bytes / (3 * tensors[0].nbytes)
+        assert ratio <= limit * (1 if length == 4096 else 2), ratio
