@@ -123,9 +123,9 @@ def prove_layers(model: PreTrainedModel | PeftModel, bind: Callable[[PreTrainedM
     prepare = {"prepare": attach_random_adapter} if has_adapter else {}
     prove_training(base, "layer_function", bind_and_keep, fix=fix, **prepare)
     if not all(layer._gradient_checkpointing_func.was_called for layer in decoder_layers(bound[0])):
-        version = transformers.__version__
         raise ValueError(
-            f"layer_function: transformers {version} does not call a layer's checkpointing function; {fix}"
+            f"layer_function: transformers {transformers.__version__} does not call its layers' checkpointing "
+            f"function; {fix}"
         )
 
 
