@@ -17,8 +17,8 @@ from longqlora.model.adapter import attach_adapter, trainable_table
 from longqlora.model.base import empty_model, linear_layers, training_dtype
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.reader import Settings
+from longqlora.training.checkpoint import data_hashes, resume_point
 from longqlora.training.checks import detached_arguments
-from longqlora.training.resuming import data_hashes, resume_point
 
 
 def dry_run(settings: Settings, config: PretrainedConfig, mechanisms: Mechanisms, notices: list[str]) -> None:
