@@ -85,7 +85,7 @@ def choose_start(settings: Settings) -> tuple[Path | None, str]:
     return None, f"{missing}starting from the beginning"
 
 
-def resume_point(settings: Settings, data_sha256: dict[str, str]) -> tuple[Path | None, str, list[str]]:
+def resume_point(settings: Settings) -> tuple[Path | None, str, list[str]]:
     """The checkpoint a run starts from, or None; a line that says so; warnings for what changed since it was written.
 
     Raises ValueError for a checkpoint that cannot be resumed, or where output_dir holds another run.
@@ -93,8 +93,8 @@ def resume_point(settings: Settings, data_sha256: dict[str, str]) -> tuple[Path 
     checkpoint, decision = choose_start(settings)
     if checkpoint is None:
         return None, decision, []
-    changes = check_resumable(checkpoint, settings.as_dict(), world_size=world_size(), data_sha256=data_sha256)
-    return checkpoint, decision, changes
+    facts = {"world_size": world_size(), "data_sha256": data_hashes(settings.data)}
+    return checkpoint, decision, check_resumable(checkpoint, settings.as_dict(), **facts)
 
 
 def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, data_sha256: dict[str, str]) -> list[str]:
@@ -114,19 +114,17 @@ def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, data_
     check_contents(checkpoint, new, num_processes=before)
     if record is None:
         return [f"{checkpoint} has no run record: its settings cannot be compared with the present ones"]
-    old = merged_sections(record["arguments"])
-    changes = {key: (old.get(key), new.get(key)) for key in sorted((old.keys() | new.keys()) - HARMLESS)}
-    changes["number of processes"] = (before, world_size)
+    old, old_hashes = merged_sections(record["arguments"]), record.get("data_sha256", {})
     # The content of a file counts, not its path.
-    for key, now in data_sha256.items():
-        then = record.get("data_sha256", {}).get(key)
-        if then:
-            path = changes.pop(key)[1]
-            changes[f"content of {key} {path}"] = (f"SHA-256 {then[:12]}", f"SHA-256 {now[:12]}")
+    for key in data_sha256.keys() & old_hashes.keys():
+        old.pop(key, None)
+        name = f"content of {key} {new.pop(key)}"
+        old[name], new[name] = (f"SHA-256 {hashes[key][:12]}" for hashes in (old_hashes, data_sha256))
+    old["number of processes"], new["number of processes"] = before, world_size
     return [
-        f"{key} was {then!r} and is now {now!r}: the losses will differ"
-        for key, (then, now) in changes.items()
-        if then != now
+        f"{key} was {old.get(key)!r} and is now {new.get(key)!r}: the losses will differ"
+        for key in sorted((old.keys() | new.keys()) - HARMLESS)
+        if old.get(key) != new.get(key)
     ]
 
 

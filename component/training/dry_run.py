@@ -17,13 +17,13 @@ from longqlora.model.adapter import attach_adapter, trainable_table
 from longqlora.model.base import empty_model, linear_layers, training_dtype
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.reader import Settings
-from longqlora.training.checkpoint import data_hashes, resume_point
+from longqlora.training.checkpoint import resume_point
 from longqlora.training.checks import detached_arguments
 
 
 def dry_run(settings: Settings, config: PretrainedConfig, mechanisms: Mechanisms, notices: list[str]) -> None:
     """Build the model without memory, train a small copy of it for a step, and print what a run would do."""
-    _, start, changes = resume_point(settings, data_hashes(settings.data))
+    _, start, changes = resume_point(settings)
     arguments = detached_arguments(settings)
     model = empty_model(
         config,

@@ -83,8 +83,7 @@ def start_run(settings: Settings, notices: list[str], **facts) -> Run:
     started = time.time()
     output_dir, uses_deepspeed = settings.training["output_dir"], settings.training.get("deepspeed") is not None
     check_unlocked(output_dir)
-    hashes = data_hashes(settings.data)
-    checkpoint, decision, changes = resume_point(settings, hashes)
+    checkpoint, decision, changes = resume_point(settings)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output_dir) / "tensorboard"))
     # Processes that share rows use its exchange of heads and tokens, without its engine too.
     if uses_deepspeed or settings.parallel.sequence_parallel_size > 1:
@@ -98,7 +97,7 @@ def start_run(settings: Settings, notices: list[str], **facts) -> Run:
     notices += [*lock_notices, *folder.describe()]
     set_seed(arguments.seed)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {os.cpu_count()}"
-    facts |= {"world_size": world_size(), "device": device, "data_sha256": hashes}
+    facts |= {"world_size": world_size(), "device": device, "data_sha256": data_hashes(settings.data)}
     record = make_run_record(settings.as_dict(), **facts)
     barrier()
     if is_main_process():
@@ -134,13 +133,8 @@ def open_log(path: Path) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers.clear()
-    for handler in (logging.StreamHandler(sys.stdout), LogFile(path, encoding="utf-8")):
+    # On a full disk, where it would print a traceback for each line, the log is cut short. Stdout has it all.
+    logging.raiseExceptions = False
+    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")):
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
-
-
-class LogFile(logging.FileHandler):
-    """A log that a full disk cuts short, where logging would print a traceback for each line. Stdout has them all."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass

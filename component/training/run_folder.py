@@ -4,7 +4,6 @@ The lock is POSIX's (fcntl), released by the system when the process ends. NFS p
 `nolock` or `local_lock` knows the runs of its own machine only.
 """
 
-import errno
 import fcntl
 import itertools
 import os
@@ -20,27 +19,23 @@ from longqlora.training.checkpoint import FINAL, list_checkpoints
 
 LOG_NAME, LOCK_NAME = "train.log", ".lock"
 STAGING, OVERWRITTEN = ".saving", ".overwritten"
-LOCK_HELD = (errno.EACCES, errno.EAGAIN)
-LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class RunFolder:
     """The output_dir of one run.
 
     A checkpoint is written into `staging` and renamed when every rank has finished. `earlier` are the checkpoints that
-    this run does not continue: a run that overwrites its folder deletes them when it has a result of its own; a run
-    that resumes renames those later than its start to `checkpoint-N.abandoned`, so that none is resumed from or
-    counted.
+    this run does not continue: a run that overwrites deletes them when it has a result of its own, a run that resumes
+    renames those later than its start to `checkpoint-N.abandoned`, so that none is resumed from or counted.
     """
 
     def __init__(self, path: str | Path, resumed_from: Path | None) -> None:
         self.path = Path(path)
         self.staging = self.path / STAGING
         present = list_checkpoints(path)
-        places = [checkpoint.resolve() for checkpoint in present]
-        continues = resumed_from is not None and resumed_from.resolve() in places
-        self.earlier = present[places.index(resumed_from.resolve()) + 1 :] if continues else present
-        self.is_overwritten = not continues and bool(present or (self.path / FINAL).exists())
+        later = [i + 1 for i, own in enumerate(present) if resumed_from and own.samefile(resumed_from)]
+        self.earlier = present[later[0] :] if later else present
+        self.is_overwritten = not later and bool(present or (self.path / FINAL).exists())
 
     def describe(self) -> list[str]:
         """What will become of an earlier run, for the log."""
@@ -142,17 +137,15 @@ def lock_output_dir(output_dir: str | Path) -> tuple[IO | None, list[str]]:
 
 def acquire(file: IO, kind: int) -> list[str]:
     """Lock `file`, or raise ValueError with process and host of the run that holds it; returns notices."""
+    folder = str(Path(file.name).parent)
     try:
         fcntl.lockf(file, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        folder = str(Path(file.name).parent)
-        if error.errno in LOCKS_UNSUPPORTED:
-            return [f"output_dir: the file system of {folder!r} has no locks ({error}); start no second run there"]
-        if error.errno not in LOCK_HELD:
-            raise
+    except (BlockingIOError, PermissionError):
         file.seek(0)
         raise ValueError(
             f"output_dir: another run writes to {folder!r} ({file.read() or 'just started'}); wait for its end, or "
             "choose another folder"
         ) from None
+    except OSError as error:
+        return [f"output_dir: the file system of {folder!r} has no locks ({error}); start no second run there"]
     return []

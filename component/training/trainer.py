@@ -287,9 +287,9 @@ class DivergenceWatch:
 def all_finite(parameters: Iterable[torch.nn.Parameter]) -> bool:
     """Whether every trained weight is finite, on all ranks."""
     # Under ZeRO-3 a rank holds its share of a weight as `ds_tensor`. A norm needs no memory of the weight's size.
-    held = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in parameters if parameter.requires_grad]
-    largest = [torch.linalg.vector_norm(weight, math.inf).float() for weight in held if weight.numel()]
-    return all(gather_objects(not largest or bool(torch.stack(largest).isfinite().all())))
+    held = [getattr(weight, "ds_tensor", weight).detach() for weight in parameters if weight.requires_grad]
+    norm = torch.nn.utils.get_total_norm([weight for weight in held if weight.numel()], math.inf)
+    return all(gather_objects(bool(norm.isfinite())))
 
 
 def zero3_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:

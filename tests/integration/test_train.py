@@ -79,46 +79,28 @@ def test_resuming_a_finished_run_adds_no_step(write_yaml, train_file, changes):
     assert sum("eval_loss" in entry for entry in history_of(out)) == bool(eval_file)
 
 
-def test_a_half_written_checkpoint_is_never_picked_up_and_changed_settings_are_said(write_yaml):
-    path, out = write_yaml(max_steps=4)
-    train(path)
-    expected = losses(out)
-    # What a kill leaves: the staging folder; and what older tools leave: a folder without the trainer's state.
-    (out / ".saving" / "checkpoint-9").mkdir(parents=True)
-    (out / "checkpoint-9").mkdir()
-    (out / "checkpoint-9" / "adapter_model.safetensors").write_bytes(b"cut off")
-    log = train(path, "--resume_from_checkpoint", "true", "--max_steps", 6, "--learning_rate", "1e-3")
-    resumed = losses(out)
-    assert len(resumed) == 6 and {step: resumed[step] for step in expected} == expected
-    assert "learning_rate was 0.01 and is now 0.001" in log
+# (rows, accumulated batches, processes) of one step and of another. Unpacked rows are of unequal length.
+SPLITS = {
+    "two processes": ([(1, 2, 1), (1, 1, 2)], {"deepspeed": ZERO2}),
+    "accumulated": ([(4, 1, 1), (1, 4, 1)], {"pack": False, "learning_rate": "1e-3"}),
+}
 
 
-def test_two_processes_equal_one_with_doubled_accumulation(write_yaml):
-    """2 ranks x 1 row against 1 rank x 2 accumulated rows: the same rows in each step, to 1e-5 in loss."""
-    shared = {
-        "per_device_train_batch_size": 1, "lora_dropout": 0, "deepspeed": ZERO2, "save_strategy": "no", "max_steps": 5
-    }  # fmt: skip
-    path, one = write_yaml("one", gradient_accumulation_steps=2, **shared)
-    train(path)
-    path, two = write_yaml("two", gradient_accumulation_steps=1, **shared)
-    train(path, num_processes=2)
-    first, second = losses(one), losses(two)
-    assert len(first) == len(second) == 5
-    # Both saw two rows a step: the processes were one world, not two runs of their own.
-    epochs = [[entry["epoch"] for entry in history_of(out) if "loss" in entry] for out in (one, two)]
-    assert epochs[1] == pytest.approx(epochs[0], rel=0.1)
-    assert all(abs(first[step] - second[step]) < 1e-5 for step in first)
-
-
-def test_loss_does_not_depend_on_how_a_batch_is_accumulated(write_yaml):
-    """Rows of unequal length: the loss of a step is the mean over its tokens, however they are split."""
-    shared = {"pack": False, "lora_dropout": 0, "save_strategy": "no", "max_steps": 3, "learning_rate": "1e-3"}
-    path, together = write_yaml("together", per_device_train_batch_size=4, gradient_accumulation_steps=1, **shared)
-    train(path)
-    path, apart = write_yaml("apart", per_device_train_batch_size=1, gradient_accumulation_steps=4, **shared)
-    train(path)
-    first, second = losses(together), losses(apart)
-    assert all(abs(first[step] - second[step]) < 1e-5 for step in first)
+@pytest.mark.parametrize("splits,settings", SPLITS.values(), ids=SPLITS)
+def test_loss_does_not_depend_on_how_a_batch_is_split(write_yaml, splits, settings):
+    """It is the mean over the tokens of a step. By the epoch, two processes are one world, not runs of their own."""
+    histories = []
+    for num_rows, num_accumulated, num_processes in splits:
+        path, out = write_yaml(
+            f"run{len(histories)}", lora_dropout=0, save_strategy="no", max_steps=5, **settings,
+            per_device_train_batch_size=num_rows, gradient_accumulation_steps=num_accumulated,
+        )  # fmt: skip
+        train(path, num_processes=num_processes)
+        histories.append([entry for entry in history_of(out) if "loss" in entry])
+    assert len(histories[0]) == 5
+    for key, error in (("loss", {"abs": 1e-5}), ("epoch", {"rel": 0.1})):
+        one, other = ([entry[key] for entry in history] for history in histories)
+        assert one == pytest.approx(other, **error)
 
 
 def test_rows_of_like_length_share_a_batch(write_yaml):
@@ -130,8 +112,8 @@ def test_rows_of_like_length_share_a_batch(write_yaml):
             include_num_input_tokens_seen="all", model_max_length=512, max_seq_length=512,
         )  # fmt: skip
         train(path)
-        result = json.loads((out / "train_results.json").read_text())
-        seen[grouped] = next(x["num_input_tokens_seen"] for x in result["log_history"][::-1] if "loss" in x)
+        seen[grouped] = next(x["num_input_tokens_seen"] for x in history_of(out)[::-1] if "loss" in x)
+    result = json.loads((out / "train_results.json").read_text())
     assert seen[True] < 0.9 * seen[False], seen
     assert 0 < result["data_share"] < 1 and result["start_up_seconds"] > 0
 

@@ -73,21 +73,10 @@ def start_ranks(*arguments: object, log: Path, num_processes: int, **options) ->
         return [start(*arguments, log=log, **options)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1"}
-    ranks = []
-    for rank in range(num_processes):
-        environment = {**world, "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
-        environment = {key: str(value) for key, value in environment.items()}
-        ranks.append(start(*arguments, log=log, environment=environment, **options))
-    return ranks
-
-
-def finish(process, log: Path, timeout: float = 120) -> None:
-    """Wait for a run that must succeed."""
-    process.join(timeout)
-    text = log.read_text(errors="replace") if log.exists() else ""
-    assert process.exitcode == 0, f"training ended with {process.exitcode}\n{text[-4000:]}"
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
+    environments = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    return [start(*arguments, log=log, environment=environment, **options) for environment in environments]
 
 
 def wait_for(log: Path, text: str, timeout: float = 60) -> None:
@@ -98,24 +87,21 @@ def wait_for(log: Path, text: str, timeout: float = 60) -> None:
         time.sleep(0.05)
 
 
-def train(path: Path, *words: object, num_processes: int = 1) -> str:
-    """Train with the YAML at `path` to the end; returns the output."""
+def train(path: Path, *words: object, code: int = 0, num_processes: int = 1, **options) -> str:
+    """Train with the YAML at `path`; every process must end with `code`. Returns the output."""
     log = path.with_suffix(".out")
-    log.unlink(missing_ok=True)
-    for process in start_ranks("--train_args_file", path, *words, log=log, num_processes=num_processes):
-        finish(process, log)
-    return log.read_text(errors="replace")
-
-
-def fail(path: Path, *words: object, num_processes: int = 1, **options) -> str:
-    """Train with the YAML at `path`; every process must end with 2. Returns the one line that begins with error."""
-    log = path.with_suffix(".failed")
     log.unlink(missing_ok=True)
     ranks = start_ranks("--train_args_file", path, *words, log=log, num_processes=num_processes, **options)
     for process in ranks:
         process.join(120)
     text = log.read_text(errors="replace")
-    assert [process.exitcode for process in ranks] == [2] * num_processes, text[-4000:]
+    assert [process.exitcode for process in ranks] == [code] * num_processes, text[-4000:]
+    return text
+
+
+def fail(path: Path, *words: object, **options) -> str:
+    """Train with the YAML at `path`, in vain; returns the one line that begins with error."""
+    text = train(path, *words, code=2, **options)
     errors = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "Traceback" not in text, text[-4000:]
     return errors[0]

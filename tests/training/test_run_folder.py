@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from training_process import contents, fail, same_weights, start_ranks, train, wait_for
 
 import longqlora.training.run_folder
-from longqlora.files import atomic_file, atomic_folder, write_json
+from longqlora.files import atomic_folder, write_json
 from longqlora.training.checkpoint import list_checkpoints
 from longqlora.training.run_folder import RunFolder, lock_output_dir
 
@@ -211,23 +211,13 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def write_file(path: Path, mode: str) -> None:
-    with atomic_file(path, mode) as file:
-        file.write("x" * 2 * LIMIT if mode == "w" else b"x" * 2 * LIMIT)
-
-
 def write_weights(path: Path) -> None:
     with atomic_folder(path) as folder:
         (folder / "small").write_text("done")
         save_file({"weight": torch.zeros(LIMIT)}, folder / "model.safetensors")
 
 
-WRITERS = {
-    "text": lambda path: write_file(path, "w"),
-    "bytes": lambda path: write_file(path, "wb"),
-    "json": lambda path: write_json(path, "x" * 2 * LIMIT),
-    "folder": write_weights,
-}
+WRITERS = {"file": lambda path: write_json(path, "x" * 2 * LIMIT), "folder": write_weights}
 
 
 @pytest.mark.parametrize("kind", WRITERS)
