@@ -5,8 +5,8 @@
 Between the layers a process holds its part of the row's tokens; for attention the processes trade, and each has
 all tokens of its part of the heads (DeepSpeed-Ulysses, arXiv 2309.14509; ALST, arXiv 2506.13996). The trade is
 `deepspeed.runtime.sequence_parallel.ulysses_sp.UlyssesSPAttentionHF`. Its rows come from the trainer's own loader
-(`share_rows`), not from DeepSpeed's: that one cannot be resumed, wants rows of one length without NCCL, and its
-loss is a mean of means. A part is then to the trainer and to ZeRO what a row of its own would be: losses are
+(`get_train_dataloader`), not from DeepSpeed's: that one cannot be resumed, wants rows of one length without NCCL, and
+its loss is a mean of means. A part is then to the trainer and to ZeRO what a row of its own would be: losses are
 summed over all tokens of a step, whoever holds them.
 
 Which heads S2-Attn shifts is a matter of the head's place among ALL heads, and documents packed into one
