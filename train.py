@@ -91,7 +91,7 @@ def main() -> None:
         data_collator=DataCollator(tokenizer, num_parts=size),
         processing_class=tokenizer,
         run_record=run.record,
-        earlier=run.earlier,
+        folder=run.folder,
         sequence_parallel_size=size,
     )
     with plan.advice_on_out_of_memory():

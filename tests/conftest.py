@@ -73,10 +73,28 @@ def tiny_tokenizer():
     )
 
 
-WITH_HEAD_DIM = (
-    "qwen3", "qwen3_moe", "ernie4_5", "glm4", "gemma", "gemma2", "gemma3_text", "gpt_oss", "helium", "seed_oss",
-    "hunyuan_v1_dense", "nemotron",
-)  # fmt: skip
+# What single model types need beside the sizes that all have.
+SIZES = {
+    "mistral": {"sliding_window": None},
+    "smollm3": {"num_hidden_layers": 4},  # every fourth layer has no RoPE
+    **dict.fromkeys(
+        ("qwen3", "ernie4_5", "glm4", "gemma", "gemma2", "gemma3_text", "helium", "seed_oss", "hunyuan_v1_dense",
+         "nemotron"), {"head_dim": 16},
+    ),
+    **dict.fromkeys(
+        ("mixtral", "phimoe", "granitemoe", "llama4_text", "olmoe"), {"num_local_experts": 4, "num_experts_per_tok": 2}
+    ),
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "decoder_sparse_step": 2,
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+    },
+}  # fmt: skip
 
 
 def tiny_config(model_type: str = "llama", **overrides):
@@ -86,26 +104,8 @@ def tiny_config(model_type: str = "llama", **overrides):
     values = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 64, "bos_token_id": 1,
-        "eos_token_id": 2, "pad_token_id": 3, "tie_word_embeddings": False,
+        "eos_token_id": 2, "pad_token_id": 3, "tie_word_embeddings": False, **SIZES.get(model_type, {}),
     }  # fmt: skip
-    if model_type == "mistral":
-        values["sliding_window"] = None
-    if model_type in WITH_HEAD_DIM:
-        values["head_dim"] = 16
-    if model_type in ("mixtral", "phimoe", "granitemoe", "llama4_text", "olmoe"):
-        values.update(num_local_experts=4, num_experts_per_tok=2)
-    if model_type == "qwen3_moe":
-        values.update(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=2)
-    if model_type == "gpt_oss":
-        values.update(num_local_experts=4, num_experts_per_tok=2)
-    if model_type == "deepseek_v3":
-        values.update(
-            num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
-            v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-            first_k_dense_replace=1, moe_intermediate_size=32,
-        )  # fmt: skip
-    if model_type == "smollm3":
-        values["num_hidden_layers"] = 4  # every fourth layer has no RoPE
     if model_type == "gpt_neox":
         del values["num_key_value_heads"]
     return AutoConfig.for_model(model_type, **{**values, **overrides})
@@ -128,7 +128,7 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def notices_are_said_again():
+def notices_are_printed_in_each_test():
     from longqlora.distributed import print_notice
 
     print_notice.cache_clear()
@@ -168,19 +168,15 @@ def run_script(script: str, *args, cwd=None, input="", timeout=120, env=None, ch
     from script_process import run_forked
 
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment = {**os.environ, **quiet, **(env or {})}
     words = [str(REPO / script), *map(str, args)]
+    options = {"cwd": cwd, "input": input, "timeout": timeout}
     if env or torch.cuda.is_available():
-        outcome = subprocess.run(
-            [sys.executable, *words], cwd=cwd, timeout=timeout, capture_output=True, text=True, env=environment,
-            input=input,
-        )  # fmt: skip
+        options |= {"capture_output": True, "text": True, "env": {**os.environ, **quiet, **(env or {})}}
+        outcome = subprocess.run([sys.executable, *words], **options)
     else:
-        outcome = run_forked(words, cwd=cwd, input=input, timeout=timeout, environment=environment)
-    if check and outcome.returncode != 0:
-        raise AssertionError(
-            f"{script} ended with {outcome.returncode}\n{outcome.stdout[-3000:]}\n{outcome.stderr[-3000:]}"
-        )
+        outcome = run_forked(words, **options, environment={**os.environ, **quiet})
+    said = f"{outcome.stdout[-3000:]}\n{outcome.stderr[-3000:]}"
+    assert not check or outcome.returncode == 0, f"{script} ended with {outcome.returncode}\n{said}"
     return outcome
 
 

@@ -3,6 +3,7 @@
 The key covers the file's content, the tokenizer, the settings and the code, so a stale folder is never read.
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -27,24 +28,30 @@ ROWS_PER_WRITE = 100
 
 def cache_key(path: Path, tokenizer: Any, settings: dict[str, Any], modules: list[ModuleType]) -> str:
     """Hash of all that decides the rows of a file; `modules` hold the code that makes them."""
-    digest = content_hash(path)
     decisive = {
+        "content": content_hash(path),
         "settings": settings,
         "code": [inspect.getsource(module) for module in modules],
         "versions": [tokenizers.__version__, transformers.__version__],
         "tokenizer": tokenizer_state(tokenizer),
     }
-    digest.update(json.dumps(decisive, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:24]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def content_hash(path: Path):
-    """hashlib's SHA-256 of what a file holds; 300 MB take half a second."""
+def content_hash(path: Path) -> str:
+    """SHA-256 of what a file holds, computed once in a process; 300 MB take half a second."""
+    found = path.stat()
+    return hash_file(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def hash_file(path: Path, num_bytes: int, modified: int) -> str:
+    """SHA-256 of a file of that size and time of modification, which make a changed file another one."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return digest
+    return digest.hexdigest()
 
 
 def tokenizer_state(tokenizer: Any) -> dict[str, Any]:

@@ -1,17 +1,43 @@
-"""Checkpoints on disk: complete or absent, found and rotated.
+"""Checkpoints to resume from: found, checked for missing, damaged or unsafe files, compared with the present run.
 
-A checkpoint is written into `output_dir/.saving` and renamed to `checkpoint-N` when every rank has
-finished, so that a killed run leaves either the whole folder or none.
+A file of torch.save is a pickle, which can name any function to be called when it is read. transformers reads its
+files with weights_only=True; DeepSpeed 0.19 does not, so torch is told to for the whole process.
 """
 
+import os
 import re
+from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 
-from longqlora.files import remove, replace_folder
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
-STAGING = ".saving"
+from longqlora.data.cache import content_hash
+from longqlora.distributed import is_main_process, world_size
+from longqlora.run_record import read_run_record
+from longqlora.settings.config import DataConfig, Settings
+from longqlora.settings.deepspeed import zero_stage
+
 FINAL = "final"
-MARK_OF_COMPLETENESS = "trainer_state.json"
+TRAINER_STATE, DEEPSPEED_TAG, NEVER_READ = "trainer_state.json", "latest", "training_args.bin"
+PICKLES = (".pt", ".pth", ".bin")
+# What DeepSpeed's states hold beside tensors and plain values (0.19.8; the dynamic scaler with fp16).
+DEEPSPEED_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+# Settings that may differ between a run and its continuation without changing a loss.
+HARMLESS = {
+    "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "save_strategy",
+    "logging_steps", "logging_dir", "disable_tqdm", "report_to", "dataloader_num_workers", "dataloader_pin_memory",
+    "local_rank", "gpu_memory", "data_cache_dir", "preprocessing_num_workers",
+}  # fmt: skip
+FLAG, FIX = "resume_from_checkpoint", "resume from another checkpoint, or start from the beginning"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -19,31 +45,34 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     found = [
         (int(match[1]), path)
         for path in (Path(output_dir).iterdir() if Path(output_dir).is_dir() else [])
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / MARK_OF_COMPLETENESS).is_file()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / TRAINER_STATE).is_file()
     ]
     return [path for _, path in sorted(found)]
 
 
-def checkpoint_to_resume(requested: str | None, output_dir: str | Path, *, overwrite: bool) -> tuple[Path | None, str]:
-    """The checkpoint a run starts from, or None, and a line that says so.
+def data_hashes(data: DataConfig) -> dict[str, str]:
+    """SHA-256 of each data file by its key, on rank 0, which compares and records them."""
+    files = {"train_file": data.train_file, "eval_file": data.eval_file}
+    return {key: content_hash(Path(path)) for key, path in files.items() if path and is_main_process()}
 
-    requested: value of resume_from_checkpoint: a folder, "true" for the last one in output_dir, or
-    None. Raises ValueError when output_dir holds results of another run and none of the ways to treat them was chosen.
+
+def choose_start(settings: Settings) -> tuple[Path | None, str]:
+    """The checkpoint that the settings name, or None, and a line that says so; its content is not read.
+
+    Raises ValueError where output_dir holds results of another run and nothing says what to do with them.
     """
-    existing = list_checkpoints(output_dir)
-    word = str(requested or "false").lower()
+    output_dir = Path(settings.training["output_dir"])
+    requested = settings.training.get("resume_from_checkpoint") or "false"
+    existing, word, start = list_checkpoints(output_dir), requested.lower(), None
     if word == "true" and existing:
         return existing[-1], f"resuming from {existing[-1]}"
-    start = None
     if word not in ("true", "false"):
         start = Path(requested)
-        if not (start / MARK_OF_COMPLETENESS).is_file():
-            raise ValueError(
-                f"resume_from_checkpoint: {requested!r} has no {MARK_OF_COMPLETENESS}; it is no complete checkpoint"
-            )
-    goes_on = start is not None and start.resolve() in [path.resolve() for path in existing]
-    results = [path.name for path in existing[-1:]] + [FINAL] * (Path(output_dir) / FINAL).exists()
-    if results and not goes_on and not overwrite:
+        if not (start / TRAINER_STATE).is_file():
+            raise ValueError(f"{FLAG}: {requested!r} has no {TRAINER_STATE}; it is no complete checkpoint")
+    continues = start is not None and start.resolve() in [path.resolve() for path in existing]
+    results = [path.name for path in existing[-1:]] + [FINAL] * (output_dir / FINAL).exists()
+    if results and not continues and not settings.output.overwrite_output_dir:
         resume = "--resume_from_checkpoint true to go on, " if existing else ""
         raise ValueError(
             f"output_dir: {str(output_dir)!r} holds {' and '.join(results)} of an earlier run; add "
@@ -55,23 +84,128 @@ def checkpoint_to_resume(requested: str | None, output_dir: str | Path, *, overw
     return None, f"{missing}starting from the beginning"
 
 
-def clear_staging(output_dir: str | Path) -> None:
-    """Delete the staging folder, which a killed run or a full disk may have left half-written."""
-    remove(Path(output_dir) / STAGING)
+def resume_point(settings: Settings) -> tuple[Path | None, str, list[str]]:
+    """The checkpoint a run starts from, or None; a line that says so; warnings for what changed since it was written.
+
+    Raises ValueError for a checkpoint that cannot be resumed, or where output_dir holds another run.
+    """
+    checkpoint, decision = choose_start(settings)
+    if checkpoint is None:
+        return None, decision, []
+    facts = {"world_size": world_size(), "data_sha256": data_hashes(settings.data)}
+    return checkpoint, decision, check_resumable(checkpoint, settings.as_dict(), **facts)
 
 
-def publish(output_dir: str | Path, name: str) -> None:
-    """Give a finished checkpoint in the staging folder its final name."""
-    staging = Path(output_dir) / STAGING
-    replace_folder(staging / name, Path(output_dir) / name)
-    remove(staging)
+def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, data_sha256: dict[str, str]) -> list[str]:
+    """Compare a checkpoint's run with the present one; returns a warning for each change that changes the losses.
+
+    arguments: settings by section; data_sha256: SHA-256 of the data files by key. Other data is a change as any other.
+    Raises ValueError where resuming is impossible: a file missing, damaged or unsafe to load, or ZeRO's optimizer
+    states of another number of processes.
+    """
+    new, record = merged_sections(arguments), read_run_record(checkpoint)
+    before = (record or {}).get("world_size", world_size)
+    if new.get("deepspeed") and before != world_size:
+        raise ValueError(
+            f"{FLAG}: {checkpoint} was written by {before} processes and ZeRO cannot resume on {world_size}; start "
+            f"{before} processes"
+        )
+    check_contents(checkpoint, new, num_processes=before)
+    if record is None:
+        return [f"{checkpoint} has no run record: its settings cannot be compared with the present ones"]
+    old, old_hashes = merged_sections(record["arguments"]), record.get("data_sha256", {})
+    # The content of a file counts, not its path.
+    for key in data_sha256.keys() & old_hashes.keys():
+        old.pop(key, None)
+        name = f"content of {key} {new.pop(key)}"
+        old[name], new[name] = (f"SHA-256 {hashes[key][:12]}" for hashes in (old_hashes, data_sha256))
+    old["number of processes"], new["number of processes"] = before, world_size
+    return [
+        f"{key} was {old.get(key)!r} and is now {new.get(key)!r}: the losses will differ"
+        for key in sorted((old.keys() | new.keys()) - HARMLESS)
+        if old.get(key) != new.get(key)
+    ]
 
 
-def rotate(output_dir: str | Path, limit: int | None, keep: str | None = None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never the newest nor the folder `keep`."""
-    if limit is None:
-        return
-    kept = Path(keep).resolve() if keep else None
-    for path in list_checkpoints(output_dir)[:-limit]:
-        if path.resolve() != kept:
-            remove(path)
+def merged_sections(sections: dict[str, dict]) -> dict:
+    return {key: value for section in sections.values() for key, value in section.items()}
+
+
+def check_contents(checkpoint: Path, settings: dict, *, num_processes: int) -> None:
+    """Refuse a checkpoint whose state is incomplete or would run code. Reads no tensor.
+
+    settings: of the run that resumes; num_processes: of the run that wrote it. Raises ValueError naming the file.
+    """
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        is_valid = isinstance(state.global_step, int) and all(isinstance(entry, dict) for entry in state.log_history)
+    except (ValueError, TypeError, AttributeError):
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"{FLAG}: {checkpoint / TRAINER_STATE} is damaged; {FIX}")
+    missing = [name for name in needed_files(checkpoint, settings, num_processes) if not any(checkpoint.glob(name))]
+    if missing:
+        raise ValueError(
+            f"{FLAG}: {checkpoint} lacks {', '.join(name.replace('*', '') for name in missing)}, "
+            f"without which the losses would differ; {FIX} (deepspeed and save_only_model must be as they were)"
+        )
+    for file in sorted(checkpoint.rglob("*")):
+        if file.suffix == ".safetensors" or (file.suffix in PICKLES and file.name != NEVER_READ):
+            check_file(file)
+
+
+def needed_files(checkpoint: Path, settings: dict, num_processes: int) -> list[str]:
+    """Patterns of the files that transformers and DeepSpeed resume from, relative to the checkpoint."""
+    ranks = range(num_processes)
+    names = [f"rng_state_{rank}.pth" for rank in ranks] if num_processes > 1 else ["rng_state.pth"]
+    deepspeed = settings.get("deepspeed")
+    if not deepspeed:
+        weights = "model.safetensors*" if settings["finetuning_type"] == "full" else "adapter_model.safetensors"
+        return [weights, "optimizer.pt", "scheduler.pt", *(["scaler.pt"] if settings.get("fp16") else []), *names]
+    if "scheduler" not in deepspeed:
+        names.append("scheduler.pt")
+    tag_file = checkpoint / DEEPSPEED_TAG
+    folder = tag_file.read_text(errors="replace").strip() if tag_file.is_file() else ""
+    if not folder or Path(folder).name != folder or not (checkpoint / folder).is_dir():
+        raise ValueError(
+            f"{FLAG}: {tag_file} names no folder of DeepSpeed's states in it; {FIX} (or without deepspeed, if it was "
+            "written so)"
+        )
+    stage = zero_stage(deepspeed)
+    shards = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in ranks]
+    models = shards if stage == 3 else ["mp_rank_00"]
+    return [
+        *names,
+        *(f"{folder}/{name}_model_states.pt" for name in models),
+        *(f"{folder}/*{name}_optim_states.pt" for name in shards if stage),
+    ]
+
+
+def check_file(file: Path) -> None:
+    """Refuse a file that is cut off, or that names a function or class not known to be harmless."""
+    unsafe = set()
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                pass
+        else:
+            with safe_globals():
+                unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - set(DEEPSPEED_CLASSES)
+    except (SafetensorError, ValueError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        reason = str(error).split(".")[0] or type(error).__name__
+        raise ValueError(f"{FLAG}: {file} is damaged or cannot be read ({reason}); {FIX}") from None
+    if unsafe:
+        raise ValueError(
+            f"{FLAG}: {file} would run {', '.join(sorted(unsafe))} when it is loaded, which no checkpoint of this "
+            f"trainer holds; delete it if you do not know who made it, and {FIX}"
+        )
+
+
+def load_without_code(*, uses_deepspeed: bool) -> None:
+    """From here on torch.load runs no code from a file, whatever its caller says; what DeepSpeed needs is allowed."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    # torch refuses to load anything where both are set.
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    if uses_deepspeed:
+        names = (name.rsplit(".", 1) for name in DEEPSPEED_CLASSES)
+        torch.serialization.add_safe_globals([getattr(import_module(module), name) for module, name in names])

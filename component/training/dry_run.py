@@ -16,7 +16,7 @@ from longqlora.model.adapter import attach_adapter, trainable_table
 from longqlora.model.base import linear_layers, training_dtype
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.config import Notice, Settings
-from longqlora.training.resuming import data_hashes, resume_point
+from longqlora.training.checkpoint import resume_point
 
 
 def dry_run(
@@ -27,7 +27,7 @@ def dry_run(
     notices: list[Notice],
 ) -> None:
     """Train a small copy of `model`, which is on the meta device, for a step, and print what a run would do."""
-    _, start, changes = resume_point(settings, data_hashes(settings.data))
+    _, start, changes = resume_point(settings)
     with warnings.catch_warnings():
         # PEFT and we ask transformers for things by their former names.
         warnings.simplefilter("ignore", FutureWarning)

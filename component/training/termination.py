@@ -1,4 +1,4 @@
-"""How a run is stopped from outside: SIGTERM, and a launcher that is gone.
+"""How a run is stopped from outside: SIGTERM, and the end of its launcher.
 
 `deepspeed train.py` is three processes: the one the user sees starts deepspeed.launcher.launch, and that the trainer.
 A SIGTERM ends the first only, and kill -9 of torchrun or of either ends nothing below; the trainer would go on unseen.
@@ -21,35 +21,27 @@ LAUNCHER_MODULES = {
     "deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch",
     "accelerate.commands.launch",
 }  # fmt: skip
-SECONDS_BETWEEN_LOOKS = 1
-SECONDS_TO_END = 20
+SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1, 20
 EXIT_CODE = 128 + signal.SIGTERM
 
 
 def end_with_launcher() -> None:
-    """End this process when the launcher that started it ends. Without one (`python train.py`, nohup) do nothing."""
-    links = launcher_links(psutil.Process())
-    if not links:
-        return
+    """End this process when a launcher above it ends. Without one (`python train.py`, nohup) do nothing."""
+    process, links = psutil.Process(), []
+    while (parent := process.parent()) is not None and is_launcher(parent):
+        links.append((process, parent.pid))
+        process = parent
 
     def watch() -> None:
-        while all(is_child(process, parent) for process, parent in links):
+        while all(parent_id(process) == parent for process, parent in links):
             time.sleep(SECONDS_BETWEEN_LOOKS)
         os.kill(os.getpid(), signal.SIGTERM)
         # A signal waits for the call that the main thread is in, which may be a collective without partners.
         time.sleep(SECONDS_TO_END)
         os._exit(EXIT_CODE)
 
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def launcher_links(process: psutil.Process) -> list[tuple[psutil.Process, int]]:
-    """`process` and the launchers above it, each with the id of its parent, which is a launcher."""
-    links = []
-    while (parent := process.parent()) is not None and is_launcher(parent):
-        links.append((process, parent.pid))
-        process = parent
-    return links
+    if links:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def is_launcher(process: psutil.Process) -> bool:
@@ -63,11 +55,12 @@ def is_launcher(process: psutil.Process) -> bool:
     return bool(LAUNCHER_COMMANDS & set(names[: 1 + is_python]) or (is_python and LAUNCHER_MODULES & set(words)))
 
 
-def is_child(process: psutil.Process, parent: int) -> bool:
+def parent_id(process: psutil.Process) -> int | None:
+    """Id of the present parent; None where `process` has ended."""
     try:
-        return process.ppid() == parent
+        return process.ppid()
     except psutil.Error:
-        return False
+        return None
 
 
 def end_on_sigterm(before_the_end: Callable[[], str]) -> None:

@@ -1,106 +1,140 @@
-"""transformers' Trainer with atomic checkpoints, pickle-free adapters and a run record."""
+"""transformers' Trainer with atomic checkpoints, a stop where training diverges, and rows shared by processes.
+
+Only public methods of transformers are overridden. It writes a checkpoint into its own output_dir, here the staging
+folder; `on_save`, which it calls on every rank afterwards, renames the finished checkpoint into the run's folder.
+"""
 
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
 import torch
+import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader
+from peft import PeftModel
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from longqlora.cli import one_line
 from longqlora.data.collator import PartCollator
-from longqlora.distributed import barrier, is_main_process
-from longqlora.files import atomic_folder
+from longqlora.distributed import barrier, gather_objects, is_main_process, world_size
+from longqlora.files import atomic_folder, remove
 from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.saved_folder import save_config, save_tokenizer
 from longqlora.run_record import save_run_record
-from longqlora.training.checkpoint import FINAL, MARK_OF_COMPLETENESS, STAGING, clear_staging, publish, rotate
-from longqlora.training.divergence import DivergenceWatch, all_finite
-from longqlora.training.earlier_run import EarlierRun
+from longqlora.training.checkpoint import FINAL, TRAINER_STATE
+from longqlora.training.run_folder import RunFolder
 
 logger = logging.getLogger("longqlora")
 
+# DeepSpeed's largest initial scale, 2**32, is down to 1 after 33 skipped steps, torch's 2**16 after 16.
+MAX_SKIPPED_STEPS = 40
+
 
 class LongContextTrainer(Trainer):
-    """Trains with next-token loss, and stops with ValueError where that diverges; everything trained, the extended
-    config and the tokenizer go into each checkpoint folder, which appears under its name only when it is complete."""
+    """Trains with next-token loss, and raises ValueError where that diverges.
+
+    Checkpoints hold everything trained, the extended config and the tokenizer, and appear only when complete.
+    """
 
     def __init__(
-        self, *args, run_record: dict[str, Any], earlier: EarlierRun, sequence_parallel_size: int = 1, **kwargs
+        self, *args, folder: RunFolder, run_record: dict[str, Any], sequence_parallel_size: int = 1, **kwargs
     ) -> None:
         super().__init__(*args, **kwargs)
-        # It puts the mean of earlier losses in the place of one that is not finite.
+        self.args.output_dir = str(folder.staging)
+        # It replaces a loss that is not finite by the mean of earlier ones.
         self.args.logging_nan_inf_filter = False
-        # At the end of training it deletes all but the best, the newest and abandoned ones among them.
-        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self.run_record = run_record
-        self.earlier = earlier
+        self.folder, self.run_record, self.sequence_parallel_size = folder, run_record, sequence_parallel_size
         self.watch = DivergenceWatch()
-        self.sequence_parallel_size = sequence_parallel_size
-        self.is_saving = False
+        # What is being written, for the error of a full disk.
+        self.unwritten: str | None = None
         self.data_seconds = 0.0
-        self.start_up = StartUp()
-        self.add_callback(StepLog())
-        self.add_callback(self.start_up)
+        # From the start of the process to its first training step; None before that.
+        self.start_up_seconds: float | None = None
+        self.add_callback(CheckpointCallback(self))
+
+    def train(self, *args, **kwargs):
+        with self.failed_writes_explained():
+            return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        size, args = self.sequence_parallel_size, self.args
+        if size == 1:
+            return super().get_train_dataloader()
+        # In training the processes of a group take the same rows, and a part of each; in evaluation rows of their own.
+        by_length = partial(LengthGroupedSampler, args.train_batch_size * args.gradient_accumulation_steps)
+        samplers = {"random": RandomSampler, "sequential": SequentialSampler, "group_by_length": by_length}
+        strategy = args.train_sampling_strategy
+        if strategy not in samplers:
+            raise ValueError(
+                f"train_sampling_strategy: {strategy!r} does not go with sequence_parallel_size; choose from "
+                f"{', '.join(samplers)}"
+            )
+        options = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "drop_last")
+        loader = DataLoader(
+            self.train_dataset,
+            args.train_batch_size,
+            sampler=samplers[strategy](self.train_dataset),
+            collate_fn=PartCollator(self.data_collator, size),
+            **{name: getattr(args, f"dataloader_{name}") for name in options},
+        )
+        places = {"num_processes": args.world_size // size, "process_index": args.process_index // size}
+        return prepare_data_loader(loader, **places, use_seedable_sampler=True, data_seed=args.data_seed)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return super().get_total_train_batch_size(args) // self.sequence_parallel_size
 
     def get_batch_samples(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            # transformers compares them after a step only: a run that was killed when its last checkpoint was
+            # written would train one step too many.
+            self.control.should_training_stop = True
+            return [], None
         start = time.perf_counter()
         samples = super().get_batch_samples(*args, **kwargs)
         self.data_seconds += time.perf_counter() - start
         return samples
 
-    def get_train_dataloader(self) -> DataLoader:
-        size, whole = self.sequence_parallel_size, self.data_collator
-        if size == 1:
-            return super().get_train_dataloader()
-        # For training only: in evaluation every process has rows of its own.
-        self.data_collator = PartCollator(whole, size)
-        try:
-            return share_rows(super().get_train_dataloader(), size)
-        finally:
-            self.data_collator = whole
-
     def training_step(self, *args, **kwargs) -> torch.Tensor:
+        if self.start_up_seconds is None:
+            self.start_up_seconds = time.time() - psutil.Process().create_time()
         try:
             loss = super().training_step(*args, **kwargs)
         except Exception as error:
             # DeepSpeed's way to say that fp16 cannot go on.
             if "loss scale already at minimum" not in str(error):
                 raise
-            self._stop("the loss scale of fp16 is at its minimum", step=self.state.global_step + 1)
-        return self.watch.add(loss)
+            self.stop("the loss scale of fp16 is at its minimum", step=self.state.global_step + 1)
+        loss = self.watch.add(loss)
+        # After the last micro-batch of a step, when the gradients are complete.
+        if self.accelerator.sync_gradients:
+            sign = self.watch.end_step(self.gradient_norm(), is_fp16=self.args.fp16)
+            if sign:
+                self.stop(sign, step=self.state.global_step + 1)
+        return loss
 
-    def _get_grad_norm(self, *args, **kwargs) -> torch.Tensor | float | None:
-        # Called once in each optimizer step, after the last backward pass.
-        grad_norm = super()._get_grad_norm(*args, **kwargs)
-        sign = self.watch.end_step(grad_norm, is_fp16=self.args.fp16)
-        if sign:
-            self._stop(sign, step=self.state.global_step + 1)
-        return grad_norm
+    def gradient_norm(self) -> torch.Tensor | float | None:
+        """Norm of the gradients over all ranks; infinite where DeepSpeed skipped the step, None where unknown."""
+        if self.is_deepspeed_enabled:
+            return self.model_wrapped.get_global_grad_norm()
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
         if not math.isfinite(metrics.get("eval_loss", 0.0)):
-            self._stop(f"eval_loss {metrics['eval_loss']}", step=self.state.global_step)
+            self.stop(f"eval_loss {metrics['eval_loss']}", step=self.state.global_step)
         return metrics
-
-    def _check_weights(self) -> None:
-        if not all_finite(self.model.parameters()):
-            self._stop("its weights are not finite", step=self.state.global_step)
-
-    def _stop(self, sign: str, *, step: int) -> NoReturn:
-        """End a run that has diverged; every rank comes here."""
-        raise ValueError(
-            f"training diverged at step {step} ({sign}), of which nothing is saved; {self.earlier.last_checkpoint()}; "
-            "lower learning_rate, or give it more warmup_steps"
-        ) from None
 
     def prediction_step(self, *args, **kwargs):
         # Else a row's loss is scaled by the tokens that other processes have in the same step, and the mean, from
@@ -111,81 +145,54 @@ class LongContextTrainer(Trainer):
         finally:
             self.model_accepts_loss_kwargs = accepts
 
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        return super().get_total_train_batch_size(args) // self.sequence_parallel_size
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        super().log(logs, *args, **kwargs)
+        values = (f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
+        logger.info("step %d: %s", self.state.global_step, ", ".join(values))
 
-    def _run_epoch(self, *args, **kwargs) -> None:
-        # transformers looks at max_steps after a step only: a run that was killed when its last checkpoint
-        # was written would train one step too many.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+    def stop(self, sign: str, *, step: int) -> NoReturn:
+        """End a run that has diverged; every rank comes here."""
+        raise ValueError(
+            f"training diverged at step {step} ({sign}), of which nothing is saved; {self.folder.last_checkpoint()}; "
+            "lower learning_rate, or give it more warmup_steps"
+        ) from None
 
-    def _get_output_dir(self, trial) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return str(Path(run_dir) / STAGING) if self.is_saving else run_dir
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what was trained as safetensors, config, tokenizer and run record; no pickled training arguments.
 
-    def _save_checkpoint(self, model, trial) -> None:
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._check_weights()
-        self.is_saving = True
-        try:
-            self._write(lambda: super(LongContextTrainer, self)._save_checkpoint(model, trial), name)
-        finally:
-            self.is_saving = False
-        self._place_best()
-        self._write(lambda: self._publish(name), name, only_main=True)
-        # Rank 0 did away with them.
-        self.earlier.checkpoints = []
-
-    def _place_best(self) -> None:
-        """Say where the best checkpoint will lie: transformers has found this one in the staging folder.
-
-        One of the folder that the run was resumed from stays where it is.
+        To be called on every rank. Raises ValueError where a weight is not finite.
         """
-        best, output_dir = self.state.best_global_step, Path(self.args.output_dir)
-        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{best}"
-        if best == self.state.global_step or (folder.is_dir() and folder not in self.earlier.checkpoints):
-            self.state.best_model_checkpoint = str(folder)
-
-    def _publish(self, name: str) -> None:
-        output_dir = self.args.output_dir
-        self.state.save_to_json(str(Path(output_dir) / STAGING / name / MARK_OF_COMPLETENESS))
-        self.earlier.step_aside()
-        publish(output_dir, name)
-        self.earlier.give_way()
-        rotate(output_dir, self.save_total_limit, self.state.best_model_checkpoint)
-
-    def _write(self, write: Callable[[], Any], name: str, *, only_main: bool = False) -> None:
-        """Run `write` on every rank or on rank 0, then wait for all. A failure leaves nothing half-written and says
-        what is still good."""
-        try:
-            if is_main_process() or not only_main:
-                write()
-        except (OSError, SafetensorError, RuntimeError) as error:
-            clear_staging(self.args.output_dir)
-            reason = one_line(error.__cause__ or error.__context__ or error)
-            problem = f"output_dir: could not write {name} to {self.args.output_dir!r} ({reason})"
-            failure = OSError(f"{problem}; {self.earlier.last_checkpoint()}")
-            failure.from_one_rank = True
-            raise failure from error
-        barrier()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights as safetensors, config, tokenizer and run record; no pickled training arguments."""
+        folder = Path(output_dir or self.args.output_dir)
+        self.unwritten = self.unwritten or folder.name
+        if not all_finite(self.model.parameters()):
+            self.stop("its weights are not finite", step=self.state.global_step)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        state_dict = zero3_state_dict(model) if is_deepspeed_zero3_enabled() else None
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if hasattr(model, "peft_config"):
+        if isinstance(model, PeftModel):
             save_adapter(model, folder, state_dict=state_dict)
         else:
             model.save_pretrained(folder, state_dict=state_dict)
             save_config(model.config, folder)
         save_tokenizer(self.processing_class, folder)
         save_run_record(folder, self.run_record)
+
+    def publish_checkpoint(self) -> None:
+        """Rename the checkpoint that every rank has finished, on rank 0; the others wait."""
+        barrier()
+        best, folder = self.state.best_global_step, self.folder
+        path = folder.path / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        # transformers looks for the best in the staging folder; one of another folder stays where it is.
+        if best == self.state.global_step or (path.is_dir() and path not in folder.earlier):
+            self.state.best_model_checkpoint = str(path)
+        if is_main_process():
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.state.save_to_json(str(folder.staging / name / TRAINER_STATE))
+            folder.publish(name, limit=self.args.save_total_limit, best=self.state.best_model_checkpoint)
+        barrier()
+        folder.earlier, self.unwritten = [], None
 
     def save_final(self) -> Path:
         """Write what was trained to output_dir/final. Raises ValueError where nothing was, or where it has diverged."""
@@ -194,44 +201,106 @@ class LongContextTrainer(Trainer):
                 f"training ended without a single step, so nothing is saved as {FINAL}; give more rows in train_file, "
                 "or lower per_device_train_batch_size"
             )
-        self._check_weights()
-        target = Path(self.args.output_dir) / FINAL
-        self._write(lambda: self._write_final(target), FINAL)
+        target, self.unwritten = self.folder.path / FINAL, FINAL
+        with self.failed_writes_explained():
+            if is_main_process():
+                with atomic_folder(target) as partial:
+                    self.save_model(str(partial))
+                    self.folder.set_earlier_aside()
+                self.folder.replace_earlier()
+            else:
+                self.save_model()
+            barrier()
         return target
 
-    def _write_final(self, target: Path) -> None:
-        if not is_main_process():
-            return self.save_model(None, _internal_call=True)
-        with atomic_folder(target) as folder:
-            self.save_model(str(folder), _internal_call=True)
-            self.earlier.step_aside()
-        self.earlier.give_way()
-
-
-class StepLog(TrainerCallback):
-    """Writes every logged line to the log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero and logs:
-            logger.info(
-                "step %d: %s",
-                state.global_step,
-                ", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items()),
+    @contextmanager
+    def failed_writes_explained(self) -> Iterator[None]:
+        """Leave nothing half-written; a failed write becomes an OSError that says what is still good."""
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if self.unwritten is None:
+                raise
+            remove(self.folder.staging)
+            reason = one_line(error.__cause__ or error.__context__ or error)
+            failure = OSError(
+                f"output_dir: could not write {self.unwritten} to {str(self.folder.path)!r} ({reason}); "
+                f"{self.folder.last_checkpoint()}"
             )
+            failure.from_one_rank = True
+            raise failure from error
 
 
-class StartUp(TrainerCallback):
-    """Seconds from the start of the process to its first training step."""
+class CheckpointCallback(TrainerCallback):
+    """Publishes each checkpoint that transformers has written."""
 
-    seconds: float | None = None
+    def __init__(self, trainer: LongContextTrainer) -> None:
+        self.trainer = trainer
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if self.seconds is None:
-            self.seconds = time.time() - psutil.Process().create_time()
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.trainer.publish_checkpoint()
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        if self.trainer.start_up_seconds is None:
+            # Resumed with no step left to train: what the end of this epoch asks for was done before.
+            control.should_evaluate = control.should_save = False
 
 
-def share_rows(loader: DataLoader, size: int) -> DataLoader:
-    """Give the processes that share a row the same rows; `loader` is accelerate's, split among all processes."""
-    sampler = loader.batch_sampler
-    sampler.num_processes, sampler.process_index = sampler.num_processes // size, sampler.process_index // size
-    return loader
+class DivergenceWatch:
+    """Follows the loss of every micro-batch on its device; one synchronisation per optimizer step.
+
+    A step that fp16 skips, since its loss scale was too high, is part of training. Skipping without end is not.
+    """
+
+    def __init__(self) -> None:
+        self.loss: torch.Tensor | None = None
+        self.num_skipped = 0
+
+    def add(self, loss: torch.Tensor) -> torch.Tensor:
+        """Add a micro-batch's loss, a scalar; returns it, or zero where it is not finite.
+
+        One NaN of a step that fp16 skips would turn every later mean in the log into NaN.
+        """
+        self.loss = loss.detach().float() + (0 if self.loss is None else self.loss)
+        return loss.nan_to_num(0.0, 0.0, 0.0)
+
+    def end_step(self, grad_norm: torch.Tensor | float | None, *, is_fp16: bool) -> str | None:
+        """What shows that training has diverged, the same on every rank; None while it goes well.
+
+        grad_norm: norm of the gradients over all ranks, None where unknown.
+        """
+        loss, self.loss = self.loss / world_size(), None
+        if world_size() > 1:
+            dist.all_reduce(loss)
+        if torch.isfinite(loss if grad_norm is None else loss + grad_norm):
+            self.num_skipped = 0
+            return None
+        norm = math.nan if grad_norm is None else float(grad_norm)
+        if is_fp16 and not math.isfinite(norm):
+            self.num_skipped += 1
+            if self.num_skipped < MAX_SKIPPED_STEPS:
+                return None
+            return f"fp16 skipped {self.num_skipped} steps in a row"
+        return f"loss {loss.item():.4g}, gradient norm {norm:.4g}"
+
+
+def all_finite(parameters: Iterable[torch.nn.Parameter]) -> bool:
+    """Whether every trained weight is finite, on all ranks."""
+    # Under ZeRO-3 a rank holds its share of a weight as `ds_tensor`. A norm needs no memory of the weight's size.
+    held = [getattr(weight, "ds_tensor", weight).detach() for weight in parameters if weight.requires_grad]
+    norm = torch.nn.utils.get_total_norm([weight for weight in held if weight.numel()], math.inf)
+    return all(gather_objects(bool(norm.isfinite())))
+
+
+def zero3_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What was trained of a model under ZeRO-3, and its buffers, gathered on the CPU of rank 0."""
+    import deepspeed
+
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state_dict = {name: value for name, value in model.state_dict().items() if name not in names}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            with deepspeed.zero.GatheredParameters(weight, modifier_rank=0):
+                if is_main_process():
+                    state_dict[name] = weight.detach().cpu().clone()
+    return state_dict

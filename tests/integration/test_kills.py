@@ -12,10 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import REPO
-from safetensors.torch import load_file
-from training_process import finish, history_of, losses_of, start
+from training_process import history_of, losses_of, same_weights, start, train, weights_of
 
 from longqlora.training.checkpoint import list_checkpoints
 
@@ -38,22 +36,19 @@ KINDS = pytest.mark.parametrize(
 def whole(write_yaml):
     """Train without a stop: returns a check that another run has the same bits, and the seconds it took."""
 
-    def train(deepspeed: str | None):
+    def run(deepspeed: str | None):
         path, folder = write_yaml("whole", deepspeed=deepspeed)
         started = time.monotonic()
-        finish(start("--train_args_file", path, log=path.with_suffix(".out")), path.with_suffix(".out"))
+        train(path)
         seconds = time.monotonic() - started
 
         def check(out: Path) -> None:
             assert losses_of(history_of(out)) == losses_of(history_of(folder))
-            expected = load_file(folder / "final" / "adapter_model.safetensors")
-            for name, tensor in load_file(out / "final" / "adapter_model.safetensors").items():
-                assert torch.equal(tensor, expected.pop(name)), name
-            assert not expected
+            assert same_weights(out / "final", folder / "final")
 
         return check, seconds
 
-    return train
+    return run
 
 
 def kill_some_time(processes: list, seconds: float) -> None:
@@ -63,24 +58,25 @@ def kill_some_time(processes: list, seconds: float) -> None:
         process.join()
 
 
+def check_and_go_on(path: Path, out: Path) -> None:
+    """Every checkpoint is whole; train to the end after a stop at any moment, the one behind `final` among them."""
+    for checkpoint in list_checkpoints(out):
+        weights_of(checkpoint)
+    is_begun = list_checkpoints(out) or not (out / "final").exists()
+    train(path, *(RESUME if is_begun else ("--overwrite_output_dir", "true")))
+
+
 @KINDS
 def test_killed_at_any_moment_resumes_to_the_same_bits(write_yaml, whole, deepspeed, num_attempts):
     check, seconds = whole(deepspeed)
     generator = random.Random(11)
     for attempt in range(num_attempts):
         path, out = write_yaml(f"killed{attempt}", deepspeed=deepspeed)
-        log = out.with_suffix(".out")
-        kill_some_time([start("--train_args_file", path, log=log)], seconds * generator.uniform(0.15, 0.95))
-        for checkpoint in list_checkpoints(out):
-            load_file(checkpoint / "adapter_model.safetensors")
-        finish(start("--train_args_file", path, *resume_or_overwrite(out), log=log), log)
+        process = start("--train_args_file", path, log=out.with_suffix(".killed"))
+        kill_some_time([process], seconds * generator.uniform(0.15, 0.95))
+        check_and_go_on(path, out)
         check(out)
         shutil.rmtree(out)
-
-
-def resume_or_overwrite(out: Path) -> tuple[str, ...]:
-    """How to go on after a kill at any moment, the one behind `final` and before the last line among them."""
-    return RESUME if list_checkpoints(out) or not (out / "final").exists() else ("--overwrite_output_dir", "true")
 
 
 @KINDS
@@ -121,7 +117,7 @@ def small_disk(folder: Path, num_bytes: int):
 @pytest.mark.parametrize("deepspeed", [ZERO2, None], ids=["zero2", "plain"])
 def test_a_disk_that_fills_at_any_moment_loses_nothing(write_yaml, whole, deepspeed):
     check, _ = whole(deepspeed)
-    used = sum(path.stat().st_size for path in (write_yaml("whole")[1]).rglob("*") if path.is_file())
+    used = sum(path.stat().st_size for path in write_yaml("whole")[1].rglob("*") if path.is_file())
     generator = random.Random(13)
     for attempt in range(NUM_KILLS // 4):
         path, out = write_yaml(f"full{attempt}", deepspeed=deepspeed)
@@ -133,8 +129,6 @@ def test_a_disk_that_fills_at_any_moment_loses_nothing(write_yaml, whole, deepsp
             errors = [line for line in text.splitlines() if line.startswith("error:")]
             assert (process.exitcode, len(errors)) in ((0, 0), (2, 1)) and "Traceback" not in text, text[-4000:]
             assert not (out / ".saving").exists() and not list(out.glob(".*.partial"))
-            for checkpoint in list_checkpoints(out):
-                load_file(checkpoint / "adapter_model.safetensors")
             enlarge()
-            finish(start("--train_args_file", path, *resume_or_overwrite(out), log=log), log)
+            check_and_go_on(path, out)
             check(out)

@@ -36,29 +36,14 @@ def test_books_perplexity_base_interpolated_trained(shared_data, books, run_scri
     base, ids, out = shared_data / "stories260k" / "hf", books / "validation.bin", books / "adapter"
     options = ["--input", books / "validation.txt", "--tokenizer", base, "--output_file", ids]
     run_script("script/data/tokenize_corpus.py", *options, check=True)
-    yaml = books / "run.yaml"
-    yaml.write_text(
-        f"""
-model_name_or_path: {base}
-train_file: {books / "train.jsonl"}
-output_dir: {out}
-data_cache_dir: {books / "cache"}
-model_max_length: 2048
-max_seq_length: 2048
-attention: s2
-lora_rank: 16
-train_embedding: true
-train_norm: true
-pack: true
-max_steps: 25
-per_device_train_batch_size: 2
-learning_rate: 3e-3
-logging_steps: 5
-save_strategy: "no"
-report_to: none
-"""
-    )
-    run_script("train.py", "--train_args_file", yaml, check=True, timeout=300)
+    settings = {
+        "model_name_or_path": base, "train_file": books / "train.jsonl", "output_dir": out, "attention": "s2",
+        "data_cache_dir": books / "cache", "model_max_length": 2048, "max_seq_length": 2048, "lora_rank": 16,
+        "train_embedding": True, "train_norm": True, "pack": True, "max_steps": 25, "per_device_train_batch_size": 2,
+        "learning_rate": "3e-3", "logging_steps": 5, "save_strategy": "no", "report_to": "none",
+    }  # fmt: skip
+    (books / "run.yaml").write_text(json.dumps(settings, default=str))
+    run_script("train.py", "--train_args_file", books / "run.yaml", check=True, timeout=300)
 
     def measure(name, *arguments):
         output = books / f"{name}.json"

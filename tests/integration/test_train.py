@@ -2,41 +2,23 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import upstream
 import yaml
-from conftest import NUM_STEPS, sentences
+from conftest import NUM_STEPS, REPO, sentences
 from peft import PeftModel
-from safetensors.torch import load_file
-from training_process import finish, finish_world, start
+from training_process import contents, history_of, losses_of, same_weights, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longqlora.training.checkpoint import list_checkpoints
 
-REPO = Path(__file__).resolve().parents[2]
 ZERO2 = str(REPO / "train_args" / "deepspeed" / "zero2.json")
 
 
-def train(path: Path, *arguments, log: Path | None = None) -> None:
-    log = log or path.with_suffix(".out")
-    finish(start("--train_args_file", path, *arguments, log=log), log)
-
-
-def losses(output_dir: Path) -> dict[int, float]:
-    history = json.loads((output_dir / "train_results.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-
-
-def epochs(output_dir: Path) -> list[float]:
-    history = json.loads((output_dir / "train_results.json").read_text())["log_history"]
-    return [round(entry["epoch"], 6) for entry in history if "loss" in entry]
-
-
-def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "final" / "adapter_model.safetensors")
+def losses(output_dir) -> dict[int, float]:
+    return losses_of(history_of(output_dir))
 
 
 def test_what_a_run_leaves(write_yaml, tiny_model_dir):
@@ -78,80 +60,47 @@ def test_same_seed_same_run_other_seed_other_run(write_yaml):
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("epochs", [None, 1], ids=["steps", "epochs"])
-def test_resuming_a_finished_run_adds_no_step(write_yaml, epochs):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_train_epochs": 1, "max_steps": None}, {"save_strategy": "epoch", "eval_strategy": "epoch"}],
+    ids=["steps", "epochs", "saved in mid-epoch"],
+)
+def test_resuming_a_finished_run_adds_no_step(write_yaml, train_file, changes):
     """As after a kill between the last checkpoint and the final save."""
-    path, out = write_yaml(num_train_epochs=epochs, max_steps=None if epochs else NUM_STEPS)
+    eval_file = str(train_file) if "eval_strategy" in changes else None
+    path, out = write_yaml(**changes, eval_file=eval_file)
     train(path)
-    expected, final = losses(out), weights(out)
-    shutil.rmtree(out / "final")
+    expected, checkpoint, final = losses(out), list_checkpoints(out)[-1], out.parent / "final"
+    before, inode = contents(checkpoint), checkpoint.stat().st_ino
+    shutil.move(out / "final", final)
     train(path, "--resume_from_checkpoint", "true")
-    assert losses(out) == expected
-    assert all(torch.equal(final[name], tensor) for name, tensor in weights(out).items())
+    assert losses(out) == expected and same_weights(out / "final", final)
+    assert contents(checkpoint) == before and checkpoint.stat().st_ino == inode
+    assert sum("eval_loss" in entry for entry in history_of(out)) == bool(eval_file)
 
 
-def test_a_half_written_checkpoint_is_never_picked_up(write_yaml):
-    path, out = write_yaml(max_steps=4)
-    train(path)
-    expected = losses(out)
-    # What a kill leaves: the staging folder; and what older tools leave: a folder without the trainer's state.
-    (out / ".saving" / "checkpoint-9").mkdir(parents=True)
-    (out / "checkpoint-9").mkdir()
-    (out / "checkpoint-9" / "adapter_model.safetensors").write_bytes(b"cut off")
-    train(path, "--resume_from_checkpoint", "true", "--max_steps", 6)
-    resumed = losses(out)
-    assert len(resumed) == 6 and {step: resumed[step] for step in expected} == expected
+# (rows, accumulated batches, processes) of one step and of another. Unpacked rows are of unequal length.
+SPLITS = {
+    "two processes": ([(1, 2, 1), (1, 1, 2)], {"deepspeed": ZERO2}),
+    "accumulated": ([(4, 1, 1), (1, 4, 1)], {"pack": False, "learning_rate": "1e-3"}),
+}
 
 
-def test_an_earlier_run_is_not_overwritten(write_yaml, capfd):
-    path, out = write_yaml(max_steps=2)
-    train(path)
-    before = (out / "checkpoint-2" / "trainer_state.json").read_bytes()
-    log = path.with_suffix(".again")
-    process = start("--train_args_file", path, log=log)
-    process.join(60)
-    assert process.exitcode == 2 and "--resume_from_checkpoint true" in log.read_text()
-    assert (out / "checkpoint-2" / "trainer_state.json").read_bytes() == before
-    train(path, "--overwrite_output_dir", "true", "--max_steps", 1)
-    assert [item.name for item in list_checkpoints(out)] == ["checkpoint-1"]
-
-
-def test_resuming_with_other_settings_says_so(write_yaml):
-    path, out = write_yaml(max_steps=2)
-    train(path)
-    train(path, "--resume_from_checkpoint", "true", "--max_steps", 3, "--learning_rate", "1e-3")
-    assert "learning_rate was 0.01 and is now 0.001" in (out / "train.log").read_text()
-
-
-def test_two_processes_equal_one_with_doubled_accumulation(write_yaml):
-    """2 ranks x 1 row against 1 rank x 2 accumulated rows: the same rows in each step, to 1e-5 in loss."""
-    shared = {
-        "per_device_train_batch_size": 1,
-        "lora_dropout": 0,
-        "deepspeed": ZERO2,
-        "save_strategy": "no",
-        "max_steps": 5,
-    }
-    path, one = write_yaml("one", gradient_accumulation_steps=2, **shared)
-    train(path)
-    path, two = write_yaml("two", gradient_accumulation_steps=1, **shared)
-    finish_world("--train_args_file", path, log=path.with_suffix(".out"), num_processes=2)
-    first, second = losses(one), losses(two)
-    assert len(first) == len(second) == 5
-    # Both saw two rows a step: the processes were one world, not two runs of their own.
-    assert epochs(two) == pytest.approx(epochs(one), rel=0.1)
-    assert all(abs(first[step] - second[step]) < 1e-5 for step in first)
-
-
-def test_loss_does_not_depend_on_how_a_batch_is_accumulated(write_yaml):
-    """Rows of unequal length: the loss of a step is the mean over its tokens, however they are split."""
-    shared = {"pack": False, "lora_dropout": 0, "save_strategy": "no", "max_steps": 3, "learning_rate": "1e-3"}
-    path, together = write_yaml("together", per_device_train_batch_size=4, gradient_accumulation_steps=1, **shared)
-    train(path)
-    path, apart = write_yaml("apart", per_device_train_batch_size=1, gradient_accumulation_steps=4, **shared)
-    train(path)
-    first, second = losses(together), losses(apart)
-    assert all(abs(first[step] - second[step]) < 1e-5 for step in first)
+@pytest.mark.parametrize("splits,settings", SPLITS.values(), ids=SPLITS)
+def test_loss_does_not_depend_on_how_a_batch_is_split(write_yaml, splits, settings):
+    """It is the mean over the tokens of a step. By the epoch, two processes are one world, not runs of their own."""
+    histories = []
+    for num_rows, num_accumulated, num_processes in splits:
+        path, out = write_yaml(
+            f"run{len(histories)}", lora_dropout=0, save_strategy="no", max_steps=5, **settings,
+            per_device_train_batch_size=num_rows, gradient_accumulation_steps=num_accumulated,
+        )  # fmt: skip
+        train(path, num_processes=num_processes)
+        histories.append([entry for entry in history_of(out) if "loss" in entry])
+    assert len(histories[0]) == 5
+    for key, error in (("loss", {"abs": 1e-5}), ("epoch", {"rel": 0.1})):
+        one, other = ([entry[key] for entry in history] for history in histories)
+        assert one == pytest.approx(other, **error)
 
 
 def test_rows_of_like_length_share_a_batch(write_yaml):
@@ -163,8 +112,8 @@ def test_rows_of_like_length_share_a_batch(write_yaml):
             include_num_input_tokens_seen="all", model_max_length=512, max_seq_length=512,
         )  # fmt: skip
         train(path)
-        result = json.loads((out / "train_results.json").read_text())
-        seen[grouped] = next(x["num_input_tokens_seen"] for x in result["log_history"][::-1] if "loss" in x)
+        seen[grouped] = next(x["num_input_tokens_seen"] for x in history_of(out)[::-1] if "loss" in x)
+    result = json.loads((out / "train_results.json").read_text())
     assert seen[True] < 0.9 * seen[False], seen
     assert 0 < result["data_share"] < 1 and result["start_up_seconds"] > 0
 
@@ -213,6 +162,5 @@ def test_sft_and_evaluation_during_training(write_yaml, tmp_path):
         model_max_length=512, max_seq_length=512, max_steps=4, per_device_eval_batch_size=2,
     )  # fmt: skip
     train(path)
-    history = json.loads((out / "train_results.json").read_text())["log_history"]
-    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    evaluations = [entry["eval_loss"] for entry in history_of(out) if "eval_loss" in entry]
     assert len(evaluations) == 2 and evaluations[1] < evaluations[0]

@@ -1,12 +1,8 @@
 """train.py with each way to a longer context: what the adapter carries, and what later tools read from it."""
 
-import json
-
 import pytest
 import torch
-import yaml
-from conftest import sentences
-from training_process import finish, start
+from training_process import train
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longqlora.inference.load import load_for_inference
@@ -21,26 +17,13 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    path.write_text("\n".join(json.dumps({"text": sentences(300, seed=i)}) for i in range(8)))
-    return path
-
-
 @pytest.mark.parametrize("name", RUNS)
-def test_the_adapter_carries_its_context(name, tmp_path, tiny_model_dir, data):
-    output, settings = tmp_path / "run", tmp_path / "run.yaml"
-    values = {
-        "model_name_or_path": str(tiny_model_dir), "train_file": str(data), "output_dir": str(output),
-        "data_cache_dir": str(tmp_path / "cache"), "model_max_length": 256, "max_seq_length": 256, "lora_rank": 4,
-        "finetuning_type": "lora", "lora_dropout": 0.0, "max_steps": 2, "per_device_train_batch_size": 1,
-        "pack": True, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no",
-        "gradient_checkpointing": True, **RUNS[name],
-    }  # fmt: skip
-    settings.write_text(yaml.safe_dump(values))
-    log = tmp_path / "log"
-    finish(start("--train_args_file", settings, log=log), log)
+def test_the_adapter_carries_its_context(name, write_yaml, tmp_path):
+    path, output = write_yaml(
+        model_max_length=256, max_seq_length=256, finetuning_type="lora", lora_dropout=0.0, max_steps=2,
+        per_device_train_batch_size=1, train_embedding=None, train_norm=None, save_strategy="no", **RUNS[name],
+    )  # fmt: skip
+    log = train(path)
     final = output / "final"
     loaded = load_for_inference(None, adapter_name_or_path=str(final), dtype=torch.float32)
     assert loaded.context_size == loaded.tokenizer.model_max_length == 256
@@ -49,7 +32,7 @@ def test_the_adapter_carries_its_context(name, tmp_path, tiny_model_dir, data):
     rope = AutoConfig.from_pretrained(final).rope_parameters
     assert rope["rope_type"] == expected
     assert rope.get("factor", 1.0) == {"yarn": 4.0, "dynamic": 4.0, "dca on PI": 2.0}.get(name, 1.0)
-    assert ("context of 256" if name.startswith("dca") else "context 64 -> 256") in (output / "train.log").read_text()
+    assert ("context of 256" if name.startswith("dca") else "context 64 -> 256") in log
 
     merge(None, str(final), tmp_path / "merged")
     ids = torch.randint(4, 320, (1, 200), generator=torch.Generator().manual_seed(0))

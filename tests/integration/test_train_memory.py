@@ -3,28 +3,19 @@
 import json
 
 import pytest
-from conftest import sentences
-from training_process import losses_of, run_training
+from training_process import history_of, losses_of
+from training_process import train as train_yaml
 
 
-@pytest.fixture(scope="module")
-def train(tmp_path_factory, tiny_model_dir):
-    folder = tmp_path_factory.mktemp("memory")
-    data = folder / "train.jsonl"
-    data.write_text("\n".join(json.dumps({"text": sentences(300, seed=i)}) for i in range(8)))
-
+@pytest.fixture
+def train(write_yaml):
     def run(name: str, **values) -> tuple[list[float], str, dict]:
-        base = {
-            "model_name_or_path": str(tiny_model_dir), "train_file": str(data), "model_max_length": 256,
-            "max_seq_length": 256, "lora_rank": 4, "lora_dropout": 0.0, "max_steps": 4, "train_norm": True,
-            "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no",
-            "logging_steps": 1,
-        }  # fmt: skip
-        losses = list(losses_of(run_training(folder, name, {**base, **values})).values())
-        record, results = (
-            json.loads((folder / name / file).read_text()) for file in ("run_record.json", "train_results.json")
+        path, out = write_yaml(
+            name, model_max_length=256, max_seq_length=256, lora_dropout=0.0, max_steps=4, save_strategy="no", **values
         )
-        return losses, (folder / name / "train.log").read_text(), {**record, **results}
+        log = train_yaml(path)
+        record, results = (json.loads((out / file).read_text()) for file in ("run_record.json", "train_results.json"))
+        return list(losses_of(history_of(out)).values()), log, {**record, **results}
 
     return run
 

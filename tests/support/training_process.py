@@ -6,10 +6,12 @@ import os
 import resource
 import socket
 import sys
+import time
 from multiprocessing import forkserver
 from pathlib import Path
 
 import yaml
+from safetensors.torch import load_file
 
 REPO = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -20,6 +22,8 @@ def run_main_of_train(
     arguments: list[str], log: str, environment: dict[str, str], max_file_bytes: int | None = None
 ) -> None:
     """Body of the child: `python train.py ARGUMENTS`, output into `log`."""
+    # The server passes over what it cannot import, and each run takes seconds more.
+    assert "training_process_imports" in sys.modules, "the fork server has imported nothing"
     os.environ.update(environment)
     if max_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
@@ -40,7 +44,7 @@ def run_main_of_train(
 def ensure_server() -> None:
     """Start the server, once. It imports from the path of its environment, whatever this process has (Python 3.11)."""
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO / "tests"), str(REPO)])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO / "tests" / "support"), str(REPO)])
     try:
         forkserver.ensure_running()
     finally:
@@ -50,7 +54,7 @@ def ensure_server() -> None:
 
 
 def start(*arguments: object, log: Path, environment: dict[str, str] | None = None, max_file_bytes: int | None = None):
-    """Start a training run; the process has `exitcode`, `join` and `kill` (SIGKILL).
+    """Start a training run in one process, with `exitcode`, `join` and `kill` (SIGKILL); output goes to `log`.
 
     max_file_bytes: size at which writing a file fails, as on a full disk.
     """
@@ -63,47 +67,41 @@ def start(*arguments: object, log: Path, environment: dict[str, str] | None = No
     return process
 
 
-def finish(process, log: Path, timeout: float = 120) -> None:
-    """Wait for a run that must succeed."""
-    process.join(timeout)
-    text = log.read_text(errors="replace") if log.exists() else ""
-    assert process.exitcode == 0, f"training ended with {process.exitcode}\n{text[-4000:]}"
-
-
-def start_world(*arguments: object, log: Path, num_processes: int) -> list:
-    """Start training in several processes of one world."""
+def start_ranks(*arguments: object, log: Path, num_processes: int, **options) -> list:
+    """Start training in one or several processes of one world."""
+    if num_processes == 1:
+        return [start(*arguments, log=log, **options)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port
-    }  # fmt: skip
-    ranks = []
-    for rank in range(num_processes):
-        environment = {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        ranks.append(start(*arguments, log=log, environment=environment))
-    return ranks
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
+    environments = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    return [start(*arguments, log=log, environment=environment, **options) for environment in environments]
 
 
-def finish_world(*arguments: object, log: Path, num_processes: int) -> None:
-    """Run training in several processes of one world; all must succeed."""
-    for process in start_world(*arguments, log=log, num_processes=num_processes):
-        finish(process, log)
+def wait_for(log: Path, text: str, timeout: float = 60) -> None:
+    """Wait until a run has written `text`."""
+    end = time.monotonic() + timeout
+    while not (log.exists() and text in log.read_text(errors="replace")):
+        assert time.monotonic() < end, log.read_text(errors="replace")[-3000:] if log.exists() else "no log"
+        time.sleep(0.05)
 
 
-def fail(path: Path, *arguments: object, num_processes: int = 1, max_file_bytes: int | None = None) -> str:
-    """Train with the YAML at `path`; every process must end with 2. Returns the one line that begins with error."""
-    log = path.with_suffix(".failed")
+def train(path: Path, *words: object, code: int = 0, num_processes: int = 1, **options) -> str:
+    """Train with the YAML at `path`; every process must end with `code`. Returns the output."""
+    log = path.with_suffix(".out")
     log.unlink(missing_ok=True)
-    words = ("--train_args_file", path, *arguments)
-    if num_processes > 1:
-        ranks = start_world(*words, log=log, num_processes=num_processes)
-    else:
-        ranks = [start(*words, log=log, max_file_bytes=max_file_bytes)]
+    ranks = start_ranks("--train_args_file", path, *words, log=log, num_processes=num_processes, **options)
     for process in ranks:
         process.join(120)
     text = log.read_text(errors="replace")
-    assert [process.exitcode for process in ranks] == [2] * num_processes, text[-4000:]
+    assert [process.exitcode for process in ranks] == [code] * num_processes, text[-4000:]
+    return text
+
+
+def fail(path: Path, *words: object, **options) -> str:
+    """Train with the YAML at `path`, in vain; returns the one line that begins with error."""
+    text = train(path, *words, code=2, **options)
     errors = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "Traceback" not in text, text[-4000:]
     return errors[0]
@@ -113,11 +111,7 @@ def run_training(folder: Path, name: str, values: dict, *words: object, num_proc
     """Train with the settings `values`, output in folder/name; returns the log history."""
     path, output = folder / f"{name}.yaml", folder / name
     path.write_text(yaml.safe_dump({**values, "output_dir": str(output), "data_cache_dir": str(folder / "cache")}))
-    log = path.with_suffix(".log")
-    if num_processes > 1:
-        finish_world("--train_args_file", path, *words, log=log, num_processes=num_processes)
-    else:
-        finish(start("--train_args_file", path, *words, log=log), log)
+    train(path, *words, num_processes=num_processes)
     return history_of(output)
 
 
@@ -129,3 +123,21 @@ def history_of(output_dir: Path) -> list[dict]:
 def losses_of(history: list[dict]) -> dict[int, float]:
     """Training losses by step."""
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def weights_of(folder: Path) -> dict:
+    """The weights that a checkpoint or final/ holds."""
+    (file,) = folder.glob("*model.safetensors")
+    return load_file(file)
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same weights, bit by bit."""
+    one, other = weights_of(first), weights_of(second)
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, but the lock and the log of a later attempt."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name != ".lock" and not name.endswith(".new")}

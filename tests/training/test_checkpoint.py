@@ -1,0 +1,213 @@
+"""What a checkpoint must be before a run resumes from it, and what has changed since: each said in one line."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import REPO, sentences
+from training_process import contents, fail, history_of, losses_of, run_training, same_weights, train
+
+from longqlora.training.checkpoint import check_contents, check_file, check_resumable, load_without_code
+
+DEEPSPEED = {"plain": None, "zero2": str(REPO / "train_args" / "deepspeed" / "zero2.json")}
+OPTIM = "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+MODEL = "global_step2/mp_rank_00_model_states.pt"
+RESUME = ("--resume_from_checkpoint", "true")
+
+
+def write_rows(path: Path, seed: int) -> None:
+    path.write_text("\n".join(json.dumps({"text": sentences(40 + seed, seed=100 * seed + i)}) for i in range(24)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model_dir) -> dict[str, Path]:
+    """The folder of a run of 4 steps with two checkpoints, plain and under ZeRO-2, its YAML beside it."""
+    folder = tmp_path_factory.mktemp("resume")
+    write_rows(folder / "train.jsonl", seed=0)
+    values = {
+        "model_name_or_path": str(tiny_model_dir), "train_file": str(folder / "train.jsonl"), "model_max_length": 128,
+        "max_seq_length": 128, "lora_rank": 4, "max_steps": 4, "per_device_train_batch_size": 2, "seed": 7,
+        "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "report_to": "none",
+    }  # fmt: skip
+    for name, deepspeed in DEEPSPEED.items():
+        run_training(folder, name, {**values, "deepspeed": deepspeed} if deepspeed else values)
+    return {name: folder / name for name in DEEPSPEED}
+
+
+@pytest.fixture
+def interrupted(whole, tmp_path):
+    """Copies a run as if it had stopped after checkpoint-2; returns its YAML and its output folder."""
+
+    def copy(kind: str) -> tuple[Path, Path]:
+        path, output = tmp_path / f"{kind}.yaml", tmp_path / kind
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.copytree(whole[kind] / "checkpoint-2", output / "checkpoint-2")
+        values = yaml.safe_load(whole[kind].with_suffix(".yaml").read_text())
+        path.write_text(yaml.safe_dump({**values, "output_dir": str(output)}))
+        return path, output
+
+    return copy
+
+
+def check(checkpoint: Path, *, world_size: int = 1, **hashes) -> list[str]:
+    """Compare a checkpoint with a run of the same settings, and data of other hashes."""
+    record = json.loads((checkpoint / "run_record.json").read_text())
+    data = {**record["data_sha256"], **hashes}
+    return check_resumable(checkpoint, record["arguments"], world_size=world_size, data_sha256=data)
+
+
+class Evil:
+    """Makes a file when it is read as a pickle."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+def poison(file: Path, trace: Path, **how) -> None:
+    state = torch.load(file, weights_only=False) if file.is_file() else {}
+    torch.save({**state, "evil": Evil(trace)}, file, **how)
+
+
+@pytest.mark.parametrize("kind", DEEPSPEED)
+@pytest.mark.parametrize("how", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
+def test_every_file_that_would_run_code_is_refused(interrupted, tmp_path, kind, how):
+    files = {"plain": ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"], "zero2": [OPTIM, MODEL]}
+    for name in files[kind]:
+        checkpoint = interrupted(kind)[1] / "checkpoint-2"
+        check(checkpoint)
+        poison(checkpoint / name, tmp_path / "trace", **how)
+        with pytest.raises(ValueError, match=name):
+            check(checkpoint)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("kind,name,word", [("plain", "optimizer.pt", "lacks"), ("zero2", OPTIM, "posix.system")])
+def test_a_run_with_a_checkpoint_that_is_refused_writes_and_reads_nothing(interrupted, tmp_path, kind, name, word):
+    path, output = interrupted(kind)
+    if word == "lacks":
+        (output / "checkpoint-2" / name).unlink()
+    else:
+        poison(output / "checkpoint-2" / name, tmp_path / "trace")
+    for words in ((), ("--dry_run",)):
+        error = fail(path, *RESUME, *words)
+        assert name in error and word in error
+    assert not (tmp_path / "trace").exists() and [item.name for item in output.iterdir()] == ["checkpoint-2"]
+
+
+def test_deepspeed_itself_runs_no_code_from_a_file(whole, tmp_path, monkeypatch):
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    load_without_code(uses_deepspeed=True)
+    state = TorchCheckpointEngine().load(str(whole["zero2"] / "checkpoint-2" / OPTIM))
+    assert state["optimizer_state_dict"]["zero_stage"] == 2
+    poison(tmp_path / "evil.pt", tmp_path / "trace")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        TorchCheckpointEngine().load(str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "trace").exists()
+    # No run on the CPU writes the loss scale of 16 bit.
+    torch.save({"loss_scaler": DynamicLossScaler(2**16, 2.0, 1000, 1, 1, False, dtype=torch.half)}, tmp_path / "x.pt")
+    check_file(tmp_path / "x.pt")
+    assert torch.load(tmp_path / "x.pt", weights_only=False)["loss_scaler"].cur_scale == 2**16
+
+
+NEEDED = {
+    "plain": ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "trainer_state.json"],
+    "zero2": [OPTIM, MODEL, "scheduler.pt", "rng_state.pth", "latest"],
+}
+
+
+@pytest.mark.parametrize("kind", DEEPSPEED)
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut off"])
+def test_a_missing_or_damaged_file_is_named(interrupted, kind, damage):
+    for name in NEEDED[kind]:
+        if (damage, name) == ("missing", "trainer_state.json"):
+            continue  # No complete checkpoint: found by no one.
+        checkpoint = interrupted(kind)[1] / "checkpoint-2"
+        file = checkpoint / name
+        if damage == "missing":
+            file.unlink()
+        else:
+            file.write_bytes(b"" if damage == "empty" else file.read_bytes()[: file.stat().st_size // 2])
+        with pytest.raises(ValueError, match=f"resume_from_checkpoint: .*{Path(name).name}"):
+            check(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "settings,files",
+    [
+        ({}, ["rng_state_1.pth", "optimizer.pt"]),
+        ({"fp16": True}, ["scaler.pt"]),
+        ({"finetuning_type": "full"}, ["model.safetensors"]),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, ["zero_pp_rank_1_mp_rank_00_model_states.pt"]),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, ["zero_pp_rank_1_mp_rank_00_optim_states.pt"]),
+    ],
+)
+def test_what_each_kind_of_run_needs(tmp_path, settings, files):
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2, "log_history": []}')
+    (tmp_path / "latest").write_text("global_step2")
+    (tmp_path / "global_step2").mkdir()
+    with pytest.raises(ValueError) as error:
+        check_contents(tmp_path, {"finetuning_type": "lora", **settings}, num_processes=2)
+    assert all(name in str(error.value) for name in files)
+
+
+INVALID = {
+    "run_record.json": ["[]", '"x"', "{}", '{"arguments": []}', '{"arguments": {"data": 1}}', "{"],
+    "trainer_state.json": ["[]", "1", "{}x", '{"global_step": "2"}', '{"log_history": [1]}', '{"other": 1}'],
+}
+
+
+@pytest.mark.parametrize("name,text", [(name, text) for name, texts in INVALID.items() for text in texts])
+def test_json_of_another_form_is_named(interrupted, name, text):
+    checkpoint = interrupted("plain")[1] / "checkpoint-2"
+    (checkpoint / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        check_resumable(checkpoint, {"adapter": {"finetuning_type": "qlora"}}, world_size=1, data_sha256={})
+
+
+def test_what_changed_is_said_moved_data_is_not(whole):
+    checkpoint = whole["plain"] / "checkpoint-2"
+    assert check(checkpoint) == []
+    (warning,) = check(checkpoint, train_file="0" * 64)
+    assert "train.jsonl" in warning and "the losses will differ" in warning
+    (warning,) = check(checkpoint, world_size=2)
+    assert "number of processes was 1 and is now 2: the losses will differ" in warning
+    record = json.loads((checkpoint / "run_record.json").read_text())
+    record["arguments"]["data"]["train_file"] = "elsewhere.jsonl"
+    record["arguments"]["training"]["learning_rate"] = 1e-3
+    (warning,) = check_resumable(checkpoint, record["arguments"], world_size=1, data_sha256=record["data_sha256"])
+    assert "learning_rate was 0.01 and is now 0.001" in warning
+
+
+def test_a_run_resumes_with_other_data_but_says_so(interrupted, tmp_path):
+    path, _ = interrupted("plain")
+    write_rows(tmp_path / "other.jsonl", seed=1)
+    log = train(path, *RESUME, "--train_file", tmp_path / "other.jsonl")
+    assert "WARNING content of train_file" in log and "the losses will differ" in log
+
+
+@pytest.mark.parametrize("kind", DEEPSPEED)
+def test_a_resumed_run_ends_with_the_same_weights_and_then_stays_as_it_is(interrupted, whole, kind):
+    path, output = interrupted(kind)
+    # What a kill leaves: the staging folder; and what older tools leave: a folder without the trainer's state.
+    (output / ".saving" / "checkpoint-9").mkdir(parents=True)
+    (output / "checkpoint-9").mkdir()
+    (output / "checkpoint-9" / "adapter_model.safetensors").write_bytes(b"cut off")
+    assert f"resuming from {output / 'checkpoint-2'}" in train(path, *RESUME)
+    assert same_weights(output / "final", whole[kind] / "final")
+    assert losses_of(history_of(output)) == losses_of(history_of(whole[kind]))
+    before = contents(output)
+    log = train(path, *RESUME)
+    assert "nothing left to train" in log and "step 4 of 4" in log
+    after = contents(output)
+    assert {name for name in before if after.get(name) != before[name]} <= {"train.log", "run_record.json"}

@@ -1,0 +1,244 @@
+"""The output_dir of a run: what an earlier run left is kept until it is replaced, and no second run writes there."""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import socket
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+from safetensors.torch import save_file
+from training_process import contents, fail, same_weights, start_ranks, train, wait_for
+
+import longqlora.training.run_folder
+from longqlora.files import atomic_folder, write_json
+from longqlora.training.checkpoint import list_checkpoints
+from longqlora.training.run_folder import RunFolder, lock_output_dir
+
+RESUME, OVERWRITE = ("--resume_from_checkpoint", "true"), ("--overwrite_output_dir", "true")
+
+
+@pytest.fixture(autouse=True)
+def no_run_is_left():
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+@pytest.fixture
+def finished_run(write_yaml):
+    path, out = write_yaml(max_steps=4)
+    train(path)
+    return path, out
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_a_second_run_is_refused(finished_run, write_yaml):
+    path, out = finished_run
+    other = write_yaml("other")[1]
+    shutil.copytree(out / "checkpoint-2", other / "checkpoint-2")
+    before = contents(out)
+    assert "holds checkpoint-4 and final" in fail(path)
+    # Nor are two runs mixed.
+    assert "holds checkpoint-4 and final" in fail(path, "--resume_from_checkpoint", other / "checkpoint-2")
+    assert contents(out) == before
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.rmtree(out / name)
+    before = contents(out)
+    for words in ((), RESUME):
+        assert "holds final of an earlier run; add --overwrite_output_dir true" in fail(path, *words)
+    assert contents(out) == before
+
+
+def test_a_second_run_that_fails_leaves_the_first_as_it_was(finished_run, tiny_model_dir, tmp_path):
+    path, out = finished_run
+    before = contents(out)
+    broken = shutil.copytree(tiny_model_dir, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"cut off")
+    fail(path, *OVERWRITE, "--model_name_or_path", broken)
+    assert contents(out) == before
+    # Diverged before its first checkpoint, and before its end without any.
+    for save in ("steps", "no"):
+        fail(path, *OVERWRITE, "--learning_rate", "1e30", "--warmup_steps", 0, "--save_strategy", save)
+        assert contents(out) == before
+
+
+@pytest.mark.parametrize("save_steps", [3, 100], ids=["checkpoint", "final"])
+def test_overwriting_replaces_the_first_run_by_a_result(finished_run, save_steps):
+    path, out = finished_run
+    train(path, *OVERWRITE, "--max_steps", 3, "--save_steps", save_steps, "--learning_rate", "5e-3")
+    assert [folder.name for folder in list_checkpoints(out)] == ["checkpoint-3"]
+    assert json.loads((out / "train_results.json").read_text())["global_step"] == 3
+    for folder in (out, out / "final"):
+        record = json.loads((folder / "run_record.json").read_text())
+        assert record["arguments"]["training"]["learning_rate"] == 5e-3
+    log = (out / "train.log").read_text()
+    assert log.count("versions:") == 1 and "finished: global_step 3" in log and "the earlier run" in log
+    assert not [name for name in names_in(out) if name.endswith((".new", ".old", ".overwritten"))]
+
+
+def test_an_overwriting_run_that_was_killed_before_its_end_saves_its_own_final(write_yaml):
+    """Its last checkpoint is there, and `final` still the earlier run's."""
+    path, out = write_yaml(max_steps=2, save_strategy="no")
+    train(path)
+    other_path, other = write_yaml("other", max_steps=2, seed=8)
+    train(other_path)
+    shutil.copytree(other / "checkpoint-2", out / "checkpoint-2")
+    for is_complete in (False, True):
+        log = train(path, "--seed", 8, "--save_strategy", "steps", *RESUME)
+        assert same_weights(out / "final", other / "final")
+        assert ("nothing left to train" in log) == is_complete
+
+
+def test_resuming_before_the_last_checkpoint_keeps_the_later_one_apart(write_yaml):
+    """From 4 of 2, 4, 6, with one checkpoint to keep: the newest of this run survives, not the abandoned one."""
+    path, out = write_yaml(save_total_limit=None)
+    train(path)
+    abandoned = contents(out / "checkpoint-6")
+    words = ("--save_total_limit", 1, "--save_steps", 1, "--max_steps", 5)
+    log = train(path, "--resume_from_checkpoint", out / "checkpoint-4", *words)
+    assert [folder.name for folder in list_checkpoints(out)] == ["checkpoint-5"]
+    assert contents(out / "checkpoint-6.abandoned") == abandoned
+    assert "checkpoint-6 is later than the start of this run" in log
+    assert f"resuming from {out / 'checkpoint-5'}" in train(path, *RESUME, "--save_steps", 1)
+    assert (out / "checkpoint-6").is_dir() and contents(out / "checkpoint-6.abandoned") == abandoned
+
+
+def checkpoint(folder: Path, name: str) -> Path:
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / "trainer_state.json").write_text("{}")
+    return folder / name
+
+
+def test_abandoned_checkpoints_get_names_of_their_own(tmp_path):
+    first = checkpoint(tmp_path, "checkpoint-4")
+    for expected in ("checkpoint-6.abandoned", "checkpoint-6.abandoned1"):
+        late = checkpoint(tmp_path, "checkpoint-6")
+        folder = RunFolder(tmp_path, first)
+        assert folder.earlier == [late] and expected in folder.describe()[0]
+        assert folder.last_checkpoint().endswith("checkpoint-4")
+        folder.set_earlier_aside()
+        assert (tmp_path / expected).is_dir() and not late.exists()
+
+
+def test_a_linked_checkpoint_is_never_followed(tmp_path):
+    """Deleting a checkpoint that is a symbolic link deletes the link, in a rotation and where a run overwrites it."""
+    out, behind = tmp_path / "out", checkpoint(tmp_path, "elsewhere")
+    checkpoint(out, "checkpoint-6")
+    for number in (2, 4):
+        (out / f"checkpoint-{number}").symlink_to(behind, target_is_directory=True)
+    folder = RunFolder(out, out / "checkpoint-6")
+    checkpoint(folder.staging, "checkpoint-8")
+    folder.publish("checkpoint-8", limit=1)
+    assert names_in(out) == ["checkpoint-8"]
+    (out / "checkpoint-2").symlink_to(behind, target_is_directory=True)
+    folder = RunFolder(out, None)
+    for name in ("train.log", "run_record.json"):
+        folder.place(name).touch()
+    checkpoint(folder.staging, "checkpoint-1")
+    folder.publish("checkpoint-1")
+    assert names_in(out) == ["checkpoint-1", "run_record.json", "train.log"]
+    assert (behind / "trainer_state.json").is_file()
+
+
+def test_linked_folders_of_a_run_are_replaced_not_followed(write_yaml, tmp_path):
+    path, out = write_yaml(max_steps=2)
+    out.mkdir()
+    behind = []
+    for name in (".saving", "checkpoint-2", ".checkpoint-2.old", ".final.partial", ".final.old"):
+        behind.append(tmp_path / f"behind{name}")
+        behind[-1].mkdir()
+        (behind[-1] / "precious").touch()
+        (out / name).symlink_to(behind[-1], target_is_directory=True)
+    train(path)
+    assert all(names_in(folder) == ["precious"] for folder in behind)
+    assert not (out / "checkpoint-2").is_symlink() and not (out / "final").is_symlink()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_second_run_in_one_folder_ends_at_once(write_yaml, num_processes):
+    path, out = write_yaml(max_steps=10_000, save_steps=2)
+    log = path.with_suffix(".first")
+    ranks = start_ranks("--train_args_file", path, log=log, num_processes=num_processes)
+    wait_for(log, "step 4:")
+    for words in ((), RESUME, OVERWRITE):
+        error = fail(path, *words, num_processes=num_processes)
+        assert f"process {ranks[0].pid} on {socket.gethostname()}" in error and str(out) in error
+    assert all(rank.is_alive() for rank in ranks)
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    # A killed run holds nothing.
+    train(path, "--max_steps", 1, *OVERWRITE)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(longqlora.training.run_folder.fcntl, "lockf", no_locks)
+    file, (notice,) = lock_output_dir(tmp_path / "out")
+    assert "no locks" in notice
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "disk that is not there")
+    for path in (tmp_path / "out", "/proc/out"):
+        with pytest.raises(ValueError, match=f"output_dir: cannot write in '{path}' .*; give another folder"):
+            lock_output_dir(path)
+
+
+# The size of a file that can be written stands in for the space on a disk.
+LIMIT = 10_000
+
+
+@contextmanager
+def full_disk():
+    """Around the write alone: pytest's own log may be a file, and longer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_weights(path: Path) -> None:
+    with atomic_folder(path) as folder:
+        (folder / "small").write_text("done")
+        save_file({"weight": torch.zeros(LIMIT)}, folder / "model.safetensors")
+
+
+WRITERS = {"file": lambda path: write_json(path, "x" * 2 * LIMIT), "folder": write_weights}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_writer_on_a_full_disk_leaves_what_was_there(tmp_path, kind):
+    path = tmp_path / "result"
+    kept = path / "kept" if kind == "folder" else path
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("before")
+    with pytest.raises(OSError, match=f"could not write '{path}'.*File too large"), full_disk():
+        WRITERS[kind](path)
+    assert kept.read_text() == "before" and names_in(tmp_path) == ["result"]
+
+
+@pytest.mark.parametrize("deepspeed", [None, str(REPO / "train_args" / "deepspeed" / "zero2.json")])
+def test_a_run_on_a_full_disk(write_yaml, deepspeed):
+    path, out = write_yaml(max_steps=2, deepspeed=deepspeed)
+    train(path)
+    good = {name: contents(out / name) for name in ("checkpoint-2", "final")}
+    for name, words in (("checkpoint-4", ()), ("final", ("--save_strategy", "no"))):
+        error = fail(path, *RESUME, "--max_steps", 4, *words, max_file_bytes=100_000)
+        assert f"could not write {name}" in error and f"last good checkpoint is {out / 'checkpoint-2'}" in error
+        assert [item.name for item in list_checkpoints(out)] == ["checkpoint-2"]
+        assert {name: contents(out / name) for name in good} == good
+        assert not {".saving", ".final.partial"} & set(names_in(out))

@@ -1,0 +1,205 @@
+"""The trainer: which methods of transformers it overrides, where it stops, and which checkpoint is the best."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPO, sentences
+from safetensors.torch import load_file
+from training_process import fail, history_of, same_weights, train
+from transformers import Trainer
+
+from longqlora.training.checkpoint import list_checkpoints
+from longqlora.training.checks import check_num_rows
+from longqlora.training.trainer import MAX_SKIPPED_STEPS, DivergenceWatch, LongContextTrainer, all_finite
+
+ZERO2 = str(REPO / "train_args" / "deepspeed" / "zero2.json")
+NAN, INF = math.nan, math.inf
+
+
+def test_only_public_methods_of_transformers_are_overridden():
+    """Private ones change without notice. Each override must also still be there for transformers to call."""
+    own = {name for name in vars(LongContextTrainer) if not name.startswith("__")}
+    private = {name for name in own if name.startswith("_") and hasattr(Trainer, name)}
+    assert not private, f"LongContextTrainer overrides {private}, private to transformers: use a public method"
+    seams = {
+        "train", "get_train_dataloader", "get_total_train_batch_size", "get_batch_samples", "training_step", "evaluate",
+        "prediction_step", "log", "save_model",
+    }  # fmt: skip
+    gone = {name for name in seams if not hasattr(Trainer, name)}
+    assert not gone, f"this transformers has no Trainer.{', '.join(gone)}: what trainer.py overrides is never called"
+    assert {name for name in own if hasattr(Trainer, name)} == seams
+
+
+DIVERGES = {"learning_rate": "1e30", "warmup_steps": 0, "save_steps": 1, "save_total_limit": 9, "max_steps": 8}
+DIVERGING_RUNS = {
+    "plain": {},
+    "zero2": {"deepspeed": ZERO2},
+    "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    "no-clipping": {"max_grad_norm": 0},
+    "logging-every-10": {"logging_steps": 10, "logging_nan_inf_filter": True},
+    "two-processes": {"num_processes": 2},
+    "two-processes-zero2": {"num_processes": 2, "deepspeed": ZERO2},
+}
+
+
+@pytest.mark.parametrize("changes", DIVERGING_RUNS.values(), ids=DIVERGING_RUNS)
+def test_a_run_that_diverges_stops_and_saves_nothing_of_that_step(write_yaml, changes):
+    settings = {**DIVERGES, **changes}
+    num_processes = settings.pop("num_processes", 1)
+    path, out = write_yaml(**settings)
+    error = fail(path, num_processes=num_processes)
+    assert "training diverged at step" in error and "learning_rate" in error
+    step = int(error.split("training diverged at step ")[1].split()[0])
+    checkpoints = list_checkpoints(out)
+    assert (f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no earlier checkpoint") in error
+    assert not (out / "final").exists() and not (out / ".saving").exists()
+    assert all(int(folder.name.split("-")[1]) < step for folder in checkpoints)
+    for folder in checkpoints:
+        assert all(tensor.isfinite().all() for tensor in load_file(folder / "adapter_model.safetensors").values())
+    given = changes.get("logging_nan_inf_filter")
+    assert ("logging_nan_inf_filter has no effect" in (out / "train.log").read_text()) == bool(given)
+
+
+def test_weights_that_are_not_finite_are_not_saved(write_yaml):
+    """The last step's loss is a number; what that step made of the weights is not."""
+    path, out = write_yaml(learning_rate="1e39", warmup_steps=0, max_steps=1)
+    assert "training diverged at step 1 (its weights are not finite)" in fail(path)
+    assert not (out / "final").exists() and not list_checkpoints(out)
+
+
+def test_a_high_learning_rate_that_stays_finite_is_no_divergence(write_yaml):
+    path, out = write_yaml(learning_rate="0.3", warmup_steps=0, save_strategy="no")
+    train(path)
+    assert (out / "final").is_dir()
+
+
+@pytest.mark.parametrize(
+    "loss,norm,is_fp16",
+    [(NAN, 1.0, False), (INF, 1.0, False), (1.0, NAN, False), (1.0, INF, False), (NAN, None, False), (NAN, 1.0, True)],
+)
+def test_watch_stops_at_the_first_value_that_is_not_finite(loss, norm, is_fp16):
+    """In fp16, at a loss whose step was not skipped."""
+    watch = DivergenceWatch()
+    watch.add(torch.tensor(2.0))
+    assert watch.end_step(1.0, is_fp16=is_fp16) is None
+    # One micro-batch of three.
+    returned = [watch.add(torch.tensor(value)).item() for value in (1.0, loss, 1.0)]
+    assert all(map(math.isfinite, returned))
+    sign = watch.end_step(norm and torch.tensor(norm), is_fp16=is_fp16)
+    assert sign and sign.startswith("loss ")
+
+
+def test_watch_lets_fp16_skip_steps_but_not_without_end():
+    watch = DivergenceWatch()
+
+    def step(norm: float, loss: float = 1.0) -> str | None:
+        watch.add(torch.tensor(loss))
+        return watch.end_step(norm, is_fp16=True)
+
+    assert [step(INF) for _ in range(MAX_SKIPPED_STEPS - 1)] == [None] * (MAX_SKIPPED_STEPS - 1)
+    assert step(1.0) is None
+    assert [step(INF, NAN) for _ in range(MAX_SKIPPED_STEPS - 1)] == [None] * (MAX_SKIPPED_STEPS - 1)
+    assert step(INF) == f"fp16 skipped {MAX_SKIPPED_STEPS} steps in a row"
+
+
+def bare_trainer(**attributes) -> LongContextTrainer:
+    trainer = LongContextTrainer.__new__(LongContextTrainer)
+    folder = SimpleNamespace(last_checkpoint=lambda: "there is no earlier checkpoint")
+    vars(trainer).update(folder=folder, start_up_seconds=1.0, state=SimpleNamespace(global_step=4), **attributes)
+    return trainer
+
+
+def test_deepspeed_at_its_least_loss_scale_is_divergence(monkeypatch):
+    def at_minimum(self, *args, **kwargs):
+        raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+
+    monkeypatch.setattr("transformers.Trainer.training_step", at_minimum)
+    with pytest.raises(ValueError, match="diverged at step 5 .*loss scale.* minimum"):
+        bare_trainer().training_step()
+
+
+def test_an_evaluation_that_is_not_finite_is_divergence(monkeypatch):
+    monkeypatch.setattr("transformers.Trainer.evaluate", lambda self: {"eval_loss": NAN})
+    with pytest.raises(ValueError, match="diverged at step 4 .eval_loss nan"):
+        bare_trainer().evaluate()
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 6e4])
+def test_all_finite(value):
+    frozen, trained = torch.nn.Parameter(torch.tensor([NAN]), requires_grad=False), torch.nn.Parameter(torch.ones(3))
+    shard = torch.nn.Parameter(torch.empty(0))
+    shard.ds_tensor = torch.tensor([1.0, value, 2.0], dtype=torch.float16)
+    assert all_finite([frozen, trained])
+    assert all_finite([frozen, trained, shard]) == math.isfinite(value)
+
+
+def test_a_run_without_a_step_saves_nothing():
+    trainer = bare_trainer()
+    trainer.state.global_step = 0
+    with pytest.raises(ValueError, match="without a single step"):
+        trainer.save_final()
+
+
+def test_too_few_rows_are_refused_before_the_model_loads(write_yaml):
+    path, out = write_yaml(per_device_train_batch_size=640, dataloader_drop_last=True)
+    assert "dataloader_drop_last: train_file makes" in fail(path)
+    assert "trainable" not in (out / "train.log").read_text() and not (out / "final").exists()
+    arguments = SimpleNamespace(train_batch_size=1, eval_batch_size=8, world_size=2, dataloader_drop_last=True)
+    check_num_rows(arguments, 2, None, processes_per_row=1)
+    check_num_rows(arguments, 2, 16, processes_per_row=1)
+    with pytest.raises(ValueError, match="eval_file makes 15 rows, a batch of all processes takes 16"):
+        check_num_rows(arguments, 2, 15, processes_per_row=1)
+
+
+GETS_WORSE = {"learning_rate": "3", "warmup_steps": 0, "finetuning_type": "full"}
+BEST = {
+    "last is best": ({}, 6, ["checkpoint-6"]),
+    "last is best, zero2": ({"deepspeed": ZERO2}, 6, ["checkpoint-6"]),
+    "first is best": (GETS_WORSE, 2, ["checkpoint-2", "checkpoint-6"]),
+}
+
+
+@pytest.fixture
+def evaluated(write_yaml, tmp_path):
+    """Settings of a run that evaluates every second step and ends with its best checkpoint."""
+    path = tmp_path / "eval.jsonl"
+    path.write_text(json.dumps({"text": sentences(200, seed=99)}))
+    best = {"eval_strategy": "steps", "eval_steps": 2, "eval_file": str(path), "load_best_model_at_end": True}
+    return lambda name="run", **changes: write_yaml(name, **best, **{"save_total_limit": 1, **changes})
+
+
+@pytest.mark.parametrize("changes,best,kept", BEST.values(), ids=BEST)
+def test_final_is_the_best_checkpoint(evaluated, changes, best, kept):
+    path, out = evaluated(**changes)
+    assert "Could not locate the best model" not in train(path)
+    scores = {entry["step"]: entry["eval_loss"] for entry in history_of(out) if "eval_loss" in entry}
+    assert min(scores, key=scores.get) == best
+    assert [folder.name for folder in list_checkpoints(out)] == kept
+    assert same_weights(out / "final", out / f"checkpoint-{best}")
+    for folder in list_checkpoints(out):
+        state = json.loads((folder / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(out / f"checkpoint-{best}")
+
+
+def test_the_best_may_lie_in_the_folder_that_a_run_was_resumed_from(evaluated):
+    path, first = evaluated("first", **GETS_WORSE, save_total_limit=None)
+    train(path)
+    path, second = evaluated("second", **GETS_WORSE)
+    train(path, "--resume_from_checkpoint", first / "checkpoint-4")
+    assert same_weights(second / "final", first / "checkpoint-2")
+
+
+def test_abandoned_checkpoints_are_not_counted(evaluated):
+    path, out = evaluated(save_total_limit=None, max_steps=4)
+    train(path)
+    train(path, "--resume_from_checkpoint", out / "checkpoint-2", "--save_total_limit", 1)
+    assert [folder.name for folder in list_checkpoints(out)] == ["checkpoint-4"]
+    assert (out / "checkpoint-4.abandoned" / "adapter_model.safetensors").is_file()
+
+
+def test_a_sampling_strategy_that_gives_each_process_rows_of_its_own_is_refused(write_yaml):
+    path, _ = write_yaml(train_sampling_strategy="batch_rebalance", sequence_parallel_size=2)
+    assert "train_sampling_strategy: 'batch_rebalance'" in fail(path, num_processes=2)
