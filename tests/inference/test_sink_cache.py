@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from longqlora.inference.sink_cache import SinkLayer, check_streaming, default_window, sink_cache
+from longqlora.inference.sink_cache import SinkLayer, check_streaming, sink_cache
 
 WINDOW, NUM_SINKS = 16, 4
 
@@ -54,10 +54,10 @@ def run_blocks(model, cache, ids, blocks) -> torch.Tensor:
 def rotated(states, positions, inv_freq):
     """Llama's RoPE of states [H, S, D] at these positions [S], written as complex numbers."""
     half = states.shape[-1] // 2
-    turned = torch.complex(states[..., :half], states[..., half:]) * torch.polar(
+    result = torch.complex(states[..., :half], states[..., half:]) * torch.polar(
         torch.ones(len(positions), half, dtype=torch.float64), torch.outer(positions.double(), inv_freq)
     )
-    return torch.cat([turned.real, turned.imag], dim=-1)
+    return torch.cat([result.real, result.imag], dim=-1)
 
 
 @torch.no_grad()
@@ -192,10 +192,10 @@ DCA = {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings": 64
 @pytest.mark.parametrize(
     "config, sizes, words",
     [
-        (tiny_config(), (4, 4), ["--streaming_window", "4", "--num_sinks"]),
-        (tiny_config(), (10, -1), ["--num_sinks", "-1"]),
-        (tiny_config(), (64, 4), ["--streaming_window", "context of 64", "got 64"]),
-        (tiny_config(), (None, 56), ["--num_sinks", "56"]),
+        (tiny_config(), (4, 4), ["--streaming_window 4", "--num_sinks 4"]),
+        (tiny_config(), (10, -1), ["--num_sinks -1"]),
+        (tiny_config(), (64, 4), ["--streaming_window 64", "context of 64"]),
+        (tiny_config(), (None, 56), ["--streaming_window 56", "--num_sinks 56"]),
         (tiny_config(dual_chunk_attention_config=DCA), (16, 4), ["--attention full"]),
         (tiny_config(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}), (16, 4), ["dynamic"]),
         (tiny_config("mistral", sliding_window=32), (16, 4), ["mistral", "sliding-window"]),
@@ -217,7 +217,7 @@ def test_models_without_llamas_rope_are_refused(config):
 
 
 def test_block_and_window_fill_the_context():
-    assert [default_window(size) for size in (64, 8192, 32768)] == [56, 7168, 31744]
-    assert check_streaming(tiny_config(), None, 4) == 56
+    for size, window in ((64, 56), (8192, 7168), (32768, 31744)):
+        assert check_streaming(tiny_config(max_position_embeddings=size), None, 4) == window
     model = make_model()
     assert sink_cache(model).block_size == 8 and sink_cache(model, window=63).block_size == 1

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from longqlora.cli import require_file
 from longqlora.evaluation.ruler.tasks import TASKS, RulerTask, Sample, TextHaystack, check_tasks
-from longqlora.inference.text_stream import decode_utf8
+from longqlora.files import decode_utf8
 from longqlora.plot import new_figure, save_figure
 
 CountTokens = Callable[[str], int]
