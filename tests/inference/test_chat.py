@@ -37,15 +37,6 @@ def roles(prompt) -> str:
     return " ".join(message["role"][0] for message in prompt.messages)
 
 
-def test_history_is_sent_in_order():
-    session = make_session(system="be brief")
-    session.add_turn("one", "two")
-    prompt = session.prompt("three")
-    assert [message["content"] for message in prompt.messages] == ["be brief", "one", "two", "three"]
-    assert roles(prompt) == "s u a u" and prompt.notice is None
-    assert len(prompt.ids) == 9 and prompt.options.max_new_tokens == 10
-
-
 def test_oldest_whole_turns_are_left_out_and_it_is_said_once():
     session = make_session(system="be brief")
     for number in range(4):
@@ -62,9 +53,12 @@ def test_window_is_as_large_as_fits():
     session = make_session(context_size=30, max_new_tokens=10)
     session.add_turn("a b c", "d e f")  # 8 tokens
     session.add_turn("a b c", "d e f")
-    assert session.room == 20
-    assert roles(session.prompt("a b c")) == "u a u a u"  # 8 + 8 + 4 = 20: exactly full
+    prompt = session.prompt("a b c")  # 8 + 8 + 4 = 20: exactly full
+    assert session.room == len(prompt.ids) == 20 and roles(prompt) == "u a u a u" and prompt.notice is None
+    assert [message["content"] for message in prompt.messages[1:3]] == ["d e f", "a b c"]
     assert roles(session.prompt("a b c d")) == "u a u"
+    session = make_session(context_size=40, max_new_tokens=1000)
+    assert session.room == 20 and session.prompt("a").options.max_new_tokens == 38, "at most half for the answer"
 
 
 def test_files_outlast_turns_and_the_system_message_outlasts_files(tmp_path):
@@ -88,11 +82,6 @@ def test_a_message_that_never_fits_drops_nothing():
     with pytest.raises(ValueError, match="shorten it"):
         session.prompt("w " * 100)
     assert roles(session.prompt("three")) == "u a u"
-
-
-def test_room_for_the_answer_is_at_most_half():
-    session = make_session(context_size=40, max_new_tokens=1000)
-    assert session.room == 20 and session.prompt("a").options.max_new_tokens == 38
 
 
 def test_file_command(tmp_path):

@@ -71,6 +71,8 @@ def test_greedy_equals_generate_and_the_stream_equals_the_text(tiny_model, tiny_
     assert (answer.num_prompt_tokens, answer.num_new_tokens) == (len(ids), len(expected))
     same = generate_text(tiny_model, tiny_tokenizer, ids, GenerationOptions(temperature=0, max_new_tokens=24))
     assert same.text == answer.text
+    with pytest.raises(ValueError, match="empty"):
+        generate_text(tiny_model, tiny_tokenizer, [], GREEDY)
 
 
 def test_sampling_follows_the_seed(tiny_model, tiny_tokenizer):
@@ -120,11 +122,6 @@ def test_finish_reasons(tiny_model, tiny_tokenizer):
         tiny_model.generation_config.eos_token_id = old
     assert ended.finish_reason == "eos" and ended.num_new_tokens == 1
     assert set(threading.enumerate()) == threads
-
-
-def test_empty_prompt_is_refused(tiny_model, tiny_tokenizer):
-    with pytest.raises(ValueError, match="empty"):
-        generate_text(tiny_model, tiny_tokenizer, [], GREEDY)
 
 
 @pytest.mark.parametrize(

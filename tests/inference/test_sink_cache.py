@@ -169,17 +169,12 @@ def test_memory_is_constant_and_sinks_do_not_wear_off():
     assert layer.get_seq_length() == 5004 and not layer.is_croppable
 
 
-def test_a_reset_layer_remembers_nothing():
-    inv_freq = make_model().model.rotary_emb.inv_freq
-    used, fresh = (SinkLayer(inv_freq, WINDOW, NUM_SINKS) for _ in range(2))
-    for _ in range(3):
-        used.update(torch.randn(1, 2, 10, 16), torch.randn(1, 2, 10, 16))
-    used.reset()
-    assert used.get_seq_length() == 0 and used.get_mask_sizes(3) == (3, 0)
-    for _ in range(3):
-        keys, values = torch.randn(2, 1, 2, 10, 16)
-        seen = zip(used.update(keys, values), fresh.update(keys, values), strict=True)
-        assert all(torch.equal(one, other) for one, other in seen)
+def test_a_reset_cache_remembers_nothing():
+    model, ids = make_model(), random_ids(40)
+    cache = sink_cache(model, window=WINDOW)
+    first = run_blocks(model, cache, ids, [10] * 4)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and torch.equal(run_blocks(model, cache, ids, [10] * 4), first)
 
 
 NOPE = AutoConfig.for_model(

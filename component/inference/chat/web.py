@@ -36,6 +36,9 @@ POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'; frame-ancestors 'self'"
 )
 
+# gradio offers to share a message with files through the Hugging Face hub.
+NO_SHARING = "#chat button[aria-label=Share] {display: none}"
+
 
 class PageSession(ChatSession):
     """The conversation of a tab, made from gradio's record of it for every request."""
@@ -226,10 +229,10 @@ def serve(
     )  # fmt: skip
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     _, local_url, share_url = page.queue(api_open=False).launch(
-        theme=gr.themes.Default(**fonts), app_kwargs={"middleware": [guard]}, max_file_size=max_upload_mb * 2**20,
-        server_name=f"[{host}]" if ":" in host else host, server_port=port, share=share, prevent_thread_lock=True,
-        quiet=True, footer_links=[], run_history=False, ssr_mode=False, inline=False, enable_monitoring=False,
-        show_error=True, pwa=False, mcp_server=False,
+        theme=gr.themes.Default(**fonts), css=NO_SHARING, app_kwargs={"middleware": [guard]},
+        max_file_size=max_upload_mb * 2**20, server_name=f"[{host}]" if ":" in host else host, server_port=port,
+        share=share, prevent_thread_lock=True, quiet=True, footer_links=[], run_history=False, ssr_mode=False,
+        inline=False, enable_monitoring=False, show_error=True, pwa=False, mcp_server=False,
     )  # fmt: skip
     if share_url:
         names.add(urlsplit(share_url).hostname)
