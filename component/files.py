@@ -86,3 +86,11 @@ def read_json(path: str | os.PathLike, flag: str = "file") -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{flag}: {str(path)!r} is not valid JSON ({error})") from None
+
+
+def decode_utf8(data: bytes, flag: str, path: str) -> str:
+    """Text of a file or stream without its byte order mark; `flag` and `path` name it in the ValueError."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag}: {path!r} is not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -38,15 +38,16 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """One argument for each field of `GenerationOptions`."""
     default = GenerationOptions()
     group = parser.add_argument_group("generation")
-    group.add_argument("--max_new_tokens", type=int, default=default.max_new_tokens,
-                       help="longest answer in tokens (default: %(default)s)")  # fmt: skip
-    group.add_argument("--temperature", type=float, default=default.temperature,
-                       help="0 means greedy (default: %(default)s)")  # fmt: skip
-    group.add_argument("--top_p", type=float, default=default.top_p, help="nucleus mass (default: %(default)s)")
-    group.add_argument("--top_k", type=int, default=default.top_k,
-                       help="most likely tokens to choose from, 0 for no limit (default: %(default)s)")  # fmt: skip
-    group.add_argument("--repetition_penalty", type=float, default=default.repetition_penalty,
-                       help="above 1 discourages repetition (default: %(default)s)")  # fmt: skip
+    for name, kind, text in (
+        ("max_new_tokens", int, "longest answer in tokens"),
+        ("temperature", float, "0 means greedy"),
+        ("top_p", float, "nucleus mass"),
+        ("top_k", int, "most likely tokens to choose from, 0 for no limit"),
+        ("repetition_penalty", float, "above 1 discourages repetition"),
+    ):
+        group.add_argument(
+            f"--{name}", type=kind, default=getattr(default, name), help=f"{text} (default: %(default)s)"
+        )
     group.add_argument("--do_sample", action=argparse.BooleanOptionalAction, default=default.do_sample,
                        help="sample, or take the most likely token (default: sample)")  # fmt: skip
     group.add_argument("--seed", type=int, help="makes every answer reproducible (default: none)")
@@ -61,19 +62,21 @@ def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
 
 
-def conversation_template(args: argparse.Namespace, loaded) -> str:
-    """The template that --prompt_template means for `loaded`, a longqlora.inference.load.LoadedModel."""
-    requested = None if args.prompt_template == "auto" else args.prompt_template
-    folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
-    return prompt_template_for(loaded.tokenizer, requested or known_template(loaded.tokenizer, folders))
-
-
 def text_template(args: argparse.Namespace, loaded) -> str:
-    """As `conversation_template`, for single prompts: raw text where no template is known."""
+    """The template that --prompt_template means for `loaded`, a longqlora.inference.load.LoadedModel.
+
+    auto is the one that the model was tuned with, and `NO_TEMPLATE`, raw text, where none is known.
+    """
     if args.prompt_template != "auto":
         return args.prompt_template
     folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
     return known_template(loaded.tokenizer, folders) or NO_TEMPLATE
+
+
+def conversation_template(args: argparse.Namespace, loaded) -> str:
+    """As `text_template`, with the default template where none is known."""
+    template = text_template(args, loaded)
+    return prompt_template_for(loaded.tokenizer, None if template == NO_TEMPLATE else template)
 
 
 def generation_options(args: argparse.Namespace) -> GenerationOptions:
@@ -96,6 +99,14 @@ def model_sources(model_name_or_path: str | None, adapter_name_or_path: str | No
 
         model_name_or_path = base_model_of(adapter_name_or_path)
     return {"--model_name_or_path": model_name_or_path, "--adapter_name_or_path": adapter_name_or_path}
+
+
+def config_from_arguments(args: argparse.Namespace):
+    """The config of the model that `add_model_arguments` parsed, before its weights are read."""
+    from longqlora.model.context import resolve_config
+
+    name, adapter = args.model_name_or_path, args.adapter_name_or_path
+    return resolve_config(name, adapter, context_request(args), trust_remote_code=args.trust_remote_code)[1]
 
 
 def load_from_arguments(args: argparse.Namespace):

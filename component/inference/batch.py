@@ -39,10 +39,9 @@ def partial_path(path: Path) -> Path:
 
 
 def write_answers(path: Path, prompts: list[dict], answer_prompt: Callable[[int], Generation]) -> None:
-    """Write each prompt with its answer to `path`, continuing what an interrupted run left behind.
+    """Write each prompt with its answer to `path`, continuing what an interrupted run left in `partial_path`.
 
-    answer_prompt: answers the prompt of a given position. Answers gather in PATH.partial, one line each,
-    which becomes `path` when all are there.
+    answer_prompt: answers the prompt of a given position.
     """
     partial = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,13 +51,9 @@ def write_answers(path: Path, prompts: list[dict], answer_prompt: Callable[[int]
     with partial.open("a", encoding="utf-8") as file:
         for position in tqdm(range(num_done, len(prompts)), initial=num_done, total=len(prompts), desc="generate"):
             answer = answer_prompt(position)
-            facts = {
-                "output": answer.text,
-                "finish_reason": answer.finish_reason,
-                "num_prompt_tokens": answer.num_prompt_tokens,
-                "num_new_tokens": answer.num_new_tokens,
-            }
-            file.write(json.dumps({**prompts[position], **facts}, ensure_ascii=False) + "\n")
+            facts = {name: getattr(answer, name) for name in ("finish_reason", "num_prompt_tokens", "num_new_tokens")}
+            row = {**prompts[position], "output": answer.text, **facts}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
     partial.replace(path)
 

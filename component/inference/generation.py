@@ -14,11 +14,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from longqlora.data.jsonl import checked_text
 from longqlora.data.prompt import bos_ids, encode_conversation, encode_text, prompt_template_for
-from longqlora.inference.text_stream import StopStringFilter, StreamDecoder
 from longqlora.run_record import read_run_record
 
 NO_TEMPLATE = "none"
+# Tokens of the prompt that are decoded along with the answer.
+NUM_PROMPT_TOKENS_DECODED = 4
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,7 @@ def encode_prompt(tokenizer, text: str, *, template: str, system: str | None = N
 
     Raises ValueError for text that is no Unicode (half a surrogate pair, from JSON or the command line).
     """
-    try:
-        f"{text}{system or ''}".encode()
-    except UnicodeEncodeError:
-        raise ValueError("the prompt is not valid Unicode text (it holds half a surrogate pair)") from None
+    checked_text(f"{text}{system or ''}", "the prompt")
     if template == NO_TEMPLATE:
         return [*bos_ids(tokenizer), *encode_text(tokenizer, text)]
     messages = [{"role": "system", "content": system}] if system else []
@@ -100,39 +99,62 @@ def encode_prompt(tokenizer, text: str, *, template: str, system: str | None = N
     return encode_conversation(tokenizer, messages, template=template, add_generation_prompt=True)
 
 
-class StreamingCriterion:
-    """Stopping criterion of `generate` that streams the text of its one sequence."""
+class AnswerStream:
+    """Stopping criterion of `generate` that turns the new ids of its one sequence into text as they come.
+
+    Text is given out once it is certain: an unfinished character waits for its other bytes, and an ending that may
+    become a stop string for what follows. Ids are decoded with a few before them, since tokenizers drop the leading
+    space of a first token.
+    """
 
     def __init__(self, tokenizer, prompt_ids: Sequence[int], stop: Sequence[str], on_text, stop_event):
-        self.decoder = StreamDecoder(tokenizer, prompt_ids)
-        self.filter = StopStringFilter(stop)
-        self.num_seen = len(prompt_ids)
-        self.on_text, self.stop_event = on_text, stop_event
-        self.pieces: list[str] = []
+        self.tokenizer, self.stop, self.on_text, self.stop_event = tokenizer, stop, on_text, stop_event
+        self.ids = list(prompt_ids[-NUM_PROMPT_TOKENS_DECODED:])
+        self.start, self.num_decoded, self.num_seen = 0, len(self.ids), len(prompt_ids)
+        self.text, self.num_given_out, self.is_stopped = "", 0, False
 
     def __call__(self, input_ids, scores, **kwargs):
         """input_ids [B, S] int64; returns [B] bool, True to end."""
         import torch
 
         for token_id in input_ids[0, self.num_seen :].tolist():
-            if not self.filter.is_stopped:
-                self._give_out(self.filter.put(self.decoder.put(token_id)))
+            self.put(token_id)
         self.num_seen = input_ids.shape[1]
-        is_done = self.filter.is_stopped or self.stop_event.is_set()
+        is_done = self.is_stopped or self.stop_event.is_set()
         return torch.full((input_ids.shape[0],), is_done, device=input_ids.device, dtype=torch.bool)
+
+    def put(self, token_id: int) -> None:
+        self.ids.append(token_id)
+        self._give_out(is_end=False)
 
     def finish(self) -> str:
         """Give out what was held back and return the whole text."""
-        if not self.filter.is_stopped:
-            self._give_out(self.filter.put(self.decoder.flush()))
-            self._give_out(self.filter.flush())
-        return "".join(self.pieces)
+        self._give_out(is_end=True)
+        return self.text
 
-    def _give_out(self, text: str) -> None:
-        if text:
-            self.pieces.append(text)
+    def _give_out(self, *, is_end: bool) -> None:
+        if self.is_stopped:
+            return
+        known, text = self._decode(self.ids[self.start : self.num_decoded]), self._decode(self.ids[self.start :])
+        if len(text) > len(known) and (is_end or not text.endswith("\ufffd")):
+            self.start, self.num_decoded = self.num_decoded, len(self.ids)
+            self.text += text[len(known) :]
+        found = [place for stop in self.stop if (place := self.text.find(stop, self.num_given_out)) >= 0]
+        if found:
+            self.text, self.is_stopped = self.text[: min(found)], True
+        is_final = is_end or self.is_stopped
+        num_certain = len(self.text) - (0 if is_final else max(map(self._num_held, self.stop), default=0))
+        if num_certain > self.num_given_out:
+            piece, self.num_given_out = self.text[self.num_given_out : num_certain], num_certain
             if self.on_text is not None:
-                self.on_text(text)
+                self.on_text(piece)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _num_held(self, stop: str) -> int:
+        """Characters at the end of the text that `stop` begins with."""
+        return next((size for size in range(len(stop) - 1, 0, -1) if self.text.endswith(stop[:size])), 0)
 
 
 def end_token_ids(model, tokenizer) -> list[int]:
@@ -169,17 +191,11 @@ def generate_text(
     eos_ids = end_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos_ids or [0])[0]
     # Every value is given: what is None would be filled in from the generation config of the model.
-    sampling = (
-        {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-        if options.is_greedy
-        else {
-            "do_sample": True,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "top_k": options.top_k,
-        }
-    )
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    if not options.is_greedy:
+        sampling = {name: getattr(options, name) for name in sampling}
     config = GenerationConfig(
+        do_sample=not options.is_greedy,
         max_new_tokens=options.max_new_tokens,
         repetition_penalty=options.repetition_penalty,
         num_beams=1,
@@ -189,19 +205,19 @@ def generate_text(
     )
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    criterion = StreamingCriterion(tokenizer, prompt_ids, options.stop, on_text, stop_event)
+    stream = AnswerStream(tokenizer, prompt_ids, options.stop, on_text, stop_event)
     input_ids = torch.tensor([list(prompt_ids)], device=model.device)
     with torch.inference_mode():
         output = model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([criterion]),
+            stopping_criteria=StoppingCriteriaList([stream]),
             past_key_values=past_key_values,
         )
     new_ids = output[0, len(prompt_ids) :].tolist()
-    text = criterion.finish()
-    if criterion.filter.is_stopped:
+    text = stream.finish()
+    if stream.is_stopped:
         reason = "stop"
     elif new_ids[-1] in eos_ids:
         reason = "eos"

@@ -13,13 +13,7 @@ from longqlora.attention.dual_chunk_binding import dual_chunk_sizes
 from longqlora.distributed import local_device, print_notice
 from longqlora.model.adapter_folder import adapter_vocabulary, add_embeddings, load_adapter
 from longqlora.model.base import default_dtype, is_slow_on_cpu, load_model, load_tokenizer
-from longqlora.model.context import (
-    ContextRequest,
-    context_length,
-    copy_context,
-    resolve_config,
-    tokenizer_source,
-)
+from longqlora.model.context import ContextRequest, context_length, copy_context, resolve_config, tokenizer_source
 from longqlora.model.weight_checks import check_base, check_vocabulary
 from longqlora.run_record import software_versions
 
@@ -79,12 +73,7 @@ def load_for_inference(
         name = str(dtype).removeprefix("torch.")
         print_notice(f"this CPU has no {name} arithmetic; fp32 is many times faster")
     model = load_model(
-        base,
-        config,
-        dtype=dtype,
-        load_in_4bit=load_in_4bit,
-        device=device,
-        trust_remote_code=trust_remote_code,
+        base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device, trust_remote_code=trust_remote_code
     )
     attention = bind_inference_attention(model)
     if adapter_name_or_path:

@@ -73,9 +73,6 @@ class SinkLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.num_seen
 
-    def get_max_length(self) -> int:
-        return -1
-
     def reset(self) -> None:
         # Dropped, not zeroed as transformers 5.17 does: they may be inference tensors.
         self.keys = self.values = self.sink_keys = None
@@ -138,27 +135,12 @@ class SinkCache(Cache):
         self.layers = snapshot
 
 
-def default_window(context_size: int) -> int:
-    """Tokens to keep of a context of `context_size`: all but the block in which long inputs are read."""
-    return context_size - min(MAX_BLOCK_SIZE, max(1, context_size // 8))
-
-
-def check_sinks(window: int | None, num_sinks: int) -> None:
-    """Raise ValueError for sizes that no model allows."""
-    if num_sinks < 0:
-        raise ValueError(f"--num_sinks: must be 0 or more tokens, got {num_sinks}; the paper uses {DEFAULT_NUM_SINKS}")
-    if window is not None and window <= num_sinks:
-        raise ValueError(
-            f"--streaming_window: must be more than the {num_sinks} of --num_sinks, which it contains, got {window}"
-        )
-
-
 def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int) -> int:
-    """Window in tokens for a model with `config`; None takes the default one.
+    """Window in tokens for a model with `config`; None takes all of the context but the block in which long inputs are
+    read.
 
     Raises ValueError, naming the flag, for sizes or a model with which sinks and a window make no context.
     """
-    check_sinks(window, num_sinks)
     if getattr(config, DUAL_CHUNK_KEY, None):
         raise ValueError("--streaming: does not go with dual chunk attention; pass --attention full")
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
@@ -170,17 +152,17 @@ def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int
     if has_sliding_window(config):
         raise ValueError(f"--streaming: {config.model_type} has sliding-window layers, which forget its sinks")
     context_size = context_length(config)
-    chosen = default_window(context_size) if window is None else window
-    if not num_sinks < chosen < context_size:
+    chosen = context_size - min(MAX_BLOCK_SIZE, max(1, context_size // 8)) if window is None else window
+    if not 0 <= num_sinks < chosen < context_size:
         raise ValueError(
-            f"--streaming_window: must be less than the model's context of {context_size} tokens and more than the "
-            f"{num_sinks} of --num_sinks, got {chosen}"
+            f"--streaming_window {chosen}, --num_sinks {num_sinks}: the window contains the sinks (the paper uses "
+            f"{DEFAULT_NUM_SINKS}) and must be less than the model's context of {context_size} tokens"
         )
     return chosen
 
 
 def sink_cache(model: PreTrainedModel, *, window: int | None = None, num_sinks: int = DEFAULT_NUM_SINKS) -> SinkCache:
-    """An empty cache for `model`; window None is `default_window` of its context.
+    """An empty cache for `model`; window None is the default of `check_streaming`.
 
     Raises ValueError as `check_streaming` does, and for a model without RoPE in Llama's layout in every layer.
     """

@@ -4,19 +4,13 @@
     printf 'Hello\\n/save chat.json\\n' | python script/inference/chat.py --model_name_or_path output/merged
     python script/inference/chat.py --model_name_or_path output/merged --streaming
 
-Answers are streamed. The whole conversation is sent each time, in the template the model was tuned
-with; when the context is full the oldest turns are left out, which is said. Answers go to stdout,
-everything else to stderr. Ctrl-C ends an answer; at the prompt, twice, the chat.
+The whole conversation is sent each time, in the template the model was tuned with; when the context is
+full the oldest turns are left out, which is said. Answers go to stdout, everything else to stderr.
+Ctrl-C ends an answer; at the prompt, twice, the chat.
 
 With --streaming the model reads every token once, and memory does not grow however long conversation and
 files are (StreamingLLM, arXiv 2309.17453): it keeps the first tokens and the latest ones and forgets what
-lies between. That is no longer context, but a chat that never has to leave turns out. Commands:
-
-    /file PATH   read a document (pdf, epub, html, md, txt) into the conversation
-    /clear       forget the conversation and its files
-    /save PATH   write the conversation as JSON
-    /help        list the commands
-    /exit        leave (so does Ctrl-D)
+lies between. That is no longer context, but a chat that never has to leave turns out.
 """
 
 import argparse
@@ -24,28 +18,26 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from functools import partial
 
 from longqlora.cli import one_line, run_main
 from longqlora.data.documents import FORMAT_LIST, read_document
-from longqlora.data.prompt import encode_conversation
 from longqlora.inference.arguments import (
     add_conversation_arguments,
     add_generation_arguments,
     add_model_arguments,
     check_model_arguments,
+    config_from_arguments,
     conversation_template,
     generation_options,
     load_from_arguments,
 )
-from longqlora.inference.chat.session import ChatSession
-from longqlora.inference.generation import GenerationOptions, generate_text
-from longqlora.model.context_request import context_request
+from longqlora.inference.chat.session import HELP, ChatSession
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"commands:\n{HELP}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_arguments(parser)
     add_conversation_arguments(parser)
     parser.add_argument("--file", metavar="PATH", action="append", default=[], help="document to begin with, as /file "
@@ -63,40 +55,32 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_streaming_arguments(args: argparse.Namespace) -> None:
     """Refuse what the streaming flags cannot mean, by the config of the model and before its weights are read."""
-    if not args.streaming:
-        for name in ("streaming_window", "num_sinks"):
-            if getattr(args, name) is not None:
-                raise ValueError(f"--{name}: has an effect with --streaming only; add that, or leave it out")
-        return
-    from longqlora.inference.sink_cache import DEFAULT_NUM_SINKS, check_streaming
-    from longqlora.model.context import resolve_config
+    if args.streaming:
+        from longqlora.inference.sink_cache import DEFAULT_NUM_SINKS, check_streaming
 
-    args.num_sinks = DEFAULT_NUM_SINKS if args.num_sinks is None else args.num_sinks
-    _, config = resolve_config(
-        args.model_name_or_path,
-        args.adapter_name_or_path,
-        context_request(args),
-        trust_remote_code=args.trust_remote_code,
-    )
-    args.streaming_window = check_streaming(config, args.streaming_window, args.num_sinks)
+        args.num_sinks = DEFAULT_NUM_SINKS if args.num_sinks is None else args.num_sinks
+        args.streaming_window = check_streaming(config_from_arguments(args), args.streaming_window, args.num_sinks)
+    for name in () if args.streaming else ("streaming_window", "num_sinks"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: has an effect with --streaming only; add that, or leave it out")
 
 
-class AnswerInterrupt:
-    """While entered, Ctrl-C sets `event`, which ends the answer after the current token; a second one raises
-    KeyboardInterrupt, which ends it within a long prompt too."""
+@contextlib.contextmanager
+def ctrl_c_event():
+    """While entered, Ctrl-C sets the event that this yields, which ends the answer after the current token; a second
+    one raises KeyboardInterrupt, which ends it within a long prompt too."""
+    event = threading.Event()
 
-    def __enter__(self) -> "AnswerInterrupt":
-        self.event = threading.Event()
-        self.previous = signal.signal(signal.SIGINT, self._interrupt)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        signal.signal(signal.SIGINT, self.previous)
-
-    def _interrupt(self, signum, frame) -> None:
-        if self.event.is_set():
+    def interrupt(signum, frame) -> None:
+        if event.is_set():
             raise KeyboardInterrupt
-        self.event.set()
+        event.set()
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def note(text: str) -> None:
@@ -107,9 +91,12 @@ def show(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def read_lines(is_terminal: bool):
+def read_lines():
     """Yield the user's lines until the end of input, or until a second Ctrl-C in a row at the prompt."""
-    num_interrupts = 0
+    is_terminal, num_interrupts = sys.stdin.isatty(), 0
+    if is_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() line editing and history
     while num_interrupts < 2:
         try:
             line = input("> ") if is_terminal else sys.stdin.readline()
@@ -125,108 +112,63 @@ def read_lines(is_terminal: bool):
         yield line.rstrip("\r\n")
 
 
-def reply_in_context(
-    session: ChatSession,
-    loaded,
-    template: str,
-    options: GenerationOptions,
-    question: str,
-    on_text: Callable[[str], None],
-    stop_event: threading.Event,
-) -> bool:
-    """Send the whole conversation, as far as it fits; what was answered before Ctrl-C is kept."""
+def answer(session: ChatSession, question: str) -> None:
+    """Ask and print the answer; an error is told, and the chat goes on."""
+    import torch
+
     try:
-        prompt = session.prompt(question)
-        if prompt.notice:
-            note(f"({prompt.notice})")
-        ids = encode_conversation(loaded.tokenizer, prompt.messages, template=template, add_generation_prompt=True)
-        fitted = GenerationOptions(**{**vars(options), "max_new_tokens": prompt.max_new_tokens})
-        generate_text(loaded.model, loaded.tokenizer, ids, fitted, on_text=on_text, stop_event=stop_event)
+        with ctrl_c_event() as stop_event:
+            is_kept = session.ask(question, show, stop_event)
+        show("\n")
+        if stop_event.is_set():
+            note("(interrupted)" if is_kept else "(interrupted, as if it had not been asked)")
+    except ValueError as error:
+        note(f"error: {one_line(error)}")
     except KeyboardInterrupt:
-        stop_event.set()
-    return True
+        note("(interrupted)")
+    except torch.OutOfMemoryError:
+        note("error: out of GPU memory; /clear, a shorter file or --load_in_4bit help")
 
 
-def answer(session: ChatSession, reply: Callable[..., bool], question: str) -> None:
-    """Ask, stream the answer and add both to the history, unless `reply` took the question back."""
-    pieces = []
-
-    def on_text(text: str) -> None:
-        # What stands between "ASSISTANT:" and the answer is the template's matter, not the reader's.
-        text = text if pieces else text.lstrip()
-        if text:
-            pieces.append(text)
-            show(text)
-
-    with AnswerInterrupt() as interrupt:
-        is_kept = reply(question, on_text, interrupt.event)
-    show("\n")
-    if interrupt.event.is_set():
-        note("(interrupted)" if is_kept else "(interrupted, as if it had not been asked)")
-    if is_kept and (pieces or not interrupt.event.is_set()):
-        session.add_turn(question, "".join(pieces).strip())
-
-
-def make_session(args: argparse.Namespace, loaded, options: GenerationOptions) -> tuple[ChatSession, Callable, str]:
-    """The conversation, how to reply in it, and a line that describes it."""
+def make_session(args: argparse.Namespace) -> ChatSession:
+    """Load the model and say what it is."""
+    options = generation_options(args)
+    check_streaming_arguments(args)
+    for path in args.file:
+        read_document(path, flag="--file")
+    loaded = load_from_arguments(args)
     template = conversation_template(args, loaded)
     if args.streaming:
         from longqlora.inference.chat.streaming import StreamingSession
         from longqlora.inference.sink_cache import sink_cache
 
         cache = sink_cache(loaded.model, window=args.streaming_window, num_sinks=args.num_sinks)
-        streaming = StreamingSession(
-            loaded.model, loaded.tokenizer, cache, template=template, options=options, system=args.system
-        )
-        return streaming, streaming.reply, f"template {template}, streaming with a window of {cache.window} tokens"
-
-    def count_tokens(messages: list[dict[str, str]]) -> int:
-        ids = encode_conversation(loaded.tokenizer, messages, template=template, add_generation_prompt=True)
-        return len(ids)
-
-    session = ChatSession(
-        count_tokens, context_size=loaded.context_size, max_new_tokens=options.max_new_tokens, system=args.system
-    )
-    reply = partial(reply_in_context, session, loaded, template, options)
-    return session, reply, f"template {template}, context of {loaded.context_size} tokens"
+        session = StreamingSession(loaded, cache, template=template, options=options, system=args.system)
+        size = f"streaming with a window of {cache.window} tokens"
+    else:
+        session = ChatSession(loaded, template, options, args.system)
+        size = f"context of {loaded.context_size} tokens"
+    if sys.stdin.isatty():
+        note(f"template {template}, {size}; /help lists the commands")
+    for path in args.file:
+        note(f"read {path}: {session.add_document(path, flag='--file')} tokens")
+    return session
 
 
 def main() -> None:
     args = parse_arguments()
     check_model_arguments(args)
-    options = generation_options(args)
-    check_streaming_arguments(args)
-    for path in args.file:
-        read_document(path, flag="--file")
-    loaded = load_from_arguments(args)
-    session, reply, description = make_session(args, loaded, options)
+    session = make_session(args)
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     sys.stdout.reconfigure(errors="replace")
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives input() line editing and history
-        note(f"{description}; /help lists the commands")
-    for path in args.file:
-        note(f"read {path}: {session.add_document(path, flag='--file')} tokens")
-    import torch
-
-    for line in read_lines(is_terminal):
+    for line in read_lines():
         if line.startswith("/"):
-            result = session.run_command(line)
-            if result.text:
-                note(result.text)
-            if result.is_exit:
+            text = session.run_command(line)
+            if text is None:
                 break
+            note(text)
         elif line.strip():
-            try:
-                answer(session, reply, line.strip())
-            except ValueError as error:
-                note(f"error: {one_line(error)}")
-            except KeyboardInterrupt:
-                note("(interrupted)")
-            except torch.OutOfMemoryError:
-                note("error: out of GPU memory; /clear, a shorter file or --load_in_4bit help")
+            answer(session, line.strip())
 
 
 if __name__ == "__main__":

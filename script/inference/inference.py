@@ -17,10 +17,12 @@ leaves OUTPUT_FILE.partial and is continued by the same command.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from longqlora.cli import require_file, run_main
 from longqlora.data.documents import FORMAT_LIST, read_document, with_documents
+from longqlora.files import decode_utf8
 from longqlora.inference.arguments import (
     TEMPLATE_NAMES,
     add_generation_arguments,
@@ -33,7 +35,6 @@ from longqlora.inference.arguments import (
 )
 from longqlora.inference.batch import partial_path, read_prompts, write_answers
 from longqlora.inference.generation import NO_TEMPLATE, encode_prompt, fit_prompt, generate_text
-from longqlora.inference.text_stream import decode_utf8
 from longqlora.outputs import check_outputs
 
 
@@ -81,12 +82,12 @@ def requested_prompts(args: argparse.Namespace) -> list[dict]:
     """The prompts of whichever source was given, as objects with "prompt"."""
     if args.input_file:
         return read_prompts(args.input_file, "--input_file")
-    prompt, flag = args.prompt, "--prompt_file"
-    if args.prompt_file is not None:
-        data = sys.stdin.buffer.read() if args.prompt_file == "-" else require_file(args.prompt_file, flag).read_bytes()
-        prompt = decode_utf8(data, flag, args.prompt_file)
-    documents = [(path, read_document(path, flag="--file").text) for path in args.file]
-    return [{"prompt": with_documents(prompt, documents)}]
+    prompt, path, flag = args.prompt, args.prompt_file, "--prompt_file"
+    if path is not None:
+        prompt = decode_utf8(
+            sys.stdin.buffer.read() if path == "-" else require_file(path, flag).read_bytes(), flag, path
+        )
+    return [{"prompt": with_documents(prompt, [(path, read_document(path, flag="--file").text) for path in args.file])}]
 
 
 def fitted_prompts(args: argparse.Namespace, loaded, prompts: list[dict]) -> list[list[int]]:
@@ -94,36 +95,25 @@ def fitted_prompts(args: argparse.Namespace, loaded, prompts: list[dict]) -> lis
     template = NO_TEMPLATE if args.raw else text_template(args, loaded)
     if template == NO_TEMPLATE and args.system:
         raise ValueError("--system: a raw prompt has no system message; give a --prompt_template too")
-    rows = []
+    size, max_new_tokens, rows = loaded.context_size, args.max_new_tokens, []
     for number, record in enumerate(prompts, start=1):
         where = f"prompt {number}: " if args.input_file else ""
         try:
             ids = encode_prompt(loaded.tokenizer, record["prompt"], template=template, system=args.system)
-            fitted = fit_prompt(
-                ids,
-                context_size=loaded.context_size,
-                max_new_tokens=args.max_new_tokens,
-                truncate=args.truncate_prompt,
-            )
+            fitted = fit_prompt(ids, context_size=size, max_new_tokens=max_new_tokens, truncate=args.truncate_prompt)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from None
         if len(fitted) < len(ids):
             warn(f"{where}kept {len(fitted)} of {len(ids)} tokens of the prompt")
-        if len(fitted) + args.max_new_tokens > loaded.context_size:
-            warn(
-                f"{where}{len(fitted)} prompt tokens and --max_new_tokens {args.max_new_tokens} go beyond the context "
-                f"of {loaded.context_size} tokens; an answer that long may be poor at its end"
-            )
+        if len(fitted) + max_new_tokens > size:
+            warn(f"{where}{len(fitted)} prompt tokens and --max_new_tokens {max_new_tokens} go beyond the context of "
+                 f"{size} tokens; an answer that long may be poor at its end")  # fmt: skip
         rows.append(fitted)
     return rows
 
 
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def show(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def main() -> None:
@@ -133,7 +123,6 @@ def main() -> None:
     prompts = requested_prompts(args)
     loaded = load_from_arguments(args)
     rows = fitted_prompts(args, loaded, prompts)
-
     sys.stdout.reconfigure(errors="replace")
 
     def answer(position: int, on_text=None):
@@ -144,10 +133,10 @@ def main() -> None:
             partial_path(Path(args.output_file)).unlink(missing_ok=True)
         write_answers(Path(args.output_file), prompts, answer)
     elif args.stream:
-        answer(0, on_text=show)
-        show("\n")
+        answer(0, on_text=partial(print, end="", flush=True))
+        print()
     else:
-        show(answer(0).text + "\n")
+        print(answer(0).text)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python script/inference/web.py --adapter_name_or_path output/run/checkpoint-1000
     python script/inference/web.py --model_name_or_path output/merged --port 0 --max_new_tokens 512
 
-Prints the page's address when it is ready; Ctrl-C ends it. The page streams the answers, reads text,
-Markdown, HTML, PDF and EPUB files into the conversation and shows how much of the context is used.
-Every tab has a conversation of its own, and the model answers one at a time. Nothing is stored: uploads
-go when they are read. Needs requirements-extras.txt.
+Prints the page's address when it is ready; Ctrl-C ends it. Documents go with a message (PDF, EPUB, HTML,
+Markdown, text); answers can be stopped, asked for again and taken back, and a meter shows how much of the
+context is used. Every tab has a conversation of its own, and the model answers one at a time. Nothing is
+stored: uploads are removed after ten minutes. Needs requirements-extras.txt.
 
 The page is for this machine alone unless --host or --share says otherwise, and it asks for no password:
 on a server, better forward the port (ssh -L 7860:127.0.0.1:7860 SERVER). It answers only under its own names
@@ -14,8 +14,11 @@ on a server, better forward the port (ssh -L 7860:127.0.0.1:7860 SERVER). It ans
 """
 
 import argparse
+import contextlib
 import os
+import re
 import signal
+import socket
 import tempfile
 import threading
 
@@ -30,9 +33,6 @@ from longqlora.inference.arguments import (
     generation_options,
     load_from_arguments,
 )
-from longqlora.inference.chat.web_chat import Conversations, SharedModel
-from longqlora.inference.chat.web_page import STYLE, build_page, facts_line
-from longqlora.inference.chat.web_server import available_port, serve, shut_down
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,37 +57,23 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before the model is looked for; chooses the port where --port is 0."""
     check_model_arguments(args)
-    if args.max_upload_mb < 1:
-        raise ValueError(f"--max_upload_mb: must be at least 1 MiB, got {args.max_upload_mb}")
-    if args.max_total_upload_mb < args.max_upload_mb:
-        raise ValueError(
-            f"--max_total_upload_mb: {args.max_total_upload_mb} is less than --max_upload_mb {args.max_upload_mb}; "
-            "raise it"
-        )
-    available_port(args.host, args.port)
-    from longqlora.inference.chat.web_guard import ServerNames
-
-    ServerNames(args.host, args.allowed_hosts)
-
-
-def set_environment(args: argparse.Namespace, upload_folder: str) -> None:
-    """What gradio reads from the environment, before it is imported."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_TEMP_DIR"] = upload_folder
-    # gradio asks its own server whether it is up, and would ask a proxy for it.
-    for name in ("NO_PROXY", "no_proxy"):
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1", args.host]))
-
-
-def wait_for_signal() -> None:
-    """Return at the first Ctrl-C or SIGTERM; a second one then ends the process as usual."""
-    is_over = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, lambda *_: is_over.set()) for number in signals]
-    is_over.wait()
-    for number, handler in zip(signals, previous, strict=True):
-        signal.signal(number, handler)
+    if not 1 <= args.max_upload_mb <= args.max_total_upload_mb:
+        raise ValueError(f"--max_upload_mb: must be from 1 to the {args.max_total_upload_mb} MiB of "
+                         f"--max_total_upload_mb, got {args.max_upload_mb}")  # fmt: skip
+    for name in args.allowed_hosts:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"--allowed_hosts: {name!r} is no host name; give one such as chat.example.org")
+    args.host = args.host.strip("[]")
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        with socket.create_server((args.host, args.port), family=family) as probe:
+            args.port = probe.getsockname()[1]
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        where = f"--host {args.host} --port {args.port}"
+        raise ValueError(f"{where}: cannot listen there: {reason}; choose another, port 0 for a free one") from None
 
 
 def main() -> None:
@@ -95,21 +81,24 @@ def main() -> None:
     require_extra("gradio", "gradio")
     check_arguments(args)
     options = generation_options(args)
-    loaded = load_from_arguments(args)
-    from longqlora.inference.load import model_facts
-
-    template = conversation_template(args, loaded)
-    conversations = Conversations(SharedModel(loaded, template), options, args.system)
     with tempfile.TemporaryDirectory(prefix="longqlora-web-", ignore_cleanup_errors=True) as upload_folder:
-        set_environment(args, upload_folder)
-        page = build_page(conversations, facts_line(model_facts(loaded), template))
-        port = available_port(args.host, args.port)
-        limits = {name: getattr(args, name) for name in ("allowed_hosts", "max_upload_mb", "max_total_upload_mb")}
-        url = serve(page, STYLE, host=args.host, port=port, share=args.share, **limits)
+        # gradio reads these when it is imported; it asks its own server whether it is up, which no proxy must answer.
+        hosts = ",".join(filter(None, [os.environ.get("NO_PROXY"), "localhost", "127.0.0.1", args.host]))
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=upload_folder, NO_PROXY=hosts)
+        os.environ["no_proxy"] = hosts
+        from longqlora.inference.chat.web import build_page, serve
+
+        loaded = load_from_arguments(args)
+        page = build_page(loaded, template=conversation_template(args, loaded), options=options, system=args.system)
+        flags = ("host", "port", "share", "allowed_hosts", "max_upload_mb", "max_total_upload_mb")
+        url = serve(page, **{flag: getattr(args, flag) for flag in flags})
         print(f"chat page at {url} (Ctrl-C ends it)", flush=True)
-        wait_for_signal()
-        conversations.stop_all()
-        shut_down(page)
+        # SIGTERM ends it as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        # Open tabs are not waited for; an answer ends with its token.
+        page.is_running = False
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPO, sentences
@@ -13,6 +14,7 @@ from test_documents import pdf_bytes, write_epub
 from longqlora.data.dataset import build_dataset
 from longqlora.data.documents import find_documents, with_documents
 from longqlora.inference.chat.session import ChatSession
+from longqlora.inference.generation import GenerationOptions
 from longqlora.settings.config import DataConfig
 
 EXTRACT, INFERENCE = "script/data/extract_text.py", "script/inference/inference.py"
@@ -114,9 +116,10 @@ def test_extract_text_refuses(args, words, library, run, tmp_path):
 
 
 def test_chat_reads_every_format_in_one_wording(library):
-    session = ChatSession(lambda messages: sum(len(m["content"].split()) for m in messages), 400, 10)
+    session = ChatSession(SimpleNamespace(context_size=400), "vicuna_v1.1", GenerationOptions(max_new_tokens=10))
+    session.encode = lambda messages: [0] * sum(len(message["content"].split()) for message in messages)
     for name in ("b.pdf", "größe.epub", "saved"):
-        assert "read" in session.run_command(f"/file {library / name}").text
+        assert "read" in session.run_command(f"/file {library / name}")
     content = session.prompt("And now?").messages[0]["content"]
     documents = [(str(library / "b.pdf"), "Text of the PDF."), (str(library / "größe.epub"), "First\n\nSecond énd"),
                  (str(library / "saved"), "Text of the page")]  # fmt: skip
@@ -125,7 +128,7 @@ def test_chat_reads_every_format_in_one_wording(library):
     assert content.endswith("Text of the page\n\nThe text ends here.\n\nAnd now?")
     assert with_documents("And now?", []) == "And now?"
     result = session.run_command(f"/file {library / 'broken.pdf'}")
-    assert result.text.startswith("error: /file: ") and "damaged" in result.text and len(session.documents) == 3
+    assert result.startswith("error: /file: ") and "damaged" in result and len(session.documents) == 3
 
 
 def test_inference_puts_files_before_the_prompt(library, run, tiny_model_dir, monkeypatch):

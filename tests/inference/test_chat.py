@@ -9,36 +9,32 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import REPO, save_tiny_model
+from conftest import REPO
+from rigged_model import save_parrot
 
 from longqlora.inference.chat.session import HELP, ChatSession
+from longqlora.inference.generation import GenerationOptions
 
 CHAT = "script/inference/chat.py"
 
 
-def count_words(messages) -> int:
-    """A token count for the tests: one for each word and each role."""
-    return sum(1 + len(message["content"].split()) for message in messages)
+class WordSession(ChatSession):
+    """A token for each word and each role."""
+
+    def encode(self, messages) -> list[int]:
+        return [0] * sum(1 + len(message["content"].split()) for message in messages)
 
 
 def make_session(context_size=40, max_new_tokens=10, **kwargs) -> ChatSession:
-    return ChatSession(count_words, context_size=context_size, max_new_tokens=max_new_tokens, **kwargs)
+    loaded = SimpleNamespace(context_size=context_size)
+    return WordSession(loaded, "vicuna_v1.1", GenerationOptions(max_new_tokens=max_new_tokens), **kwargs)
 
 
 def roles(prompt) -> str:
     return " ".join(message["role"][0] for message in prompt.messages)
-
-
-def test_history_is_sent_in_order():
-    session = make_session(system="be brief")
-    session.add_turn("one", "two")
-    prompt = session.prompt("three")
-    assert [message["content"] for message in prompt.messages] == ["be brief", "one", "two", "three"]
-    assert roles(prompt) == "s u a u" and prompt.notice is None
-    assert prompt.num_tokens == count_words(prompt.messages) and prompt.max_new_tokens == 10
 
 
 def test_oldest_whole_turns_are_left_out_and_it_is_said_once():
@@ -46,20 +42,23 @@ def test_oldest_whole_turns_are_left_out_and_it_is_said_once():
     for number in range(4):
         session.add_turn(f"question {number} " + "w " * 3, f"answer {number}")
     prompt = session.prompt("last question")
-    assert prompt.num_tokens <= session.room == 30
+    assert len(prompt.ids) <= session.room == 30
     assert roles(prompt) == "s u a u a u" and "question 2" in prompt.messages[1]["content"]
     assert prompt.notice == "the context of 40 tokens is full: left out 2 oldest turns"
     assert session.prompt("last question").notice is None
-    assert len(session.turns) == 4, "left out of the prompt, yet still there for /save"
+    assert len(session.history) == 8, "left out of the prompt, yet still there for /save"
 
 
 def test_window_is_as_large_as_fits():
     session = make_session(context_size=30, max_new_tokens=10)
     session.add_turn("a b c", "d e f")  # 8 tokens
     session.add_turn("a b c", "d e f")
-    assert session.room == 20
-    assert roles(session.prompt("a b c")) == "u a u a u"  # 8 + 8 + 4 = 20: exactly full
+    prompt = session.prompt("a b c")  # 8 + 8 + 4 = 20: exactly full
+    assert session.room == len(prompt.ids) == 20 and roles(prompt) == "u a u a u" and prompt.notice is None
+    assert [message["content"] for message in prompt.messages[1:3]] == ["d e f", "a b c"]
     assert roles(session.prompt("a b c d")) == "u a u"
+    session = make_session(context_size=40, max_new_tokens=1000)
+    assert session.room == 20 and session.prompt("a").options.max_new_tokens == 38, "at most half for the answer"
 
 
 def test_files_outlast_turns_and_the_system_message_outlasts_files(tmp_path):
@@ -85,21 +84,15 @@ def test_a_message_that_never_fits_drops_nothing():
     assert roles(session.prompt("three")) == "u a u"
 
 
-def test_room_for_the_answer_is_at_most_half():
-    assert make_session(context_size=40, max_new_tokens=1000).room == 20
-    assert make_session(context_size=40, max_new_tokens=1000).prompt("a").max_new_tokens == 38
-
-
 def test_file_command(tmp_path):
     session = make_session(context_size=100)
     path = tmp_path / "my file.txt"
     path.write_bytes(b"\xef\xbb\xbfthe text\r\n")
-    result = session.run_command(f'/file "{path}"')
-    assert result.text.startswith(f"read {path}: ") and not result.is_exit
-    assert session.documents[0].text == "the text"
+    assert session.run_command(f'/file "{path}"').startswith(f"read {path}: ")
+    assert session.documents == [(str(path), "the text")]
     path.write_text("other text")
     session.run_command(f"/file {path}")
-    assert [document.text for document in session.documents] == ["other text"], "read again: replaced"
+    assert session.documents == [(str(path), "other text")], "read again: replaced"
     content = session.prompt("and now?").messages[0]["content"]
     assert "other text" in content and content.endswith("and now?")
 
@@ -130,28 +123,27 @@ def test_bad_commands_are_one_line_and_change_nothing(tmp_path):
         "/": "unknown command '/'",
     }
     for line, message in expected.items():
-        result = session.run_command(line)
-        assert result.text.startswith("error: ") and message in result.text and "\n" not in result.text, line
-        assert not result.is_exit
-    assert not session.documents and len(session.turns) == 1
+        text = session.run_command(line)
+        assert text.startswith("error: ") and message in text and "\n" not in text, line
+    assert not session.documents and len(session.history) == 2
 
 
 def test_clear_help_exit():
     session = make_session(system="be brief")
     session.add_turn("one", "two")
-    assert session.run_command("/clear").text == "cleared"
+    assert session.run_command("/clear") == "cleared"
     assert roles(session.prompt("three")) == "s u"
-    assert session.run_command("/help").text == HELP
-    assert session.run_command("/exit").is_exit
+    assert session.run_command("/help") == HELP
+    assert session.run_command("/exit") is None
     documented = {line.split()[0] for line in HELP.splitlines() if line.startswith("/")}
-    assert all("unknown" not in (session.run_command(name).text or "") for name in documented)
+    assert all("unknown" not in (session.run_command(name) or "") for name in documented)
 
 
 def test_save_is_atomic_and_whole(tmp_path):
     session = make_session(system="be brief")
     session.add_turn("one", "zwei ü")
     path = tmp_path / "chat.json"
-    assert session.run_command(f"/save {path}").text == f"saved {path}"
+    assert session.run_command(f"/save {path}") == f"saved {path}"
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
     assert saved["messages"][2]["content"] == "zwei ü" and saved["documents"] == []
@@ -169,23 +161,9 @@ def test_ctrl_c_at_the_prompt_leaves_at_the_second(monkeypatch, capsys):
         raise key
 
     monkeypatch.setattr(builtins, "input", fake_input)
-    assert list(read_lines(True)) == ["hello"]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    assert list(read_lines()) == ["hello"]
     assert "again" in capsys.readouterr().err
-
-
-def save_parrot(folder: Path, tokenizer) -> Path:
-    """A model that writes " the" for ever: its layers do nothing and its head knows one token."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    save_tiny_model(folder, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.fill_(1.0 if "norm" in name or "embed" in name else 0.0)
-        model.lm_head.weight[tokenizer(" the", add_special_tokens=False)["input_ids"][0]] = 1.0
-    model.save_pretrained(folder)
-    return folder
 
 
 def test_chat_through_a_pipe(tiny_tokenizer, tmp_path, run_script):
@@ -200,13 +178,7 @@ def test_chat_through_a_pipe(tiny_tokenizer, tmp_path, run_script):
         cwd=tmp_path, input="\n".join(lines), check=True,
     )  # fmt: skip
     assert outcome.stdout == "the the the\n" * 3
-    for message in (
-        "unknown command '/nonsense'",
-        "read paper.txt",
-        "no file at 'missing.txt'",
-        "cleared",
-        "shorten it",
-    ):
+    for message in ("unknown command '/nonsense'", "read paper.txt", "no file at 'missing.txt'", "cleared", "shorten"):
         assert outcome.stderr.count(message) == 1, message
     assert "Traceback" not in outcome.stderr
     saved = json.loads((tmp_path / "full.json").read_text())

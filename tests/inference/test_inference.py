@@ -4,13 +4,20 @@ import json
 import runpy
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPO, sentences
 
 from longqlora.inference.batch import partial_path
-from longqlora.inference.generation import GenerationOptions, encode_prompt, fit_prompt, generate_text, known_template
-from longqlora.inference.text_stream import StopStringFilter, StreamDecoder
+from longqlora.inference.generation import (
+    AnswerStream,
+    GenerationOptions,
+    encode_prompt,
+    fit_prompt,
+    generate_text,
+    known_template,
+)  # fmt: skip
 
 SCRIPT = "script/inference/inference.py"
 PROMPT = "the quick brown fox"
@@ -64,6 +71,8 @@ def test_greedy_equals_generate_and_the_stream_equals_the_text(tiny_model, tiny_
     assert (answer.num_prompt_tokens, answer.num_new_tokens) == (len(ids), len(expected))
     same = generate_text(tiny_model, tiny_tokenizer, ids, GenerationOptions(temperature=0, max_new_tokens=24))
     assert same.text == answer.text
+    with pytest.raises(ValueError, match="empty"):
+        generate_text(tiny_model, tiny_tokenizer, [], GREEDY)
 
 
 def test_sampling_follows_the_seed(tiny_model, tiny_tokenizer):
@@ -115,11 +124,6 @@ def test_finish_reasons(tiny_model, tiny_tokenizer):
     assert set(threading.enumerate()) == threads
 
 
-def test_empty_prompt_is_refused(tiny_model, tiny_tokenizer):
-    with pytest.raises(ValueError, match="empty"):
-        generate_text(tiny_model, tiny_tokenizer, [], GREEDY)
-
-
 @pytest.mark.parametrize(
     "values",
     [
@@ -134,21 +138,27 @@ def test_bad_options(values):
         GenerationOptions(**values)
 
 
+def stream(tokenizer, prompt_ids, ids, stop=()) -> tuple[list[str], AnswerStream]:
+    """The pieces given out for `ids`, the last of them at the end, and the stream."""
+    pieces = []
+    answer = AnswerStream(tokenizer, prompt_ids, stop, pieces.append, threading.Event())
+    for token_id in ids:
+        answer.put(token_id)
+    assert answer.finish() == "".join(pieces)
+    return pieces, answer
+
+
 @pytest.mark.parametrize("text", ["plain words", "für Ünïcode 漢字 and 🙂 done", " leading", "a\nb\n\n", "\ufffd", ""])
-def test_stream_decoder_gives_the_text_in_whole_characters(tiny_tokenizer, text):
+def test_stream_gives_the_text_in_whole_characters(tiny_tokenizer, text):
     ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
-    decoder = StreamDecoder(tiny_tokenizer, tiny_tokenizer("the prompt")["input_ids"])
-    pieces = [decoder.put(token_id) for token_id in ids] + [decoder.flush()]
-    assert "".join(pieces) == text
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces)
+    pieces, answer = stream(tiny_tokenizer, tiny_tokenizer("the prompt")["input_ids"], ids)
+    assert answer.text == text and ("\ufffd" in text or not any("\ufffd" in piece for piece in pieces))
 
 
-def test_stream_decoder_gives_out_broken_bytes_at_the_end(tiny_tokenizer):
+def test_stream_gives_out_broken_bytes_at_the_end(tiny_tokenizer):
     ids = tiny_tokenizer("ok 漢", add_special_tokens=False)["input_ids"][:-1]
-    decoder = StreamDecoder(tiny_tokenizer, [1])
-    assert "".join(decoder.put(token_id) for token_id in ids) == "ok "
-    assert decoder.flush() == "\ufffd"
+    pieces, answer = stream(tiny_tokenizer, [1], ids)
+    assert answer.text == "ok \ufffd" and pieces[-1] == "\ufffd"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
@@ -164,13 +174,10 @@ def test_stream_decoder_gives_out_broken_bytes_at_the_end(tiny_tokenizer):
     ],
 )
 def test_stop_strings_at_any_split(size, stop, text, passed):
-    stops = StopStringFilter(stop)
-    out = ""
-    for start in range(0, len(text), size):
-        if not stops.is_stopped:
-            out += stops.put(text[start : start + size])
-    out += stops.flush()
-    assert out == passed and stops.is_stopped == (passed != text)
+    tokens = [text[start : start + size] for start in range(0, len(text), size)]
+    tokenizer = SimpleNamespace(decode=lambda ids, **options: "".join(tokens[token_id] for token_id in ids))
+    _, answer = stream(tokenizer, [], range(len(tokens)), stop)
+    assert answer.text == passed and answer.is_stopped == (passed != text)
 
 
 def test_fit_prompt():
@@ -226,13 +233,11 @@ def test_script_streams_the_same_text_and_warns_beyond_the_context(script, tiny_
     assert code == 0 and "warning" not in errors
 
 
-def test_script_uses_the_template(script, tiny_model, tiny_tokenizer, tiny_model_dir):
+def test_script_uses_the_template(script, tiny_model_dir):
     arguments = ["--model_name_or_path", tiny_model_dir, "--prompt", "hi", "--no-do_sample", "--max_new_tokens", 8]
-    arguments += ["--context_size", 256, "--system", "be brief"]
-    code, out, errors = script(*arguments, "--prompt_template", "vicuna_v1.1")
-    assert code == 0 and out
-    code, out, errors = script(*arguments)
-    assert code == 2 and "--system" in errors
+    arguments += ["--context_size", 256]
+    outputs = [script(*arguments, *more) for more in ([], ["--prompt_template", "vicuna_v1.1", "--system", "be brief"])]
+    assert [code for code, _, _ in outputs] == [0, 0] and outputs[0][1] != outputs[1][1]
 
 
 def test_script_truncates_only_when_asked(script, tiny_model_dir, tmp_path):
@@ -269,53 +274,41 @@ def test_batch_is_resumed(script, tiny_model_dir, tmp_path):
     assert code == 2 and "answers to other prompts" in errors and not target.exists()
 
 
-BAD = {
-    "no model": (["--prompt", "x"], "--model_name_or_path"),
-    "missing model": (["--model_name_or_path", "./nowhere", "--prompt", "x"], "no model folder"),
-    "missing adapter": (["--adapter_name_or_path", "./nowhere", "--prompt", "x"], "no folder"),
-    "missing prompt file": (["--model_name_or_path", "MODEL", "--prompt_file", "nothing.txt"], "no file"),
-    "prompt file not UTF-8": (["--model_name_or_path", "MODEL", "--prompt_file", "latin.txt"], "not UTF-8"),
-    "no output file": (["--model_name_or_path", "MODEL", "--input_file", "good.jsonl"], "go together"),
-    "output without input": (["--model_name_or_path", "MODEL", "--prompt", "x", "--output_file", "y"], "go together"),
-    "output is a folder": (
-        ["--model_name_or_path", "MODEL", "--input_file", "good.jsonl", "--output_file", "."],
-        "is a folder",
-    ),
-    "output is the input": (
-        ["--model_name_or_path", "MODEL", "--input_file", "good.jsonl", "--output_file", "good.jsonl", "--overwrite"],
-        "overlaps",
-    ),
-    "bad json": (["--model_name_or_path", "MODEL", "--input_file", "bad.jsonl", "--output_file", "o"], "line 2"),
-    "no prompt key": (["--model_name_or_path", "MODEL", "--input_file", "key.jsonl", "--output_file", "o"], "line 1"),
-    "empty jsonl": (["--model_name_or_path", "MODEL", "--input_file", "empty", "--output_file", "o"], "no prompts"),
-    "half a character": (
-        ["--model_name_or_path", "MODEL", "--input_file", "half.jsonl", "--output_file", "o"],
-        "prompt 1: the prompt is not valid Unicode",
-    ),
-    "temperature": (["--model_name_or_path", "MODEL", "--prompt", "x", "--temperature", "-1"], "--temperature"),
-    "top_p": (["--model_name_or_path", "MODEL", "--prompt", "x", "--top_p", "nan"], "--top_p"),
-    "tokens": (["--model_name_or_path", "MODEL", "--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens"),
-    "context": (["--model_name_or_path", "MODEL", "--prompt", "x", "--context_size", "0"], "--context_size"),
-    "raw and template": (
-        ["--model_name_or_path", "MODEL", "--prompt", "x", "--raw", "--prompt_template", "vicuna_v1.1"],
-        "contradict",
-    ),
-    "no chat template": (
-        ["--model_name_or_path", "MODEL", "--prompt", "x", "--prompt_template", "chat_template"],
-        "chat template",
-    ),
-}
+BATCH = "--input_file {} --output_file o"
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(script, tiny_model_dir, tmp_path, case):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--adapter_name_or_path ./nowhere --prompt x", "no folder"),
+        ("--prompt x", "--model_name_or_path"),
+        ("--model_name_or_path ./nowhere --prompt x", "no model folder"),
+        ("MODEL --prompt_file nothing.txt", "no file"),
+        ("MODEL --prompt_file latin.txt", "not UTF-8"),
+        ("MODEL --input_file good.jsonl", "go together"),
+        ("MODEL --prompt x --output_file y", "go together"),
+        ("MODEL --input_file good.jsonl --output_file .", "is a folder"),
+        ("MODEL --input_file good.jsonl --output_file good.jsonl --overwrite", "overlaps"),
+        (f"MODEL {BATCH.format('bad.jsonl')}", "line 2"),
+        (f"MODEL {BATCH.format('key.jsonl')}", "line 1"),
+        (f"MODEL {BATCH.format('empty')}", "no prompts"),
+        (f"MODEL {BATCH.format('half.jsonl')}", "prompt 1: the prompt has half of a surrogate pair"),
+        ("MODEL --prompt x --temperature -1", "--temperature"),
+        ("MODEL --prompt x --top_p nan", "--top_p"),
+        ("MODEL --prompt x --max_new_tokens 0", "--max_new_tokens"),
+        ("MODEL --prompt x --context_size 0", "--context_size"),
+        ("MODEL --prompt x --raw --prompt_template vicuna_v1.1", "contradict"),
+        ("MODEL --prompt x --prompt_template chat_template", "chat template"),
+        ("MODEL --prompt x --system brief", "--system"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(script, tiny_model_dir, tmp_path, words, message):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     (tmp_path / "good.jsonl").write_text('{"prompt": "x"}\n')
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
     (tmp_path / "key.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud800"}\n')
-    arguments, message = BAD[case]
-    code, out, errors = script(*[str(tiny_model_dir) if a == "MODEL" else a for a in arguments])
+    code, out, errors = script(*words.replace("MODEL", f"--model_name_or_path {tiny_model_dir}").split())
     errors = [line for line in errors.splitlines() if line.startswith("error")]
     assert code == 2 and out == "" and len(errors) == 1 and message in errors[0]

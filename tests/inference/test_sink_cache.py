@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from longqlora.inference.sink_cache import SinkLayer, check_streaming, default_window, sink_cache
+from longqlora.inference.sink_cache import SinkLayer, check_streaming, sink_cache
 
 WINDOW, NUM_SINKS = 16, 4
 
@@ -54,10 +54,10 @@ def run_blocks(model, cache, ids, blocks) -> torch.Tensor:
 def rotated(states, positions, inv_freq):
     """Llama's RoPE of states [H, S, D] at these positions [S], written as complex numbers."""
     half = states.shape[-1] // 2
-    turned = torch.complex(states[..., :half], states[..., half:]) * torch.polar(
+    result = torch.complex(states[..., :half], states[..., half:]) * torch.polar(
         torch.ones(len(positions), half, dtype=torch.float64), torch.outer(positions.double(), inv_freq)
     )
-    return torch.cat([turned.real, turned.imag], dim=-1)
+    return torch.cat([result.real, result.imag], dim=-1)
 
 
 @torch.no_grad()
@@ -169,17 +169,12 @@ def test_memory_is_constant_and_sinks_do_not_wear_off():
     assert layer.get_seq_length() == 5004 and not layer.is_croppable
 
 
-def test_a_reset_layer_remembers_nothing():
-    inv_freq = make_model().model.rotary_emb.inv_freq
-    used, fresh = (SinkLayer(inv_freq, WINDOW, NUM_SINKS) for _ in range(2))
-    for _ in range(3):
-        used.update(torch.randn(1, 2, 10, 16), torch.randn(1, 2, 10, 16))
-    used.reset()
-    assert used.get_seq_length() == 0 and used.get_mask_sizes(3) == (3, 0)
-    for _ in range(3):
-        keys, values = torch.randn(2, 1, 2, 10, 16)
-        seen = zip(used.update(keys, values), fresh.update(keys, values), strict=True)
-        assert all(torch.equal(one, other) for one, other in seen)
+def test_a_reset_cache_remembers_nothing():
+    model, ids = make_model(), random_ids(40)
+    cache = sink_cache(model, window=WINDOW)
+    first = run_blocks(model, cache, ids, [10] * 4)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and torch.equal(run_blocks(model, cache, ids, [10] * 4), first)
 
 
 NOPE = AutoConfig.for_model(
@@ -192,10 +187,10 @@ DCA = {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings": 64
 @pytest.mark.parametrize(
     "config, sizes, words",
     [
-        (tiny_config(), (4, 4), ["--streaming_window", "4", "--num_sinks"]),
-        (tiny_config(), (10, -1), ["--num_sinks", "-1"]),
-        (tiny_config(), (64, 4), ["--streaming_window", "context of 64", "got 64"]),
-        (tiny_config(), (None, 56), ["--num_sinks", "56"]),
+        (tiny_config(), (4, 4), ["--streaming_window 4", "--num_sinks 4"]),
+        (tiny_config(), (10, -1), ["--num_sinks -1"]),
+        (tiny_config(), (64, 4), ["--streaming_window 64", "context of 64"]),
+        (tiny_config(), (None, 56), ["--streaming_window 56", "--num_sinks 56"]),
         (tiny_config(dual_chunk_attention_config=DCA), (16, 4), ["--attention full"]),
         (tiny_config(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}), (16, 4), ["dynamic"]),
         (tiny_config("mistral", sliding_window=32), (16, 4), ["mistral", "sliding-window"]),
@@ -217,7 +212,7 @@ def test_models_without_llamas_rope_are_refused(config):
 
 
 def test_block_and_window_fill_the_context():
-    assert [default_window(size) for size in (64, 8192, 32768)] == [56, 7168, 31744]
-    assert check_streaming(tiny_config(), None, 4) == 56
+    for size, window in ((64, 56), (8192, 7168), (32768, 31744)):
+        assert check_streaming(tiny_config(max_position_embeddings=size), None, 4) == window
     model = make_model()
     assert sink_cache(model).block_size == 8 and sink_cache(model, window=63).block_size == 1

@@ -1,319 +1,369 @@
-"""The web page's conversations, and what it shows of them, without a browser."""
+"""The web page: whom its server answers, what it makes of gradio's history, its script, and the page in Chromium."""
 
+import asyncio
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import REPO
 
-from longqlora.inference.chat import web_chat
-from longqlora.inference.chat.web_chat import Conversations, SharedModel
-from longqlora.inference.chat.web_page import (
-    documents_html,
-    facts_line,
-    meter_html,
-    page_options,
-    shown_messages,
-    status_html,
-)
-from longqlora.inference.generation import Generation, GenerationOptions
+pytest.importorskip("gradio", reason="gradio is not installed: requirements-extras.txt")
 
-OPTIONS = GenerationOptions(max_new_tokens=32)
+from rigged_model import save_parrot
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
+from longqlora.inference.chat.web import OwnPageOnly, PageSession, build_page
+from longqlora.inference.generation import GenerationOptions
+from longqlora.inference.load import LoadedModel
 
-class Writer:
-    """Stands in for `generate_text`: gives out the next of `pieces` at each `release`, until it is stopped."""
-
-    def __init__(self, *pieces: str):
-        self.pieces, self.steps = pieces, threading.Semaphore(0)
-        self.num_writing = self.most_writing = 0
-        self.prompts, self.options = [], []
-
-    def release(self, count: int = 1) -> None:
-        self.steps.release(count)
-
-    def __call__(self, model, tokenizer, prompt_ids, options, *, on_text, stop_event) -> Generation:
-        self.num_writing += 1
-        self.most_writing = max(self.most_writing, self.num_writing)
-        self.prompts.append(tokenizer.decode(prompt_ids))
-        self.options.append(options)
-        text = ""
-        try:
-            for piece in self.pieces:
-                deadline = time.monotonic() + 30
-                while not self.steps.acquire(timeout=0.01):
-                    assert time.monotonic() < deadline, "nobody released or stopped the answer"
-                    if stop_event.is_set():
-                        return Generation(text, len(prompt_ids), 1, "interrupted", ())
-                if piece == "fail":
-                    raise RuntimeError("the model\nbroke")
-                text += piece
-                on_text(piece)
-            return Generation(text, len(prompt_ids), len(self.pieces), "eos", ())
-        finally:
-            self.num_writing -= 1
+WEB = "script/inference/web.py"
+HERE = "http://localhost:7860"
+SITE, DESTINATION = "sec-fetch-site", "sec-fetch-dest"
+# Headers, and whether such a request may read and may write.
+REQUESTS = [
+    *[({"host": host}, True, True) for host in (
+        "localhost:7860", "LocalHost", "127.0.0.1:7860", "[::1]:7860", "192.168.1.5:7860", "chat.example.org",
+    )],
+    *[({"host": host}, False, False) for host in (
+        "evil.example:7860", "127.0.0.1.evil.example", "localhost.evil.example", "localhost:7860@evil.example",
+        "evil.example/localhost", "[::1", "", "www.example.org",
+    )],
+    *[({"origin": origin}, True, True) for origin in (HERE, "https://chat.example.org:8443")],
+    *[({"origin": origin}, False, False) for origin in (
+        "http://evil.example", "http://localhost:3000", "http://localhost", "http://127.0.0.1:7860", "null",
+        "http://[::1", "https://chat.example.org.evil.example", "https://x@evil.example",
+    )],
+    ({"origin": HERE, SITE: "same-origin"}, True, True),
+    ({SITE: "none", DESTINATION: "document"}, True, True),
+    *[({SITE: site, DESTINATION: kind}, False, False) for site in ("cross-site", "same-site")
+      for kind in ("script", "iframe", "empty")],
+    ({"origin": HERE, SITE: "cross-site"}, False, False),
+    # A link to the page.
+    ({SITE: "cross-site", DESTINATION: "document"}, True, False),
+]  # fmt: skip
 
 
 @pytest.fixture
-def writer(monkeypatch):
-    monkeypatch.setattr(web_chat, "TURN_INTERVAL", 0.01)
+def guarded(tmp_path):
+    """A client of a small server behind the guard, and its folder of uploads."""
 
-    def install(*pieces: str) -> Writer:
-        writer = Writer(*pieces)
-        monkeypatch.setattr(web_chat, "generate_text", writer)
-        return writer
+    async def answer(request):
+        return PlainTextResponse("a chat")
 
-    return install
-
-
-@pytest.fixture
-def conversations(tiny_tokenizer):
-    def make(context_size: int = 400, **kwargs) -> Conversations:
-        loaded = SimpleNamespace(model=None, tokenizer=tiny_tokenizer, context_size=context_size)
-        return Conversations(SharedModel(loaded, "vicuna_v1.1"), OPTIONS, **kwargs)
-
-    return make
+    app = Starlette(routes=[Route(path, answer, methods=["GET", "POST"]) for path in ("/", "/upload", "/other")])
+    return TestClient(OwnPageOnly(app, {"localhost"}, {"chat.example.org"}, tmp_path, 1000)), tmp_path
 
 
-def wait_until(condition, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not come about"
-        time.sleep(0.005)
+@pytest.mark.parametrize(("headers", "may_read", "may_write"), REQUESTS, ids=str)
+def test_only_its_own_page_reaches_the_server(guarded, headers, may_read, may_write):
+    headers = {"host": "localhost:7860", **headers}
+    for reply, is_allowed in (
+        (guarded[0].get("/", headers=headers), may_read), (guarded[0].post("/", headers=headers), may_write),
+    ):  # fmt: skip
+        assert (reply.status_code, "a chat" in reply.text) == ((200, True) if is_allowed else (403, False))
+        assert reply.headers["content-security-policy"].startswith("default-src 'self'")
 
 
-def contents(conversation) -> list[str]:
-    return [message["content"] for message in conversation.messages()]
+def test_uploads_are_limited_in_total(guarded):
+    client, folder = guarded
+
+    def upload(num_bytes: int, path: str = "/upload") -> int:
+        files = {"files": ("a.txt", b"w" * num_bytes)}
+        return client.post(path, files=files, headers={"host": "localhost"}).status_code
+
+    assert (upload(500), upload(1000), upload(10, "/other")) == (200, 413, 404)
+    (folder / "kept").mkdir()
+    (folder / "kept/a.txt").write_bytes(b"w" * 600)
+    assert upload(500) == 413
+    (folder / "kept/a.txt").unlink()
+    assert upload(500) == 200
 
 
-def ask_all(conversation, question: str, options: GenerationOptions = OPTIONS, system: str | None = None) -> None:
-    finish(conversation.ask(question, options, system))
+def loaded_model(tokenizer, context_size=600):
+    return SimpleNamespace(model=None, tokenizer=tokenizer, context_size=context_size)
 
 
-def finish(answer) -> None:
-    # An answer whose turn never comes is to fail, not to hang.
-    assert answer.is_done.wait(30)
+def user(text: str, *paths) -> dict:
+    files = [{"type": "file", "file": {"path": str(path)}} for path in paths]
+    return {"role": "user", "content": [*files, {"type": "text", "text": text}]}
 
 
-def test_an_answer_streams_and_joins_the_history(conversations, writer):
-    conversation = conversations().of("a")
-    script = writer("  ", " one", " two")
-    answer = conversation.ask(" hello ", OPTIONS)
-    assert contents(conversation) == ["hello"]
-    script.release(2)
-    wait_until(lambda: len(contents(conversation)) == 2)
-    assert contents(conversation) == ["hello", "one"], "no space before the answer"
-    script.release()
-    finish(answer)
-    assert contents(conversation) == ["hello", "one two"] and conversation.answer is None and conversation.status == ""
-    script.release(3)
-    ask_all(conversation, "and now?")
-    assert "USER: hello\nASSISTANT: one two</s>USER: and now?\nASSISTANT:" in script.prompts[1]
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def test_a_stopped_answer_is_kept(conversations, writer):
-    conversation = conversations().of("a")
-    script = writer("some", " more")
-    script.release()
-    answer = conversation.ask("hello", OPTIONS)
-    wait_until(lambda: contents(conversation) == ["hello", "some"])
-    conversation.stop()
-    assert conversation.status == "stopping"
-    finish(answer)
-    assert contents(conversation) == ["hello", "some"] and conversation.status == "stopped"
-    assert not conversation.is_error and conversation.answer is None
-
-
-def test_conversations_are_apart_and_the_model_answers_one_at_a_time(conversations, writer):
-    both = conversations()
-    first, second = both.of("a"), both.of("b")
-    assert both.of("a") is first is not second
-    script = writer("text")
-    answer = first.ask("one", OPTIONS)
-    wait_until(lambda: script.num_writing == 1)
-    other = second.ask("two", OPTIONS)
-    wait_until(lambda: second.answer.is_waiting)
-    assert "waiting for the model" in status_html(second) and "waiting" not in status_html(first)
-    script.release()
-    finish(answer)
-    wait_until(lambda: len(script.prompts) == 2)
-    assert "waiting" not in status_html(second)
-    script.release()
-    finish(other)
-    assert (contents(first), contents(second)) == (["one", "text"], ["two", "text"])
-    assert script.most_writing == 1
-
-
-def test_a_waiting_conversation_can_be_stopped(conversations, writer):
-    both = conversations()
-    first, second = both.of("a"), both.of("b")
-    script = writer("text")
-    answer = first.ask("one", OPTIONS)
-    wait_until(lambda: script.num_writing == 1)
-    other = second.ask("two", OPTIONS)
-    second.stop()
-    finish(other)
-    assert contents(second) == [] and second.status == "stopped" and len(script.prompts) == 1
-    script.release()
-    finish(answer)
-    assert contents(first) == ["one", "text"]
-
-
-def test_reset_drops_the_answer_being_written_too(conversations, writer, tmp_path):
-    conversation = conversations().of("a")
-    empty = conversation.num_tokens()
-    (tmp_path / "a.txt").write_text("wizards box")
-    conversation.add_document(str(tmp_path / "a.txt"))
-    script = writer("some", " more")
-    script.release()
-    answer = conversation.ask("hello", OPTIONS)
-    wait_until(lambda: len(contents(conversation)) == 2)
-    conversation.reset()
-    finish(answer)
-    assert contents(conversation) == [] == conversation.documents() and conversation.status == "cleared"
-    assert conversation.num_tokens() == empty
-    wait_until(lambda: script.num_writing == 0)
-    script.release(2)
-    ask_all(conversation, "again")
-    assert contents(conversation) == ["again", "some more"], "the dropped answer did not come back"
-
-
-def test_meter_counts_what_a_prompt_holds_and_changes_nothing(conversations, writer, tmp_path):
-    conversation = conversations(system="be brief").of("a")
-    count = conversation.shared.count_tokens
-    system = {"role": "system", "content": "be brief"}
-    assert conversation.num_tokens() == count([system, {"role": "user", "content": ""}])
-    (tmp_path / "a.txt").write_text("wizards box " * 10)
-    before = conversation.num_tokens()
-    conversation.add_document(str(tmp_path / "a.txt"))
-    [document] = conversation.documents()
-    assert document.num_tokens == conversation.num_tokens() - before > 20 and not document.is_left_out
-    assert conversation.status == f"read a.txt: {document.num_tokens} tokens"
-    writer("x" * 150).release()
-    ask_all(conversation, "w" * 150, system="be brief")
-    # Full: the turn would be left out of the next prompt, but only asking says so.
-    assert conversation.num_tokens() < before + document.num_tokens + 150
-    assert conversation.session.num_dropped_turns == 0
-    writer("y").release()
-    ask_all(conversation, "z" * 100, system="be brief")
-    assert conversation.status == "(the context of 400 tokens is full: left out 1 oldest turn)"
-    assert len(contents(conversation)) == 4, "still shown"
-
-
-def test_documents_go_by_their_names_and_bad_ones_change_nothing(conversations, writer, tmp_path):
-    conversation = conversations().of("a")
-    for folder, text in (("one", "first"), ("two", "wizards box")):
+def test_the_history_of_gradio_becomes_a_conversation(tiny_tokenizer, tmp_path):
+    for folder, text in (("one", "first"), ("two", "wizards")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "müsli <b>.txt").write_text(text)
-        conversation.add_document(str(tmp_path / folder / "müsli <b>.txt"))
-    assert [document.name for document in conversation.documents()] == ["müsli <b>.txt"], "replaced"
-    used = conversation.num_tokens()
-    for name, data, message in (
-        ("binary.txt", b"\xff\xfa\x00\x01", "not UTF-8"),
-        ("empty.txt", b" \n", "is empty"),
-        ("long.txt", b"w " * 900, "too many for a context of 400"),
-        ("broken.pdf", b"nothing of a pdf", "PDF"),
-        ("broken.epub", b"PK\x03\x04 nothing of an epub", "EPUB"),
-    ):
-        (tmp_path / name).write_bytes(data)
-        conversation.add_document(str(tmp_path / name))
-        assert conversation.is_error and message in conversation.status, name
-        assert name in conversation.status and str(tmp_path) not in conversation.status
-    conversation.add_document(str(tmp_path / "missing.txt"))
-    assert conversation.is_error and "missing.txt" in conversation.status
-    assert len(conversation.documents()) == 1 and conversation.num_tokens() == used
-    script = writer("yes")
-    script.release()
-    ask_all(conversation, "what does it say?")
-    assert "wizards box" in script.prompts[0] and str(tmp_path) not in script.prompts[0]
-    assert "müsli" in script.prompts[0] and "first" not in script.prompts[0]
-
-
-def test_what_cannot_be_asked_is_refused_and_changes_nothing(conversations, writer):
-    conversation = conversations().of("a")
-    script = writer("text")
-    for question, message in ((" \n", "is empty"), ("w " * 900, "shorten it"), ("\ud800", "not valid Unicode")):
-        with pytest.raises(ValueError, match=message):
-            conversation.ask(question, OPTIONS)
-    answer = conversation.ask("one", OPTIONS)
-    with pytest.raises(ValueError, match="an answer is being written"):
-        conversation.ask("two", OPTIONS)
-    script.release()
-    finish(answer)
-    assert contents(conversation) == ["one", "text"]
-
-
-def test_a_failing_model_is_told_and_leaves_the_turn_free(conversations, writer, capsys):
-    both = conversations()
-    conversation = both.of("a")
-    writer("some", "fail").release(2)
-    ask_all(conversation, "hello")
-    assert conversation.is_error and conversation.status == "the model broke"
-    assert "RuntimeError" in capsys.readouterr().err, "the log has it in full"
-    writer("fine").release()
-    ask_all(both.of("b"), "hello")
-    assert contents(both.of("b")) == ["hello", "fine"]
-
-
-def test_settings_of_the_page(conversations, writer):
-    options = page_options(GenerationOptions(seed=3, do_sample=False), 7.0, 0.5, 0.8)
-    assert options == GenerationOptions(max_new_tokens=7, temperature=0.5, top_p=0.8, seed=3)
-    assert page_options(options, 7, 0, 0.8).is_greedy
-    for values in ((None, 0.5, 0.8), (7, None, 0.8), (0, 0.5, 0.8), (7, -1, 0.8), (7, 0.5, 0)):
-        with pytest.raises(ValueError):
-            page_options(options, *values)
-    conversation = conversations().of("a")
-    script = writer("text")
-    script.release()
-    ask_all(conversation, "hello", options, "be a wizard")
-    assert script.options[0] == options and "be a wizard" in script.prompts[0]
-    script.release()
-    ask_all(conversation, "hello", GenerationOptions(max_new_tokens=10_000))
-    assert script.options[1].max_new_tokens + len(conversation.shared.encoder(script.prompts[1]).input_ids) <= 402
-
-
-def test_oldest_conversation_is_forgotten(conversations, monkeypatch):
-    monkeypatch.setattr(web_chat, "MAX_CONVERSATIONS", 2)
-    many = conversations()
-    first, second = many.of("a"), many.of("b")
-    many.of("a")
-    many.of("c")
-    assert many.of("a") is first and many.of("b") is not second
-
-
-def test_nothing_that_is_shown_is_read_as_html(conversations, writer, tmp_path):
-    conversation = conversations().of("a")
-    evil = "<img src=x onerror=alert(1)>"
-    (tmp_path / f"{evil}.txt").write_text("text")
-    conversation.add_document(str(tmp_path / f"{evil}.txt"))
-    writer(f"a & b {evil}").release()
-    ask_all(conversation, f"{evil}\n  a\n\tb")
-    assert [message["content"] for message in shown_messages(conversation)] == [
-        "&lt;img src=x onerror=alert(1)&gt;\n&#32; a\n&#9;b", "a &amp; b &lt;img src=x onerror=alert(1)&gt;",
+        (tmp_path / folder / "a.txt").write_text(text)
+    history = [
+        user("never answered", tmp_path / "one/a.txt"), user("hello"), assistant("the fox"),
+        user("and", tmp_path / "two/a.txt"), assistant("the dog"),
     ]  # fmt: skip
-    conversation.tell(evil, is_error=True)
-    for page in (documents_html(conversation), status_html(conversation)):
-        assert "<img" not in page and "&lt;img" in page
-    conversation.shows_markdown = True
-    assert shown_messages(conversation)[1]["content"] == f"a & b {evil}", "Markdown is for the page to sanitise"
+    session = PageSession(loaded_model(tiny_tokenizer), "vicuna_v1.1", GenerationOptions(max_new_tokens=9), "be brief")
+    session.restore(history)
+    assert session.documents == [("a.txt", "wizards")], "a file of the same name is replaced"
+    assert [message["content"] for message in session.history] == ["hello", "the fox", "and", "the dog"]
+    text = tiny_tokenizer.decode(session.prompt("why?").ids)
+    assert "be brief" in text and "Below is the text of a.txt." in text and text.endswith("USER: why?\nASSISTANT: ")
 
 
-def test_meter_and_facts():
-    assert "1\u00a0234 of 8\u00a0192 tokens" in meter_html(1234, 8192) and "width: 15%" in meter_html(1234, 8192)
-    assert "width: 100%" in meter_html(9000, 8192)
-    facts = {
-        "base_model": "base", "peft_model": None, "context_size": 8192, "attention": "dense", "dtype": "bfloat16",
-        "load_in_4bit": True, "device": "cpu",
-        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
-    }  # fmt: skip
-    line = facts_line(facts, "vicuna_v1.1")
-    for part in (
-        "model base",
-        "adapter none",
-        "8\u00a0192",
-        "RoPE linear (factor 2, rope_theta 10000)",
-        "dense",
-        "NF4",
+@pytest.fixture
+def page(tiny_tokenizer):
+    """The page of a model with a context of 600 tokens."""
+    config = SimpleNamespace(rope_parameters={"rope_type": "linear"})
+    loaded = LoadedModel(None, tiny_tokenizer, config, "<base>", None, 600, "dense", torch.float32, False)
+    return build_page(loaded, template="vicuna_v1.1", options=GenerationOptions(max_new_tokens=9), system=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "document", "message"),
+    [
+        (" ", "wizards", "write a question"),
+        ("hello", "\0", "notes.txt"),
+        ("hello", " \n", "notes.txt"),
+        ("hello", "w " * 900, "too long for the context of 600"),
+        ("w " * 900, None, "shorten it"),
+        ("\ud800", None, "surrogate"),
+        ("hello", "wizards", None),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_it_is_sent(page, tmp_path, text, document, message):
+    (tmp_path / "notes.txt").write_text(document or "")
+    [check] = {handler.validator for handler in page.fns.values() if handler.validator}
+    answer = check({"text": text, "files": [str(tmp_path / "notes.txt")] if document else []})
+    assert answer["is_valid"] == (message is None) and (message or "") in answer["message"]
+    assert str(tmp_path) not in answer["message"]
+
+
+def test_no_file_but_an_upload_can_be_named(page, tmp_path):
+    import gradio as gr
+
+    [handler] = [handler for handler in page.fns.values() if handler.name == "count"]
+    (tmp_path / "private.txt").write_text("private")
+    page.has_launched = True
+    for facts in ({"meta": {"_type": "gradio.FileData"}}, {}, {"meta": {"_type": "x"}}):
+        history = [user("what?"), assistant("x")]
+        history[0]["content"].append({"type": "file", "file": {"path": str(tmp_path / "private.txt"), **facts}})
+        with pytest.raises((gr.exceptions.InvalidPathError, ValueError)):
+            asyncio.run(page.process_api(handler, [history, ""], request=gr.Request(session_hash="abc")))
+
+
+def test_bad_flags_end_before_the_model_is_looked_for(monkeypatch, capsys):
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    for flags, message in (
+        ("--port 70000", "--port 70000: cannot listen there"),
+        (f"--port {port}", f"--port {port}: cannot listen there: Address already in use"),
+        ("--host no.such.host", "--host no.such.host"),
+        ("--max_upload_mb 0", "--max_upload_mb: must be from 1 to"),
+        ("--max_upload_mb 9 --max_total_upload_mb 8", "--max_upload_mb: must be from 1 to the 8 MiB"),
+        ("--allowed_hosts https://chat.example.org/", "--allowed_hosts: 'https://chat.example.org/' is no host name"),
+        ("--temperature -1", "--temperature"),
+        ("--context_size 0", "--context_size"),
     ):
-        assert part in line
-    assert "RoPE as the model has it" in facts_line({**facts, "rope_parameters": None}, "x")
+        words = [WEB, "--model_name_or_path", "/no/such/model", "--port", "0", *flags.split()]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as outcome:
+            runpy.run_path(str(REPO / WEB), run_name="__main__")
+        error = capsys.readouterr().err
+        assert outcome.value.code == 2 and message in error and error.count("\n") == 1, (flags, error)
+    taken.close()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_tokenizer, tmp_path_factory):
+    """URL of the script's page, whose model writes " the" for ever; it must end in order at Ctrl-C."""
+    folder = save_parrot(tmp_path_factory.mktemp("web") / "model", tiny_tokenizer)
+    command = [
+        sys.executable, str(REPO / WEB), "--model_name_or_path", str(folder), "--context_size", "100000", "--port", "0",
+        "--max_new_tokens", "50000", "--no-do_sample", "--max_upload_mb", "1",
+    ]  # fmt: skip
+    # A proxy that nobody can reach: the server must not be asked for through it.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HTTP_PROXY": "http://127.0.0.1:9", "TMPDIR": str(folder)}
+    for name in ("NO_PROXY", "no_proxy"):
+        environment.pop(name, None)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
+    )
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(iter(process.stdout.readline, "")), daemon=True)
+    reader.start()
+    try:
+        deadline = time.monotonic() + 120
+        while not any("chat page at" in line for line in lines) and process.poll() is None:
+            assert time.monotonic() < deadline, "".join(lines)
+            time.sleep(0.02)
+        found = re.search(r"chat page at (http://127\.0\.0\.1:\d+/)", "".join(lines))
+        assert found, "".join(lines)
+        yield found[1]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0 and not list(folder.glob("longqlora-web-*"))
+        assert "Traceback" not in "".join(lines) and len([line for line in lines if "http" in line]) == 1
+    finally:
+        process.kill()
+        process.wait()
+        reader.join(timeout=10)
+
+
+def http_status(url: str, data: bytes | None = None, **headers: str) -> int:
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url, data, headers), timeout=30) as reply:
+            return reply.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_server_gives_out_the_page_alone(server, tmp_path):
+    assert http_status(server) == 200
+    for foreign in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Sec_Fetch_Site": "cross-site"}):
+        for path, data in (("", None), ("config", None), ("gradio_api/queue/join", b"{}"), ("gradio_api/upload", b"")):
+            assert http_status(f"{server}{path}", data, **foreign) == 403, (path, foreign)
+    (tmp_path / "secret.txt").write_text("secret")
+    assert http_status(f"{server}gradio_api/file={tmp_path}/secret.txt") == 403
+    for size, expected in ((2**19, 200), (2**20 + 2**16, 413)):
+        head = b'--sep\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n'
+        body = head + b"w" * size + b"\r\n--sep--\r\n"
+        kind = "multipart/form-data; boundary=sep"
+        assert http_status(f"{server}gradio_api/upload", body, Content_Type=kind) == expected, size
+
+
+DESKTOP = {"viewport": {"width": 1280, "height": 800}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+
+
+@pytest.mark.parametrize("device", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_page_in_a_browser(server, tmp_path, device):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: requirements-extras.txt")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no chromium on this machine (Debian: apt install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        try:
+            use_page(browser.new_context(**device), server, tmp_path)
+        finally:
+            browser.close()
+
+
+class Tab:
+    """A browser tab with the page, and what a user does there."""
+
+    def __init__(self, context, url: str):
+        self.page = context.new_page()
+        self.page.goto(url)
+        self.page.wait_for_selector("#meter progress")
+
+    def text(self, selector: str = "#chat") -> str:
+        return self.page.inner_text(selector)
+
+    def tokens(self) -> int:
+        return int(re.search(r"Context: ([\d,]+) of 100,000 tokens", self.text("#meter"))[1].replace(",", ""))
+
+    def wait_for(self, part: str, selector: str = "#chat") -> None:
+        self.page.wait_for_function(
+            "([selector, part]) => document.querySelector(selector)?.innerText.includes(part)", arg=[selector, part]
+        )
+
+    def wait_until(self, condition) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline, self.text("body")[-600:]
+            self.page.wait_for_timeout(50)
+
+    def upload(self, path) -> None:
+        self.page.set_input_files("#question input[type=file]", path)
+        self.page.wait_for_selector("#question .thumbnail-item")
+
+    def send(self, text: str) -> None:
+        self.page.fill("#question textarea", text)
+        self.page.click("#question .submit-button")
+
+    def stop(self) -> None:
+        self.page.click("#question .stop-button")
+        self.page.wait_for_selector("#question .submit-button")
+        # At a person's pace: the page takes the answer into its history, and empties the box, by requests of their own.
+        self.page.wait_for_selector("#question textarea:enabled")
+        self.page.wait_for_timeout(1500)
+
+    def press(self, label: str) -> None:
+        self.page.click(f"#chat button[aria-label={label}]")
+
+
+def use_page(context, url: str, tmp_path) -> None:
+    """Upload, ask, watch the answer grow, stop, retry, undo, clear; two tabs; nothing foreign is loaded."""
+    foreign, complaints = [], []
+    context.set_default_timeout(30_000)
+    context.on("requestfinished", lambda request: None if request.url.startswith((url, "data:", "blob:")) else
+               foreign.append(request.url))  # fmt: skip
+    context.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    context.on("weberror", lambda error: complaints.append(str(error.error)))
+    context.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+    tab, other = Tab(context, url), Tab(context, url)
+    empty = tab.tokens()
+    assert "peft_model None" in tab.text("#facts") and "linear" in tab.text("#facts")
+
+    (tmp_path / "notes.txt").write_text("wizards box " * 50)
+    tab.upload(tmp_path / "notes.txt")
+    tab.send("what is it? **bold** <b onclick=alert(1)>b</b> ![x](http://192.0.2.1/a.png) <script>alert(2)</script>")
+    tab.wait_for("the the")
+    assert tab.tokens() > empty + 100, "while it is answered"
+    length = len(tab.text())
+    tab.wait_until(lambda: len(tab.text()) > length)
+    assert "notes.txt" in tab.text() and tab.page.locator("#chat strong").count() == 1
+    assert tab.page.locator("#chat [onclick]").count() == 0 == tab.page.locator("#chat script").count()
+    assert tab.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "wider than the screen"
+
+    assert tab.page.locator("[aria-label=Share]:visible").count() == 0
+    # One answer at a time: the other tab waits, and can be stopped meanwhile.
+    other.send("hello")
+    other.wait_for("queue")
+    length = len(tab.text())
+    tab.wait_until(lambda: len(tab.text()) > length)
+    assert "the the" not in other.text() and "notes.txt" not in other.text()
+    other.stop()
+
+    tab.stop()
+    answered = tab.text()
+    tab.page.wait_for_timeout(300)
+    assert tab.text() == answered and "the the" in answered
+    other.send("hello again")
+    other.wait_for("the the")
+    # A tab that closes while it is answered leaves the model to others.
+    other.page.close()
+
+    tab.press("Retry")
+    tab.wait_until(lambda: "the the" in tab.text() and len(tab.text()) < len(answered))
+    tab.stop()
+    tab.send("and then?")
+    tab.wait_until(lambda: "the the" in tab.text().partition("and then?")[2])
+    tab.stop()
+    tab.press("Undo")
+    tab.wait_until(lambda: "and then?" not in tab.text() and "notes.txt" in tab.text())
+    assert tab.page.input_value("#question textarea") == "and then?"
+    tab.press("Clear")
+    tab.wait_until(lambda: tab.tokens() == empty and "notes.txt" not in tab.text())
+
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfa\x00")
+    tab.upload(tmp_path / "bad.txt")
+    tab.send("what is it?")
+    tab.wait_for("not UTF-8", "#question")
+    assert tab.tokens() == empty and not foreign
+    assert all("Content Security Policy" in line or "422" in line for line in complaints), complaints

@@ -4,7 +4,7 @@ import importlib.util
 from types import SimpleNamespace
 
 import torch
-from conftest import REPO
+from conftest import REPO, save_tiny_model
 
 from longqlora.cli import run_main
 from longqlora.evaluation.frame import ModelSource
@@ -64,3 +64,16 @@ def ask_all(task, loaded, output_file=None, *, context_size=64) -> dict:
     return task.score(
         [result for part in parts for result in run_trials(part, task.ask, fingerprint=task.settings, **options)]
     )
+
+
+def save_parrot(folder, tokenizer):
+    """Save a model that writes " the" for ever: its layers do nothing and its head knows one token."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(folder, tokenizer))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "norm" in name or "embed" in name else 0.0)
+        model.lm_head.weight[tokenizer(" the", add_special_tokens=False)["input_ids"][0]] = 1.0
+    model.save_pretrained(folder)
+    return folder

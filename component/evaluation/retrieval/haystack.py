@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from longqlora.data.prompt import encode_text
-from longqlora.inference.text_stream import decode_utf8
+from longqlora.files import decode_utf8
 
 # After a full stop with its closing quotes, and before a line break.
 BORDER = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]]*(?=\s)|[\u3002\uff01\uff1f]+[\u300d\u300f\u201d]*|(?<=\S)(?=\n)")

@@ -1,17 +1,19 @@
-"""A conversation: its history, what of it fits in the context, and the commands of the chat.
-
-Knows neither a terminal nor a model: the caller gives a function that counts the tokens of a list of
-messages, prints what comes back and generates the answers.
-"""
+"""A conversation with a model: its history, what of it fits into the context, and the commands of the chat."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from longqlora.cli import one_line
+from longqlora.cli import USER_ERRORS, one_line
 from longqlora.data.documents import read_document, with_documents
+from longqlora.data.jsonl import checked_text
+from longqlora.data.prompt import encode_conversation
 from longqlora.files import write_json
+from longqlora.inference.generation import GenerationOptions, generate_text
 from longqlora.outputs import check_outputs
 
 HELP = """\
@@ -22,59 +24,82 @@ HELP = """\
 /exit        leave (so does Ctrl-D)
 Ctrl-C ends an answer. A line that begins with a space is never a command."""
 
-
-@dataclass(frozen=True)
-class Document:
-    path: str
-    text: str
+Messages = list[dict[str, str]]
 
 
-@dataclass(frozen=True)
-class Turn:
-    question: str
-    answer: str
+class Prompt(NamedTuple):
+    """What to send: messages, their ids, how to answer within the context, and a line on what was left out."""
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """What to send: messages, their length in tokens, the longest answer, and a line on what was left out."""
-
-    messages: list[dict[str, str]]
-    num_tokens: int
-    max_new_tokens: int
+    messages: Messages
+    ids: list[int]
+    options: GenerationOptions
     notice: str | None
-
-
-@dataclass(frozen=True)
-class CommandResult:
-    """Text to show (None: nothing); is_exit ends the chat."""
-
-    text: str | None = None
-    is_exit: bool = False
 
 
 @dataclass
 class ChatSession:
-    """History of one conversation and its window onto the context.
+    """One conversation with the model of `loaded`, a longqlora.inference.load.LoadedModel.
 
-    count_tokens: length in tokens of a list of {"role", "content"} messages as a prompt.
-    context_size: in tokens. max_new_tokens: longest answer; room is kept for it, though never more than
-    half of the context.
+    template: as for `encode_conversation`. Room is kept for an answer of max_new_tokens, though never more than half of
+    the context. documents: (name, text) of each. history: question and answer in turn, from the first on; of both, as
+    many as `num_dropped_...` say are not sent any more.
     """
 
-    count_tokens: Callable[[list[dict[str, str]]], int]
-    context_size: int
-    max_new_tokens: int
+    loaded: object
+    template: str
+    options: GenerationOptions
     system: str | None = None
-    documents: list[Document] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
+    documents: list[tuple[str, str]] = field(default_factory=list)
+    history: Messages = field(default_factory=list)
     num_dropped_turns: int = 0
     num_dropped_documents: int = 0
 
     @property
+    def context_size(self) -> int:
+        return self.loaded.context_size
+
+    @property
     def room(self) -> int:
         """Most tokens that a prompt may have."""
-        return self.context_size - min(self.max_new_tokens, self.context_size // 2)
+        return self.context_size - min(self.options.max_new_tokens, self.context_size // 2)
+
+    def encode(self, messages: Messages) -> list[int]:
+        """Ids of a prompt that ends where the answer begins."""
+        return encode_conversation(self.loaded.tokenizer, messages, template=self.template, add_generation_prompt=True)
+
+    def ask(self, question: str, on_text: Callable[[str], None], stop_event: threading.Event) -> bool:
+        """Answer `question`; returns whether both are part of the conversation now.
+
+        on_text gets each piece of the answer. `stop_event` ends it after a token, KeyboardInterrupt at once.
+        """
+        pieces: list[str] = []
+
+        def give_out(text: str) -> None:
+            # Space between "ASSISTANT:" and the answer belongs to the template.
+            text = text if pieces else text.lstrip()
+            if text:
+                pieces.append(text)
+                on_text(text)
+
+        is_kept = self.reply(question, give_out, stop_event)
+        if is_kept and (pieces or not stop_event.is_set()):
+            self.add_turn(question, "".join(pieces).strip())
+        return is_kept
+
+    def reply(self, question: str, on_text: Callable[[str], None], stop_event: threading.Event) -> bool:
+        """Send the whole conversation, as far as it fits; the part of an answer before Ctrl-C is kept."""
+        try:
+            prompt = self.prompt(question)
+            if prompt.notice:
+                print(f"({prompt.notice})", file=sys.stderr, flush=True)
+            model, tokenizer = self.loaded.model, self.loaded.tokenizer
+            generate_text(model, tokenizer, prompt.ids, prompt.options, on_text=on_text, stop_event=stop_event)
+        except KeyboardInterrupt:
+            stop_event.set()
+        return True
+
+    def add_turn(self, question: str, answer: str) -> None:
+        self.history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     def prompt(self, question: str) -> Prompt:
         """The messages that ask `question`, without the oldest turns, then files, where all do not fit.
@@ -82,31 +107,39 @@ class ChatSession:
         The system message and the question always stay. Raises ValueError when these two alone are too
         long; nothing is dropped then.
         """
-        turns_left, documents_left = self.num_dropped_turns, self.num_dropped_documents
+        num_turns, num_documents = self.num_dropped_turns, self.num_dropped_documents
         while True:
-            messages = self._messages(question, turns_left, documents_left)
-            num_tokens = self.count_tokens(messages)
-            if num_tokens <= self.room:
+            messages = self.messages(question, self.history[2 * num_turns :], self.documents[num_documents:])
+            ids = self.encode(messages)
+            if len(ids) <= self.room:
                 break
-            if turns_left < len(self.turns):
-                turns_left += 1
-            elif documents_left < len(self.documents):
-                documents_left += 1
+            if 2 * num_turns < len(self.history):
+                num_turns += 1
+            elif num_documents < len(self.documents):
+                num_documents += 1
             else:
                 raise ValueError(
-                    f"the message makes a prompt of {num_tokens} tokens, but {self.room} fit in the context of "
+                    f"the message makes a prompt of {len(ids)} tokens, but {self.room} fit in the context of "
                     f"{self.context_size} beside an answer; shorten it"
                 )
-        notice = self._notice(turns_left - self.num_dropped_turns, documents_left - self.num_dropped_documents)
-        self.num_dropped_turns, self.num_dropped_documents = turns_left, documents_left
-        return Prompt(messages, num_tokens, min(self.max_new_tokens, self.context_size - num_tokens), notice)
+        new = {"turn": num_turns - self.num_dropped_turns, "file": num_documents - self.num_dropped_documents}
+        dropped = " and ".join(f"{num} oldest {noun}{'s' * (num > 1)}" for noun, num in new.items() if num)
+        notice = f"the context of {self.context_size} tokens is full: left out {dropped}" if dropped else None
+        self.num_dropped_turns, self.num_dropped_documents = num_turns, num_documents
+        max_new_tokens = min(self.options.max_new_tokens, self.context_size - len(ids))
+        return Prompt(messages, ids, replace(self.options, max_new_tokens=max_new_tokens), notice)
 
-    def add_turn(self, question: str, answer: str) -> None:
-        self.turns.append(Turn(question, answer))
+    def messages(self, question: str, history: Sequence = (), documents: Sequence = ()) -> Messages:
+        """System message, `history` and `question`, with the documents in the first question: templates know no role
+        for them."""
+        first, *others = [*history, {"role": "user", "content": checked_text(question, "the message")}]
+        first = {**first, "content": with_documents(first["content"], documents)}
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, first, *others]
 
     def clear(self) -> None:
         """Forget turns and files; the system message stays."""
-        self.turns, self.documents = [], []
+        self.history, self.documents = [], []
         self.num_dropped_turns = self.num_dropped_documents = 0
 
     def add_document(self, path: str, *, flag: str = "/file") -> int:
@@ -114,74 +147,48 @@ class ChatSession:
 
         A file read before is replaced. Raises ValueError or OSError for what cannot be read or is too long.
         """
-        document = Document(str(path), read_document(path, flag=flag).text)
-        num_tokens = self.count_tokens(self._compose([document], [], "")) - self.count_tokens(self._compose([], [], ""))
-        if self.count_tokens(self._compose([document], [], "")) > self.room:
+        document = (str(path), read_document(path, flag=flag).text)
+        num_prompt_tokens = len(self.encode(self.messages("", documents=[document])))
+        num_tokens = num_prompt_tokens - len(self.encode(self.messages("")))
+        if num_prompt_tokens > self.room:
             raise ValueError(
                 f"{flag}: {path!r} has {num_tokens} tokens, too many for a context of {self.context_size} with an "
                 f"answer of up to {self.context_size - self.room}; split the file or raise --context_size"
             )
         kept = self.documents[self.num_dropped_documents :]
-        self.documents = [known for known in kept if known.path != document.path] + [document]
+        self.documents = [known for known in kept if known[0] != document[0]] + [document]
         self.num_dropped_documents = 0
         return num_tokens
 
     def save(self, path: str) -> None:
         """Write system message, files and all turns, dropped ones too, as {"messages": [...], "documents": [...]}."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        for turn in self.turns:
-            messages += _as_messages(turn.question, turn.answer)
-        documents = [{"path": document.path, "text": document.text} for document in self.documents]
         target = Path(os.path.expanduser(path))
         check_outputs({"/save": target}, {})
         if target.exists():
             raise ValueError(f"/save: {path!r} exists; give another name")
-        write_json(target, {"messages": messages, "documents": documents})
+        documents = [{"path": name, "text": text} for name, text in self.documents]
+        write_json(target, {"messages": self.messages("", self.history)[:-1], "documents": documents})
 
-    def run_command(self, line: str) -> CommandResult:
-        """Carry out a line that begins with "/"; mistakes come back as text, so that the chat goes on."""
+    def run_command(self, line: str) -> str | None:
+        """Carry out a line that begins with "/"; returns what to show, None to leave.
+
+        Mistakes come back as text, so that the chat goes on.
+        """
         name, _, argument = line.strip().partition(" ")
         argument = argument.strip().strip("\"'")
         try:
             if name in ("/file", "/save") and not argument:
-                return CommandResult(f"error: {name}: give a path, as in {name} PATH")
+                raise ValueError(f"{name}: give a path, as in {name} PATH")
             if name == "/file":
-                return CommandResult(f"read {argument}: {self.add_document(argument)} tokens")
+                return f"read {argument}: {self.add_document(argument)} tokens"
             if name == "/save":
                 self.save(argument)
-                return CommandResult(f"saved {argument}")
-        except (ValueError, OSError) as error:
-            return CommandResult(f"error: {one_line(error)}")
-        if name == "/clear":
-            self.clear()
-            return CommandResult("cleared")
-        if name == "/help":
-            return CommandResult(HELP)
-        if name == "/exit":
-            return CommandResult(is_exit=True)
-        return CommandResult(f"error: unknown command {name!r}; /help lists the commands")
-
-    def _messages(self, question: str, num_turns_left: int, num_documents_left: int) -> list[dict[str, str]]:
-        return self._compose(self.documents[num_documents_left:], self.turns[num_turns_left:], question)
-
-    def _compose(self, documents: list[Document], turns: list[Turn], question: str) -> list[dict[str, str]]:
-        """Documents go before the first question there is: templates know no role for them."""
-        messages = [message for turn in turns for message in _as_messages(turn.question, turn.answer)]
-        messages.append({"role": "user", "content": question})
-        material = [(document.path, document.text) for document in documents]
-        messages[0] = {"role": "user", "content": with_documents(messages[0]["content"], material)}
-        return ([{"role": "system", "content": self.system}] if self.system else []) + messages
-
-    def _notice(self, num_turns: int, num_documents: int) -> str | None:
-        dropped = [
-            f"{count} oldest {noun}{'s' if count > 1 else ''}"
-            for count, noun in ((num_turns, "turn"), (num_documents, "file"))
-            if count
-        ]
-        return (
-            f"the context of {self.context_size} tokens is full: left out {' and '.join(dropped)}" if dropped else None
-        )
-
-
-def _as_messages(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                return f"saved {argument}"
+            if name == "/clear":
+                self.clear()
+                return "cleared"
+            if name not in ("/help", "/exit"):
+                raise ValueError(f"unknown command {name!r}; /help lists the commands")
+        except USER_ERRORS as error:
+            return f"error: {one_line(error)}"
+        return HELP if name == "/help" else None

@@ -1,8 +1,8 @@
 """A conversation without an end: its tokens go through the model once each, and a cache of constant size remembers.
 
-What the model has read is a stream of ids, the one truth about the conversation: text is never encoded again, so
-neither a stop string nor a template that would write an answer differently can change what was said. Of the stream,
-attention reaches the sinks and the latest tokens (component/inference/sink_cache.py); nothing else has to fit anywhere.
+What the model has read is a stream of ids. Text is never encoded a second time, so neither a stop string nor a template
+that would write an answer differently can change what was said. Of the stream, attention reaches the sinks and the
+latest tokens (component/inference/sink_cache.py); nothing has to fit into a context.
 """
 
 import logging
@@ -12,11 +12,9 @@ from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longqlora.data.documents import with_documents
-from longqlora.data.prompt import encode_conversation
-from longqlora.inference.chat.session import ChatSession, Document
+from longqlora.inference.chat.session import ChatSession
 from longqlora.inference.generation import GenerationOptions, end_token_ids, generate_text
 from longqlora.inference.sink_cache import SinkCache
 
@@ -30,26 +28,18 @@ class StreamingSession(ChatSession):
     Raises ValueError for a template in which the ids of a next turn cannot be told.
     """
 
+    # Nothing is ever too long.
+    context_size = sys.maxsize
+
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        cache: SinkCache,
-        *,
-        template: str,
-        options: GenerationOptions,
-        system: str | None = None,
+        self, loaded, cache: SinkCache, *, template: str, options: GenerationOptions, system: str | None = None
     ):
-        # Nothing is ever too long.
-        super().__init__(
-            self._count_tokens, context_size=sys.maxsize, max_new_tokens=options.max_new_tokens, system=system
-        )
-        self.model, self.tokenizer, self.cache = model, tokenizer, cache
-        self.template, self.options = template, options
-        self.end_ids = set(end_token_ids(model, tokenizer))
+        super().__init__(loaded, template, options, system)
+        self.cache = cache
+        self.end_ids = set(end_token_ids(loaded.model, loaded.tokenizer))
         # The ids of what the cache has seen since it last counted from 0, and of at most one answer's end beyond it.
         self.ids: list[int] = []
-        self.documents_read: list[Document] = []
+        self.documents_read: list[tuple[str, str]] = []
         self.next_turn_ids("a")
         logging.getLogger("transformers.generation.stopping_criteria").addFilter(is_no_length_reminder)
 
@@ -67,14 +57,15 @@ class StreamingSession(ChatSession):
         snapshot, is_kept = self.cache.snapshot(), False
         documents = [document for document in self.documents if not any(document is old for old in self.documents_read)]
         try:
-            text = with_documents(question, [(document.path, document.text) for document in documents])
-            ids = self._read(self.ids + (self.next_turn_ids(text) if self.ids else self._first_ids(text)), stop_event)
+            text = with_documents(question, documents)
+            new_ids = self.next_turn_ids(text) if self.ids else self.encode(self.messages(text))
+            ids = self._read(self.ids + new_ids, stop_event)
             if ids is not None:
                 answer = generate_text(
-                    self.model, self.tokenizer, ids, self.options,
+                    self.loaded.model, self.loaded.tokenizer, ids, self.options,
                     on_text=on_text, stop_event=stop_event, past_key_values=self.cache,
                 )  # fmt: skip
-                # An end of the model's choice is not in the cache yet: the next turn begins with that of the template.
+                # The end token of an answer is not in the cache yet: the next turn begins with that of the template.
                 is_ended = answer.new_ids[-1] in self.end_ids
                 ids = [*ids, *answer.new_ids[: len(answer.new_ids) - is_ended]]
                 self.ids, self.documents_read, is_kept = ids, list(self.documents), True
@@ -90,9 +81,9 @@ class StreamingSession(ChatSession):
 
         Told from a stand-in conversation of one short turn, of which nothing is fed.
         """
-        before = [*self._system_messages(), {"role": "user", "content": "a"}]
-        prompt = self._encode(before)
-        ids = self._encode([*before, {"role": "assistant", "content": "b"}, {"role": "user", "content": question}])
+        before = self.messages("a")
+        prompt = self.encode(before)
+        ids = self.encode([*before, {"role": "assistant", "content": "b"}, {"role": "user", "content": question}])
         after_prompt = ids[len(prompt) :]
         end = next((position for position, token in enumerate(after_prompt) if token in self.end_ids), None)
         if ids[: len(prompt)] != prompt or end is None:
@@ -110,7 +101,7 @@ class StreamingSession(ChatSession):
 
         None where `stop_event` ended it.
         """
-        cache, decoder = self.cache, self.model.get_decoder()
+        cache, model = self.cache, self.loaded.model
         num_unread = len(ids) - cache.get_seq_length()
         with tqdm(total=num_unread, desc="reading", unit="token", delay=PROGRESS_DELAY, leave=False) as progress:
             while True:
@@ -122,23 +113,11 @@ class StreamingSession(ChatSession):
                     return ids
                 if stop_event.is_set():
                     return None
-                input_ids = torch.tensor([block], device=self.model.device)
-                decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
+                input_ids = torch.tensor([block], device=model.device)
+                model.get_decoder()(input_ids=input_ids, past_key_values=cache, use_cache=True)
                 progress.update(len(block))
-
-    def _first_ids(self, question: str) -> list[int]:
-        return self._encode([*self._system_messages(), {"role": "user", "content": question}])
-
-    def _system_messages(self) -> list[dict[str, str]]:
-        return [{"role": "system", "content": self.system}] if self.system else []
-
-    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
-        return encode_conversation(self.tokenizer, messages, template=self.template, add_generation_prompt=True)
-
-    def _count_tokens(self, messages: list[dict[str, str]]) -> int:
-        return len(self._encode(messages))
 
 
 def is_no_length_reminder(record: logging.LogRecord) -> bool:
-    """Filter of log records: transformers compares the length of the stream with the model's context, no distance."""
+    """Log filter: transformers compares the stream with the model's context, though no distance exceeds it."""
     return "predefined maximum length" not in record.getMessage()
