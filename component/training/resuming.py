@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from longqlora.data.cache import content_hash
 from longqlora.distributed import world_size
+from longqlora.files import file_sha256
 from longqlora.run_record import read_run_record
 from longqlora.settings.config import DataConfig
 from longqlora.settings.reader import Settings
@@ -21,7 +21,7 @@ HARMLESS = {
 def data_hashes(data: DataConfig) -> dict[str, str]:
     """SHA-256 of each data file by its key."""
     files = {"train_file": data.train_file, "eval_file": data.eval_file}
-    return {key: content_hash(Path(path)).hexdigest() for key, path in files.items() if path}
+    return {key: file_sha256(path) for key, path in files.items() if path}
 
 
 def choose_start(settings: Settings) -> tuple[Path | None, str]:

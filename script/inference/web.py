@@ -92,7 +92,7 @@ def wait_for_signal() -> None:
 
 def main() -> None:
     args = parse_arguments()
-    require_extra("gradio", "gradio")
+    require_extra("gradio", "gradio", extra="web")
     check_arguments(args)
     options = generation_options(args)
     loaded = load_from_arguments(args)

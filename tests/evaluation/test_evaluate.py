@@ -15,7 +15,7 @@ import torch
 from conftest import REPO, tiny_config
 
 from longqlora.cli import run_main
-from longqlora.data.token_file import token_file_writer
+from longqlora.data.token_file import write_token_file
 from longqlora.evaluation.perplexity import WindowLoss, plan_windows, summarize
 from longqlora.evaluation.scoring import TokenScorer, WindowLedger, find_split, measure
 
@@ -414,8 +414,7 @@ def test_model_must_be_named(data, evaluate):
 
 def test_changed_data_under_a_sidecar_is_refused(tiny_model_dir, tmp_path, evaluate):
     path = tmp_path / "x.bin"
-    with token_file_writer(path, tokenizer_name="tiny", vocab_size=320) as writer:
-        writer.add_document(make_tokens().tolist())
+    write_token_file(path, [make_tokens().tolist()], tokenizer_name="tiny", vocab_size=320)
     path.write_bytes(path.read_bytes()[::-1][::2] * 2)
     code, _, err = evaluate("--base_model", tiny_model_dir, "--seq_len", 16, "--data_path", path, "--sliding_window", 8)
     assert code == 2 and err.count("error:") == 1
