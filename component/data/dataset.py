@@ -53,17 +53,13 @@ class DataReport:
 
     def summary(self) -> str:
         """The report on one line."""
-        parts = [
-            f"{self.num_rows:,} rows from {self.num_source_rows:,}, {self.num_tokens:,} tokens "
-            f"({self.num_predicted_tokens:,} predicted), longest row {self.max_row_length:,}"
-        ]
+        rows = f"{self.num_rows:,} rows from {self.num_source_rows:,}, {self.num_tokens:,} tokens "
+        parts = [f"{rows}({self.num_predicted_tokens:,} predicted), longest row {self.max_row_length:,}"]
         if self.num_truncated_rows:
             parts.append(f"{self.num_truncated_rows:,} rows cut at max_seq_length")
         if self.num_dropped_rows:
-            parts.append(
-                f"{self.num_dropped_rows:,} rows dropped ({self.num_empty_rows:,} empty, "
-                f"{self.num_unanswered_rows:,} with nothing to predict within max_seq_length)"
-            )
+            unanswered = f"{self.num_unanswered_rows:,} with nothing to predict within max_seq_length"
+            parts.append(f"{self.num_dropped_rows:,} rows dropped ({self.num_empty_rows:,} empty, {unanswered})")
         if self.num_dropped_tokens:
             parts.append(f"{self.num_dropped_tokens:,} tokens dropped")
         return f"{self.source}: {'; '.join(parts)}{' [cached]' if self.cached else ''}"
@@ -73,16 +69,14 @@ def build_datasets(
     tokenizer: Any, config: DataConfig, *, log: Callable[[str], None]
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """The training and, where `eval_file` is given, the evaluation rows; reports both through `log`."""
-    built = []
-    for flag, path in (("train_file", config.train_file), ("eval_file", config.eval_file)):
-        if path is None:
-            built.append(None)
-            continue
-        dataset, report = build_dataset(path, tokenizer, config, flag=flag)
-        log(f"{flag}: {report.summary()}")
-        # A list of 100,000 numbers takes 40 ms to become a tensor, an array 1 ms.
-        built.append(dataset.with_format("numpy"))
-    return built[0], built[1]
+    built = {"train_file": None, "eval_file": None}
+    for flag in built:
+        if path := getattr(config, flag):
+            dataset, report = build_dataset(path, tokenizer, config, flag=flag)
+            log(f"{flag}: {report.summary()}")
+            # A list of 100,000 numbers takes 40 ms to become a tensor, an array 1 ms.
+            built[flag] = dataset.with_format("numpy")
+    return built["train_file"], built["eval_file"]
 
 
 def build_dataset(
@@ -90,9 +84,8 @@ def build_dataset(
 ) -> tuple[datasets.Dataset, DataReport]:
     """Rows of `path` as columns input_ids, labels and, where `config.pack`, position_ids (lists of int32).
 
-    The first process of each node tokenises; the others wait for its cache and load that. No random state is touched.
-    flag: the YAML key that gave the path, for errors. Raises ValueError with file and line for a bad row, and where no
-    row is left.
+    The first process of each node tokenises; the others wait for its cache. No random state is touched. flag: the YAML
+    key that gave the path. Raises ValueError with file and line for a bad row, and where no row is left.
     """
     path = require_file(path, flag)
     eos_id(tokenizer)
@@ -104,34 +97,19 @@ def build_dataset(
     # Not a collective: tokenising may take longer than the process group's timeout.
     while local_rank() != 0 and not report_file.exists():
         time.sleep(0.2)
-    is_cached = report_file.exists()
     if not is_main_process():
         datasets.disable_progress_bars()
-    try:
-        dataset, report = tokenized_rows(path, tokenizer, config, folder, flag=flag)
-    except pa.ArrowException as error:
-        raise ValueError(f"data_cache_dir: {str(folder)!r} is damaged ({error}); delete it") from None
-    if not is_cached:
-        write_json(report_file, asdict(report))
-    report.cached = is_cached
-    return dataset, report
-
-
-def tokenized_rows(
-    path: Path, tokenizer: Any, config: DataConfig, folder: Path, *, flag: str
-) -> tuple[datasets.Dataset, DataReport]:
-    """`build_dataset` with its cache in `folder`."""
     source = datasets.Dataset.from_dict(index_rows(path, sft=config.sft, flag=flag))
-    documents = cached_map(
+    rows = cached_map(
         source,
         partial(encode_row, path=path, tokenizer=tokenizer, config=config, flag=flag),
         folder / "documents.arrow",
-        {"input_ids": IDS, "labels": IDS, "num_predicted": COUNT, "num_tokens": COUNT},
-        f"Tokenising {path.name}",
-        num_workers=config.preprocessing_num_workers,
+        {"num_tokens": COUNT},
+        num_workers=min(config.preprocessing_num_workers, len(source)),
+        desc=f"Tokenising {path.name}",
     )
-    num_tokens = np.asarray(documents.data["num_tokens"])
-    kept = np.asarray(pc.list_value_length(documents.data["input_ids"]))
+    num_tokens = np.asarray(rows.data["num_tokens"])
+    kept = np.asarray(pc.list_value_length(rows.data["input_ids"]))
     starts, stops = pack(kept, config.max_seq_length, split=not config.sft) if config.pack else (0 * kept, kept)
     lengths = (stops - starts)[stops > starts]
     report = DataReport(
@@ -144,47 +122,53 @@ def tokenized_rows(
         num_empty_rows=int((num_tokens == 0).sum()),
         num_unanswered_rows=int(((0 == kept) & (kept < num_tokens)).sum()),
         num_dropped_tokens=int(num_tokens.sum() - lengths.sum()),
+        cached=report_file.exists(),
     )
     if not len(lengths):
         raise ValueError(
             f"{flag}: no row is left to train on ({report.summary()}); raise max_seq_length or correct the file"
         )
-    rows = documents
     if config.pack:
-        flat = {name: pc.list_flatten(documents.data[name]) for name in ("input_ids", "labels")}
         # In one process: it only copies, and others would have to be sent all ids.
         rows = cached_map(
             datasets.Dataset.from_dict({"start": starts, "stop": stops}),
-            partial(packed_row, document_ends=np.cumsum(kept), **flat),
+            partial(
+                packed_row,
+                input_ids=pc.list_flatten(rows.data["input_ids"]),
+                labels=pc.list_flatten(rows.data["labels"]),
+                document_ends=np.cumsum(kept),
+            ),
             folder / "packed.arrow",
-            {"input_ids": IDS, "labels": IDS, "num_predicted": COUNT, "position_ids": IDS},
-            f"Packing {path.name}",
+            {"position_ids": IDS},
+            desc=f"Packing {path.name}",
         )
     elif not kept.all():
-        rows = documents.select(np.flatnonzero(kept))
+        rows = rows.select(np.flatnonzero(kept))
     report.num_predicted_tokens = int(np.asarray(rows.data["num_predicted"]).sum())
-    return rows.select_columns([name for name in rows.column_names if not name.startswith("num_")]), report
+    if not report.cached:
+        write_json(report_file, asdict(report))
+    return rows.select_columns(["input_ids", "labels", *(["position_ids"] if config.pack else [])]), report
 
 
 def cached_map(
-    rows: datasets.Dataset, function: Callable, file: Path, features: dict, description: str, *, num_workers: int = 1
+    rows: datasets.Dataset, function: Callable, file: Path, more: dict[str, Any], *, num_workers: int = 1, desc: str
 ) -> datasets.Dataset:
-    """`rows.map(function)` to `features` alone, kept in `file`, or in a file for each worker beside it.
-
-    The folder's name tells what decides the rows, so `function` itself need not be hashed.
-    """
-    num_workers = min(num_workers, len(rows))
-    return rows.map(
-        function,
-        remove_columns=rows.column_names,
-        features=datasets.Features(features),
-        cache_file_name=str(file),
-        load_from_cache_file=True,
-        new_fingerprint=hashlib.sha256(str(file).encode()).hexdigest()[:32],
-        num_proc=num_workers if num_workers > 1 else None,
-        writer_batch_size=ROWS_PER_WRITE,
-        desc=description,
-    )
+    """`rows.map(function)` to ids, labels and `more` columns, kept in `file`, or in one for each worker beside it."""
+    try:
+        return rows.map(
+            function,
+            remove_columns=rows.column_names,
+            features=datasets.Features({"input_ids": IDS, "labels": IDS, "num_predicted": COUNT, **more}),
+            cache_file_name=str(file),
+            load_from_cache_file=True,
+            # The name of the folder tells all that decides the rows, so the function itself need not be hashed.
+            new_fingerprint=hashlib.sha256(str(file).encode()).hexdigest()[:32],
+            num_proc=num_workers if num_workers > 1 else None,
+            writer_batch_size=ROWS_PER_WRITE,
+            desc=desc,
+        )
+    except pa.ArrowException as error:
+        raise ValueError(f"data_cache_dir: {str(file.parent)!r} is damaged ({error}); delete it") from None
 
 
 def encode_row(row: dict[str, int], *, path: Path, tokenizer: Any, config: DataConfig, flag: str) -> dict[str, Any]:
@@ -200,11 +184,12 @@ def encode_row(row: dict[str, int], *, path: Path, tokenizer: Any, config: DataC
     except ValueError as error:
         raise error_at(path, row["line"], error, flag=flag) from None
     num_tokens = len(ids)
-    # A document that is packed goes on in the next row, a conversation does not.
+    # A document that is packed goes on in the next row, a conversation does not. Nothing predicts a first label.
     if config.sft or not config.pack:
-        num_kept = config.max_seq_length if count_predicted(labels[: config.max_seq_length]) else 0
+        num_kept = config.max_seq_length if (labels[1 : config.max_seq_length] != IGNORE_INDEX).any() else 0
         ids, labels = ids[:num_kept], labels[:num_kept]
-    return {"input_ids": ids, "labels": labels, "num_predicted": count_predicted(labels), "num_tokens": num_tokens}
+    num_predicted = np.count_nonzero(labels[1:] != IGNORE_INDEX)
+    return {"input_ids": ids, "labels": labels, "num_predicted": num_predicted, "num_tokens": num_tokens}
 
 
 def encode(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> tuple[list[int], list[int]]:
@@ -221,11 +206,6 @@ def encode(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> tuple[lis
     text = text_of_row(row)
     ids = [*bos_ids(tokenizer), *encode_text(tokenizer, text), eos_id(tokenizer)] if text.strip() else []
     return ids, ids
-
-
-def count_predicted(labels: np.ndarray) -> int:
-    """Number of labels with a loss; nothing predicts the first."""
-    return int(np.count_nonzero(labels[1:] != IGNORE_INDEX))
 
 
 def pack(lengths: np.ndarray, max_seq_length: int, *, split: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -261,7 +241,7 @@ def packed_row(
     positions = np.arange(length, dtype=np.int32) - np.repeat(pieces, np.diff([*pieces, length])).astype(np.int32)
     return {
         "input_ids": input_ids.slice(start, length).to_numpy(), "labels": labels,
-        "num_predicted": count_predicted(labels), "position_ids": positions,
+        "num_predicted": np.count_nonzero(labels != IGNORE_INDEX), "position_ids": positions,
     }  # fmt: skip
 
 

@@ -150,17 +150,18 @@ def find_files(
     """
     found: dict[Path, str] = {}
     for given in map(Path, map(os.path.expanduser, paths)):
-        if not given.exists():
-            raise ValueError(f"{flag}: nothing at {str(given)!r}; give existing files or folders")
-        inside = sorted(given.rglob("*") if is_recursive else given.glob("*")) if given.is_dir() else ()
-        visible = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(given).parts)]
-        for path in [p for p in visible if p.name.lower().endswith(tuple(suffixes)) and p.is_file()]:
-            found.setdefault(path.resolve(), path.relative_to(given).as_posix())
         if given.is_file():
             found.setdefault(given.resolve(), given.name)
+        elif not given.is_dir():
+            raise ValueError(f"{flag}: nothing at {str(given)!r}; give existing files or folders")
+        for path in sorted(given.rglob("*") if is_recursive else given.glob("*")) if given.is_dir() else ():
+            below = path.relative_to(given)
+            is_hidden = any(part.startswith(".") for part in below.parts)
+            if path.name.lower().endswith(tuple(suffixes)) and not is_hidden and path.is_file():
+                found.setdefault(path.resolve(), below.as_posix())
     if not found:
-        where = "" if is_recursive else ", or look into folders within folders (--recursive)"
-        raise ValueError(f"{flag}: no file found; give files or folders with {', '.join(suffixes)}{where}")
+        hint = "" if is_recursive else ", or pass --recursive"
+        raise ValueError(f"{flag}: no file found; give files or folders with {', '.join(suffixes)}{hint}")
     # A name that is not UTF-8 could not be written.
     return [(os.fsencode(name).decode("utf-8", "replace"), path) for path, name in found.items()]
 

@@ -169,17 +169,13 @@ def messages_of_conversation(row: dict[str, Any], *, key: str) -> list[dict[str,
     conversation = row[key]
     if not isinstance(conversation, list):
         raise ValueError(f'"{key}" is of type {type(conversation).__name__}; give a list of messages')
-    is_paired = all(isinstance(turn, dict) and {"human", "assistant"} <= turn.keys() for turn in conversation)
-    if conversation and is_paired:
-        keys = ("human", "assistant")
-        messages = [
-            message
-            for number, turn in enumerate(conversation, start=1)
-            for message in messages_of_pairs([(turn["human"], turn["assistant"])], f"a text of turn {number}")
-        ]
+    keys = ("human", "assistant")
+    if conversation and all(isinstance(turn, dict) and set(keys) <= turn.keys() for turn in conversation):
+        pairs = [tuple(turn[name] for name in keys) for turn in conversation]
+        messages = [m for n, pair in enumerate(pairs, 1) for m in messages_of_pairs([pair], f"a text of turn {n}")]
     else:
-        check_messages(conversation, last_role="assistant")
         keys = ("role", "content")
+        check_messages(conversation, last_role="assistant")
         for number, message in enumerate(conversation, start=1):
             checked_text(message["content"], f"the content of message {number}")
         messages = [{name: message[name] for name in keys} for message in conversation]
@@ -190,12 +186,8 @@ def messages_of_conversation(row: dict[str, Any], *, key: str) -> list[dict[str,
 
 def messages_of_pairs(pairs: Iterable[Sequence[Any]], name: str) -> list[dict[str, str]]:
     """The messages of (question, answer) pairs; `name` is where they come from, for the ValueError."""
-    roles = ("user", "assistant")
-    return [
-        {"role": role, "content": checked_text(text, name)}
-        for pair in pairs
-        for role, text in zip(roles, pair, strict=True)
-    ]
+    turns = [turn for pair in pairs for turn in zip(("user", "assistant"), pair, strict=True)]
+    return [{"role": role, "content": checked_text(text, name)} for role, text in turns]
 
 
 def checked_text(value: Any, name: str) -> str:

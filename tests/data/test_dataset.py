@@ -87,17 +87,11 @@ def test_blank_lines_crlf_bom_and_no_last_line_break(tokenizer, jsonl, build):
 
 
 def test_all_sft_forms_give_the_same_rows(tokenizer, jsonl, build):
-    forms = [
-        {"input": "the fox", "output": "jumps over", "source": "x"},
-        {"conversation": TURNS},
-        {"messages": [{**turn, "name": "x"} for turn in TURNS]},
-        {"conversation": [{"human": "the fox", "assistant": "jumps over"}]},
-    ]
+    forms = [{"input": "the fox", "output": "jumps over", "source": "x"}, {"conversation": TURNS}, {"messages": TURNS},
+             {"conversation": [{"human": "the fox", "assistant": "jumps over"}]}]  # fmt: skip
     dataset, _ = build(jsonl(forms), tokenizer, sft=True)
     ids, labels = encode_for_training(tokenizer, TURNS)
     assert dataset[:] == {"input_ids": [ids] * 4, "labels": [labels] * 4}
-    prompt = encode_conversation(tokenizer, TURNS[:1], add_generation_prompt=True)
-    assert ids[: len(prompt)] == prompt
 
 
 def test_chat_template_rows(tokenizer, jsonl, build):
@@ -219,7 +213,7 @@ def test_packed_conversations_stay_whole(tokenizer, jsonl, build, max_seq_length
     dataset, report = build(path, tokenizer, sft=True, pack=True, max_seq_length=max_seq_length)
     alone, alone_report = build(path, tokenizer, sft=True, max_seq_length=max_seq_length)
     pieces = [segment for row in dataset for segment in segments(row)]
-    assert [ids for ids, _ in pieces] == alone["input_ids"][:] and [labels for _, labels in pieces] == alone["labels"][:]
+    assert pieces == list(zip(alone["input_ids"], alone["labels"], strict=True))
     assert report.num_dropped_rows == alone_report.num_dropped_rows
     assert report.num_predicted_tokens == alone_report.num_predicted_tokens
     assert max_seq_length < 5000 or len(dataset) < len(alone)

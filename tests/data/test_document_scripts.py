@@ -76,7 +76,8 @@ def test_extract_text_to_training_data(library, run, tmp_path, tiny_tokenizer):
 def test_each_file_is_read_once(library, run, tmp_path):
     inputs = ["library/a.md", "library", str(library / "a.md"), "library/sub"]
     assert run(EXTRACT, "--input", *inputs, "--output_file", "out.jsonl")[0] == 0
-    assert [row["source"] for row in rows_of(tmp_path / "out.jsonl")] == ["a.md", "b.pdf", "c.txt", "d.txt", "größe.epub"]
+    sources = [row["source"] for row in rows_of(tmp_path / "out.jsonl")]
+    assert sources == ["a.md", "b.pdf", "c.txt", "d.txt", "größe.epub"]
 
 
 def test_file_names_that_are_no_unicode(tmp_path):
@@ -150,7 +151,7 @@ def test_inference_puts_files_before_the_prompt(library, run, tiny_model_dir, mo
         (INFERENCE, ["--prompt", "a", "--file", "nowhere.pdf"], ["--file", "no file", "nowhere.pdf"]),
         (INFERENCE, ["--prompt", "a", "--file", "library"], ["--file", "no file", "library"]),
         (INFERENCE, ["--prompt", "a", "--file", "library/a.md", "--file", "library/broken.pdf"], ["broken.pdf"]),
-        (INFERENCE, ["--input_file", "x.jsonl", "--output_file", "y.jsonl", "--file", "library/a.md"], ["--input_file"]),
+        (INFERENCE, ["--input_file", "x.jsonl", "--output_file", "y", "--file", "library/a.md"], ["--input_file"]),
         (CHAT, ["--file", "library/broken.pdf"], ["--file: ", "broken.pdf"]),
         (CHAT, ["--file", "library/nothing.txt"], ["--file: ", "no file"]),
     ],

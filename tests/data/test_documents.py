@@ -57,8 +57,8 @@ def epub_bytes(changes: dict | None = None) -> bytes:
     return file.getvalue()
 
 
-HTML = """<!DOCTYPE html><html><head><meta charset="{0}"><title> A &amp;\n B </title><style>p{{color:red}}</style></head>
-<body><h1>Café &#8212; x_y*z</h1><p>One <a href="http://a.test/x">linked</a> word.<img src="x.png" alt="x"></p>
+HTML = """<!DOCTYPE html><html><head><meta charset="{0}"><title> A &amp;\n B </title><style>p{{color:red}}</style>
+</head><body><h1>Café &#8212; x_y*z</h1><p>One <a href="http://a.test/x">linked</a> word.<img src="x.png" alt="x"></p>
 <table><tr><th>Name</th></tr><tr><td>Ann</td></tr></table><ul><li>milk</li></ul><pre>  code</pre></body></html>"""
 HTML_TEXT = "# Café — x_y*z\n\nOne linked word.\n\n| Name |\n| --- |\n| Ann |\n\n* milk\n\n```\n  code\n```"
 FONTS = '<e xmlns="x"><EncryptedData><CipherReference URI="OPS/font.otf"/></EncryptedData></e>'
@@ -73,7 +73,7 @@ GOOD_FILES = {
     "deep.html": (b"<div>" * 5000 + b"deep" + b"</div>" * 5000, "deep", "deep"),
     "notes.md": ("# Head *ing*\r\n\r\n\r\n\r\n- a  \r\n".encode("utf-8-sig"), "notes", "# Head *ing*\n\n- a"),
     "größe 読.txt": ("Größe\r\n読む".encode("utf-16"), "größe 読", "Größe\n読む"),
-    "code.py": ("  x = 1\r\ty\n".encode(), "code", "  x = 1\n\ty"),
+    "code.py": (b"  x = 1\r\ty\n", "code", "  x = 1\n\ty"),
     "clean.txt": ("cafe\u0301 co\u00adop\u200berate\ufeff\u00a0b\x07\fnext\n".encode(), "clean",
                   "café cooperate b\n\nnext"),
 }  # fmt: skip

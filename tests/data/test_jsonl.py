@@ -123,7 +123,7 @@ BAD_FILES = {
     "role": (SFT, lines_of({"messages": [{"role": "bot", "content": "a"}]}), "line 1: .*unknown role 'bot'"),
     "ShareGPT": (SFT, lines_of({"messages": [{"from": "human", "value": "a"}]}), "line 1: message 1 has no .*'from'"),
     "human alone": (SFT, lines_of({"conversation": [{"human": "a"}]}), "line 1: message 1 has no"),
-    "answer": (SFT, lines_of({"conversation": [{"human": "a", "assistant": 1}]}), "line 1: a text of turn 1 is of type int"),
+    "answer": (SFT, lines_of({"conversation": [{"human": "a", "assistant": 1}]}), "a text of turn 1 is of type int"),
     "few-shot": (SFT, lines_of({**PAIR, "query": "What?", "query_examples": ["x"]}), 'line 1: the key.* "query"'),
     "two forms": (SFT, lines_of({"messages": turns("q", "a"), "instruction": "b"}), 'line 1: .*"instruction" carries'),
     "two conversations": (SFT, lines_of({"conversation": turns("q", "a"), "messages": turns("q", "b")}), '"messages"'),
@@ -132,7 +132,7 @@ BAD_FILES = {
     "thoughts": (SFT, lines_of({"messages": [*turns("q"), BAD_TURN]}), 'turn 2 of "messages": .*"reasoning_content"'),
     "system of a turn": (SFT, lines_of({"conversation": [{"human": "q", "assistant": "a", "system": "S"}]}),
                          'line 1: turn 1 .*"system" carries'),
-    "two systems": (SFT, lines_of({"system": "S", "messages": turns("q", "a", system="T")}), '"system" beside a system'),
+    "two systems": (SFT, lines_of({"system": "S", "messages": turns("q", "a", system="T")}), '"system" beside'),
     "bad history": (SFT, lines_of({**ALPACA, "history": ["q", "a"]}), 'line 1: "history" is no list of'),
     "bad lists": (SFT, lines_of({"inputs": ["q", "r"], "outputs": ["a"]}), "line 1: .*lists of equal length"),
 }  # fmt: skip
