@@ -1,5 +1,7 @@
 """Outputs that appear whole or not at all: written under a temporary name, then renamed."""
 
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -94,3 +96,18 @@ def decode_utf8(data: bytes, flag: str, path: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{flag}: {path!r} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of what a file holds, computed once in a process while the file stays as it is."""
+    status = os.stat(path)
+    return _sha256(os.fspath(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: str, num_bytes: int, modified: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

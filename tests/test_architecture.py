@@ -112,7 +112,7 @@ def test_scripts_never_import_each_other():
         assert not (imports_of(path) & (stems - siblings - {"evaluation"})), path
 
 
-EXTRA_MODULES = {"lm_eval", "rouge_score", "pypdf", "bs4", "markdown_it", "gradio", "playwright"}
+EXTRA_MODULES = {"lm_eval", "rouge_score", "pypdfium2", "markitdown", "gradio", "playwright"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
@@ -162,11 +162,8 @@ def test_every_requirement_is_used():
         "sentencepiece": None,
         "accelerate": None,
         "-e": None,
-        "cryptography": None,
         "lm-eval": "lm_eval",
         "rouge-score": "rouge_score",
-        "beautifulsoup4": "bs4",
-        "markdown-it-py": "markdown_it",
     }
     lines = [line for name in REQUIREMENTS for line in (REPO / name).read_text().splitlines()]
     for line in lines:

@@ -24,33 +24,27 @@ class DataCollator:
         self.pad_token_id = pad if pad is not None else unk if unk is not None else 0
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return int64 [B, S] tensors.
+        """int64 [B, S] input_ids, labels and attention_mask (1 token, 0 padding).
 
-        Rows with input_ids and labels give input_ids, labels and attention_mask (1 token, 0 padding). Packed rows,
-        which also have position_ids, give those and no attention_mask: documents are told apart by positions that
-        restart at 0, and the padding is one more document. Rows to be shared by several processes have position_ids
-        in either case, for what a process holds is no whole row.
+        Packed rows have position_ids instead of the mask: documents are told apart by positions that restart at 0, and
+        the padding is one more document. So have rows that several processes share, each of which holds a part.
         """
-        lengths = [len(row["input_ids"]) for row in rows]
-        shape = (len(rows), -(-max(lengths) // self.num_parts) * self.num_parts)
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
         packed = "position_ids" in rows[0]
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "labels": torch.full(shape, IGNORE_INDEX),
-        }
+        assert all(("position_ids" in row) == packed for row in rows), "packed and other rows in one batch"
+        length = -(-int(lengths.max()) // self.num_parts) * self.num_parts
+        places = torch.arange(length).repeat(len(rows), 1)
+        is_token = places < lengths
+        batch = {}
+        for name, fill in (("input_ids", self.pad_token_id), ("labels", IGNORE_INDEX)):
+            batch[name] = torch.full_like(places, fill)
+            batch[name][is_token] = torch.cat([torch.as_tensor(row[name]).long() for row in rows])
         if packed:
-            batch["position_ids"] = torch.zeros(shape, dtype=torch.long)
-        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            assert ("position_ids" in row) == packed, "packed and other rows in one batch"
-            for name, values in batch.items():
-                values[index, :length] = torch.as_tensor(row[name])
-            if packed:
-                batch["position_ids"][index, length:] = torch.arange(shape[1] - length)
-        if not packed and self.num_parts > 1:
-            batch["position_ids"] = torch.arange(shape[1]).repeat(len(rows), 1)
-        elif not packed:
-            batch["attention_mask"] = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
-        return batch
+            places -= lengths
+            places[is_token] = torch.cat([torch.as_tensor(row["position_ids"]).long() for row in rows])
+        if packed or self.num_parts > 1:
+            return {**batch, "position_ids": places}
+        return {**batch, "attention_mask": is_token.long()}
 
 
 class PartCollator:

@@ -1,135 +1,137 @@
-"""A document of any common format as clean text: PDF, EPUB, HTML, Markdown, plain text.
+"""A document as text: PDF by PDFium, EPUB and HTML by markitdown's converters, Markdown and other text as it stands.
 
-document = read_document("paper.pdf")
-document.title, document.text, document.format, document.num_pages
+    document = read_document("paper.pdf")
+    document.title, document.text
 
-The readers of the formats are in pdf_text.py, epub_text.py and markup_text.py; what is done to every text is in
-clean_text.py. Their packages are optional (requirements-extras.txt) and imported only when such a file is read.
+Nothing is fetched: a converter gets the bytes of the file, and links and images are left out of the text. The packages
+are optional (`pip install -e .[web]`) and imported only when such a file is read.
 """
 
 import codecs
 import os
 import re
+import unicodedata
+import warnings
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
-from longqlora.data.clean_text import clean_text
-from longqlora.data.epub_text import is_epub, read_epub
-from longqlora.data.markup_text import read_html, read_markdown
-from longqlora.data.pdf_text import read_pdf
+from longqlora.cli import require_file
+from longqlora.extras import require_extra
 
-FORMATS = {
-    ".pdf": "pdf",
-    ".epub": "epub",
-    ".html": "html",
-    ".htm": "html",
-    ".xhtml": "html",
-    ".md": "markdown",
-    ".markdown": "markdown",
-    ".txt": "text",
-}
-FORMAT_LIST = ", ".join(suffix.lstrip(".") for suffix in FORMATS)
 MAX_BYTES = 512 * 2**20
-NUM_BYTES_SNIFFED = 1024
-HTML_START = re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html)\b", re.I | re.S)
+MAX_UNPACKED_BYTES = 256 * 2**20
+# Options of markdownify, which markitdown's converters pass on to it.
+PLAIN_MARKDOWN = {"strip": ["a", "img"], "escape_asterisks": False, "escape_underscores": False}
+DRM_FILE = "META-INF/encryption.xml"
+# Scrambled fonts stand there too, and are no obstacle to reading the text.
+ENCRYPTED_CHAPTER = re.compile(rb"""URI=["'][^"']+\.x?html?["']""", re.I)
+# Also U+0002, which PDFium writes for the hyphen of a word that the end of a line divides, and soft hyphens.
+INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060\ufeff\ufffe]")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document. title: as the file names it, or its file name; num_pages: of a PDF, else None."""
+    """title: as the file names it, or its file name."""
 
     title: str
     text: str
-    format: str
-    num_pages: int | None = None
 
 
 def read_document(path: str | os.PathLike, *, flag: str = "document") -> Document:
     """Read the document at `path`; `flag` names what gave the path, for the errors.
 
-    The format is told by the content where that is unmistakable (PDF, EPUB), else by the suffix; a file with an unknown
-    suffix may be HTML or plain text. Raises ValueError with the fix for what is missing, empty, damaged, encrypted,
-    without text or not text at all, and OSError for what cannot be opened.
+    The suffix decides how it is read; a file of another suffix is taken for text. Raises ValueError with the fix for
+    what is missing, empty, damaged, encrypted, too large, without text or not text at all.
     """
-    path = Path(os.path.expanduser(path))
-    if not path.is_file():
-        kind = " but a folder" if path.is_dir() else ""
-        raise ValueError(f"{flag}: no file at {str(path)!r}{kind}; give the path of an existing file")
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"{flag}: {str(path)!r} has {size / 2**20:.0f} MiB, over {MAX_BYTES // 2**20}; split it")
+    path = require_file(os.path.expanduser(path), flag)
     try:
-        kind = document_format(path)
-        title, text, num_pages = read_as(path, kind)
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES // 2**20} MiB; split it")
+        data = path.read_bytes()
+        if not data:
+            raise ValueError("empty; give a file with text")
+        title, text = READERS.get(path.suffix.lower(), read_text)(data)
+        text = clean_text(text)
+        if not text:
+            raise ValueError("no text in it; give a file with text (run OCR on scanned pages: ocrmypdf, for example)")
     except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from None
-    if not text.strip():
-        raise ValueError(f"{flag}: {str(path)!r} is empty; give a file with text")
-    return Document(title or path.stem, text, kind, num_pages)
+        raise ValueError(f"{flag}: {str(path)!r}: {error}") from None
+    return Document(" ".join((title or "").split()) or path.stem, text)
 
 
-def document_format(path: Path) -> str:
-    """Format of the file at `path`. Raises ValueError where the suffix promises one that the content is not."""
-    known = FORMATS.get(path.suffix.lower())
-    told = sniffed_format(path)
-    if told in ("pdf", "epub") or known is None:
-        return told or "text"
-    if known in ("pdf", "epub"):
-        found = f"it looks like {told}" if told else "its content is another"
-        raise ValueError(f"{str(path)!r} is no {known.upper()} file or a damaged one ({found}); get it again")
-    return known
+def read_pdf(data: bytes) -> tuple[str | None, str]:
+    """Title and text of a PDF, pages one blank line apart."""
+    require_extra("pypdfium2", "pypdfium2", extra="web")
+    import pypdfium2
 
-
-def sniffed_format(path: Path) -> str | None:
-    """Format that the content shows beyond doubt: pdf, epub or html; None otherwise."""
-    with path.open("rb") as file:
-        head = file.read(NUM_BYTES_SNIFFED)
-    if head.startswith(b"%PDF-") or (path.suffix.lower() == ".pdf" and b"%PDF-" in head):
-        return "pdf"
-    if head.startswith(b"PK\x03\x04") and is_epub(path):
-        return "epub"
-    return "html" if HTML_START.match(head.removeprefix(codecs.BOM_UTF8)) else None
-
-
-def read_as(path: Path, kind: str) -> tuple[str | None, str, int | None]:
-    """Title, text and number of pages of the file at `path`, read as a format of `FORMATS`."""
-    if kind == "pdf":
-        return read_pdf(path)
-    if kind == "epub":
-        return *read_epub(path), None
-    data, name = path.read_bytes(), repr(str(path))
-    if kind == "html":
-        return *read_html(data, name), None
-    text = decode_text(data, name)
-    if kind == "markdown":
-        return *read_markdown(text, name), None
-    return None, clean_text(text), None
-
-
-def decode_text(data: bytes, name: str) -> str:
-    """Text of a UTF-8 file, or of a UTF-16 or UTF-32 one with a byte order mark; line breaks are \\n.
-
-    Raises ValueError that names the first byte that is not text, counted from 0.
-    """
-    encoding = "utf-8"
-    # The mark of UTF-32 (FF FE 00 00) begins with that of UTF-16.
-    for mark, marked in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-                         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):  # fmt: skip
-        if data.startswith(mark):
-            encoding = marked
-            break
     try:
-        text = data.decode(encoding).removeprefix("\ufeff")
+        with pypdfium2.PdfDocument(data) as pdf:
+            pages = [page.get_textpage().get_text_bounded() for page in pdf]
+            return pdf.get_metadata_value("Title"), "\n\n".join(pages)
+    except pypdfium2.PdfiumError as error:
+        if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
+            raise ValueError("encrypted; save it without a password") from None
+        raise ValueError(f"damaged or no PDF ({error}); get it again or print it to a new PDF") from None
+
+
+def read_epub(data: bytes) -> tuple[str | None, str]:
+    """Title and text of an EPUB, as Markdown, in its reading order."""
+    try:
+        with zipfile.ZipFile(BytesIO(data)) as archive:
+            members = archive.infolist()
+            # zipfile unpacks no more than the size that the archive declares.
+            if sum(member.file_size for member in members) > MAX_UNPACKED_BYTES:
+                raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES // 2**20} MiB; split it")
+            is_protected = DRM_FILE in archive.namelist() and ENCRYPTED_CHAPTER.search(archive.read(DRM_FILE))
+            if is_protected or any(member.flag_bits & 1 for member in members):
+                raise ValueError("encrypted or copy-protected (DRM); use an open copy")
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"damaged or no EPUB ({error}); get it again") from None
+    title, text = read_markup(data, "EpubConverter")
+    # The first paragraph lists the metadata.
+    return title, text.partition("\n\n")[2]
+
+
+def read_markup(data: bytes, converter: str = "HtmlConverter") -> tuple[str | None, str]:
+    """Title and text, as Markdown, by a converter of markitdown."""
+    require_extra("markitdown", "markitdown", extra="web")
+    from markitdown import StreamInfo, converters
+
+    with warnings.catch_warnings():
+        # That XHTML is read with the HTML parser, and that a text too deeply nested for Markdown is left plain.
+        warnings.simplefilter("ignore")
+        try:
+            result = getattr(converters, converter)().convert(BytesIO(data), StreamInfo(), **PLAIN_MARKDOWN)
+        # Its parsers meet a damaged file with exceptions of many kinds.
+        except Exception as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+            raise ValueError(f"damaged ({what}); get it again") from None
+    return result.title, result.markdown
+
+
+def read_text(data: bytes) -> tuple[None, str]:
+    """No title, and the text of a UTF-8 file, or of a UTF-16 one with a byte order mark."""
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    try:
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name} is not {encoding.upper()} text ({error.reason} at byte {error.start}); save it as UTF-8, or give "
-            f"one of {FORMAT_LIST}"
-        ) from None
+        what = f"{encoding.upper()} text ({error.reason} at byte {error.start})"
+        raise ValueError(f"not {what}; save it as UTF-8, or give one of {FORMAT_LIST}") from None
     if "\0" in text:
-        position = f" (a zero at byte {data.index(0)})" if encoding == "utf-8" else ""
-        raise ValueError(f"{name} is not a text file{position}; give one of {FORMAT_LIST}")
-    return re.sub(r"\r\n?", "\n", text)
+        raise ValueError(f"not a text file; give one of {FORMAT_LIST}")
+    return None, text
+
+
+def clean_text(text: str) -> str:
+    """`text` in Unicode form NFC without invisible characters, trailing spaces and repeated blank lines."""
+    text = re.sub(r"\r\n?|[\x85\u2028]", "\n", text).replace("\f", "\n\n").replace("\xa0", " ")
+    text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
+    lines = [line.rstrip() for line in text.split("\n")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
 
 
 def with_documents(question: str, documents: Iterable[tuple[str, str]]) -> str:
@@ -138,31 +140,32 @@ def with_documents(question: str, documents: Iterable[tuple[str, str]]) -> str:
     return f"{material}The text ends here.\n\n{question}" if material else question
 
 
-def find_documents(paths: Sequence[str], *, is_recursive: bool, flag: str = "--input") -> list[tuple[str, Path]]:
-    """(name, path) of every file that `paths` names, each once, sorted by name.
+def find_files(
+    paths: Sequence[str | os.PathLike], suffixes: Iterable[str], *, is_recursive: bool, flag: str = "--input"
+) -> list[tuple[str, Path]]:
+    """(name, path) of every file that `paths` names, each once: files as given, those of folders sorted.
 
-    A file's name is its own; files in a folder are named by their path below it. Of folders, those files count
-    whose suffix or content shows a known format; hidden ones do not. Raises ValueError for a path that is not there.
+    A file's name is its own; files in a folder are named by their path below it, and count if they end in one of
+    `suffixes` and are not hidden. Raises ValueError for a path that is not there, and where no file is found.
     """
     found: dict[Path, str] = {}
     for given in map(Path, map(os.path.expanduser, paths)):
-        if given.is_dir():
-            for path in given.rglob("*") if is_recursive else given.iterdir():
-                below = path.relative_to(given)
-                is_hidden = any(part.startswith(".") for part in below.parts)
-                if not is_hidden and path.is_file() and is_known(path):
-                    found.setdefault(path.resolve(), below.as_posix())
-        elif given.is_file():
+        if given.is_file():
             found.setdefault(given.resolve(), given.name)
-        else:
+        elif not given.is_dir():
             raise ValueError(f"{flag}: nothing at {str(given)!r}; give existing files or folders")
+        for path in sorted(given.rglob("*") if is_recursive else given.glob("*")) if given.is_dir() else ():
+            below = path.relative_to(given)
+            is_hidden = any(part.startswith(".") for part in below.parts)
+            if path.name.lower().endswith(tuple(suffixes)) and not is_hidden and path.is_file():
+                found.setdefault(path.resolve(), below.as_posix())
+    if not found:
+        hint = "" if is_recursive else ", or pass --recursive"
+        raise ValueError(f"{flag}: no file found; give files or folders with {', '.join(suffixes)}{hint}")
     # A name that is not UTF-8 could not be written.
-    return sorted((os.fsencode(name).decode("utf-8", "replace"), path) for path, name in found.items())
+    return [(os.fsencode(name).decode("utf-8", "replace"), path) for path, name in found.items()]
 
 
-def is_known(path: Path) -> bool:
-    """Whether suffix or content shows a format; a file that cannot be opened is left to be reported."""
-    try:
-        return path.suffix.lower() in FORMATS or sniffed_format(path) is not None
-    except OSError:
-        return True
+READERS = {".pdf": read_pdf, ".epub": read_epub, ".html": read_markup, ".htm": read_markup, ".xhtml": read_markup,
+           ".md": read_text, ".markdown": read_text, ".txt": read_text}  # fmt: skip
+FORMAT_LIST = ", ".join(suffix.lstrip(".") for suffix in READERS)

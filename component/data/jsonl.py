@@ -1,4 +1,6 @@
-"""Read and check jsonl training files: every error names the key, the file, the line, and the fix.
+"""The rows of jsonl files: every error names the key, the file, the line, and the fix.
+
+    for number, row in read_rows(file, path, flag="--data_path"): ...
 
 A row is read whole or refused: a key that carries text and is not read ends the run (`check_unread`).
 """
@@ -6,13 +8,16 @@ A row is read whole or refused: a key that carries text and is not read ends the
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from longqlora.cli import require_file
 from longqlora.data.prompt import check_messages
 
+T = TypeVar("T")
 UTF8_BOM = b"\xef\xbb\xbf"
 # Last words of the keys that describe a row and are no part of its text: "id", "conversation_id", "createdAt", "file".
 METADATA_WORDS = frozenset(
@@ -26,36 +31,48 @@ METADATA_WORDS = frozenset(
 )
 
 
-def check_data_file(path: str | os.PathLike, *, sft: bool, flag: str) -> int:
-    """Check every row of a jsonl file and return their number, at least 1.
+def read_rows(
+    lines: Iterable[bytes], path: str | os.PathLike, *, flag: str, parse: Callable[[dict], T] = dict
+) -> Iterator[tuple[int, T]]:
+    """(line number, parsed object) of the lines of the file `path`; blank lines and byte order marks are passed over.
 
-    sft: rows are conversations, else texts. flag: the YAML key that gave the path.
-    Raises ValueError "<flag>: <path> line 17: <what>; <fix>" at the first bad row.
+    Raises ValueError "<flag>: <path> line 17: <what>; <fix>" for a line that is no JSON object, or that `parse` refuses
+    with a ValueError. flag: the option or YAML key that gave the path.
     """
-    num_rows = sum(1 for _ in iter_rows(path, sft=sft, flag=flag))
-    if num_rows == 0:
-        example = SFT_EXAMPLES if sft else '{"text": ...}'
-        raise ValueError(f"{flag}: {path} is empty; give one JSON object per line: {example}")
-    return num_rows
-
-
-def iter_rows(path: str | os.PathLike, *, sft: bool, flag: str) -> Iterator[tuple[int, str | list[dict]]]:
-    """Yield (line number, content) of every row; the content is a text, or messages where `sft`.
-
-    Blank lines, CRLF and a byte order mark are tolerated. Raises ValueError as `check_data_file` does.
-    """
-    path = require_file(path, flag)
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(UTF8_BOM) if number == 1 else line
-            if not line.strip():
-                continue
+    for number, line in enumerate(lines, start=1):
+        if not is_blank(line):
             try:
-                row = parse_line(line)
-                content = messages_of_row(row) if sft else text_of_row(row)
+                row = parse(parse_line(line))
             except ValueError as error:
                 raise error_at(path, number, error, flag=flag) from None
-            yield number, content
+            yield number, row
+
+
+def check_data_file(path: str | os.PathLike, *, sft: bool, flag: str) -> int:
+    """Check every row of a training file, of conversations where `sft`, and return their number, at least 1."""
+    with require_file(path, flag).open("rb") as file:
+        for _ in read_rows(file, path, flag=flag, parse=messages_of_row if sft else text_of_row):
+            pass
+    return len(index_rows(path, sft=sft, flag=flag)["line"])
+
+
+def index_rows(path: str | os.PathLike, *, sft: bool, flag: str) -> dict[str, array]:
+    """The lines of a file that are not blank: columns "line", counted from 1, and "offset", its first byte."""
+    index, offset = {"line": array("q"), "offset": array("q")}, 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not is_blank(line):
+                index["line"].append(number)
+                index["offset"].append(offset)
+            offset += len(line)
+    if not index["line"]:
+        example = SFT_EXAMPLES if sft else '{"text": ...}'
+        raise ValueError(f"{flag}: {path} is empty; give one JSON object per line: {example}")
+    return index
+
+
+def is_blank(line: bytes) -> bool:
+    return not line.removeprefix(UTF8_BOM).strip()
 
 
 def error_at(path: str | os.PathLike, line_number: int, error: Exception | str, *, flag: str) -> ValueError:
@@ -66,7 +83,7 @@ def error_at(path: str | os.PathLike, line_number: int, error: Exception | str, 
 def parse_line(line: bytes) -> dict[str, Any]:
     """The JSON object on a line of a jsonl file. Raises ValueError saying what is there instead."""
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from None
     try:
@@ -74,7 +91,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("JSON nested too deep; give one flat object per line") from None
     except ValueError as error:
-        fix = "jsonl has one object per line, so write no array" if text.lstrip()[0] in "[]" else "mend the line"
+        fix = "jsonl has one object per line, so write no array" if text.lstrip()[0] in "[]" else "correct the line"
         raise ValueError(f"not valid JSON ({error}); {fix}") from None
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {type(row).__name__}, not an object; give one object per line")
@@ -131,17 +148,12 @@ def sft_form(row: dict[str, Any]) -> SftForm:
 
 def messages_of_instruction(row: dict[str, Any]) -> list[dict[str, str]]:
     """Alpaca: the instruction and, where there is one, the input on the next line, after the turns of a history."""
-    parts = [checked_text(row[key], f'"{key}"') for key in ("instruction", "input") if row.get(key) is not None]
-    question = "\n".join(part for part in parts if part.strip())
-    return [*messages_of_history(row), *pair(question, checked_text(row["output"], '"output"'))]
-
-
-def messages_of_history(row: dict[str, Any]) -> list[dict[str, str]]:
-    """Earlier turns under "history": [[question, answer], ...]."""
     history = row.get("history") or []
     if not isinstance(history, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in history):
         raise ValueError('"history" is no list of [question, answer]; give the earlier turns so')
-    return [message for turn in history for message in pair(*(checked_text(text, '"history"') for text in turn))]
+    parts = [checked_text(row[key], f'"{key}"') for key in ("instruction", "input") if row.get(key) is not None]
+    question = "\n".join(part for part in parts if part.strip())
+    return [*messages_of_pairs(history, '"history"'), *messages_of_pairs([(question, row["output"])], '"output"')]
 
 
 def messages_of_lists(row: dict[str, Any]) -> list[dict[str, str]]:
@@ -149,38 +161,33 @@ def messages_of_lists(row: dict[str, Any]) -> list[dict[str, str]]:
     inputs, outputs = row["inputs"], row["outputs"]
     if not isinstance(inputs, list) or not isinstance(outputs, list) or not inputs or len(inputs) != len(outputs):
         raise ValueError('"inputs" and "outputs" are no lists of equal length; give an output for each input')
-    turns = zip(inputs, outputs, strict=True)
-    return [m for q, a in turns for m in pair(checked_text(q, '"inputs"'), checked_text(a, '"outputs"'))]
+    return messages_of_pairs(zip(inputs, outputs, strict=True), 'a text in "inputs" or "outputs"')
 
 
-def messages_of_key(key: str) -> Callable[[dict[str, Any]], list[dict[str, str]]]:
-    return lambda row: messages_of_conversation(row[key], key)
-
-
-def messages_of_conversation(conversation: Any, name: str) -> list[dict[str, str]]:
-    """[{"role", "content"}, ...] from that same form or from [{"human", "assistant"}, ...]."""
+def messages_of_conversation(row: dict[str, Any], *, key: str) -> list[dict[str, str]]:
+    """[{"role", "content"}, ...] from that same form or from [{"human", "assistant"}, ...] under `key`."""
+    conversation = row[key]
     if not isinstance(conversation, list):
-        raise ValueError(f'"{name}" is of type {type(conversation).__name__}; give a list of messages')
-    if conversation and all(isinstance(turn, dict) and {"human", "assistant"} <= turn.keys() for turn in conversation):
-        turns = [
-            pair(*(checked_text(turn[key], f'"{key}" of turn {number}') for key in ("human", "assistant")))
-            for number, turn in enumerate(conversation, start=1)
-        ]
-        messages, keys = [message for turn in turns for message in turn], ("human", "assistant")
+        raise ValueError(f'"{key}" is of type {type(conversation).__name__}; give a list of messages')
+    keys = ("human", "assistant")
+    if conversation and all(isinstance(turn, dict) and set(keys) <= turn.keys() for turn in conversation):
+        pairs = [tuple(turn[name] for name in keys) for turn in conversation]
+        messages = [m for n, pair in enumerate(pairs, 1) for m in messages_of_pairs([pair], f"a text of turn {n}")]
     else:
-        check_messages(conversation, last_role="assistant")
-        messages = [
-            {"role": message["role"], "content": checked_text(message["content"], f"the content of message {number}")}
-            for number, message in enumerate(conversation, start=1)
-        ]
         keys = ("role", "content")
+        check_messages(conversation, last_role="assistant")
+        for number, message in enumerate(conversation, start=1):
+            checked_text(message["content"], f"the content of message {number}")
+        messages = [{name: message[name] for name in keys} for message in conversation]
     for number, turn in enumerate(conversation, start=1):
-        check_unread(turn, keys, where=f'turn {number} of "{name}": ')
+        check_unread(turn, keys, where=f'turn {number} of "{key}": ')
     return messages
 
 
-def pair(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def messages_of_pairs(pairs: Iterable[Sequence[Any]], name: str) -> list[dict[str, str]]:
+    """The messages of (question, answer) pairs; `name` is where they come from, for the ValueError."""
+    turns = [turn for pair in pairs for turn in zip(("user", "assistant"), pair, strict=True)]
+    return [{"role": role, "content": checked_text(text, name)} for role, text in turns]
 
 
 def checked_text(value: Any, name: str) -> str:
@@ -253,8 +260,8 @@ def found_keys(row: dict[str, Any]) -> str:
 
 # The forms of an SFT row, in the order in which they are tried.
 SFT_FORMS = (
-    SftForm(("conversation",), (), messages_of_key("conversation")),
-    SftForm(("messages",), (), messages_of_key("messages")),
+    SftForm(("conversation",), (), partial(messages_of_conversation, key="conversation")),
+    SftForm(("messages",), (), partial(messages_of_conversation, key="messages")),
     SftForm(("instruction", "output"), ("input", "history"), messages_of_instruction),
     SftForm(("input", "output"), ("history",), messages_of_instruction),
     SftForm(("inputs", "outputs"), (), messages_of_lists),

@@ -24,9 +24,9 @@ DEFAULT_SYSTEM = (
 
 @dataclass(frozen=True)
 class TurnTemplate:
-    """A template of plain text: `{system}{separator}USER: {user}{separator}ASSISTANT:{lead}{answer}</s>USER: ...`.
+    """A template of plain text: `{system}{separator}USER: {user}{separator}ASSISTANT: {answer}</s>USER: ...`.
 
-    `lead_in_prompt` says on which side of the cut between prompt and answer the space before the answer lies.
+    lead_in_prompt: whether the space before the answer belongs to the prompt or to the answer.
     """
 
     separator: str
@@ -94,19 +94,18 @@ def check_messages(messages: Any, *, last_role: str | None = None) -> None:
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError('the conversation is empty; give a list of {"role": ..., "content": ...}')
-    for position, message in enumerate(messages):
-        where = f"message {position + 1}"
+    for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            found = sorted(map(str, message)) if isinstance(message, dict) else type(message).__name__
-            raise ValueError(f'{where} has no "role" and "content" (found {found}); give both')
+            raise ValueError(f'message {number} has no "role" and "content" (found {message!r:.60}); give both')
         if message["role"] not in ROLES:
-            raise ValueError(f"{where} has the unknown role {message['role']!r}; use one of {', '.join(ROLES)}")
+            raise ValueError(f"message {number} has the unknown role {message['role']!r}; use {', '.join(ROLES)}")
         if not isinstance(message["content"], str):
-            kind = type(message["content"]).__name__
-            raise ValueError(f"{where} has a content of type {kind}; give a string")
+            raise ValueError(
+                f"the content of message {number} is of type {type(message['content']).__name__}; give text"
+            )
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
-    if turns != [("user", "assistant")[position % 2] for position in range(len(turns))] or not turns:
+    if not turns or turns != [("user", "assistant")[position % 2] for position in range(len(turns))]:
         raise ValueError(
             f"the roles are {', '.join(roles)}; give an optional system message, then user and assistant in turn"
         )
@@ -127,8 +126,7 @@ def encode_conversation(
     check_messages(messages, last_role="user" if add_generation_prompt else None)
     if prompt_template_for(tokenizer, template) == CHAT_TEMPLATE:
         return apply_chat_template(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-    ids, _ = encode_turns(tokenizer, messages, TURN_TEMPLATES[template], add_generation_prompt=add_generation_prompt)
-    return ids
+    return encode_turns(tokenizer, messages, TURN_TEMPLATES[template], add_generation_prompt=add_generation_prompt)[0]
 
 
 def encode_for_training(
@@ -165,9 +163,8 @@ def encode_turns(
             labels += [IGNORE_INDEX] * len(prompt) + answer
             pending = ""
     if messages[-1]["role"] != "assistant":
-        prompt = encode_text(tokenizer, pending + (assistant if add_generation_prompt else ""))
-        ids += prompt
-        labels += [IGNORE_INDEX] * len(prompt)
+        ids += encode_text(tokenizer, pending + (assistant if add_generation_prompt else ""))
+        labels += [IGNORE_INDEX] * (len(ids) - len(labels))
     return ids, labels
 
 
@@ -199,8 +196,8 @@ def apply_chat_template(tokenizer: Any, messages: list[dict], *, add_generation_
 def encode_chat_template_for_training(tokenizer: Any, messages: list[dict]) -> tuple[list[int], list[int]]:
     """Ids and labels of the tokenizer's own chat template.
 
-    The answers are what the template marks with `{% generation %}`; without that mark, what an assistant message
-    adds to the prompt before it. Raises ValueError where the two cannot be told apart.
+    The answers are what the template marks with `{% generation %}`; without that mark, what an assistant message adds
+    to the prompt before it. Raises ValueError where the two cannot be told apart.
     """
     ids = apply_chat_template(tokenizer, messages, add_generation_prompt=False)
     mask = generation_mask(tokenizer, messages, ids)
@@ -227,25 +224,21 @@ def generation_mask(tokenizer: Any, messages: list[dict], ids: list[int]) -> lis
 
 def answer_span(tokenizer: Any, messages: list[dict], position: int, ids: list[int]) -> tuple[int, int]:
     """Start and end in `ids` of the assistant message at `position`: what follows its prompt, up to its EOS."""
-    prompt = apply_chat_template(tokenizer, messages[:position], add_generation_prompt=True)
-    if ids[: len(prompt)] != prompt:
-        raise ValueError(
-            f"the tokenizer's chat template writes the prompt of message {position + 1} differently when its answer "
-            "follows, so prompt and answer cannot be told apart; mark the answer with {% generation %} in the "
-            f"template, or use prompt_template {DEFAULT_PROMPT_TEMPLATE!r}"
-        )
-    start = len(prompt)
+    start = len(prompt := apply_chat_template(tokenizer, messages[:position], add_generation_prompt=True))
     upto = apply_chat_template(tokenizer, messages[: position + 1], add_generation_prompt=False)
     eos = tokenizer.eos_token_id
-    if ids[: len(upto)] == upto:
+    if ids[:start] != prompt:
+        problem = f"writes the prompt of message {position + 1} differently when its answer follows"
+    elif ids[: len(upto)] == upto:
         answer = ids[start : len(upto)]
         # Templates write a line break between the EOS and the next turn; it is not part of the answer.
         return start, start + len(answer) - (answer[::-1].index(eos) if eos in answer else 0)
-    # Some templates write the last answer unlike the others (Qwen3 drops earlier thoughts): it ends at its EOS.
-    if eos not in ids[start:]:
-        raise ValueError(
-            f"the tokenizer's chat template does not end message {position + 1} with the EOS token, so the end of the "
-            "answer cannot be told; mark the answer with {% generation %} in the template, or use prompt_template "
-            f"{DEFAULT_PROMPT_TEMPLATE!r}"
-        )
-    return start, start + ids[start:].index(eos) + 1
+    elif eos in ids[start:]:
+        # Some templates write the last answer unlike the others (Qwen3 drops earlier thoughts): it ends at its EOS.
+        return start, start + ids[start:].index(eos) + 1
+    else:
+        problem = f"does not end message {position + 1} with the EOS token"
+    raise ValueError(
+        f"the tokenizer's chat template {problem}, so prompt and answer cannot be told apart; mark the answer with "
+        f"{{% generation %}} in the template, or use prompt_template {DEFAULT_PROMPT_TEMPLATE!r}"
+    )

@@ -1,24 +1,22 @@
 """Flat files of token ids (`X.bin`) with a JSON sidecar (`X.bin.json`) that says what they hold.
 
-The `.bin` part is what LongLoRA and LongQLoRA evaluate on: little-endian ids one after the other,
-uint16, or uint32 where the vocabulary needs it, no header. Their files have no sidecar and are read as
-uint16. The sidecar: format, tokenizer, vocab_size, dtype, num_tokens, document_lengths (in tokens,
-BOS and EOS included), add_bos, add_eos, bos_token_id, eos_token_id, sha256.
+The `.bin` part is what LongLoRA and LongQLoRA evaluate on: little-endian ids one after the other, uint16, or uint32
+where the vocabulary needs it, no header. Their files have no sidecar and are read as uint16. Document lengths in the
+sidecar are in tokens, BOS and EOS included.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from longqlora.cli import require_file
-from longqlora.files import atomic_file, read_json, write_json
+from longqlora.files import atomic_file, file_sha256, read_json, write_json
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 FORMAT = "token ids, little-endian, no header"
@@ -53,12 +51,8 @@ class TokenFile:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the file, computed once; `ValueError` if the sidecar tells another."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        found, told = digest.hexdigest(), (self.sidecar or {}).get("sha256")
+        """Hash of the file. Raises ValueError where the sidecar tells another."""
+        found, told = file_sha256(self.path), (self.sidecar or {}).get("sha256")
         if told is not None and told != found:
             raise ValueError(
                 f"{str(self.path)!r} is not the file that {sidecar_path(self.path).name} describes (sha256 differs); "
@@ -67,7 +61,7 @@ class TokenFile:
         return found
 
     def check_ids(self, vocab_size: int) -> None:
-        """Raise `ValueError` with the first position whose id is not below `vocab_size`."""
+        """Raise ValueError with the first position whose id is not below `vocab_size`."""
         for start in range(0, self.num_tokens, SCAN_TOKENS):
             block = self.tokens[start : start + SCAN_TOKENS]
             if int(block.max()) >= vocab_size:
@@ -81,120 +75,100 @@ class TokenFile:
 def open_token_file(path: str | os.PathLike, *, dtype: str | None = None, flag: str = "--data_path") -> TokenFile:
     """Map a token file into memory and check it against its sidecar, if it has one.
 
-    `dtype`: "uint16" or "uint32"; None takes the sidecar's, or uint16 without sidecar. `flag` names the
-    option that gave the path, for messages. Raises `ValueError` for a file that is missing, empty, of a
-    size that is no multiple of the id size, or at odds with its sidecar.
+    dtype: "uint16" or "uint32"; None takes the sidecar's, or uint16 without sidecar. flag: the option that gave the
+    path, for errors. Raises ValueError for a file that is missing, empty, of a size that is no multiple of the id size,
+    or at odds with its sidecar.
     """
     path = require_file(path, flag)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    sidecar = _read_sidecar(path)
+    sidecar = read_sidecar(path)
     if sidecar and dtype and dtype != sidecar["dtype"]:
         raise ValueError(f"{str(path)!r} is {sidecar['dtype']} by its sidecar, but {dtype} was asked for")
     name = sidecar["dtype"] if sidecar else dtype or "uint16"
-    num_bytes, id_bytes = path.stat().st_size, DTYPES[name].itemsize
+    num_bytes, id_bytes, place = path.stat().st_size, DTYPES[name].itemsize, f"{flag}: {str(path)!r}"
     if num_bytes == 0:
-        raise ValueError(f"{flag}: {str(path)!r} is empty")
+        raise ValueError(f"{place} is empty")
     if num_bytes % id_bytes:
-        raise ValueError(
-            f"{flag}: {str(path)!r} has {num_bytes} bytes, no multiple of {id_bytes}: not a {name} token file, or "
-            "cut off"
-        )
+        raise ValueError(f"{place} has {num_bytes} bytes, no multiple of {id_bytes}: not a {name} file, or cut off")
     tokens = np.memmap(path, dtype=DTYPES[name], mode="r")
     if sidecar and len(tokens) != sidecar["num_tokens"]:
         raise ValueError(
-            f"{flag}: {str(path)!r} holds {len(tokens)} {name} tokens, but its sidecar says {sidecar['num_tokens']}; "
-            "the file is cut off or not the one that was described"
+            f"{place} holds {len(tokens)} {name} tokens, but its sidecar says {sidecar['num_tokens']}; the file is cut "
+            "off or not the one that was described"
         )
     if sidecar is None and dtype is None:
         probe = tokens[1::2][:DTYPE_PROBE_TOKENS]
         if len(probe) == DTYPE_PROBE_TOKENS and not probe.any() and tokens[0::2][:DTYPE_PROBE_TOKENS].any():
-            raise ValueError(f"{flag}: {str(path)!r} has no sidecar and looks like uint32, not uint16; give the dtype")
+            raise ValueError(f"{place} has no sidecar and looks like uint32, not uint16; give the dtype")
     return TokenFile(path, tokens, name, sidecar)
 
 
-def _read_sidecar(path: Path) -> dict[str, Any] | None:
+def read_sidecar(path: Path) -> dict[str, Any] | None:
+    """The checked sidecar of a token file; None where it has none."""
     location = sidecar_path(path)
     if not location.is_file():
         return None
     sidecar = read_json(location, "sidecar")
     if not isinstance(sidecar, dict):
         raise ValueError(f"sidecar {str(location)!r} is not a JSON object")
-    if sidecar.get("dtype") not in DTYPES:
-        raise ValueError(f"sidecar {str(location)!r}: dtype {sidecar.get('dtype')!r} is not one of {', '.join(DTYPES)}")
-    num_tokens = sidecar.get("num_tokens")
+    dtype, num_tokens = sidecar.get("dtype"), sidecar.get("num_tokens")
+    if dtype not in DTYPES:
+        raise ValueError(f"sidecar {str(location)!r}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
         raise ValueError(f"sidecar {str(location)!r}: num_tokens {num_tokens!r} is not a whole number")
     return sidecar
 
 
-class TokenWriter:
-    """Appends documents to an open token file; made by `token_file_writer`."""
-
-    def __init__(self, file: IO[bytes], vocab_size: int, bos_token_id: int | None, eos_token_id: int | None):
-        self.file, self.vocab_size = file, vocab_size
-        self.dtype = dtype_for_vocab(vocab_size)
-        self.prefix = [] if bos_token_id is None else [bos_token_id]
-        self.suffix = [] if eos_token_id is None else [eos_token_id]
-        self.document_lengths: list[int] = []
-        self.digest = hashlib.sha256()
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.document_lengths)
-
-    def add_document(self, ids: Sequence[int]) -> None:
-        """Append one document, between BOS and EOS where they were asked for."""
-        row = np.asarray([*self.prefix, *ids, *self.suffix], dtype=np.int64)
-        if len(row) == 0:
-            return
-        bad = (row < 0) | (row >= self.vocab_size)
-        if bad.any():
-            position = int(np.argmax(bad))
-            raise ValueError(
-                f"document {len(self.document_lengths)}: id {int(row[position])} at position {position} is outside the "
-                f"vocabulary of {self.vocab_size}"
-            )
-        data = row.astype(DTYPES[self.dtype]).tobytes()
-        self.file.write(data)
-        self.digest.update(data)
-        self.document_lengths.append(len(row))
-
-
-@contextmanager
-def token_file_writer(
+def write_token_file(
     path: str | os.PathLike,
+    documents: Iterable[Sequence[int]],
     *,
     tokenizer_name: str,
     vocab_size: int,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
-) -> Iterator[TokenWriter]:
-    """Write `path` and its sidecar document by document, in memory that grows by one number a document.
+) -> dict[str, Any]:
+    """Write the ids of documents and the sidecar, which is returned, in memory that grows by one number a document.
 
-    `bos_token_id` / `eos_token_id`: put before / after each document when not None. Both files appear
-    when the block ends without error; `ValueError` when no token was written.
+    bos_token_id, eos_token_id: put before / after each document when not None. Both files appear when all is written.
+    Raises ValueError for an id outside the vocabulary, and when there is no token to write.
     """
-    path = Path(path)
+    path, dtype = Path(path), dtype_for_vocab(vocab_size)
+    prefix, suffix = ([] if token is None else [token] for token in (bos_token_id, eos_token_id))
+    lengths: list[int] = []
+    digest = hashlib.sha256()
     with atomic_file(path, "wb") as file:
-        writer = TokenWriter(file, vocab_size, bos_token_id, eos_token_id)
-        yield writer
-        if not writer.document_lengths:
+        for ids in documents:
+            row = np.asarray([*prefix, *ids, *suffix], dtype=np.int64)
+            if len(row) == 0:
+                continue
+            bad = (row < 0) | (row >= vocab_size)
+            if bad.any():
+                position = int(np.argmax(bad))
+                raise ValueError(
+                    f"document {len(lengths)}: id {row[position]} at position {position} is outside the vocabulary of "
+                    f"{vocab_size}"
+                )
+            data = row.astype(DTYPES[dtype]).tobytes()
+            file.write(data)
+            digest.update(data)
+            lengths.append(len(row))
+        if not lengths:
             raise ValueError(f"no tokens to write to {str(path)!r}: every document was empty or dropped")
-    write_json(
-        sidecar_path(path),
-        {
-            "format": FORMAT,
-            "tokenizer": tokenizer_name,
-            "vocab_size": vocab_size,
-            "dtype": writer.dtype,
-            "num_tokens": writer.num_tokens,
-            "num_documents": len(writer.document_lengths),
-            "add_bos": bos_token_id is not None,
-            "add_eos": eos_token_id is not None,
-            "bos_token_id": bos_token_id,
-            "eos_token_id": eos_token_id,
-            "sha256": writer.digest.hexdigest(),
-            "document_lengths": writer.document_lengths,
-        },
-    )
+    sidecar = {
+        "format": FORMAT,
+        "tokenizer": tokenizer_name,
+        "vocab_size": vocab_size,
+        "dtype": dtype,
+        "num_tokens": sum(lengths),
+        "num_documents": len(lengths),
+        "add_bos": bos_token_id is not None,
+        "add_eos": eos_token_id is not None,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "sha256": digest.hexdigest(),
+        "document_lengths": lengths,
+    }
+    write_json(sidecar_path(path), sidecar)
+    return sidecar

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from longqlora.data.cache import content_hash
 from longqlora.distributed import is_main_process, world_size
+from longqlora.files import file_sha256
 from longqlora.run_record import read_run_record
 from longqlora.settings.config import DataConfig, Settings
 from longqlora.settings.deepspeed import zero_stage
@@ -53,7 +53,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 def data_hashes(data: DataConfig) -> dict[str, str]:
     """SHA-256 of each data file by its key, on rank 0, which compares and records them."""
     files = {"train_file": data.train_file, "eval_file": data.eval_file}
-    return {key: content_hash(Path(path)) for key, path in files.items() if path and is_main_process()}
+    return {key: file_sha256(path) for key, path in files.items() if path and is_main_process()}
 
 
 def choose_start(settings: Settings) -> tuple[Path | None, str]:

@@ -4,7 +4,7 @@
 
 Each line is {"text": ..., "source": ...}, in the order of the sources' names: what train_file takes with sft: false.
 source is the file's name, or its path below the folder given. A document that cannot be read is one line on stderr,
-and the others go on; the exit code is 0 if any was written, else 2. In folders, files of other formats and hidden
+and the others are read; the exit code is 0 if any was written, else 2. In folders, files of other formats and hidden
 ones are passed over.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from longqlora.cli import one_line, run_main
-from longqlora.data.documents import FORMAT_LIST, find_documents, read_document
+from longqlora.data.documents import FORMAT_LIST, READERS, find_files, read_document
 from longqlora.files import atomic_file
 from longqlora.outputs import check_outputs
 
@@ -36,11 +36,8 @@ def main() -> None:
     args = parse_arguments()
     if args.min_characters < 1:
         raise ValueError(f"--min_characters: must be at least 1, got {args.min_characters}")
-    documents = find_documents(args.input, is_recursive=args.recursive)
+    documents = sorted(find_files(args.input, READERS, is_recursive=args.recursive))
     check_outputs({"--output_file": args.output_file}, {"--input": [*args.input, *(path for _, path in documents)]})
-    if not documents:
-        hint = "" if args.recursive else ", or pass --recursive"
-        raise ValueError(f"--input: no documents found; give files or folders with {FORMAT_LIST}{hint}")
     num_written = num_failed = num_short = num_characters = 0
     with atomic_file(args.output_file) as file:
         for name, path in tqdm(documents, desc="extract", unit="file"):

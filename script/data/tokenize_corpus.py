@@ -2,10 +2,10 @@
 
     python script/data/tokenize_corpus.py --input books/ more.jsonl --tokenizer MODEL --output_file books.bin
 
-Inputs: text files; folders of .txt, .text, .md or .jsonl files, searched in depth; JSON-lines files with
-one {"text": ...} per line. All may be gzipped (.gz). A text file, or a line of a JSON-lines file, is one
-document. Documents keep their order: inputs as given, files in a folder by path. CRLF is read as LF.
-Special tokens written out in a text are read as plain text.
+Inputs: text files; JSON-lines files with one {"text": ...} per line; folders of such files (.txt, .text, .md, .jsonl),
+searched in depth. All may be gzipped (.gz). A text file, or a line of a JSON-lines file, is one document. Documents
+keep their order: inputs as given, files in a folder by path. CRLF is read as LF. Special tokens written out in a text
+are read as plain text.
 """
 
 import argparse
@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from longqlora.cli import run_main
-from longqlora.data.jsonl import UTF8_BOM, check_unread, checked_text, found_keys, parse_line
-from longqlora.data.token_file import sidecar_path, token_file_writer
+from longqlora.data.documents import find_files
+from longqlora.data.jsonl import check_unread, checked_text, found_keys, read_rows
+from longqlora.data.prompt import encode_text
+from longqlora.data.token_file import sidecar_path, write_token_file
 from longqlora.outputs import check_outputs
 from longqlora.plot import plot_length_histogram, require_matplotlib
 
-TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSON_SUFFIX = ".jsonl"
+SUFFIXES = (".txt", ".text", ".md", JSON_SUFFIX)
 BAR_WIDTH = 40
 
 
@@ -43,68 +45,27 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def kind_of(path: Path) -> str:
-    """The suffix that tells how to read a file, .gz aside."""
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
-
-
-def input_files(inputs: list[Path]) -> list[Path]:
-    """The files to read, in order. A file named outright is read as text whatever its suffix."""
-    files = []
-    for path in inputs:
-        if path.is_file():
-            files.append(path)
-        elif path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p.relative_to(path)))
-            found = [p for p in inside if kind_of(p) in (*TEXT_SUFFIXES, JSON_SUFFIX)]
-            if not found:
-                raise ValueError(
-                    f"--input: no {', '.join(TEXT_SUFFIXES)} or {JSON_SUFFIX} file (or .gz of one) in {str(path)!r}"
-                )
-            if len(found) < len(inside):
-                print(f"{path}: {len(inside) - len(found)} files of other kinds passed over")
-            files += found
-        else:
-            raise ValueError(f"--input: no file or folder at {str(path)!r}")
-    return files
-
-
-def is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def read_documents(path: Path, text_key: str) -> Iterator[str]:
-    """Yield the texts of one file; `ValueError` names the file, and the line in a .jsonl file."""
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            if kind_of(path) == JSON_SUFFIX:
-                for number, line in enumerate(file, start=1):
-                    line = line.removeprefix(UTF8_BOM) if number == 1 else line
-                    if line.strip():
-                        yield json_text(line, text_key, f"{path}, line {number}")
-            else:
-                yield decode(file.read(), str(path))
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a complete gzip file ({error})") from None
+    """The texts of one file: the rows of a JSON-lines file, else all of it. ValueError names the file and the line."""
 
-
-def json_text(line: bytes, text_key: str, place: str) -> str:
-    try:
-        row = parse_line(line)
+    def text_of(row: dict) -> str:
         if text_key not in row:
             raise ValueError(f"no key {text_key!r} (found {found_keys(row)}); name the key with --text_key")
-        text = checked_text(row[text_key], repr(text_key))
         check_unread(row, (text_key,))
-        return text.replace("\r\n", "\n")
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
+        return checked_text(row[text_key], repr(text_key))
 
-
-def decode(data: bytes, place: str) -> str:
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            if path.name.removesuffix(".gz").lower().endswith(JSON_SUFFIX):
+                yield from (text for _, text in read_rows(file, path, flag="--input", parse=text_of))
+            else:
+                yield file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise ValueError(
+            f"--input: {str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"--input: {str(path)!r} is not a complete gzip file ({error})") from None
 
 
 def special_id(tokenizer, name: str, *, wanted: bool) -> int | None:
@@ -139,7 +100,8 @@ def main() -> None:
         raise ValueError(f"--min_tokens: must be at least 1, got {args.min_tokens}")
     if args.plot:
         require_matplotlib(args.plot)
-    files = input_files(args.input)
+    suffixes = [*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES)]
+    files = [path for _, path in find_files(args.input, suffixes, is_recursive=True)]
     outputs = {"--output_file": [args.output_file, sidecar_path(args.output_file)], "--plot": args.plot}
     check_outputs(outputs, {"--input": [*args.input, *files], "--tokenizer": args.tokenizer})
 
@@ -152,30 +114,31 @@ def main() -> None:
     source = local if os.path.isdir(local) else args.tokenizer
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     num_dropped = 0
-    with token_file_writer(
+
+    def documents() -> Iterator[list[int]]:
+        nonlocal num_dropped
+        with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True) as bar:
+            for path in files:
+                for text in read_documents(path, args.text_key):
+                    ids = encode_text(tokenizer, text.replace("\r\n", "\n"))
+                    num_dropped += len(ids) < args.min_tokens
+                    if len(ids) >= args.min_tokens:
+                        yield ids
+                bar.update(path.stat().st_size)
+
+    written = write_token_file(
         args.output_file,
+        documents(),
         tokenizer_name=args.tokenizer,
         vocab_size=max(len(tokenizer), tokenizer.vocab_size),
         bos_token_id=special_id(tokenizer, "bos", wanted=args.add_bos),
         eos_token_id=special_id(tokenizer, "eos", wanted=args.add_eos),
-    ) as writer:
-        with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True) as bar:
-            for path in files:
-                for text in read_documents(path, args.text_key):
-                    # BOS and EOS are added by the writer: whether a tokenizer does so depends on its files.
-                    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-                        "input_ids"
-                    ]
-                    if len(ids) < args.min_tokens:
-                        num_dropped += 1
-                    else:
-                        writer.add_document(ids)
-                bar.update(path.stat().st_size)
-    print(length_table(writer.document_lengths))
+    )
+    print(length_table(written["document_lengths"]))
     print(f"dropped: {num_dropped} documents of fewer than {args.min_tokens} tokens")
-    print(f"wrote {args.output_file}: {writer.num_tokens:,} tokens, {writer.dtype}")
+    print(f"wrote {args.output_file}: {written['num_tokens']:,} tokens, {written['dtype']}")
     if args.plot:
-        plot_length_histogram(writer.document_lengths, args.plot)
+        plot_length_histogram(written["document_lengths"], args.plot)
         print(f"wrote {args.plot}")
 
 

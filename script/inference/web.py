@@ -78,7 +78,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    require_extra("gradio", "gradio")
+    require_extra("gradio", "gradio", extra="web")
     check_arguments(args)
     options = generation_options(args)
     with tempfile.TemporaryDirectory(prefix="longqlora-web-", ignore_cleanup_errors=True) as upload_folder:

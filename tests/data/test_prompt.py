@@ -65,27 +65,20 @@ def learned(tokenizer, labels):
     return runs
 
 
-def test_template_text(tokenizer):
-    ids = encode_conversation(tokenizer, TWO_TURNS[:1], template="vicuna_v1.1", add_generation_prompt=True)
-    assert tokenizer.decode(ids) == f"<s>{DEFAULT_SYSTEM}\nUSER: the fox\nASSISTANT: "
-    ids, _ = encode_for_training(tokenizer, TWO_TURNS, template="vicuna_v1.1")
+@pytest.mark.parametrize(("template", "gap"), [("vicuna_v1.1", "\n"), ("vicuna_v1.1_fastchat", " ")])
+def test_template_text(tokenizer, template, gap):
+    ids = encode_conversation(tokenizer, TWO_TURNS[:1], template=template, add_generation_prompt=True)
+    lead = " " if template == "vicuna_v1.1" else ""
+    assert tokenizer.decode(ids) == f"<s>{DEFAULT_SYSTEM}{gap}USER: the fox{gap}ASSISTANT:{lead}"
+    ids, _ = encode_for_training(tokenizer, TWO_TURNS, template=template)
     assert tokenizer.decode(ids) == (
-        f"<s>{DEFAULT_SYSTEM}\nUSER: the fox\nASSISTANT: jumps over</s>USER: and the dog\nASSISTANT: box quietly</s>"
+        f"<s>{DEFAULT_SYSTEM}{gap}USER: the fox{gap}ASSISTANT: jumps over</s>USER: and the dog{gap}ASSISTANT: "
+        "box quietly</s>"
     )
-    ids, _ = encode_for_training(tokenizer, TWO_TURNS, template="vicuna_v1.1_fastchat")
-    assert tokenizer.decode(ids) == (
-        f"<s>{DEFAULT_SYSTEM} USER: the fox ASSISTANT: jumps over</s>USER: and the dog ASSISTANT: box quietly</s>"
-    )
-
-
-def test_system_message_takes_the_place_of_the_sentence(tokenizer):
-    messages = [{"role": "system", "content": " Be lazy. "}, user("the fox")]
-    ids = encode_conversation(tokenizer, messages, template="vicuna_v1.1", add_generation_prompt=True)
-    assert tokenizer.decode(ids) == "<s>Be lazy.\nUSER: the fox\nASSISTANT: "
-    ids = encode_conversation(
-        tokenizer, [{"role": "system", "content": ""}, user("the fox")], add_generation_prompt=True
-    )
-    assert tokenizer.decode(ids) == "<s>USER: the fox\nASSISTANT: "
+    for system, text in ((" Be lazy. ", f"Be lazy.{gap}"), ("", "")):
+        messages = [{"role": "system", "content": system}, user("the fox")]
+        ids = encode_conversation(tokenizer, messages, template=template, add_generation_prompt=True)
+        assert tokenizer.decode(ids) == f"<s>{text}USER: the fox{gap}ASSISTANT:{lead}"
 
 
 def test_answers_and_their_eos_are_learned(tokenizer_and_template):
@@ -94,6 +87,9 @@ def test_answers_and_their_eos_are_learned(tokenizer_and_template):
     lead = " " if template == "vicuna_v1.1_fastchat" else ""
     assert learned(tokenizer, labels) == [f"{lead}jumps over</s>", f"{lead}box quietly</s>"]
     assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
+    assert encode_conversation(tokenizer, TWO_TURNS, template=template, add_generation_prompt=False) == ids
+    tokenizer.pad_token = tokenizer.eos_token
+    assert encode_for_training(tokenizer, TWO_TURNS, template=template) == (ids, labels)
 
 
 @pytest.mark.parametrize("num_messages", [1, 3])
@@ -108,12 +104,6 @@ def test_training_starts_with_the_ids_of_inference(tokenizer_and_template, num_m
         assert labels[len(prompt) - 1] == IGNORE_INDEX
 
 
-def test_whole_conversation_is_the_same_without_labels(tokenizer_and_template):
-    tokenizer, template = tokenizer_and_template
-    ids, _ = encode_for_training(tokenizer, TWO_TURNS, template=template)
-    assert encode_conversation(tokenizer, TWO_TURNS, template=template, add_generation_prompt=False) == ids
-
-
 def test_one_bos_at_the_start(tokenizer_and_template):
     tokenizer, template = tokenizer_and_template
     ids, _ = encode_for_training(tokenizer, TWO_TURNS, template=template)
@@ -126,28 +116,16 @@ def test_one_bos_at_the_start(tokenizer_and_template):
         assert encode_for_training(tokenizer, TWO_TURNS, template=template)[0] == ids[1:]
 
 
-def test_pad_equal_to_eos_keeps_the_eos(tokenizer_and_template):
-    tokenizer, template = tokenizer_and_template
-    before = encode_for_training(tokenizer, TWO_TURNS, template=template)
-    tokenizer.pad_token = tokenizer.eos_token
-    assert encode_for_training(tokenizer, TWO_TURNS, template=template) == before
-    assert before[1].count(tokenizer.eos_token_id) == 2
-
-
 def test_text_that_spells_a_special_token_stays_text(tokenizer_and_template):
     tokenizer, template = tokenizer_and_template
+    before = tokenizer("a </s>").input_ids
     assert tokenizer.eos_token_id not in encode_text(tokenizer, "a </s> b <s>")
     plain, _ = encode_for_training(tokenizer, [user("a b"), assistant("c")], template=template)
     ids, labels = encode_for_training(tokenizer, [user("a </s> b"), assistant("c </s><s> d")], template=template)
     assert ids.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id)
     assert ids.count(tokenizer.bos_token_id) == 1
     assert "".join(learned(tokenizer, labels)).strip() == "c </s><s> d</s>"
-
-
-def test_encoding_leaves_the_tokenizer_as_it_was(tokenizer):
-    before = tokenizer("a </s>").input_ids
-    encode_text(tokenizer, "a </s>")
-    assert tokenizer("a </s>").input_ids == before
+    assert tokenizer("a </s>").input_ids == before, "the tokenizer is left as it was"
 
 
 def test_generation_marks_decide_what_is_learned(tokenizer):
@@ -167,16 +145,18 @@ def test_chat_template_that_writes_earlier_answers_otherwise(tokenizer):
     assert learned(tokenizer, labels) == ["jumps over</s>", "thinkbox quietly</s>"]
 
 
-def test_chat_template_without_a_common_prefix_is_refused(tokenizer):
-    tokenizer.chat_template = "{{ messages | length }} {% for message in messages %}{{ message.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="generation.*vicuna_v1.1"):
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages | length }} {% for m in messages %}{{ m.content }}{% endfor %}", "generation.*vicuna_v1.1"),
+        ("{% for m in messages %}{{ m.content[:9 - loop.last] }}|{% endfor %}", "with the EOS.*generation"),
+        ("{{ raise_exception('no system here') }}", "no system here"),
+    ],
+)
+def test_chat_template_that_cannot_be_used_is_refused(tokenizer, template, message):
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
         encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
-
-
-def test_chat_template_that_refuses_is_a_value_error(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
-    with pytest.raises(ValueError, match="no system here"):
-        encode_conversation(tokenizer, TWO_TURNS[:1], template="chat_template", add_generation_prompt=True)
 
 
 def test_prompt_template_for(tokenizer):
@@ -187,14 +167,7 @@ def test_prompt_template_for(tokenizer):
         prompt_template_for(tokenizer, "alpaca")
     tokenizer.chat_template = CHATML
     assert prompt_template_for(tokenizer, None) == "chat_template"
-    for name in PROMPT_TEMPLATES:
-        assert prompt_template_for(tokenizer, name) == name
-
-
-def test_tokenizer_without_eos_is_refused(tokenizer):
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no EOS token"):
-        encode_for_training(tokenizer, TWO_TURNS)
+    assert [prompt_template_for(tokenizer, name) for name in PROMPT_TEMPLATES] == [*PROMPT_TEMPLATES]
 
 
 @pytest.mark.parametrize(

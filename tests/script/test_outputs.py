@@ -97,7 +97,7 @@ def test_every_script_that_writes_is_in_the_table():
 @pytest.fixture
 def work(tmp_path, tiny_model_dir, monkeypatch) -> Path:
     """The working directory, with an input of every kind."""
-    from longqlora.data.token_file import token_file_writer
+    from longqlora.data.token_file import write_token_file
 
     shutil.copytree(tiny_model_dir, tmp_path / "model")
     for name, text in {
@@ -115,8 +115,7 @@ def work(tmp_path, tiny_model_dir, monkeypatch) -> Path:
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    with token_file_writer(tmp_path / "ids.bin", tokenizer_name="model", vocab_size=320) as writer:
-        writer.add_document(range(64))
+    write_token_file(tmp_path / "ids.bin", [range(64)], tokenizer_name="model", vocab_size=320)
     (tmp_path / "link").symlink_to("ids.bin")
     (tmp_path / "hard").hardlink_to(tmp_path / "ids.bin")
     (tmp_path / "link.png").symlink_to("text.txt" if "tokenize" in os.environ["PYTEST_CURRENT_TEST"] else "ids.bin")
