@@ -9,8 +9,8 @@ import re
 import warnings
 from typing import Any
 
+from longqlora.cli import require_extra
 from longqlora.data.clean_text import clean_text, one_line
-from longqlora.extras import require_extra
 
 SKIPPED_TAGS = frozenset(
     "script style noscript template head nav svg iframe object button select textarea audio video canvas rp".split()

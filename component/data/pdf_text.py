@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from longqlora.cli import require_extra
 from longqlora.data.clean_text import clean_text, one_line
-from longqlora.extras import require_extra
 
 # A line that would be this part as long as the longest ones with the next word was broken by the margin, not by the
 # author. In a text whose lines are shorter than the second number nothing is running text.

@@ -1,9 +1,8 @@
-"""Load the base model, its config and its tokenizer."""
+"""Load the base model, its config and its tokenizer, and refuse what is not what it seems."""
 
 import copy
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -23,6 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from longqlora.device import cpu_has_bf16
 from longqlora.distributed import print_notice
+from longqlora.model.library_internals import drop_kernels, keep_4bit_weights_trainable
 from longqlora.settings.config import ModelConfig
 
 # Forms of quantised weights whose kernels come from installed packages; for others transformers may ask the hub.
@@ -51,9 +51,9 @@ def is_slow_on_cpu(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu_has_bf16())
 
 
-def model_source(name_or_path: str, flag: str = "model_name_or_path") -> str:
+def model_source(name_or_path: str) -> str:
     """A local folder as an absolute path, a hub name as it is; a path that is not there is refused."""
-    path = Path(os.path.expanduser(name_or_path))
+    path, flag = Path(os.path.expanduser(name_or_path)), "model_name_or_path"
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{flag}: {str(path)!r} has no config.json; give the folder of a saved model")
@@ -71,9 +71,8 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
     except Exception as error:
         # Values of a wrong kind reach transformers' checks, which raise types of their own, and plain Python.
         text = str(error) if isinstance(error, OSError | ValueError) else f"config.json cannot be read ({error!r})"
-        raise ValueError(
-            text if text.startswith("model_name_or_path") else f"model_name_or_path: {name_or_path!r}: {text}"
-        ) from None
+        is_ours = text.startswith("model_name_or_path")
+        raise ValueError(text if is_ours else f"model_name_or_path: {name_or_path!r}: {text}") from None
     if getattr(config, "max_position_embeddings", None) is None:
         raise ValueError(f"model_name_or_path: {config.model_type} says no max_position_embeddings in its config.json")
     if getattr(config, "transformers_weights", None):
@@ -91,11 +90,8 @@ def refuse_hub_code(config: PretrainedConfig, name: str, *, trust_remote_code: b
 
     Attention is bound by this repository, so a kernel named for it, in nested configs too, is dropped with a notice.
     """
-    parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
-    for kernel in sorted({str(getattr(part, "_attn_implementation", None)) for part in parts}):
-        if "/" in kernel:
-            print_notice(f"the attention kernel {kernel!r} in config.json of {name!r} has no effect: it is not fetched")
-    config._attn_implementation = config._experts_implementation = None
+    for kernel in drop_kernels(config):
+        print_notice(f"the attention kernel {kernel!r} in config.json of {name!r} has no effect: it is not fetched")
     quantization = getattr(config, "quantization_config", None) or {}
     if isinstance(quantization, dict):
         # Configs of before transformers 4.35 do not name the method of bitsandbytes.
@@ -192,38 +188,33 @@ def empty_model(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
             )
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"model_name_or_path: config.json of {name!r} describes no model ({error}); mend it") from None
+        raise ValueError(
+            f"model_name_or_path: config.json of {name!r} describes no model ({error}); correct it"
+        ) from None
+
+
+def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
+    """Names of the input and the output embedding weights; None for a model without the latter."""
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    return names[id(model.get_input_embeddings())], names.get(id(model.get_output_embeddings()))
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     """Linear layers but the output layer, by name: those that a 4-bit base quantises and LoRA adapts."""
-    head = model.get_output_embeddings()
-    return {name: x for name, x in all_linear(model) if x is not head and not is_more_than_linear(x)}
+    head, changed = model.get_output_embeddings(), routers(model)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: module for name, module in linear.items() if module is not head and name not in changed}
 
 
 def routers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """Modules that are linear layers with more to them, as the routers of some experts, by name."""
-    return {name: x for name, x in all_linear(model) if is_more_than_linear(x)}
-
-
-def all_linear(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
-    return (item for item in model.named_modules() if isinstance(item[1], torch.nn.Linear))
-
-
-def is_more_than_linear(module: torch.nn.Linear) -> bool:
-    """Whether a model's own class changed the forward pass; those of torch and bitsandbytes do the same."""
-    return type(module).forward is not torch.nn.Linear.forward and type(module).__module__.startswith("transformers")
-
-
-def keep_4bit_weights_trainable(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in place on CPUs with avx512_bf16.
-
-    It does so at the first evaluation without gradient; gradients through repacked weights are then
-    silently lost (bitsandbytes 0.50.2, nn/modules.py, Linear4bit.forward).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    """Linear layers whose forward pass the model's own class changed, as the routers of some experts, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and type(module).forward is not torch.nn.Linear.forward
+        and type(module).__module__.startswith("transformers")
+    }
 
 
 def load_tokenizer(
@@ -247,3 +238,13 @@ def load_tokenizer(
     if model_max_length is not None:
         tokenizer.model_max_length = model_max_length
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, source: str) -> None:
+    """Refuse a tokenizer whose ids go beyond the model's embeddings: it was made for another model."""
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= num_embeddings:
+        raise ValueError(
+            f"model_name_or_path: the tokenizer of {source!r} has ids up to {last} ({token!r}), beyond the model's "
+            f"{num_embeddings} embeddings; give a folder whose tokenizer belongs to the model"
+        )

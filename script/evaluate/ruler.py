@@ -19,7 +19,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-from longqlora.cli import require_folder, run_main
+from longqlora.cli import go_offline_unless_reachable, require_extra, require_folder, run_main
 from longqlora.evaluation.perplexity import json_safe
 from longqlora.evaluation.ruler.task import (
     PROTOCOL,
@@ -33,7 +33,6 @@ from longqlora.evaluation.ruler.task import (
     score_table,
 )
 from longqlora.evaluation.ruler.tasks import TASKS, check_tasks, default_tasks, describe_tasks
-from longqlora.extras import require_extra
 from longqlora.files import write_json
 from longqlora.inference.arguments import (
     add_model_arguments,
@@ -42,7 +41,6 @@ from longqlora.inference.arguments import (
     model_sources,
 )
 from longqlora.model.context_arguments import context_request
-from longqlora.model.hub import go_offline_unless_reachable
 from longqlora.outputs import check_results
 
 

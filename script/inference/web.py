@@ -19,8 +19,7 @@ import signal
 import tempfile
 import threading
 
-from longqlora.cli import run_main
-from longqlora.extras import require_extra
+from longqlora.cli import require_extra, run_main
 from longqlora.inference.arguments import (
     add_conversation_arguments,
     add_generation_arguments,

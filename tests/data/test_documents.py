@@ -287,7 +287,7 @@ def test_paths_that_are_no_file_and_missing_packages(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no file at .*nowhere.pdf'; give"):
         read_document(tmp_path / "nowhere.pdf")
     (tmp_path / "a.pdf").write_bytes(pdf_bytes([["text"]]))
-    monkeypatch.setattr("longqlora.extras.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("longqlora.cli.importlib.util.find_spec", lambda name: None)
     for name, package in (("a.pdf", "pypdf"), ("b.html", "beautifulsoup4"), ("c.md", "markdown-it-py")):
         if not (tmp_path / name).exists():
             (tmp_path / name).write_text("<p>x")

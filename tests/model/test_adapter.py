@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longqlora.inference.load import load_for_inference
 from longqlora.model.adapter import attach_adapter, trainable_table
 from longqlora.model.adapter_folder import save_adapter
-from longqlora.model.base import keep_4bit_weights_trainable, load_config, load_model
+from longqlora.model.base import load_config, load_model
 from longqlora.model.context import ContextRequest, extend_rope
+from longqlora.model.library_internals import keep_4bit_weights_trainable
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.model.merge import merge
 from longqlora.settings.config import AdapterConfig

@@ -10,13 +10,13 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbeddin
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longqlora.model.context import context_length, extend_rope
-from longqlora.model.rope_scaling import ROPE_METHODS, scale_rope
+from longqlora.model.rope_scaling import ROPE_METHODS, Rope, scale_rope
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 
 
-def decide(target, parameters=DEFAULT, length=64, **options):
-    return scale_rope(parameters, max_position_embeddings=length, rotary_dim=16, model_max_length=target, **options)
+def decide(target, parameters=DEFAULT, length=64, original=None, **options):
+    return scale_rope(Rope(parameters, length, original), target, rotary_dim=16, **options)
 
 
 def cos_sin(config, positions):
@@ -194,7 +194,7 @@ def test_a_released_config_that_kept_its_old_length():
     further = decide(65536, linear, length=4096)
     assert (further.rope_parameters["factor"], further.original_max_position_embeddings) == (16, 4096)
     with pytest.raises(ValueError, match="already interpolated"):
-        decide(16384, linear, length=8192, original_max_position_embeddings=4096)
+        decide(16384, linear, length=8192, original=4096)
 
 
 LINEAR_X2 = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
@@ -246,13 +246,7 @@ def test_keeps_a_partial_rotary_factor():
 
 def test_unknown_method_and_bad_length():
     with pytest.raises(ValueError, match="rope_type"):
-        scale_rope(
-            DEFAULT,
-            max_position_embeddings=8,
-            rotary_dim=16,
-            model_max_length=9,
-            rope_type="magic",
-        )
+        decide(128, rope_type="magic")
     with pytest.raises(ValueError, match="model_max_length"):
         decide(0)
 

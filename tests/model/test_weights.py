@@ -24,7 +24,7 @@ from longqlora.model.adapter import attach_adapter
 from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.base import empty_model, load_config, load_model, refuse_hub_code
 from longqlora.model.merge import merge
-from longqlora.model.weight_checks import check_base
+from longqlora.model.weight_files import check_base
 from longqlora.settings.config import AdapterConfig
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -205,7 +205,7 @@ def test_lengths_and_rope_that_are_no_positive_numbers(values, name, tiny_model_
     (base / "config.json").write_text(json.dumps({**saved, **values}))
     train_words(base, "--dry_run")
     for call in (lambda: load_for_inference(str(base)), train.main):
-        with pytest.raises(ValueError, match=f"{name}.*mend it"):
+        with pytest.raises(ValueError, match=f"{name}.*correct it"):
             call()
 
 

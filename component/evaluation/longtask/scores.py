@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
-from longqlora.extras import require_extra
+from longqlora.cli import require_extra
 
 MAX_OPTIONS = 26
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
