@@ -130,14 +130,12 @@ def load_extra_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor])
     for name, tensor in weights.items():
         if name == "lm_head.weight" and name not in parameters and model.config.tie_word_embeddings:
             continue
-        if name not in parameters:
-            fault = f"is no weight of {model.config.model_type}"
-        elif parameters[name].shape != tensor.shape:
+        fault = None if name in parameters else f"is no weight of {model.config.model_type}"
+        if not fault and parameters[name].shape != tensor.shape:
             fault = f"has shape {list(tensor.shape)}, the base model's is {list(parameters[name].shape)}"
-        else:
-            parameters[name].data.copy_(tensor)
-            continue
-        raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {name!r} {fault}; wrong base model?")
+        if fault:
+            raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {name!r} {fault}; wrong base model?")
+        parameters[name].data.copy_(tensor)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:

@@ -31,12 +31,8 @@ QUANTIZERS_WITHOUT_HUB = ("bitsandbytes", "gptq", "awq")
 
 def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """4-bit NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3)."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, **nf4)
 
 
 def default_dtype() -> torch.dtype:
@@ -77,8 +73,8 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
         raise ValueError(f"model_name_or_path: {config.model_type} says no max_position_embeddings in its config.json")
     if getattr(config, "transformers_weights", None):
         raise ValueError(
-            f"model_name_or_path: config.json of {name_or_path!r} names a weight file of its own "
-            "(transformers_weights); give it the usual name, model.safetensors, and remove the key"
+            f"model_name_or_path: config.json of {name_or_path!r} names its own weight file (transformers_weights); "
+            "call the file model.safetensors, and remove the key"
         )
     refuse_hub_code(config, name_or_path, trust_remote_code=trust_remote_code)
     config.use_cache = True
@@ -93,12 +89,10 @@ def refuse_hub_code(config: PretrainedConfig, name: str, *, trust_remote_code: b
     for kernel in drop_kernels(config):
         print_notice(f"the attention kernel {kernel!r} in config.json of {name!r} has no effect: it is not fetched")
     quantization = getattr(config, "quantization_config", None) or {}
-    if isinstance(quantization, dict):
-        # Configs of before transformers 4.35 do not name the method of bitsandbytes.
-        is_unnamed = quantization.get("load_in_8bit") or quantization.get("load_in_4bit")
-        method = quantization.get("quant_method") or ("bitsandbytes" if is_unnamed else None)
-    else:
-        method = quantization.quant_method
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    # Configs of before transformers 4.35 do not name the method of bitsandbytes.
+    is_unnamed = values.get("load_in_8bit") or values.get("load_in_4bit")
+    method = values.get("quant_method") or ("bitsandbytes" if is_unnamed else None)
     if quantization and method not in QUANTIZERS_WITHOUT_HUB and not trust_remote_code:
         raise ValueError(
             f"model_name_or_path: {name!r} is quantised as {str(method)!r}, for which transformers may fetch code from "
@@ -114,14 +108,9 @@ def load_training_model(
     model: ModelConfig, config: PretrainedConfig, arguments: TrainingArguments, *, load_in_4bit: bool
 ) -> PreTrainedModel:
     """The base model in the precision of the run, on this process's device."""
-    return load_model(
-        model.model_name_or_path,
-        config,
-        dtype=training_dtype(arguments),
-        load_in_4bit=load_in_4bit,
-        device=None if is_deepspeed_zero3_enabled() else arguments.device,
-        trust_remote_code=model.trust_remote_code,
-    )
+    device = None if is_deepspeed_zero3_enabled() else arguments.device
+    options = {"dtype": training_dtype(arguments), "device": device, "trust_remote_code": model.trust_remote_code}
+    return load_model(model.model_name_or_path, config, load_in_4bit=load_in_4bit, **options)
 
 
 def load_model(
@@ -150,10 +139,9 @@ def load_model(
             ignore_mismatched_sizes=True,  # named by check_loaded
             output_loading_info=True,
         )
-    except (SafetensorError, UnpicklingError, EOFError) as error:
-        raise ValueError(f"model_name_or_path: the weights of {name_or_path!r} cannot be read ({error})") from None
-    except ImportError as error:
-        raise ValueError(f"model_name_or_path: {name_or_path!r} cannot be loaded ({error})") from None
+    except (SafetensorError, UnpicklingError, EOFError, ImportError) as error:
+        kind = "cannot be loaded" if isinstance(error, ImportError) else "has weights that cannot be read"
+        raise ValueError(f"model_name_or_path: {name_or_path!r} {kind} ({error})") from None
     check_loaded(info, model, name_or_path)
     if load_in_4bit:
         keep_4bit_weights_trainable(model)
@@ -171,9 +159,8 @@ def check_loaded(info: dict, model: PreTrainedModel, name: str, *, hint: str = "
     faults = [f"lacks {weight!r}" for weight in sorted(info["missing_keys"])]
     for weight, found, expected in sorted(info["mismatched_keys"]):
         faults.append(f"has {weight!r} of shape {list(found)}, where its config.json says {list(expected)}")
-    faults += [str(message) for message in info["error_msgs"]]
     surplus = sorted(weight for weight in info["unexpected_keys"] if in_layers.search(weight))
-    faults += [f"has {weight!r}, for which its config.json has no place" for weight in surplus]
+    faults += [*map(str, info["error_msgs"]), *(f"has {x!r}, for which its config.json has no place" for x in surplus)]
     if faults:
         raise ValueError(f"model_name_or_path: {name!r} {faults[0]} ({len(faults)} such weights){hint}")
 

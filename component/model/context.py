@@ -22,6 +22,8 @@ from longqlora.settings.config import AttentionConfig, ContextConfig, ModelConfi
 # The shortest length that a released model was pretrained with (Llama).
 SHORTEST_PRETRAINING = 2048
 ROPE_KEYS = tuple(field.name for field in fields(Rope))
+# Whatever config.json says of these, in the config itself or a part of it, is a positive number.
+LENGTHS = {*ROPE_KEYS[1:], "rope_theta", "factor", "chunk_size", "local_size"}
 
 
 def request_of_run(context: ContextConfig, attention: AttentionConfig) -> ContextRequest:
@@ -72,19 +74,17 @@ def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
 
 def check_lengths_of(config: PretrainedConfig) -> None:
     """Raise ValueError for a length, factor or base in `config` that is no positive number."""
-    rope, dual_chunk = rope_of(config), getattr(config, DUAL_CHUNK_KEY, None) or {}
+    dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) or {}
     source = f"model_name_or_path: config.json of {config.name_or_path!r}"
     if not isinstance(dual_chunk, dict):
         raise ValueError(f"{source} has {DUAL_CHUNK_KEY} {dual_chunk!r}, not its sizes; correct it")
-    lengths = ("max_position_embeddings", "original_max_position_embeddings")
-    values = {name: getattr(rope, name) for name in (*lengths, "original_rope_theta")}
-    parts = {"rope_parameters": rope.rope_parameters, DUAL_CHUNK_KEY: dual_chunk}
-    for part, names in (("rope_parameters", ("rope_theta", "factor", lengths[1])),
-                        (DUAL_CHUNK_KEY, ("chunk_size", "local_size", *lengths))):  # fmt: skip
-        values |= {f"{part}.{name}": parts[part].get(name) for name in names}
-    for name, value in values.items():
-        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"{source} has {name} {value!r}, no positive number; correct it")
+    rope = vars(rope_of(config))
+    parts = {"": rope, "rope_parameters.": rope["rope_parameters"], f"{DUAL_CHUNK_KEY}.": dual_chunk}
+    for part, values in parts.items():
+        for name in {*values} & LENGTHS:
+            value = values[name]
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"{source} has {part}{name} {value!r}, no positive number; correct it")
 
 
 def complete_lengths(config: PretrainedConfig) -> None:

@@ -1,7 +1,7 @@
 """What this room takes from transformers, PEFT and bitsandbytes that they do not document, in one place.
 
-Seen to work with transformers 5.20.2 and 5.23.0, PEFT 0.21.2, bitsandbytes 0.50.2;
-tests/model/test_library_internals.py names what another version changed. loss_binding.py holds the one method of transformers that is replaced.
+Seen to work with transformers 5.20.2 and 5.23.0, PEFT 0.21.2, bitsandbytes 0.50.2; tests/model/test_library_internals
+names what another version changed. loss_binding.py holds the one method of transformers that is replaced.
 
 - `_attn_implementation`, `_experts_implementation` of a config: from_pretrained(attn_implementation=...) sets them, but
   nothing public reads them, or drops them from a config that a file filled in.

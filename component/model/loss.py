@@ -19,23 +19,23 @@ CHUNK_BYTES = 64 * 2**20  # of fp32 logits
 
 
 def next_token_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, num_items: torch.Tensor | int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    num_items: torch.Tensor | int | None = None,
+    is_shifted: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy of predicting labels[:, 1:] from hidden[:, :-1].
+    """Cross-entropy of predicting each token's next one.
 
-    hidden [B, S, C]; weight [V, C], the output embedding; labels int [B, S], IGNORE_INDEX where
-    nothing is to be learned. The sum over tokens is divided by `num_items`, or by the number of
-    labels that count when it is None. Returns a scalar; zero when no label counts.
+    hidden [B, S, C]; weight [V, C], the output embedding; labels int [B, S], the tokens themselves, or with is_shifted
+    the next ones, IGNORE_INDEX where nothing is to be learned. The sum over tokens is divided by `num_items`, or by the
+    number of labels that count when it is None. Returns a scalar; zero when no label counts.
     """
-    # Shifting the labels rather than the states spares a copy of the states at batch size one.
-    return token_loss(hidden[:, :-1], weight, labels[:, 1:], num_items=num_items)
-
-
-def token_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, num_items: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """The same for targets int [B, S] that stand beside their hidden [B, S, C]: each token's next one."""
-    targets = targets.reshape(-1).to(hidden.device)
+    if not is_shifted:
+        # Shifting the labels rather than the states spares a copy of the states at batch size one.
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    targets = labels.reshape(-1).to(hidden.device)
     total = linear_cross_entropy_sum(hidden.reshape(-1, hidden.shape[-1]), weight, targets)
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum().clamp_min(1)

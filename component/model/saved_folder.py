@@ -63,9 +63,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     changes = {}
     if isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer).__module__.startswith("transformers."):
         # The named classes of transformers 4 add BOS to whatever tokenizer.json says; this one follows it.
-        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
         added = {str(token_id): token.__getstate__() for token_id, token in tokenizer.added_tokens_decoder.items()}
-        changes["added_tokens_decoder"] = added
+        changes = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added}
     complete_tokenizer_config(folder, **changes)
     source = Path(getattr(tokenizer, "vocab_file", None) or "")
     if source.suffix == ".model" and source.is_file():

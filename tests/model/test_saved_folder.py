@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from conftest import save_tiny_model, tiny_config
-from test_merge import make_adapter
+from model_folders import make_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from longqlora.inference.load import load_for_inference

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_folders import make_adapter
 from safetensors import safe_open
-from test_merge import make_adapter
 from transformers import AutoConfig
 
 from longqlora.inference.load import load_for_inference

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 from conftest import save_tiny_model, sentences, tiny_config
+from model_folders import IDS, make_adapter, stock_logits
 from safetensors.torch import load_file, save_file
-from test_merge import IDS, make_adapter, stock_logits
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import longqlora.model.base
