@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from longqlora.inference.arguments import dtype_of
+from longqlora.cli import dtype_of
 from longqlora.model.base import is_slow_on_cpu
 from longqlora.run_record import software_versions
 

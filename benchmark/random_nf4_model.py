@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from longqlora.model.base import keep_4bit_weights_trainable, quantization_config
+from longqlora.model.base import quantization_config
+from longqlora.model.library_internals import keep_4bit_weights_trainable
 
 LLAMA2 = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 SHAPES = {

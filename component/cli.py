@@ -1,15 +1,19 @@
-"""What every command line of this repository shares: how bad input ends.
+"""What command lines share: how bad input ends, what they ask of the machine, the names of dtypes.
 
 if __name__ == "__main__":
     run_main(main)
 """
 
+import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 USER_ERRORS = (ValueError, OSError)
+# --dtype, and the attribute of torch that it names.
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -60,3 +64,33 @@ def require_folder(path: str | os.PathLike, flag: str) -> Path:
     if not Path(path).is_dir():
         raise ValueError(f"{flag}: no folder at {str(path)!r}; give the path of an existing folder")
     return Path(path)
+
+
+def require_extra(module: str, package: str, *, extra: str) -> None:
+    """Raise ValueError naming the command that installs `package`, of an extra, where `module` cannot be imported."""
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"this needs the package {package}: pip install -e .[{extra}], or -r requirements-extras.txt")
+
+
+def dtype_of(name: str):
+    """The torch.dtype that --dtype names; None for "auto"."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, DTYPES[name])
+
+
+def go_offline_unless_reachable() -> None:
+    """Where the Hugging Face hub cannot be reached, tell its libraries so; to be called before they are imported.
+
+    They would ask for every file again and again otherwise, for half a minute. What the user set stays, and behind a
+    proxy the hub is taken to answer.
+    """
+    from urllib.request import getproxies
+
+    if "HF_HUB_OFFLINE" in os.environ or getproxies():
+        return
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("://")[-1].split("/")[0].split(":")[0]
+    try:
+        socket.create_connection((host, 443), timeout=3).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -47,18 +47,19 @@ def check_outputs(
     taken = [(name, Path(os.path.expanduser(path)), "reads") for name, path in listed(inputs)]
     taken = [(name, path, verb) for name, path, verb in taken if os.path.exists(path)]
     for name, output in listed(outputs):
-        path = Path(output.path if isinstance(output, OutputFolder) else output)
-        # As in --output_file=~/x, which a shell leaves as it is.
-        if (home := os.path.expanduser(path)) != str(path):
-            raise ValueError(f"{name}: {str(path)!r} would be a folder named '~'; write {home!r}")
-        check_kind(name, path, is_folder=isinstance(output, OutputFolder))
+        folder = output if isinstance(output, OutputFolder) else None
+        path = Path(folder.path if folder else output)
+        fault = fault_of_place(path, is_folder=folder is not None)
         for other_name, other, verb in taken:
-            if overlaps(path, other) or (verb == "writes" and overlaps(other, path)):
-                raise ValueError(
-                    f"{name}: {str(path)!r} overlaps {str(other)!r}, which {other_name} {verb}; choose another place"
-                )
-        if isinstance(output, OutputFolder):
-            check_own(name, path, output)
+            if not fault and (overlaps(path, other) or (verb == "writes" and overlaps(other, path))):
+                fault = f"overlaps {str(other)!r}, which {other_name} {verb}; choose another place"
+        if not fault and folder and path.is_dir() and any(path.iterdir()):
+            if not (path / folder.marker).exists():
+                fault = f"is not empty, and no folder of this command ({folder.marker} is missing); choose another"
+            elif not folder.overwrite:
+                fault = "is not empty; choose another folder or pass --overwrite"
+        if fault:
+            raise ValueError(f"{name}: {str(path)!r} {fault}")
         taken.append((name, path, "writes"))
         check_writable(name, path)
 
@@ -77,31 +78,20 @@ def listed(given: Mapping) -> list[tuple[str, Output]]:
     return [(name, path) for name, paths in rows.items() for path in paths if path]
 
 
-def check_kind(name: str, path: Path, *, is_folder: bool) -> None:
-    """A file must not be anything but a file where it exists, a folder nothing but a folder."""
+def fault_of_place(path: Path, *, is_folder: bool) -> str | None:
+    """Why `path` cannot be an output: what exists there is of another kind, or its name is none."""
+    # As in --output_file=~/x, which a shell leaves as it is.
+    if (home := os.path.expanduser(path)) != str(path):
+        return f"would be a folder named '~'; write {home!r}"
     if is_folder:
         if path.exists() and not path.is_dir():
-            raise ValueError(f"{name}: {str(path)!r} is a file; give the path of a folder")
-        if path.name in ("", ".."):
-            raise ValueError(f"{name}: {str(path)!r} has no name of its own; name the folder")
-        return
+            return "is a file; give the path of a folder"
+        return "has no name of its own; name the folder" if path.name in ("", "..") else None
     if path.is_dir():
-        raise ValueError(f"{name}: {str(path)!r} is a folder; give the path of a file")
+        return "is a folder; give the path of a file"
     # /dev/stdout is a link, which the result would replace.
-    if (path.exists() and not path.is_file()) or os.path.realpath(path.parent) == "/dev":
-        raise ValueError(f"{name}: {str(path)!r} is a device, pipe or socket; give the path of a file")
-
-
-def check_own(name: str, path: Path, folder: OutputFolder) -> None:
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    if not (path / folder.marker).exists():
-        raise ValueError(
-            f"{name}: {str(path)!r} is not empty, and no folder of this command ({folder.marker} is missing); "
-            "choose another"
-        )
-    if not folder.overwrite:
-        raise ValueError(f"{name}: {str(path)!r} is not empty; choose another folder or pass --overwrite")
+    is_special = (path.exists() and not path.is_file()) or os.path.realpath(path.parent) == "/dev"
+    return "is a device, pipe or socket; give the path of a file" if is_special else None
 
 
 def overlaps(output: Path, other: Path) -> bool:

@@ -57,13 +57,13 @@ def save_run_record(folder: str | Path, record: dict) -> None:
 
 def read_run_record(folder: str | Path) -> dict | None:
     """Record in `folder`, or in the run folder above a checkpoint; None where there is none."""
-    for place in (Path(folder), Path(folder).resolve().parent):
-        if (place / RECORD_NAME).is_file():
-            record = read_json(place / RECORD_NAME, "run record")
+    for path in (Path(folder) / RECORD_NAME, Path(folder).resolve().parent / RECORD_NAME):
+        if path.is_file():
+            record = read_json(path, "run record")
             if not has_form_of_record(record):
                 raise ValueError(
-                    f"run record: {str(place / RECORD_NAME)!r} does not have the form that train.py writes; put the "
-                    "original back, or delete it to go on without what it says"
+                    f"run record: {str(path)!r} does not have the form that train.py writes; put the original back, or "
+                    "delete it to go on without what it says"
                 )
             return record
     return None
@@ -71,11 +71,9 @@ def read_run_record(folder: str | Path) -> dict | None:
 
 def has_form_of_record(record: object) -> bool:
     """Whether `record` holds what its readers take for granted: settings by section, hashes by key, a count."""
-    if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
+    arguments = record.get("arguments") if isinstance(record, dict) else None
+    if not isinstance(arguments, dict):
         return False
     num_processes = record.get("world_size", 1)
-    return (
-        all(isinstance(part, dict) for part in (*record["arguments"].values(), record.get("data_sha256", {})))
-        and isinstance(num_processes, int)
-        and num_processes > 0
-    )
+    sections = (*arguments.values(), record.get("data_sha256", {}))
+    return all(isinstance(x, dict) for x in sections) and isinstance(num_processes, int) and num_processes > 0

@@ -13,8 +13,7 @@ adapter was trained against; then give as --dtype the dtype that training loaded
 
 import argparse
 
-from longqlora.cli import require_folder, run_main
-from longqlora.inference.arguments import DTYPES, dtype_of
+from longqlora.cli import DTYPES, dtype_of, require_folder, run_main
 from longqlora.model.context_request import (
     add_context_arguments,
     check_context_arguments,
@@ -28,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="base model (default: the one that the adapter names)")  # fmt: skip
     parser.add_argument("--adapter_name_or_path", "--peft_model", required=True, help="folder of the trained adapter")
     parser.add_argument("--save_path", required=True, help="folder for the merged model")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto",
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                         help="dtype of the saved weights (default: auto, that of the base weights)")  # fmt: skip
     parser.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
                         help="merge into the dequantised NF4 weights (default: no)")  # fmt: skip

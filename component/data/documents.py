@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-from longqlora.cli import require_file
-from longqlora.extras import require_extra
+from longqlora.cli import require_extra, require_file
 
 MAX_BYTES = 512 * 2**20
 MAX_UNPACKED_BYTES = 256 * 2**20

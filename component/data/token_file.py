@@ -18,7 +18,7 @@ import numpy as np
 from longqlora.cli import require_file
 from longqlora.files import atomic_file, file_sha256, read_json, write_json
 
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+ID_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 FORMAT = "token ids, little-endian, no header"
 SCAN_TOKENS = 2**22
 # Enough ids that a real uint16 text cannot have a zero at every second place.
@@ -80,18 +80,18 @@ def open_token_file(path: str | os.PathLike, *, dtype: str | None = None, flag: 
     or at odds with its sidecar.
     """
     path = require_file(path, flag)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in ID_DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(ID_DTYPES)}")
     sidecar = read_sidecar(path)
     if sidecar and dtype and dtype != sidecar["dtype"]:
         raise ValueError(f"{str(path)!r} is {sidecar['dtype']} by its sidecar, but {dtype} was asked for")
     name = sidecar["dtype"] if sidecar else dtype or "uint16"
-    num_bytes, id_bytes, place = path.stat().st_size, DTYPES[name].itemsize, f"{flag}: {str(path)!r}"
+    num_bytes, id_bytes, place = path.stat().st_size, ID_DTYPES[name].itemsize, f"{flag}: {str(path)!r}"
     if num_bytes == 0:
         raise ValueError(f"{place} is empty")
     if num_bytes % id_bytes:
         raise ValueError(f"{place} has {num_bytes} bytes, no multiple of {id_bytes}: not a {name} file, or cut off")
-    tokens = np.memmap(path, dtype=DTYPES[name], mode="r")
+    tokens = np.memmap(path, dtype=ID_DTYPES[name], mode="r")
     if sidecar and len(tokens) != sidecar["num_tokens"]:
         raise ValueError(
             f"{place} holds {len(tokens)} {name} tokens, but its sidecar says {sidecar['num_tokens']}; the file is cut "
@@ -113,8 +113,8 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     if not isinstance(sidecar, dict):
         raise ValueError(f"sidecar {str(location)!r} is not a JSON object")
     dtype, num_tokens = sidecar.get("dtype"), sidecar.get("num_tokens")
-    if dtype not in DTYPES:
-        raise ValueError(f"sidecar {str(location)!r}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype not in ID_DTYPES:
+        raise ValueError(f"sidecar {str(location)!r}: dtype {dtype!r} is not one of {', '.join(ID_DTYPES)}")
     if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
         raise ValueError(f"sidecar {str(location)!r}: num_tokens {num_tokens!r} is not a whole number")
     return sidecar
@@ -150,7 +150,7 @@ def write_token_file(
                     f"document {len(lengths)}: id {row[position]} at position {position} is outside the vocabulary of "
                     f"{vocab_size}"
                 )
-            data = row.astype(DTYPES[dtype]).tobytes()
+            data = row.astype(ID_DTYPES[dtype]).tobytes()
             file.write(data)
             digest.update(data)
             lengths.append(len(row))

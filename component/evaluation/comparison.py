@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from longqlora.attention.binding import describe_inference_attention
-from longqlora.cli import require_folder
+from longqlora.cli import DTYPES, dtype_of, require_folder
 from longqlora.data.token_file import open_token_file, sidecar_path
 from longqlora.evaluation.frame import Task
 from longqlora.evaluation.perplexity import PROTOCOLS
@@ -27,7 +27,6 @@ from longqlora.evaluation.perplexity_task import Windows
 from longqlora.evaluation.retrieval.grid import even_depths, grid_cells, plot_heatmap
 from longqlora.evaluation.retrieval.passkey import accuracy_cells, answer_trial, make_trials
 from longqlora.evaluation.scoring import TokenScorer
-from longqlora.inference.arguments import DTYPES, dtype_of
 from longqlora.inference.load import LoadedModel, folder_state, load_for_inference, set_context
 from longqlora.model.context import context_length, resolve_config
 from longqlora.model.context_request import ATTENTIONS, ContextRequest
@@ -86,7 +85,7 @@ class ComparisonSettings:
     num_trials: int = 5
     num_digits: int = 5
     seed: int = 0
-    dtype: str = one_of(DTYPES, "auto")
+    dtype: str = one_of(("auto", *DTYPES), "auto")
     load_in_4bit: bool = False
     trust_remote_code: bool = False
 

@@ -5,20 +5,13 @@ torch is imported where it is used, which keeps --help and bad input fast.
 
 import argparse
 
+from longqlora.cli import DTYPES, dtype_of
 from longqlora.data.prompt import prompt_template_for
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, known_template
 from longqlora.model.context_request import add_context_arguments, check_context_arguments, context_request
 from longqlora.settings.config import PROMPT_TEMPLATES
 
-DTYPES = {"auto": None, "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 TEMPLATE_NAMES = ("auto", NO_TEMPLATE, *PROMPT_TEMPLATES)
-
-
-def dtype_of(name: str):
-    """The torch.dtype that --dtype names; None for auto."""
-    import torch
-
-    return getattr(torch, DTYPES[name]) if DTYPES[name] else None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +22,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter_name_or_path", "--peft_model", help="folder of a trained adapter")
     group.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
                        help="quantise the base to NF4, as in training (default: no)")  # fmt: skip
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: auto)")
+    group.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the weights (default: auto)"
+    )
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add_context_arguments(parser)
 

@@ -12,9 +12,15 @@ from longqlora.attention.binding import bind_inference_attention
 from longqlora.attention.dual_chunk_binding import dual_chunk_sizes
 from longqlora.distributed import local_device, print_notice
 from longqlora.model.adapter_folder import adapter_vocabulary, add_embeddings, load_adapter
-from longqlora.model.base import default_dtype, is_slow_on_cpu, load_model, load_tokenizer
-from longqlora.model.context import ContextRequest, context_length, copy_context, resolve_config, tokenizer_source
-from longqlora.model.weight_checks import check_base, check_vocabulary
+from longqlora.model.base import check_vocabulary, default_dtype, is_slow_on_cpu, load_model, load_tokenizer
+from longqlora.model.context import (
+    ContextRequest,
+    context_length,
+    copy_context,
+    resolve_config,
+    tokenizer_source,
+)
+from longqlora.model.weight_files import check_base
 from longqlora.run_record import software_versions
 
 FILES_THAT_DECIDE = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")

@@ -7,11 +7,11 @@ restored with the adapter; `requires_grad` alone would leave them out of every c
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from longqlora.model.base import linear_layers
+from longqlora.model.library_internals import fused_expert_names
 from longqlora.settings.config import INPUT, AdapterConfig
 
 MODULE_KINDS = {"LoRA": ["lora_"], "norm": ["norm"], "embedding": ["embed", "lm_head"]}
@@ -19,7 +19,7 @@ MODULE_KINDS = {"LoRA": ["lora_"], "norm": ["norm"], "embedding": ["embed", "lm_
 
 def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> PreTrainedModel | PeftModel:
     """Freeze the base and add what is trained. Trained weights are fp32: an optimizer step of 1e-4 of a
-    weight's size is lost in 16 bit. What flows between the layers stays in the dtype of the base."""
+    weight's size is lost in 16 bit. What flows between the layers stays in the base's dtype."""
     if config.finetuning_type == "full":
         # ZeRO-3 holds fp32 weights of its own beside those that the model computes with.
         return model.requires_grad_(True) if is_deepspeed_zero3_enabled() else model.float().requires_grad_(True)
@@ -51,29 +51,31 @@ def keep_stream_dtype(model: PeftModel, dtype: torch.dtype) -> None:
     head = model.get_base_model().get_output_embeddings()
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and module is head:
-            module.register_forward_pre_hook(cast_to_weight)
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
         elif isinstance(module, ModulesToSaveWrapper):
             module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
-
-
-def cast_to_weight(module: ModulesToSaveWrapper, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    return (inputs[0].to(module.weight.dtype),)
 
 
 def drop_frozen_twins(model: PeftModel) -> None:
     """Free the frozen original that PEFT keeps of each module trained as a copy: no training step reads it."""
     names = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if ".original_module." not in name}
     for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            for parameter in module.original_module.parameters():
-                # A tied original is the weight of another module too.
-                if id(parameter) not in names:
-                    parameter.data = parameter.data.new_empty(0)
-                    module.original_module.register_forward_pre_hook(refuse_without_adapter)
+        originals = module.original_module.parameters() if isinstance(module, ModulesToSaveWrapper) else ()
+        for parameter in originals:
+            # A tied original is the weight of another module too.
+            if id(parameter) not in names:
+                parameter.data = parameter.data.new_empty(0)
+                module.original_module.register_forward_pre_hook(refuse_without_adapter)
 
 
 def refuse_without_adapter(module: torch.nn.Module, inputs: tuple) -> None:
     raise RuntimeError("a model in training cannot switch its adapter off: the originals of trained layers are freed")
+
+
+def linear_names(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Last name parts of the linear layers, and those of them that PEFT takes for the experts' fused weights."""
+    names = sorted({name.split(".")[-1] for name in linear_layers(model)})
+    return names, fused_expert_names(model, names)
 
 
 def target_module_names(model: PreTrainedModel, requested: str | None) -> list[str]:
@@ -81,17 +83,15 @@ def target_module_names(model: PreTrainedModel, requested: str | None) -> list[s
 
     Left out are names that PEFT reads as the experts' fused weights; requested, they are refused.
     """
-    available = sorted({name.split(".")[-1] for name in linear_layers(model)})
-    fused = fused_expert_names(model, available)
+    available, fused = linear_names(model)
     if not requested:
         return [name for name in available if name not in fused]
     names = [name.strip() for name in requested.split(",") if name.strip()]
-    unknown = [name for name in names if name not in available]
+    unknown, refused = ([name for name in names if name not in available], [name for name in names if name in fused])
     if unknown:
         raise ValueError(
             f"target_modules: no linear layer named {', '.join(unknown)}; choose from {', '.join(available)}"
         )
-    refused = [name for name in names if name in fused]
     if refused:
         raise ValueError(
             f"target_modules: {', '.join(refused)}: in {model.config.model_type} PEFT takes it for the experts' fused "
@@ -100,29 +100,11 @@ def target_module_names(model: PreTrainedModel, requested: str | None) -> list[s
     return names
 
 
-def fused_expert_names(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Those of `names` that PEFT takes for the experts' fused weights of this model type, as transformers 4 named them.
-
-    Where experts stand beside shared experts or dense layers, linear layers have the same names.
-    """
-    fused = []
-    for name in names:
-        lora = LoraConfig(target_modules=[name])
-        try:
-            convert_peft_config_for_transformers(lora, model, None)
-        except ValueError:
-            # One of two that are fused together.
-            lora.target_modules = []
-        if name not in lora.target_modules:
-            fused.append(name)
-    return fused
-
-
 def frozen_experts_notice(model: PreTrainedModel) -> list[str]:
     """A notice, where `model` has experts, that LoRA leaves them as they are."""
     if not any(parameter.ndim == 3 for parameter in model.parameters()):
         return []
-    names = fused_expert_names(model, sorted({name.split(".")[-1] for name in linear_layers(model)}))
+    _, names = linear_names(model)
     also = f", as do linear layers named {', '.join(names)}, which PEFT takes for them" if names else ""
     return [
         f"finetuning_type: the experts of {model.config.model_type} are no linear layers and stay as they are{also}"
@@ -156,15 +138,13 @@ def trainable_table(model: torch.nn.Module) -> str:
         kind = next((kind for kind, marks in MODULE_KINDS.items() if any(mark in name for mark in marks)), "linear")
         quant_state = getattr(parameter, "quant_state", None)
         # Under ZeRO-3 a process holds a part of each weight, and no element where it looks.
-        own_count = getattr(parameter, "ds_numel", parameter.numel())
-        count = quant_state.shape.numel() if quant_state is not None else own_count
-        dtype = "nf4" if quant_state is not None else str(parameter.dtype).removeprefix("torch.")
-        row = rows.setdefault((kind, dtype), [0, 0])
-        row[0] += count if parameter.requires_grad else 0
-        row[1] += count
-    trained, total = (sum(row[i] for row in rows.values()) for i in (0, 1))
+        count = quant_state.shape.numel() if quant_state else getattr(parameter, "ds_numel", parameter.numel())
+        dtype = "nf4" if quant_state else str(parameter.dtype).removeprefix("torch.")
+        for key in ((kind, dtype), ("total", "")):
+            row = rows.setdefault(key, [0, 0])
+            row[0] += count if parameter.requires_grad else 0
+            row[1] += count
     lines = [f"{'kind':<10} {'dtype':<9} {'trained':>15} {'all':>16} {'share':>8}"]
-    for (kind, dtype), (part, whole) in sorted(rows.items()):
+    for (kind, dtype), (part, whole) in sorted(rows.items(), key=lambda row: (row[0][0] == "total", row[0])):
         lines.append(f"{kind:<10} {dtype:<9} {part:>15,} {whole:>16,} {100 * part / whole:>7.2f}%")
-    lines.append(f"{'total':<10} {'':<9} {trained:>15,} {total:>16,} {100 * trained / total:>7.2f}%")
     return "\n".join(lines)

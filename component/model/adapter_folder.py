@@ -12,16 +12,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from longqlora.cli import require_folder
 from longqlora.files import read_json
+from longqlora.model.base import embedding_names
 from longqlora.model.saved_folder import save_config
-from longqlora.model.weight_shards import read_headers, read_weights
+from longqlora.model.weight_files import read_weights
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 UPSTREAM_EXTRA_WEIGHTS = "trainable_params.bin"
 FLAG = "adapter_name_or_path"
 PEFT_PREFIX = "base_model.model."
@@ -45,9 +44,9 @@ def save_adapter(model: PeftModel, folder: str | Path, *, state_dict: dict[str, 
 
 def read_adapter_config(folder: str | Path) -> dict:
     """adapter_config.json of an adapter folder."""
-    path = require_folder(folder, FLAG) / ADAPTER_CONFIG
+    path = require_folder(folder, FLAG) / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(f"{FLAG}: {str(folder)!r} has no {ADAPTER_CONFIG}; give the folder of a saved adapter")
+        raise ValueError(f"{FLAG}: {str(folder)!r} has no {CONFIG_NAME}; give the folder of a saved adapter")
     config = read_json(path, FLAG)
     if not isinstance(config, dict):
         raise ValueError(f"{FLAG}: {str(path)!r} holds no JSON object; give the folder of a saved adapter")
@@ -59,36 +58,29 @@ def base_model_of(folder: str | Path) -> str:
     return read_adapter_config(folder).get("base_model_name_or_path") or ""
 
 
-def read_adapter_weights(folder: str | Path, read=read_weights) -> dict[str, torch.Tensor]:
-    """The PEFT weights of an adapter folder, by their names in the file; `read_headers` spares the values."""
-    for name in ADAPTER_WEIGHTS:
-        if (Path(folder) / name).is_file():
-            weights = read(Path(folder) / name)
-            if not weights:
-                raise ValueError(f"{FLAG}: {str(Path(folder) / name)!r} holds no weights; give a trained adapter")
-            return weights
-    raise ValueError(f"{FLAG}: {str(folder)!r} has none of {', '.join(ADAPTER_WEIGHTS)}")
+def read_adapter_weights(folder: str | Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The PEFT weights of an adapter folder, by their names in the file; device "meta" spares the values."""
+    files = [Path(folder) / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise ValueError(f"{FLAG}: {str(folder)!r} has none of {SAFETENSORS_WEIGHTS_NAME}, {WEIGHTS_NAME}")
+    weights = read_weights(file, device=device)
+    if not weights:
+        raise ValueError(f"{FLAG}: {str(file)!r} holds no weights; give a trained adapter")
+    return weights
 
 
-def read_extra_weights(folder: str | Path, read=read_weights) -> dict[str, torch.Tensor]:
+def read_extra_weights(folder: str | Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Weights of trainable_params.bin under the base model's names; empty where there is no such file."""
     path = Path(folder) / UPSTREAM_EXTRA_WEIGHTS
-    if not path.is_file():
-        return {}
-    weights = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read(path).items()}
+    weights = read_weights(path, device=device) if path.is_file() else {}
     # LongLoRA's extraction keeps the LoRA matrices too; they are the adapter's, not the base model's.
-    return {name: tensor for name, tensor in weights.items() if "lora_" not in name}
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in weights.items() if "lora_" not in name}
 
 
 def base_weight_name(key: str) -> str:
     """Name in the base model of the weight that an adapter holds whole as `key`."""
     return re.sub(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)", "", key.removeprefix(PEFT_PREFIX))
-
-
-def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
-    """Names of the input and the output embedding weights; None for a model without the latter."""
-    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
-    return names[id(model.get_input_embeddings())], names.get(id(model.get_output_embeddings()))
 
 
 def adapter_vocabulary(folder: str | Path, model: PreTrainedModel) -> int:
@@ -97,20 +89,19 @@ def adapter_vocabulary(folder: str | Path, model: PreTrainedModel) -> int:
     LongLoRA adds [PAD], and whichever special tokens a tokenizer lacks, and grows the embeddings by them: the
     checkpoints it released have 32001. Raises ValueError where the adapter has fewer than the base, or many more.
     """
-    rows = {f"{ADAPTER_CONFIG}'s base": model.config.vocab_size}
-    weights = {**read_adapter_weights(folder, read_headers), **read_extra_weights(folder, read_headers)}
-    for name, weight in weights.items():
-        if base_weight_name(name) in embedding_names(model):
-            rows[name] = weight.shape[0]
+    own = model.config.vocab_size
+    rows = {f"{CONFIG_NAME}'s base": own}
+    weights = read_adapter_weights(folder, device="meta") | read_extra_weights(folder, device="meta")
+    rows |= {n: weight.shape[0] for n, weight in weights.items() if base_weight_name(n) in embedding_names(model)}
     path = Path(folder) / "config.json"
     if path.is_file():
-        rows["config.json"] = read_json(path, FLAG).get("vocab_size", model.config.vocab_size)
+        rows["config.json"] = read_json(path, FLAG).get("vocab_size", own)
     least, most = min(rows, key=rows.get), max(rows, key=rows.get)
-    if rows[least] < model.config.vocab_size or rows[most] > model.config.vocab_size + MOST_ADDED_TOKENS:
-        odd = least if rows[least] < model.config.vocab_size else most
+    if rows[least] < own or rows[most] > own + MOST_ADDED_TOKENS:
+        odd = least if rows[least] < own else most
         raise ValueError(
             f"{FLAG}: {odd!r} in {str(folder)!r} is for a vocabulary of {rows[odd]}, the base model's vocab_size is "
-            f"{model.config.vocab_size}; give the base model of the adapter"
+            f"{own}; give the base model of the adapter"
         )
     return rows[most]
 
@@ -126,31 +117,24 @@ def add_embeddings(model: PreTrainedModel, num_embeddings: int) -> None:
     """Give `model` rows for `num_embeddings` tokens in its input and output embeddings, as `grown` makes them."""
     if num_embeddings == model.config.vocab_size:
         return
-    weights = [grown(layer.weight.data, num_embeddings) for layer in embedding_layers(model)]
+    modules = (model.get_input_embeddings, model.get_output_embeddings)
+    weights = [grown(module().weight.data, num_embeddings) for module in modules if module() is not None]
     model.resize_token_embeddings(num_embeddings, mean_resizing=False)
-    for layer, weight in zip(embedding_layers(model), weights, strict=True):
-        layer.weight.data.copy_(weight)
-
-
-def embedding_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [layer for layer in layers if layer is not None]
+    for module, weight in zip(modules, weights, strict=False):
+        module().weight.data.copy_(weight)
 
 
 def load_extra_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
     """Copy `weights` over the base model's parameters of the same names and shapes; others are an error."""
     parameters = dict(model.named_parameters())
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     for name, tensor in weights.items():
-        if name not in parameters:
-            if name in tied:
-                continue
-            raise ValueError(
-                f"{UPSTREAM_EXTRA_WEIGHTS}: {name!r} is no weight of {model.config.model_type}; wrong base model?"
-            )
-        if parameters[name].shape != tensor.shape:
-            shapes = f"{list(tensor.shape)}, the base model's is {list(parameters[name].shape)}"
-            raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {name!r} has shape {shapes}; wrong base model?")
+        if name == "lm_head.weight" and name not in parameters and model.config.tie_word_embeddings:
+            continue
+        fault = None if name in parameters else f"is no weight of {model.config.model_type}"
+        if not fault and parameters[name].shape != tensor.shape:
+            fault = f"has shape {list(tensor.shape)}, the base model's is {list(parameters[name].shape)}"
+        if fault:
+            raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {name!r} {fault}; wrong base model?")
         parameters[name].data.copy_(tensor)
 
 
@@ -160,19 +144,17 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     Raises ValueError naming the first weight that is missing from the folder or has no place in the model.
     """
     read_adapter_config(folder)
-    saved = read_adapter_weights(folder)
+    saved = read_adapter_weights(folder, device="meta").keys()
     load_extra_weights(model, read_extra_weights(folder))
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{FLAG}: the adapter does not fit the base model ({error})") from None
-    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
     # PEFT also writes the untrained embeddings of a model whose output layer has LoRA matrices.
-    unplaced = sorted(saved.keys() - expected.keys() - peft_model.state_dict().keys())
-    missing = sorted(expected.keys() - saved.keys())
-    if unplaced or missing:
-        name, fault = (
-            (unplaced[0], "has no place in the base model") if unplaced else (missing[0], "is missing from it")
-        )
+    faults = [(name, "has no place in the base model") for name in saved - expected - peft_model.state_dict().keys()]
+    faults = sorted(faults) or sorted((name, "is missing from it") for name in expected - saved)
+    if faults:
+        name, fault = faults[0]
         raise ValueError(f"{FLAG}: {name!r} in {str(folder)!r} {fault}; wrong base model or damaged adapter?")
     return peft_model

@@ -1,21 +1,21 @@
 """What a saved adapter does to the weights of its base model, weight by weight."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft.utils.other import get_pattern_key
 
 from longqlora.distributed import local_device
 from longqlora.model.adapter_folder import (
+    FLAG,
     PEFT_PREFIX,
     base_weight_name,
     read_adapter_config,
     read_adapter_weights,
     read_extra_weights,
 )
+from longqlora.model.library_internals import lora_scale
 
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
 # A value other than the one here changes what the adapter computes in a way that this merge does not reproduce.
@@ -30,45 +30,76 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass
-class AdapterUpdates:
-    """What an adapter does to the weights of its base model, by weight name.
+class LoraUpdate:
+    """scale * B @ A, to be added to a weight [out, in]; a [r, in], b [out, r]."""
 
-    matrices: name -> {"A": [r, in], "B": [out, r]}. replacements: name -> the whole weight. keeps_tie: the
-    input embedding was trained together with the output embedding tied to it. former_names: new name -> the
-    model's, after `rename`.
-    """
-
-    lora_config: dict
-    matrices: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    replacements: dict[str, torch.Tensor] = field(default_factory=dict)
-    keeps_tie: bool = False
-    former_names: dict[str, str] = field(default_factory=dict)
-
-    def scale(self, name: str) -> float:
-        """Factor of B @ A for the weight `name`."""
-        module = self.former_names.get(name, name).removesuffix(".weight")
-        patterns = self.lora_config.get("alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(patterns.keys(), module), self.lora_config["lora_alpha"])
-        rank = self.matrices[name]["A"].shape[0]
-        return alpha / (rank**0.5 if self.lora_config.get("use_rslora") else rank)
-
-    def fits(self, name: str, shape: list[int]) -> bool:
-        """Whether all that is held for the weight `name` has the `shape` [out, in] of the weight."""
-        held = [weight.shape for weight in (self.replacements.get(name),) if weight is not None]
-        if name in self.matrices:
-            a, b = self.matrices[name]["A"], self.matrices[name]["B"]
-            held.append((b.shape[0], a.shape[1]) if a.shape[0] == b.shape[1] else ())
-        return all(list(found) == shape for found in held)
-
-    def rename(self, new_name: Callable[[str], str]) -> None:
-        """Give every weight the name that `new_name` maps its name to."""
-        self.former_names = {new_name(name): name for name in self.matrices}
-        self.matrices = {new_name(name): pair for name, pair in self.matrices.items()}
-        self.replacements = {new_name(name): weight for name, weight in self.replacements.items()}
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
 
     @property
-    def names(self) -> set[str]:
-        return self.matrices.keys() | self.replacements.keys()
+    def shape(self) -> list[int]:
+        """Of the weight that it fits; empty where the two matrices do not fit each other."""
+        return [self.b.shape[0], self.a.shape[1]] if self.a.shape[0] == self.b.shape[1] else []
+
+
+@dataclass
+class AdapterUpdates:
+    """What an adapter does to the weights of its base model: LoRA and whole weights, by weight name.
+
+    keeps_tie: the input embedding was trained together with the output embedding tied to it.
+    """
+
+    lora: dict[str, LoraUpdate]
+    replacements: dict[str, torch.Tensor]
+    keeps_tie: bool
+
+    def check(self, base: dict[str, torch.Tensor]) -> None:
+        """Raise ValueError for an update of a weight that is not in `base`, by name, or has another shape there."""
+        updates = [*self.lora.items(), *self.replacements.items()]
+        unmatched = sorted({name for name, _ in updates} - base.keys())
+        faults = [f"changes {name!r}, which the base model does not have" for name in unmatched]
+        for name, update in [] if faults else sorted(updates, key=lambda item: item[0]):
+            if list(update.shape) != list(base[name].shape):
+                faults.append(f"has weights for {name!r} that do not fit the base model's {list(base[name].shape)}")
+        if faults:
+            raise ValueError(
+                f"{FLAG}: the adapter {faults[0]} ({len(faults)} such weights); give the base model of the adapter"
+            )
+
+
+def read_updates(folder: str | Path, names: dict[str, str]) -> AdapterUpdates:
+    """All that the adapter in `folder` changes, under the name that `names` maps a weight's to, or its own.
+
+    Raises ValueError for a kind of adapter this cannot merge.
+    """
+    config = read_adapter_config(folder)
+    check_plain_lora(config)
+    extra, replacements = read_extra_weights(folder), {}
+    matrices: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in read_adapter_weights(folder).items():
+        lora = LORA_KEY.fullmatch(key.removeprefix(PEFT_PREFIX))
+        if lora:
+            pair = matrices.setdefault(lora["module"], {})
+            if lora["matrix"] in pair:
+                raise ValueError(f"{FLAG}: {key!r} is there twice; give a folder with one adapter")
+            pair[lora["matrix"]] = tensor
+        elif "lora_" in key:
+            raise ValueError(f"{FLAG}: cannot merge {key!r}; only LoRA on linear layers is supported")
+        else:
+            replacements[base_weight_name(key)] = tensor
+    updates = {}
+    for module, pair in matrices.items():
+        if len(pair) != 2:
+            lacking = "B" if "A" in pair else "A"
+            raise ValueError(f"{FLAG}: no lora_{lacking} for '{module}.weight'; is the adapter complete?")
+        scale = lora_scale(config, module, rank=pair["A"].shape[0])
+        updates[f"{module}.weight"] = LoraUpdate(pair["A"], pair["B"], scale)
+    return AdapterUpdates(
+        {names.get(name, name): update for name, update in updates.items()},
+        {names.get(name, name): weight for name, weight in {**extra, **replacements}.items()},
+        keeps_tie=bool(extra) or bool(config.get("ensure_weight_tying")),
+    )
 
 
 def check_plain_lora(config: dict) -> None:
@@ -76,56 +107,30 @@ def check_plain_lora(config: dict) -> None:
     for name, plain in PLAIN_LORA.items():
         value = config.get(name, plain)
         if value != plain and value not in (None, False, [], {}):
-            raise ValueError(f"adapter_name_or_path: cannot merge an adapter with {name} = {value!r}, only {plain!r}")
+            raise ValueError(f"{FLAG}: cannot merge an adapter with {name} = {value!r}, only {plain!r}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise ValueError(
-            f"adapter_name_or_path: cannot merge an adapter with init_lora_weights = {init!r}, which changes the base "
-            "weights; convert it to plain LoRA first"
+            f"{FLAG}: cannot merge an adapter with init_lora_weights = {init!r}, which changes the base weights; "
+            "convert it to plain LoRA first"
         )
     if not isinstance(config.get("lora_alpha"), int | float):
-        raise ValueError("adapter_name_or_path: adapter_config.json has no lora_alpha; is it a LoRA adapter?")
+        raise ValueError(f"{FLAG}: adapter_config.json has no lora_alpha; is it a LoRA adapter?")
 
 
-def read_updates(folder: str | Path) -> AdapterUpdates:
-    """All that the adapter in `folder` changes. Raises ValueError for a kind of adapter this cannot merge."""
-    config = read_adapter_config(folder)
-    check_plain_lora(config)
-    extra = read_extra_weights(folder)
-    keeps_tie = bool(extra) or bool(config.get("ensure_weight_tying"))
-    updates = AdapterUpdates(config, replacements=extra, keeps_tie=keeps_tie)
-    for key, tensor in read_adapter_weights(folder).items():
-        name = key.removeprefix(PEFT_PREFIX)
-        lora = LORA_KEY.fullmatch(name)
-        if lora:
-            pair = updates.matrices.setdefault(f"{lora['module']}.weight", {})
-            if lora["matrix"] in pair:
-                raise ValueError(f"adapter_name_or_path: {key!r} is there twice; give a folder with one adapter")
-            pair[lora["matrix"]] = tensor
-        elif "lora_" in name:
-            raise ValueError(f"adapter_name_or_path: cannot merge {key!r}; only LoRA on linear layers is supported")
-        else:
-            updates.replacements[base_weight_name(key)] = tensor
-    for name, pair in updates.matrices.items():
-        if len(pair) != 2:
-            lacking = "B" if "A" in pair else "A"
-            raise ValueError(f"adapter_name_or_path: no lora_{lacking} for {name!r}; is the adapter complete?")
-    return updates
-
-
-def updated(
-    name: str, weight: torch.Tensor, updates: AdapterUpdates, *, dtype: torch.dtype, in_nf4: bool
+def merged_weight(
+    name: str, weight: torch.Tensor, updates: AdapterUpdates, *, dtype: torch.dtype, in_nf4: bool = False
 ) -> torch.Tensor:
     """The weight `name` after the merge, in `dtype`; `weight` [out, in] is the base's."""
-    replacement = updates.replacements.get(name)
+    replacement, lora = updates.replacements.get(name), updates.lora.get(name)
     if replacement is not None:
         weight = replacement
     if not weight.is_floating_point():
         return weight
-    weight = through_nf4(weight.to(dtype)) if in_nf4 and replacement is None else weight
-    if name in updates.matrices:
-        lora_a, lora_b = updates.matrices[name]["A"], updates.matrices[name]["B"]
-        weight = weight.float() + updates.scale(name) * (lora_b.float() @ lora_a.float())
+    if in_nf4 and replacement is None:
+        weight = through_nf4(weight.to(dtype))
+    if lora is not None:
+        weight = weight.float() + lora.scale * (lora.b.float() @ lora.a.float())
     result = weight.to(dtype)
     if not result.isfinite().all():
         kind = "overflows" if weight.isfinite().all() else "holds values that are not finite"
@@ -134,10 +139,8 @@ def updated(
 
 
 def through_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` quantised as a 4-bit base is when loaded, and dequantised to its dtype.
-
-    bitsandbytes quantises the weight in the dtype the model is loaded in, blocks of 64, with double quantisation.
-    """
+    """`weight` quantised as a 4-bit base is when loaded (blocks of 64, double quantisation), and dequantised to its
+    dtype, which is the one that the model is loaded in."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     data, state = quantize_4bit(

@@ -1,9 +1,8 @@
-"""Load the base model, its config and its tokenizer."""
+"""Load the base model, its config and its tokenizer, and refuse what is not what it seems."""
 
 import copy
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -23,6 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from longqlora.device import cpu_has_bf16
 from longqlora.distributed import print_notice
+from longqlora.model.library_internals import drop_kernels, keep_4bit_weights_trainable
 from longqlora.settings.config import ModelConfig
 
 # Forms of quantised weights whose kernels come from installed packages; for others transformers may ask the hub.
@@ -31,12 +31,8 @@ QUANTIZERS_WITHOUT_HUB = ("bitsandbytes", "gptq", "awq")
 
 def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """4-bit NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3)."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, **nf4)
 
 
 def default_dtype() -> torch.dtype:
@@ -51,9 +47,9 @@ def is_slow_on_cpu(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu_has_bf16())
 
 
-def model_source(name_or_path: str, flag: str = "model_name_or_path") -> str:
+def model_source(name_or_path: str) -> str:
     """A local folder as an absolute path, a hub name as it is; a path that is not there is refused."""
-    path = Path(os.path.expanduser(name_or_path))
+    path, flag = Path(os.path.expanduser(name_or_path)), "model_name_or_path"
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{flag}: {str(path)!r} has no config.json; give the folder of a saved model")
@@ -71,15 +67,14 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
     except Exception as error:
         # Values of a wrong kind reach transformers' checks, which raise types of their own, and plain Python.
         text = str(error) if isinstance(error, OSError | ValueError) else f"config.json cannot be read ({error!r})"
-        raise ValueError(
-            text if text.startswith("model_name_or_path") else f"model_name_or_path: {name_or_path!r}: {text}"
-        ) from None
+        is_ours = text.startswith("model_name_or_path")
+        raise ValueError(text if is_ours else f"model_name_or_path: {name_or_path!r}: {text}") from None
     if getattr(config, "max_position_embeddings", None) is None:
         raise ValueError(f"model_name_or_path: {config.model_type} says no max_position_embeddings in its config.json")
     if getattr(config, "transformers_weights", None):
         raise ValueError(
-            f"model_name_or_path: config.json of {name_or_path!r} names a weight file of its own "
-            "(transformers_weights); give it the usual name, model.safetensors, and remove the key"
+            f"model_name_or_path: config.json of {name_or_path!r} names its own weight file (transformers_weights); "
+            "call the file model.safetensors, and remove the key"
         )
     refuse_hub_code(config, name_or_path, trust_remote_code=trust_remote_code)
     config.use_cache = True
@@ -91,18 +86,13 @@ def refuse_hub_code(config: PretrainedConfig, name: str, *, trust_remote_code: b
 
     Attention is bound by this repository, so a kernel named for it, in nested configs too, is dropped with a notice.
     """
-    parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
-    for kernel in sorted({str(getattr(part, "_attn_implementation", None)) for part in parts}):
-        if "/" in kernel:
-            print_notice(f"the attention kernel {kernel!r} in config.json of {name!r} has no effect: it is not fetched")
-    config._attn_implementation = config._experts_implementation = None
+    for kernel in drop_kernels(config):
+        print_notice(f"the attention kernel {kernel!r} in config.json of {name!r} has no effect: it is not fetched")
     quantization = getattr(config, "quantization_config", None) or {}
-    if isinstance(quantization, dict):
-        # Configs of before transformers 4.35 do not name the method of bitsandbytes.
-        is_unnamed = quantization.get("load_in_8bit") or quantization.get("load_in_4bit")
-        method = quantization.get("quant_method") or ("bitsandbytes" if is_unnamed else None)
-    else:
-        method = quantization.quant_method
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    # Configs of before transformers 4.35 do not name the method of bitsandbytes.
+    is_unnamed = values.get("load_in_8bit") or values.get("load_in_4bit")
+    method = values.get("quant_method") or ("bitsandbytes" if is_unnamed else None)
     if quantization and method not in QUANTIZERS_WITHOUT_HUB and not trust_remote_code:
         raise ValueError(
             f"model_name_or_path: {name!r} is quantised as {str(method)!r}, for which transformers may fetch code from "
@@ -118,14 +108,9 @@ def load_training_model(
     model: ModelConfig, config: PretrainedConfig, arguments: TrainingArguments, *, load_in_4bit: bool
 ) -> PreTrainedModel:
     """The base model in the precision of the run, on this process's device."""
-    return load_model(
-        model.model_name_or_path,
-        config,
-        dtype=training_dtype(arguments),
-        load_in_4bit=load_in_4bit,
-        device=None if is_deepspeed_zero3_enabled() else arguments.device,
-        trust_remote_code=model.trust_remote_code,
-    )
+    device = None if is_deepspeed_zero3_enabled() else arguments.device
+    options = {"dtype": training_dtype(arguments), "device": device, "trust_remote_code": model.trust_remote_code}
+    return load_model(model.model_name_or_path, config, load_in_4bit=load_in_4bit, **options)
 
 
 def load_model(
@@ -154,10 +139,9 @@ def load_model(
             ignore_mismatched_sizes=True,  # named by check_loaded
             output_loading_info=True,
         )
-    except (SafetensorError, UnpicklingError, EOFError) as error:
-        raise ValueError(f"model_name_or_path: the weights of {name_or_path!r} cannot be read ({error})") from None
-    except ImportError as error:
-        raise ValueError(f"model_name_or_path: {name_or_path!r} cannot be loaded ({error})") from None
+    except (SafetensorError, UnpicklingError, EOFError, ImportError) as error:
+        kind = "cannot be loaded" if isinstance(error, ImportError) else "has weights that cannot be read"
+        raise ValueError(f"model_name_or_path: {name_or_path!r} {kind} ({error})") from None
     check_loaded(info, model, name_or_path)
     if load_in_4bit:
         keep_4bit_weights_trainable(model)
@@ -175,9 +159,8 @@ def check_loaded(info: dict, model: PreTrainedModel, name: str, *, hint: str = "
     faults = [f"lacks {weight!r}" for weight in sorted(info["missing_keys"])]
     for weight, found, expected in sorted(info["mismatched_keys"]):
         faults.append(f"has {weight!r} of shape {list(found)}, where its config.json says {list(expected)}")
-    faults += [str(message) for message in info["error_msgs"]]
     surplus = sorted(weight for weight in info["unexpected_keys"] if in_layers.search(weight))
-    faults += [f"has {weight!r}, for which its config.json has no place" for weight in surplus]
+    faults += [*map(str, info["error_msgs"]), *(f"has {x!r}, for which its config.json has no place" for x in surplus)]
     if faults:
         raise ValueError(f"model_name_or_path: {name!r} {faults[0]} ({len(faults)} such weights){hint}")
 
@@ -192,38 +175,33 @@ def empty_model(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
             )
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"model_name_or_path: config.json of {name!r} describes no model ({error}); mend it") from None
+        raise ValueError(
+            f"model_name_or_path: config.json of {name!r} describes no model ({error}); correct it"
+        ) from None
+
+
+def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
+    """Names of the input and the output embedding weights; None for a model without the latter."""
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    return names[id(model.get_input_embeddings())], names.get(id(model.get_output_embeddings()))
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     """Linear layers but the output layer, by name: those that a 4-bit base quantises and LoRA adapts."""
-    head = model.get_output_embeddings()
-    return {name: x for name, x in all_linear(model) if x is not head and not is_more_than_linear(x)}
+    head, changed = model.get_output_embeddings(), routers(model)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: module for name, module in linear.items() if module is not head and name not in changed}
 
 
 def routers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """Modules that are linear layers with more to them, as the routers of some experts, by name."""
-    return {name: x for name, x in all_linear(model) if is_more_than_linear(x)}
-
-
-def all_linear(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
-    return (item for item in model.named_modules() if isinstance(item[1], torch.nn.Linear))
-
-
-def is_more_than_linear(module: torch.nn.Linear) -> bool:
-    """Whether a model's own class changed the forward pass; those of torch and bitsandbytes do the same."""
-    return type(module).forward is not torch.nn.Linear.forward and type(module).__module__.startswith("transformers")
-
-
-def keep_4bit_weights_trainable(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in place on CPUs with avx512_bf16.
-
-    It does so at the first evaluation without gradient; gradients through repacked weights are then
-    silently lost (bitsandbytes 0.50.2, nn/modules.py, Linear4bit.forward).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    """Linear layers whose forward pass the model's own class changed, as the routers of some experts, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and type(module).forward is not torch.nn.Linear.forward
+        and type(module).__module__.startswith("transformers")
+    }
 
 
 def load_tokenizer(
@@ -247,3 +225,13 @@ def load_tokenizer(
     if model_max_length is not None:
         tokenizer.model_max_length = model_max_length
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, source: str) -> None:
+    """Refuse a tokenizer whose ids go beyond the model's embeddings: it was made for another model."""
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= num_embeddings:
+        raise ValueError(
+            f"model_name_or_path: the tokenizer of {source!r} has ids up to {last} ({token!r}), beyond the model's "
+            f"{num_embeddings} embeddings; give a folder whose tokenizer belongs to the model"
+        )

@@ -5,6 +5,7 @@ attention in `dual_chunk_attention_config`, the key and the names of Qwen2.5-1M'
 """
 
 import math
+from dataclasses import fields
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -15,22 +16,26 @@ from longqlora.distributed import print_notice
 from longqlora.model.adapter_folder import base_model_of
 from longqlora.model.base import load_config
 from longqlora.model.context_request import ContextRequest
-from longqlora.model.rope_scaling import check_rope_request, context_of_rope, scale_rope
+from longqlora.model.rope_scaling import Rope, check_rope_request, scale_rope
 from longqlora.settings.config import AttentionConfig, ContextConfig, ModelConfig
 
 # The shortest length that a released model was pretrained with (Llama).
 SHORTEST_PRETRAINING = 2048
+ROPE_KEYS = tuple(field.name for field in fields(Rope))
+# Whatever config.json says of these, in the config itself or a part of it, is a positive number.
+LENGTHS = {*ROPE_KEYS[1:], "rope_theta", "factor", "chunk_size", "local_size"}
 
 
 def request_of_run(context: ContextConfig, attention: AttentionConfig) -> ContextRequest:
     """The request of a training run's settings."""
-    # Without a length to reach they have no effect, which run_checks says.
-    reaches = context.model_max_length is not None or attention.attention == "dca"
+    is_dual_chunk = attention.attention == "dca"
+    # Without a length to reach they have no effect, which the checks say.
+    has_target = context.model_max_length is not None or is_dual_chunk
     return ContextRequest(
         context_size=context.model_max_length,
-        rope_type=context.rope_type if reaches else None,
-        rope_theta=context.rope_theta if reaches else None,
-        attention="dca" if attention.attention == "dca" else "full",
+        rope_type=context.rope_type if has_target else None,
+        rope_theta=context.rope_theta if has_target else None,
+        attention="dca" if is_dual_chunk else "full",
         pretraining_length=attention.pretraining_length,
         dca_chunk_size=attention.dca_chunk_size,
         dca_local_window=attention.dca_local_window,
@@ -38,18 +43,16 @@ def request_of_run(context: ContextConfig, attention: AttentionConfig) -> Contex
     )
 
 
+def rope_of(config: PretrainedConfig) -> Rope:
+    """What `config` says of RoPE."""
+    values = {key: getattr(config, key, None) for key in ROPE_KEYS}
+    return Rope(**{**values, "rope_parameters": values["rope_parameters"] or {}})
+
+
 def context_length(config: PretrainedConfig) -> int:
     """Tokens that the model reads with the attention and RoPE its config names."""
-    dual_chunk = getattr(config, DUAL_CHUNK_KEY, None)
-    if dual_chunk and "max_position_embeddings" in dual_chunk:
-        return dual_chunk["max_position_embeddings"]
-    return rope_context(config)
-
-
-def rope_context(config: PretrainedConfig) -> int:
-    """Tokens that RoPE alone covers."""
-    original = getattr(config, "original_max_position_embeddings", None)
-    return context_of_rope(getattr(config, "rope_parameters", None) or {}, config.max_position_embeddings, original)
+    dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) or {}
+    return dual_chunk.get("max_position_embeddings") or rope_of(config).context_length
 
 
 def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
@@ -58,71 +61,72 @@ def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
     Twice is the same as once. Raises ValueError, naming the setting, for what the model cannot be given.
     """
     check_lengths_of(config)
-    read_lengths_apart(config)
+    complete_lengths(config)
     is_dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) is not None
-    if request.attention == "full" or (request.attention == "auto" and not is_dual_chunk):
-        if request.given_dual_chunk_settings:
-            raise ValueError(f"{request.given_dual_chunk_settings[0]}: has an effect with attention: dca only")
-        if is_dual_chunk:
-            delattr(config, DUAL_CHUNK_KEY)
-        return extend_rope(config, request.context_size, request.rope_type, request.rope_theta)
-    return apply_dual_chunk(config, request)
+    if request.attention == "dca" or (request.attention == "auto" and is_dual_chunk):
+        return apply_dual_chunk(config, request)
+    if request.given_dual_chunk_settings:
+        raise ValueError(f"{request.given_dual_chunk_settings[0]}: has an effect with attention: dca only")
+    if is_dual_chunk:
+        delattr(config, DUAL_CHUNK_KEY)
+    return extend_rope(config, request.context_size, request.rope_type, request.rope_theta)
 
 
 def check_lengths_of(config: PretrainedConfig) -> None:
     """Raise ValueError for a length, factor or base in `config` that is no positive number."""
-    rope, dual_chunk = getattr(config, "rope_parameters", None) or {}, getattr(config, DUAL_CHUNK_KEY, None) or {}
+    dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) or {}
+    source = f"model_name_or_path: config.json of {config.name_or_path!r}"
     if not isinstance(dual_chunk, dict):
-        raise ValueError(
-            f"model_name_or_path: {DUAL_CHUNK_KEY} in config.json is {dual_chunk!r}, not its sizes; mend it"
-        )
-    lengths = ("max_position_embeddings", "original_max_position_embeddings")
-    values = {name: getattr(config, name, None) for name in (*lengths, "original_rope_theta")}
-    values |= {f"rope_parameters.{name}": rope.get(name) for name in ("rope_theta", "factor", lengths[1])}
-    values |= {f"{DUAL_CHUNK_KEY}.{name}": dual_chunk.get(name) for name in ("chunk_size", "local_size", *lengths)}
-    for name, value in values.items():
-        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(
-                f"model_name_or_path: config.json of {config.name_or_path!r} has {name} {value!r}, no positive number; "
-                "mend it"
-            )
+        raise ValueError(f"{source} has {DUAL_CHUNK_KEY} {dual_chunk!r}, not its sizes; correct it")
+    rope = vars(rope_of(config))
+    parts = {"": rope, "rope_parameters.": rope["rope_parameters"], f"{DUAL_CHUNK_KEY}.": dual_chunk}
+    for part, values in parts.items():
+        for name in {*values} & LENGTHS:
+            value = values[name]
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"{source} has {part}{name} {value!r}, no positive number; correct it")
 
 
-def read_lengths_apart(config: PretrainedConfig) -> None:
+def complete_lengths(config: PretrainedConfig) -> None:
     """Where config.json gives one length for two things, take the other from what it implies.
 
     Qwen2.5-1M's max_position_embeddings is what chunks reach: RoPE reaches the original length. Linear RoPE without an
-    original length is read as LongLoRA writes it, which a notice says where the other way is possible.
+    original length is read as LongLoRA writes it; a notice says so where it can be read the other way.
     """
-    known, rope = getattr(config, DUAL_CHUNK_KEY, None), getattr(config, "rope_parameters", None) or {}
+    known, rope = getattr(config, DUAL_CHUNK_KEY, None), rope_of(config)
     if known and "max_position_embeddings" not in known and "original_max_position_embeddings" in known:
         setattr(config, DUAL_CHUNK_KEY, {**known, "max_position_embeddings": config.max_position_embeddings})
         config.max_position_embeddings = known["original_max_position_embeddings"]
-    if rope.get("rope_type") != "linear" or "original_max_position_embeddings" in (*rope, *config.to_dict()):
+    parameters, length = rope.rope_parameters, config.max_position_embeddings
+    says_original = "original_max_position_embeddings" in (*parameters, *config.to_dict())
+    if parameters.get("rope_type") != "linear" or says_original:
         return
-    length, factor = config.max_position_embeddings, rope.get("factor") or 1
+    factor = parameters.get("factor") or 1
     original = int(length / factor)
     if original >= SHORTEST_PRETRAINING:
         print_notice(
-            f"config.json says {length} tokens and linear RoPE x{factor:g}, read as {rope_context(config)} tokens; if "
-            f"{length} is what it reaches, add original_max_position_embeddings: {original} to it"
+            f"config.json says {length} tokens and linear RoPE x{factor:g}, read as {rope_of(config).context_length} "
+            f"tokens; if {length} is what it reaches, add original_max_position_embeddings: {original} to it"
         )
 
 
 def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:
     known = getattr(config, DUAL_CHUNK_KEY, None) or {}
-    own_length = rope_context(config)
+    own_length = rope_of(config).context_length
     pretraining = request.pretraining_length or known.get("original_max_position_embeddings") or own_length
-    if request.rope_type is None and pretraining > own_length:
+    text = "RoPE kept"
+    if request.rope_type is not None:
+        if not request.pretraining_length:
+            raise ValueError(
+                "pretraining_length: with attention: dca and a rope_type, say how far RoPE is scaled; chunks reach the "
+                "rest"
+            )
+        text = extend_rope(config, pretraining, request.rope_type, request.rope_theta)
+    elif pretraining > own_length:
         raise ValueError(
             f"pretraining_length: the model reads {own_length} tokens, not {pretraining}; lower it, or name the "
             "rope_type that takes RoPE there first"
         )
-    if request.rope_type is not None and not request.pretraining_length:
-        raise ValueError(
-            "pretraining_length: with attention: dca and a rope_type, say how far RoPE is scaled; chunks reach the rest"
-        )
-    text = extend_rope(config, pretraining, request.rope_type, request.rope_theta) if request.rope_type else "RoPE kept"
     # Sizes that a config names belong to its own pretraining length.
     known_sizes = known if pretraining == known.get("original_max_position_embeddings", pretraining) else {}
     try:
@@ -132,8 +136,7 @@ def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:
             local_window=request.dca_local_window or known_sizes.get("local_size"),
         )
     except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith("pretraining_length") else f"dca_{text}") from None
+        raise ValueError(f"{'' if str(error).startswith('pretraining_length') else 'dca_'}{error}") from None
     values = {
         "chunk_size": sizes.chunk_size,
         "local_size": sizes.local_window,
@@ -155,65 +158,46 @@ def extend_rope(
     `original_rope_theta`, and travel with every saved config. None leaves the config as it is.
     """
     check_rope_request(rope_type, rope_theta, target)
-    present = rope_context(config)
+    rope = rope_of(config)
     if target is None:
         if rope_type is not None:
             raise ValueError(f"rope_type: {rope_type} has no effect without a context to reach; give its length too")
-        return f"context of {present} tokens, RoPE unchanged"
-    rope_parameters = getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" not in rope_parameters:
+        return f"context of {rope.context_length} tokens, RoPE unchanged"
+    if "rope_theta" not in rope.rope_parameters:
         raise ValueError(
             f"model_max_length: cannot scale {config.model_type}, which has no single set of RoPE parameters"
         )
-    decision = scale_rope(
-        rope_parameters,
-        max_position_embeddings=config.max_position_embeddings,
-        rotary_dim=rotary_dim(config),
-        model_max_length=target,
-        rope_type=rope_type,
-        rope_theta=rope_theta,
-        original_max_position_embeddings=getattr(config, "original_max_position_embeddings", None),
-        original_rope_theta=getattr(config, "original_rope_theta", None),
-    )
-    if decision.context_length == present and decision.rope_parameters == rope_parameters:
-        return f"context of {target} tokens fits the model's {present}, RoPE unchanged"
-    config.rope_parameters = decision.rope_parameters
-    config.original_max_position_embeddings = decision.original_max_position_embeddings
-    config.original_rope_theta = decision.original_rope_theta
-    config.max_position_embeddings = decision.max_position_embeddings
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotary_dim = int(head_dim * rope.rope_parameters.get("partial_rotary_factor", 1.0))
+    scaled = scale_rope(rope, target, rotary_dim=rotary_dim, rope_type=rope_type, rope_theta=rope_theta)
+    parameters = scaled.rope_parameters
+    if scaled.context_length == rope.context_length and parameters == rope.rope_parameters:
+        return f"context of {target} tokens fits the model's {rope.context_length}, RoPE unchanged"
+    for key in ROPE_KEYS:
+        setattr(config, key, getattr(scaled, key))
     if getattr(config, "head_dim", 0) is None:
         # transformers 5.23 multiplies it by the part that is rotated in YaRN and dynamic NTK (Mixtral).
-        config.head_dim = config.hidden_size // config.num_attention_heads
-    kind, factor = decision.rope_parameters["rope_type"], decision.rope_parameters.get("factor")
-    check_rope_type(config, kind)
-    how = f"{kind} x{factor:g}" if factor else f"base {decision.rope_parameters['rope_theta']:g}"
-    return f"context {decision.original_max_position_embeddings} -> {target} tokens, RoPE {how}"
-
-
-def check_rope_type(config: PretrainedConfig, kind: str) -> None:
-    """Raise ValueError where transformers would refuse the RoPE of `config` when it loads or saves it."""
+        config.head_dim = head_dim
     try:
+        # What transformers would refuse when it loads or saves the config.
         config.validate_rope()
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"rope_type: {config.model_type} takes no RoPE of type {kind} ({error}); use rope_type: ntk, or theta"
+            f"rope_type: {config.model_type} takes no RoPE of type {parameters['rope_type']} ({error}); use rope_type: "
+            "ntk, or theta"
         ) from None
+    factor = parameters.get("factor")
+    how = f"{parameters['rope_type']} x{factor:g}" if factor else f"base {parameters['rope_theta']:g}"
+    return f"context {scaled.original_length} -> {target} tokens, RoPE {how}"
 
 
 def copy_context(source: PretrainedConfig, target: PretrainedConfig) -> None:
     """Give the config `target` all that says how far the model of `source` reads."""
-    names = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings", "original_rope_theta")
-    for name in (*names, DUAL_CHUNK_KEY):
+    for name in (*ROPE_KEYS, DUAL_CHUNK_KEY):
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
         elif hasattr(target, name):
             delattr(target, name)
-
-
-def rotary_dim(config: PretrainedConfig) -> int:
-    """Dimensions of a head that RoPE turns."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 def load_extended_config(
@@ -232,6 +216,7 @@ def resolve_config(
     trust_remote_code: bool = False,
 ) -> tuple[str, PretrainedConfig]:
     """Base model and its config with the context of the adapter, changed as `context` asks."""
+    # Read where the base is given too: a folder that is no adapter is refused here.
     named_base = base_model_of(adapter_name_or_path) if adapter_name_or_path else None
     base = model_name_or_path or named_base
     if not base:

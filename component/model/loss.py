@@ -4,7 +4,7 @@ At 8192 tokens and 32000 words fp32 logits, their shifted copy and their gradien
 chunk of tokens at a time is projected, reduced and turned into gradients. torch >= 2.13 has the
 operation for full precision; `ChunkedLinearCrossEntropy` does the same elsewhere and in 16 bit.
 
-Dimensions: T tokens, C hidden size, V vocabulary.
+Dimensions: B batch, S sequence, T tokens, C hidden size, V vocabulary.
 
 Pure maths: knows nothing of Hugging Face.
 """
@@ -12,34 +12,34 @@ Pure maths: knows nothing of Hugging Face.
 import torch
 import torch.nn.functional as F
 
+from longqlora.attention.sdpa import sum_dtype
+
 IGNORE_INDEX = -100
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 64 * 2**20  # of fp32 logits
 
 
 def next_token_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, num_items: torch.Tensor | int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    num_items: torch.Tensor | int | None = None,
+    is_shifted: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy of predicting labels[:, 1:] from hidden[:, :-1].
+    """Cross-entropy of predicting each token's next one.
 
-    hidden [B, S, C]; weight [V, C], the output embedding; labels int [B, S], IGNORE_INDEX where
-    nothing is to be learned. The sum over tokens is divided by `num_items`, or by the number of
-    labels that count when it is None. Returns a scalar; zero when no label counts.
+    hidden [B, S, C]; weight [V, C], the output embedding; labels int [B, S], the tokens themselves, or with is_shifted
+    the next ones, IGNORE_INDEX where nothing is to be learned. The sum over tokens is divided by `num_items`, or by the
+    number of labels that count when it is None. Returns a scalar; zero when no label counts.
     """
-    # Shifting the labels rather than the states spares a copy of the states at batch size one.
-    return token_loss(hidden[:, :-1], weight, labels[:, 1:], num_items=num_items)
-
-
-def token_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, num_items: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """The same for targets int [B, S] that stand beside their hidden [B, S, C]: each token's next one."""
-    targets = targets.reshape(-1).to(hidden.device)
+    if not is_shifted:
+        # Shifting the labels rather than the states spares a copy of the states at batch size one.
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    targets = labels.reshape(-1).to(hidden.device)
     total = linear_cross_entropy_sum(hidden.reshape(-1, hidden.shape[-1]), weight, targets)
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum().clamp_min(1)
-    if torch.is_tensor(num_items):
-        num_items = num_items.to(total.device)
-    return total / num_items
+    return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)
 
 
 def linear_cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -80,8 +80,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        grads = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors]
-        return grads[0], grads[1], None
+        return *(None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors), None
 
 
 def chunk_of_loss(hidden, weight, targets, grad_hidden, grad_weight) -> torch.Tensor:
@@ -99,7 +98,3 @@ def chunk_of_loss(hidden, weight, targets, grad_hidden, grad_weight) -> torch.Te
     if grad_weight is not None:
         grad_weight += grad_logits.T @ hidden
     return total
-
-
-def sum_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

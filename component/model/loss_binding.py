@@ -1,5 +1,11 @@
 """Bind the chunked loss to a transformers model, for any model with a decoder and a plain output layer.
 
+The one method of transformers that this room replaces: `forward` of the loaded model, on the instance. No hook serves:
+the stock forward pass projects every token before a hook sees its output, and PEFT, DeepSpeed and the Trainer call the
+model, not a function of ours. What the replacement relies on: the arguments of forward, `get_decoder()` with its
+`last_hidden_state`, `get_output_embeddings()`. Seen with transformers 5.20.2 and 5.23.0; each model is tried first,
+on a small copy, and tests/model/test_library_internals.py says what another version changed.
+
 Dimensions: B batch, S sequence.
 """
 
@@ -12,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longqlora.attention.proof import tiny_copy, trial_inputs
 from longqlora.device import is_out_of_memory
-from longqlora.model.loss import next_token_loss, token_loss
+from longqlora.model.loss import next_token_loss
 
 # Of the loss; float32 leaves 1e-7, a soft cap far above the logits 1e-4.
 TOLERANCE = 1e-5
@@ -59,6 +65,7 @@ def chunked_loss_forward(
     """Forward pass of a causal language model; with labels int [B, S] it returns the loss and no logits.
 
     shift_labels int [B, S]: each token's next one, where several processes share a row; it takes the place of labels.
+    The Trainer drops columns of a batch that are not among the arguments here.
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
     if labels is None:
@@ -68,13 +75,13 @@ def chunked_loss_forward(
     head = model.get_output_embeddings()
     # An adapter on the head itself makes it more than one product; leave that case to the stock path.
     if hasattr(head, "lora_A"):
-        if shift_labels is not None:
-            inputs["shift_labels"] = shift_labels
-        return stock_forward(**inputs, labels=labels, num_items_in_batch=num_items_in_batch)
+        shifted = {} if shift_labels is None else {"shift_labels": shift_labels}
+        return stock_forward(**inputs, **shifted, labels=labels, num_items_in_batch=num_items_in_batch)
     hidden, weight = model.get_decoder()(**inputs).last_hidden_state, head.weight
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if shift_labels is not None:
-        return CausalLMOutputWithPast(loss=token_loss(hidden, weight, shift_labels, num_items=num_items_in_batch))
-    return CausalLMOutputWithPast(loss=next_token_loss(hidden, weight, labels, num_items=num_items_in_batch))
+    is_shifted = shift_labels is not None
+    targets = shift_labels if is_shifted else labels
+    loss = next_token_loss(hidden, weight, targets, num_items=num_items_in_batch, is_shifted=is_shifted)
+    return CausalLMOutputWithPast(loss=loss)

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from longqlora.files import read_json, write_json
-from longqlora.model.rope_scaling import context_of_rope
+from longqlora.model.rope_scaling import Rope
 
 # transformers 4's names of what transformers 5 keeps in `rope_parameters`, by model type; others are the same.
 OLD_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
@@ -50,7 +50,7 @@ def keys_of_other_readers(values: dict) -> dict:
     if is_by_layer_type or length is None or rope["rope_type"] == "dynamic":
         return added
     original = values.get("original_max_position_embeddings")
-    added["max_position_embeddings"] = context_of_rope(rope, length, original)
+    added["max_position_embeddings"] = Rope(rope, length, original).context_length
     if rope["rope_type"] == "linear":
         added["original_max_position_embeddings"] = original or length
         added["max_seq_len"] = int(added["max_position_embeddings"] / rope["factor"])
@@ -63,16 +63,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     changes = {}
     if isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer).__module__.startswith("transformers."):
         # The named classes of transformers 4 add BOS to whatever tokenizer.json says; this one follows it.
-        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
         added = {str(token_id): token.__getstate__() for token_id, token in tokenizer.added_tokens_decoder.items()}
-        changes["added_tokens_decoder"] = added
-    mend_tokenizer_config(folder, **changes)
+        changes = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added}
+    complete_tokenizer_config(folder, **changes)
     source = Path(getattr(tokenizer, "vocab_file", None) or "")
     if source.suffix == ".model" and source.is_file():
         shutil.copyfile(source, Path(folder) / source.name)
 
 
-def mend_tokenizer_config(folder: str | Path, **changes) -> None:
+def complete_tokenizer_config(folder: str | Path, **changes) -> None:
     """Put tokenizer_config.json, where `folder` has one, into words that transformers 4 knows too, with `changes`."""
     path = Path(folder) / "tokenizer_config.json"
     if not path.is_file():

@@ -22,9 +22,9 @@ from longqlora.data.prompt import eos_id, prompt_template_for
 from longqlora.distributed import is_main_process, world_size
 from longqlora.memory.shapes import ModelShape
 from longqlora.model.adapter import frozen_experts_notice, target_module_names
-from longqlora.model.base import empty_model, routers
+from longqlora.model.base import check_vocabulary, empty_model, routers
 from longqlora.model.context import context_length
-from longqlora.model.weight_checks import check_base, check_vocabulary, has_weights
+from longqlora.model.weight_files import check_base, has_weights
 from longqlora.settings.config import Notice, Settings, warning
 from longqlora.training.checkpoint import FINAL, list_checkpoints
 

@@ -15,7 +15,7 @@ import argparse
 import importlib.util
 
 from longqlora.cli import run_main
-from longqlora.data.token_file import DTYPES, open_token_file
+from longqlora.data.token_file import ID_DTYPES, open_token_file
 from longqlora.evaluation.frame import check_at_least, evaluate, from_flags
 from longqlora.evaluation.perplexity import PROTOCOLS, batches
 from longqlora.evaluation.perplexity_task import Perplexity, Windows
@@ -24,7 +24,7 @@ from longqlora.evaluation.perplexity_task import Perplexity, Windows
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("perplexity")
     group.add_argument("--data_path", required=True, help="file of token ids (.bin)")
-    group.add_argument("--data_dtype", choices=list(DTYPES), help="id type of --data_path (default: what its "
+    group.add_argument("--data_dtype", choices=list(ID_DTYPES), help="id type of --data_path (default: what its "
                        "sidecar says, or uint16)")  # fmt: skip
     group.add_argument("--seq_len", type=int, nargs="+", help="window lengths in tokens, one or more (default: the "
                        "model's context)")  # fmt: skip

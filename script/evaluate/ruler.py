@@ -18,12 +18,10 @@ import argparse
 import os
 from pathlib import Path
 
-from longqlora.cli import require_folder, run_main
+from longqlora.cli import go_offline_unless_reachable, require_extra, require_folder, run_main
 from longqlora.evaluation.frame import check_at_least, evaluate, from_flags
 from longqlora.evaluation.ruler.task import Ruler
 from longqlora.evaluation.ruler.tasks import TASKS, default_tasks, describe_tasks
-from longqlora.extras import require_extra
-from longqlora.model.hub import go_offline_unless_reachable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +59,7 @@ def make_task(args: argparse.Namespace) -> Ruler:
         raise ValueError("--plot draws RULER's scores by length; name one of its tasks (--list_tasks)")
     check_uses(args, ("limit", "num_fewshot", "include_path"), "lm-eval's tasks", is_used=not all(is_ruler))
     check_uses(args, ("lengths", "haystack"), "RULER's tasks", is_used=any(is_ruler))
-    require_extra("lm_eval", "lm-eval")
+    require_extra("lm_eval", "lm-eval", extra="eval")
     # Read at import: hides the harness' unnamed bars; those that say what they count are shown all the same.
     os.environ.setdefault("TQDM_DISABLE", "1")
     if not all(is_ruler):

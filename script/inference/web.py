@@ -22,8 +22,7 @@ import socket
 import tempfile
 import threading
 
-from longqlora.cli import run_main
-from longqlora.extras import require_extra
+from longqlora.cli import require_extra, run_main
 from longqlora.inference.arguments import (
     add_conversation_arguments,
     add_generation_arguments,

@@ -10,6 +10,7 @@ import pytest
 from conftest import REPO, save_tiny_model, tiny_config
 from test_ruler import solve
 
+from longqlora.cli import go_offline_unless_reachable
 from longqlora.evaluation.ruler.tasks import TASKS
 
 
@@ -167,20 +168,15 @@ def test_wrapping_leaves_the_model_alone(tmp_path, tiny_tokenizer):
 
 
 def test_hub_is_given_up_where_nothing_answers(monkeypatch):
-    from longqlora.model.hub import go_offline_unless_reachable, is_reachable
-
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "no_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "https://127.0.0.1:9/x")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "0")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    go_offline_unless_reachable()
-    assert os.environ["HF_HUB_OFFLINE"] == "0"
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    go_offline_unless_reachable()
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
-    assert is_reachable()
+    for said, proxy, expected in (("0", "", "0"), (None, "http://127.0.0.1:1", None), (None, "", "1")):
+        monkeypatch.setenv("HF_HUB_OFFLINE", said) if said else monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("https_proxy", proxy)
+        go_offline_unless_reachable()
+        assert os.environ.get("HF_HUB_OFFLINE") == expected
 
 
 def test_tasks_are_listed(ruler):

@@ -1,6 +1,6 @@
 """What our folders mean to others: config.json to four readers, tokenizer files to transformers 4.
 
-Each reader's rule is restated in a line or two and linked. tests/test_transformers_4.py runs transformers 4 itself.
+Each reader's rule is restated in a line or two and linked. test_transformers_4.py runs transformers 4 itself.
 """
 
 import json
@@ -9,13 +9,13 @@ import shutil
 import pytest
 import torch
 from conftest import save_tiny_model, tiny_config
-from test_merge import make_adapter
+from model_folders import extended, make_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from longqlora.inference.load import load_for_inference
 from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.base import load_tokenizer
-from longqlora.model.context import ContextRequest, apply_context, context_length, extend_rope
+from longqlora.model.context import ContextRequest, apply_context, context_length
 from longqlora.model.merge import merge
 from longqlora.model.rope_scaling import ROPE_METHODS
 from longqlora.model.saved_folder import save_config, save_tokenizer
@@ -72,10 +72,7 @@ def announced(folder) -> dict[str, int]:
 
 @pytest.mark.parametrize("rope_type", [*ROPE_METHODS, None])
 def test_every_reader_announces_the_context(tmp_path, rope_type):
-    config = tiny_config()
-    if rope_type:
-        extend_rope(config, TARGET, rope_type, 5e5 if rope_type == "theta" else None)
-    save_config(config, tmp_path)
+    save_config(extended(tiny_config(), TARGET, rope_type) if rope_type else tiny_config(), tmp_path)
     expected = dict.fromkeys((reader.__name__ for reader in READERS), TARGET if rope_type else ORIGINAL)
     if rope_type == "dynamic":
         expected["by_llama_cpp"] = ORIGINAL  # it has no dynamic RoPE
@@ -89,8 +86,7 @@ def test_a_folder_of_another_convention_is_saved_in_ours(tmp_path, values):
     config = tiny_config(rope_parameters=rope, max_position_embeddings=length, **values)
     save_config(config, tmp_path)
     assert set(announced(tmp_path).values()) == {TARGET}
-    extend_rope(config, 2 * TARGET)
-    save_config(config, tmp_path)
+    save_config(extended(config, 2 * TARGET), tmp_path)
     assert set(announced(tmp_path).values()) == {2 * TARGET}
 
 
@@ -127,8 +123,7 @@ MODEL_TYPES = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gpt_neox", "phi
 @pytest.mark.parametrize("rope_type", list(ROPE_METHODS))
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_transformers_4_finds_its_names_and_5_reads_the_same(tmp_path, model_type, rope_type):
-    config = tiny_config(model_type)
-    extend_rope(config, TARGET, rope_type, 5e5 if rope_type == "theta" else None)
+    config = extended(tiny_config(model_type), TARGET, rope_type)
     save_config(config, tmp_path)
     values, rope = json.loads((tmp_path / "config.json").read_text()), config.rope_parameters
     neox = model_type == "gpt_neox"
@@ -201,12 +196,8 @@ def test_a_merged_folder_carries_the_tokenizer_of_adapter_or_base(tmp_path, othe
 
 
 def test_an_adapter_folder_is_written_the_same_way(tmp_path, tiny_model_dir):
-    loaded = load_for_inference(
-        str(tiny_model_dir),
-        adapter_name_or_path=str(make_adapter(tiny_model_dir, tmp_path / "adapter")),
-        dtype=torch.float32,
-    )
-    save_adapter(loaded.model, tmp_path / "final")
+    adapter = make_adapter(tiny_model_dir, tmp_path / "adapter")
+    save_adapter(load_for_inference(None, adapter_name_or_path=str(adapter)).model, tmp_path / "final")
     assert set(announced(tmp_path / "final").values()) == {TARGET}
     assert json.loads((tmp_path / "final" / "config.json").read_text())["rope_scaling"]["factor"] == 4.0
 
@@ -216,9 +207,7 @@ def test_an_earlier_folder_gives_the_same_logits(tmp_path, tiny_model_dir):
     earlier, ours = tmp_path / "earlier", tmp_path / "ours"
     for folder in (earlier, ours):
         shutil.copytree(tiny_model_dir, folder)
-    config = AutoConfig.from_pretrained(tiny_model_dir)
-    extend_rope(config, TARGET)
-    config.save_pretrained(earlier)
+    extended(AutoConfig.from_pretrained(tiny_model_dir), TARGET).save_pretrained(earlier)
     save_config(AutoConfig.from_pretrained(earlier), ours)
     ids = torch.arange(4, 204)[None]
     logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (earlier, ours)]

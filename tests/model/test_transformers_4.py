@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_folders import extended, make_adapter
 from safetensors import safe_open
-from test_merge import make_adapter
 from transformers import AutoConfig
 
 from longqlora.inference.load import load_for_inference
 from longqlora.model.adapter_folder import save_adapter
-from longqlora.model.context import extend_rope
 from longqlora.model.merge import merge
 from longqlora.model.rope_scaling import ROPE_METHODS
 from longqlora.model.saved_folder import save_tokenizer
@@ -33,18 +32,8 @@ def transformers_4(request) -> Path:
     """Folder for PYTHONPATH."""
     folder = Path(request.config.cache.mkdir("transformers-4.57.3"))
     if not (folder / "complete").is_file():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--upgrade",
-            "--target",
-            str(folder),
-            *PACKAGES,
-        ]
+        words = ["install", "-q", "--no-deps", "--upgrade", "--target", str(folder), *PACKAGES]
+        command = [sys.executable, "-m", "pip", *words]
         outcome = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if outcome.returncode:
             pytest.skip(f"transformers 4.57.3 cannot be installed: {outcome.stderr.strip().splitlines()[-1]}")
@@ -59,8 +48,7 @@ def folders(tmp_path_factory, repo) -> Path:
     base = root / "base"
     shutil.copytree(repo / "data" / "tiny-llama", base)
     for rope_type in ROPE_METHODS:
-        config = AutoConfig.from_pretrained(base)
-        extend_rope(config, TARGET, rope_type, 5e5 if rope_type == "theta" else None)
+        config = extended(AutoConfig.from_pretrained(base), TARGET, rope_type)
         trained = make_adapter(base, root / "trained" / rope_type, context=None, modules_to_save=["norm"])
         config.save_pretrained(trained)
         loaded = load_for_inference(str(base), adapter_name_or_path=str(trained), dtype=torch.float32)

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 from conftest import save_tiny_model, sentences, tiny_config
+from model_folders import IDS, edit_json, edit_weights, make_adapter, stock_logits
 from safetensors.torch import load_file, save_file
-from test_merge import IDS, make_adapter, stock_logits
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import longqlora.model.base
@@ -24,7 +24,7 @@ from longqlora.model.adapter import attach_adapter
 from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.base import empty_model, load_config, load_model, refuse_hub_code
 from longqlora.model.merge import merge
-from longqlora.model.weight_checks import check_base
+from longqlora.model.weight_files import check_base
 from longqlora.settings.config import AdapterConfig
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -33,12 +33,12 @@ INDEX = "model.safetensors.index.json"
 
 def edit(change):
     """A change of a folder that changes the weights in its one file; `change` gets and returns all of them."""
+    return lambda folder: edit_weights(folder / "model.safetensors", change)
 
-    def spoil(folder: Path) -> None:
-        file = folder / "model.safetensors"
-        save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
-    return spoil
+def says(**values):
+    """A change of a folder: what its config.json says."""
+    return lambda folder: edit_json(folder / "config.json", **values)
 
 
 def cut(name: str, keep: int | None):
@@ -105,13 +105,13 @@ FAULTS = {
     ),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ["adapter_name_or_path"]),
     "weights by another name": (
-        lambda f: edit_json(f / "config.json", transformers_weights="other.safetensors"), ["transformers_weights"]
+        says(transformers_weights="other.safetensors"), ["transformers_weights"]
     ),
     "a length in quotes": (
-        lambda f: edit_json(f / "config.json", max_position_embeddings="64"),
+        says(max_position_embeddings="64"),
         ["config.json cannot be read", "max_position_embeddings", "base"],
     ),
-    "an unknown dtype": (lambda f: edit_json(f / "config.json", dtype="float17"), ["config.json cannot be read"]),
+    "an unknown dtype": (says(dtype="float17"), ["config.json cannot be read"]),
     "an empty tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer of", "base", "is it whole"]),
     "tokenizer settings in a list": (
         lambda f: (f / "tokenizer_config.json").write_text("[]"), ["tokenizer of", "base", "is it whole"]
@@ -119,8 +119,17 @@ FAULTS = {
 }  # fmt: skip
 
 
-def edit_json(path: Path, **values) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+@pytest.fixture
+def spoiled(tmp_path, tiny_model_dir):
+    """Copy the tiny model and spoil the copy by each of the changes."""
+
+    def copy(*changes) -> Path:
+        shutil.copytree(tiny_model_dir, tmp_path / "base")
+        for change in changes:
+            change(tmp_path / "base")
+        return tmp_path / "base"
+
+    return copy
 
 
 @pytest.fixture
@@ -145,13 +154,9 @@ def train_words(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_base_is_refused_by_every_way_in(
-    fault, tiny_model_dir, tmp_path, adapter, train_words, monkeypatch, capsys
-):
-    spoil, words = FAULTS[fault]
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model_dir, base)
-    spoil(base)
+def test_a_faulty_base_is_refused_by_every_way_in(fault, spoiled, tmp_path, adapter, train_words, monkeypatch, capsys):
+    change, words = FAULTS[fault]
+    base = spoiled(change)
 
     def too_late(*args, **kwargs):
         raise AssertionError("the checks let it pass")
@@ -167,9 +172,7 @@ def test_a_faulty_base_is_refused_by_every_way_in(
         with pytest.raises(ValueError) as error:
             call()
         assert not [word for word in words if word not in str(error.value)], error.value
-    for more in ([], ["--dry_run"]):
-        if more and fault == "nothing":
-            continue
+    for more in ([], ["--dry_run"]) if fault != "nothing" else ([],):
         train_words(base, *more)
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
@@ -197,77 +200,56 @@ NO_NUMBERS = [
 
 
 @pytest.mark.parametrize(("values", "name"), NO_NUMBERS, ids=[str(values) for values, _ in NO_NUMBERS])
-def test_lengths_and_rope_that_are_no_positive_numbers(values, name, tiny_model_dir, tmp_path, train_words):
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model_dir, base)
+def test_lengths_and_rope_that_are_no_positive_numbers(values, name, spoiled, train_words):
+    base = spoiled()
     saved = json.loads((base / "config.json").read_text())
     del saved["rope_parameters"]
     (base / "config.json").write_text(json.dumps({**saved, **values}))
     train_words(base, "--dry_run")
     for call in (lambda: load_for_inference(str(base)), train.main):
-        with pytest.raises(ValueError, match=f"{name}.*mend it"):
+        with pytest.raises(ValueError, match=f"{name}.*correct it"):
             call()
 
 
-def test_a_dry_run_without_weights_says_so(tiny_model_dir, tmp_path, train_words, capsys):
-    shutil.copytree(tiny_model_dir, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
-    train_words(tmp_path / "base", "--dry_run")
+def test_a_dry_run_without_weights_says_so(spoiled, train_words, capsys):
+    train_words(spoiled(FAULTS["nothing"][0]), "--dry_run")
     train.main()
     assert "has no weights: a run would end here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["missing", "cut off", "shape"])
-def test_what_slips_past_the_headers_is_found_after_loading(name, tiny_model_dir, tmp_path):
+def test_what_slips_past_the_headers_is_found_after_loading(name, spoiled):
     """A model from the hub is first looked at when it is loaded."""
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model_dir, base)
-    FAULTS[name][0](base)
+    base, device = str(spoiled(FAULTS[name][0])), torch.device("cpu")
     with pytest.raises(ValueError, match="base"):
-        load_model(
-            str(base), load_config(str(base)), dtype=torch.float32, load_in_4bit=False, device=torch.device("cpu")
-        )
+        load_model(base, load_config(base), dtype=torch.float32, load_in_4bit=False, device=device)
 
 
 # name: (config, what is done to the folder); sound, whatever its form
+TIED = tiny_config(tie_word_embeddings=True)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+OLD_NEOX = {
+    "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8),
+    "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9, dtype=torch.float16),  # -inf
+    "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(2),
+}
+OLD_LLAMA = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
 SOUND = {
-    "tied": (tiny_config(tie_word_embeddings=True), lambda f: None),
-    "tied, head saved": (
-        tiny_config(tie_word_embeddings=True),
-        edit(lambda w: {**w, "lm_head.weight": w["model.embed_tokens.weight"].clone()}),
-    ),
-    "old RoPE frequencies": (
-        tiny_config(),
-        edit(lambda w: {**w, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
-    ),
+    "tied": (TIED, lambda f: None),
+    "tied, head saved": (TIED, edit(lambda w: {**w, HEAD: w[EMBEDDING].clone()})),
+    "tied, another head saved": (TIED, edit(lambda w: {**w, HEAD: 2 * w[EMBEDDING].flip(0)})),
+    "tied, saved as the head": (TIED, edit(lambda w: {HEAD: w.pop(EMBEDDING), **w})),
+    "old RoPE frequencies": (tiny_config(), edit(lambda w: {**w, **OLD_LLAMA})),
+    "old GPT-NeoX": (tiny_config("gpt_neox"), edit(lambda w: {**w, **OLD_NEOX})),
     ".bin": (tiny_config(), as_bin),
     "shards": (tiny_config(), in_shards),
     "16 bit": (tiny_config(), edit(lambda w: {n: t.half() for n, t in w.items()})),
-    "old GPT-NeoX": (
-        tiny_config("gpt_neox"),
-        edit(
-            lambda w: {
-                **w,
-                "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8),
-                "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9, dtype=torch.float16),  # -inf
-                "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(2),
-            }
-        ),
-    ),
-    "tied, another head saved": (
-        tiny_config(tie_word_embeddings=True),
-        edit(lambda w: {**w, "lm_head.weight": 2 * w["model.embed_tokens.weight"].flip(0)}),
-    ),
-    "tied, saved as the head": (
-        tiny_config(tie_word_embeddings=True),
-        edit(lambda w: {"lm_head.weight": w.pop("model.embed_tokens.weight"), **w}),
-    ),
     "without the decoder's prefix": (
-        tiny_config(),
-        edit(lambda w: {name.removeprefix("model."): tensor for name, tensor in w.items()}),
+        tiny_config(), edit(lambda w: {name.removeprefix("model."): tensor for name, tensor in w.items()})
     ),
     "experts": (tiny_config("mixtral"), lambda f: None),
     "Qwen3": (tiny_config("qwen3"), lambda f: None),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -278,7 +260,9 @@ def test_a_sound_base_passes_and_merges(name, tmp_path, tiny_tokenizer):
     assert next(check_base(str(base), load_config(str(base))).parameters()).is_meta
     load_for_inference(str(base))
     targets = ["query_key_value"] if config.model_type == "gpt_neox" else ["q_proj", "v_proj"]
-    adapter = make_adapter(base, tmp_path / "adapter", target_modules=targets)
+    # By the name in the model, which is another one in some files.
+    alpha = {r"model\.layers\.0\.self_attn\.q_proj": 3}
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=targets, alpha_pattern=alpha)
     live = load_for_inference(str(base), adapter_name_or_path=str(adapter), dtype=torch.float32).model
     merge(str(base), str(adapter), tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():
@@ -320,22 +304,16 @@ def test_a_large_model_is_checked_without_its_values(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6, "a gigabyte, in KiB"
 
 
-@pytest.mark.parametrize("way", ["inference", "merge", "dry run"])
-def test_a_tokenizer_of_another_model_is_refused(way, tiny_tokenizer, tmp_path, train_words, capsys, adapter):
+def test_a_tokenizer_of_another_model_is_refused(tiny_tokenizer, tmp_path, train_words, adapter):
     base = save_tiny_model(tmp_path / "base", tiny_tokenizer, tiny_config(vocab_size=300))
     edit_json(adapter / "config.json", vocab_size=300)
-    words = "ids up to 319 .*300 embeddings"
-    if way == "dry run":
-        train_words(base, "--dry_run")
-        with pytest.raises(ValueError, match=words):
-            train.main()
-    elif way == "merge":
-        with pytest.raises(ValueError, match=words):
-            merge(str(base), str(adapter), tmp_path / "merged")
-        assert not (tmp_path / "merged").exists()
-    else:
-        with pytest.raises(ValueError, match=words):
-            load_for_inference(str(base))
+    train_words(base, "--dry_run")
+    for call in (
+        train.main, lambda: merge(str(base), str(adapter), tmp_path / "merged"), lambda: load_for_inference(str(base))
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="ids up to 319 .*300 embeddings"):
+            call()
+    assert not (tmp_path / "merged").exists()
 
 
 # name: what config.json says
@@ -353,7 +331,7 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_named_by_config_json_is_not_fetched(name, tiny_model_dir, tmp_path, monkeypatch, capsys, train_words):
+def test_a_kernel_named_by_config_json_is_not_fetched(name, spoiled, monkeypatch, capsys, train_words):
     """As if the kernels package were installed: transformers would fetch what config.json names, and run it."""
     from transformers.integrations import hub_kernels
 
@@ -364,9 +342,7 @@ def test_a_kernel_named_by_config_json_is_not_fetched(name, tiny_model_dir, tmp_
         monkeypatch.setattr(place, "is_kernels_available", lambda *args, **kwargs: True)
     monkeypatch.setattr(hub_kernels, "get_kernel", fetched)
     monkeypatch.setattr(hub_kernels, "get_kernel_hub", fetched, raising=False)
-    base = tmp_path / name.replace(" ", "-")
-    shutil.copytree(tiny_model_dir, base)
-    edit_json(base / "config.json", **KERNELS[name])
+    base = spoiled(says(**KERNELS[name]))
     loaded = load_for_inference(str(base))
     assert loaded.model(torch.tensor([[1, 5, 9]])).logits.isfinite().all()
     train_words(base, "--dry_run")
@@ -379,32 +355,22 @@ def test_a_kernel_named_by_config_json_is_not_fetched(name, tiny_model_dir, tmp_
 
 
 @pytest.mark.parametrize("method", ["mxfp4", "fp8", "eetq", "metal", "new"])
-def test_quantised_weights_whose_kernels_may_come_from_the_hub_need_trust(method, tiny_model_dir, tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model_dir, base)
-    edit_json(base / "config.json", quantization_config={"quant_method": method})
+def test_quantised_weights_whose_kernels_may_come_from_the_hub_need_trust(method, spoiled):
+    base = str(spoiled(says(quantization_config={"quant_method": method})))
     with pytest.raises(ValueError, match=f"quantised as '{method}'.*trust_remote_code"):
-        load_config(str(base))
-    assert load_config(str(base), trust_remote_code=True)
+        load_config(base)
+    assert load_config(base, trust_remote_code=True)
 
 
 @pytest.mark.parametrize("values", [{"load_in_8bit": True}, {"load_in_4bit": True, "load_in_8bit": False}])
-def test_quantised_by_bitsandbytes_of_before_it_had_a_name(values, tiny_model_dir, tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model_dir, base)
-    edit_json(base / "config.json", quantization_config=values)
-    assert load_config(str(base)).quantization_config == values
+def test_quantised_by_bitsandbytes_of_before_it_had_a_name(values, spoiled):
+    assert load_config(str(spoiled(says(quantization_config=values)))).quantization_config == values
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("optimum") is not None, reason="the package that is to be missing is there"
-)
-def test_a_package_that_quantised_weights_lack_is_named(tiny_model_dir, tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model_dir, base)
-    edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+@pytest.mark.skipif(importlib.util.find_spec("optimum") is not None, reason="optimum, which is to be missing, is there")
+def test_a_package_that_quantised_weights_lack_is_named(spoiled):
     with pytest.raises(ValueError, match="base.* cannot be loaded .*optimum"):
-        load_for_inference(str(base))
+        load_for_inference(str(spoiled(says(quantization_config={"quant_method": "gptq", "bits": 4}))))
 
 
 def test_a_nested_kernel_is_dropped(tmp_path, capsys):

@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
-from longqlora.extras import require_extra
+from longqlora.cli import require_extra
 
 MAX_OPTIONS = 26
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
@@ -81,7 +81,7 @@ def rouge_scorer(use_stemmer: bool) -> Any:
 
 def require_rouge() -> None:
     """Raise ValueError where the package rouge-score is not installed."""
-    require_extra("rouge_score", "rouge-score")
+    require_extra("rouge_score", "rouge-score", extra="eval")
 
 
 class RougeTokenizer:

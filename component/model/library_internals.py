@@ -1,0 +1,83 @@
+"""What this room takes from transformers, PEFT and bitsandbytes that they do not document, in one place.
+
+Seen to work with transformers 5.20.2 and 5.23.0, PEFT 0.21.2, bitsandbytes 0.50.2; tests/model/test_library_internals
+names what another version changed. loss_binding.py holds the one method of transformers that is replaced.
+
+- `_attn_implementation`, `_experts_implementation` of a config: from_pretrained(attn_implementation=...) sets them, but
+  nothing public reads them, or drops them from a config that a file filled in.
+- `revert_weight_conversion`: transformers renames and fuses weights when it loads them, and offers the way back in
+  save_pretrained only, which needs the weights.
+- `convert_peft_config_for_transformers`: which targets PEFT takes for fused experts.
+- `get_pattern_key`: how PEFT reads `alpha_pattern`.
+- `support_avx512bf16_for_cpu` of bitsandbytes' Linear4bit.
+"""
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+
+def drop_kernels(config: PretrainedConfig) -> list[str]:
+    """Let `config` name no implementation of attention and experts; returns the hub kernels that it named."""
+    parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
+    named = sorted({str(getattr(part, "_attn_implementation", None)) for part in parts})
+    config._attn_implementation = config._experts_implementation = None
+    return [name for name in named if "/" in name]
+
+
+def saved_names(model: PreTrainedModel) -> list[str]:
+    """The names under which transformers saves the weights of `model`, which may be on the meta device."""
+    return sorted(revert_weight_conversion(model, model.state_dict()))
+
+
+def names_in_files(model: PreTrainedModel, saved: set[str]) -> dict[str, str]:
+    """The weight names of `model` that differ in its files, which hold the names `saved`: name -> name in the files."""
+    names = {}
+    for name, weight in model.state_dict().items():
+        # Saved from the decoder alone, which transformers loads too.
+        bare = name.removeprefix(f"{model.base_model_prefix}.")
+        if name not in saved and bare in saved:
+            names[name] = bare
+        elif name not in saved:
+            others = [other for other in revert_weight_conversion(model, {name: weight}) if other in saved]
+            names |= {name: others[0]} if len(others) == 1 else {}
+    return names
+
+
+def fused_expert_names(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Those of `names` that PEFT takes for the experts' fused weights of this model type, as transformers 4 named them.
+
+    Where experts stand beside shared experts or dense layers, linear layers have the same names.
+    """
+    fused = []
+    for name in names:
+        lora = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(lora, model, None)
+        except ValueError:
+            # One of two that are fused together.
+            lora.target_modules = []
+        if name not in lora.target_modules:
+            fused.append(name)
+    return fused
+
+
+def lora_scale(config: dict, module: str, rank: int) -> float:
+    """Factor of B @ A for the layer `module` of a base model, from the values of adapter_config.json."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def keep_4bit_weights_trainable(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place on CPUs with avx512_bf16.
+
+    It does so at the first evaluation without gradient; gradients through repacked weights are then
+    silently lost (nn/modules.py, Linear4bit.forward).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
