@@ -1,6 +1,7 @@
 """Training data: reading and its errors, cutting, packing, the cache, several processes and ranks."""
 
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -134,7 +135,7 @@ def test_training_and_evaluation_rows(tokenizer, jsonl, tmp_path):
     config = DataConfig(str(train), data_cache_dir=str(tmp_path / "cache"))
     lines = []
     assert [rows and len(rows) for rows in build_datasets(tokenizer, config, log=lines.append)] == [1, None]
-    config.eval_file = str(evaluation)
+    config = dataclasses.replace(config, eval_file=str(evaluation))
     assert list(map(len, build_datasets(tokenizer, config, log=lines.append))) == [1, 2]
     assert [line.split(": 1 rows")[0].split(": 2 rows")[0] for line in lines] == [
         f"train_file: {train}",
