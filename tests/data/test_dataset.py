@@ -1,6 +1,7 @@
 """Training data: rows, cutting, packing, the cache, several processes and ranks."""
 
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -117,7 +118,7 @@ def test_training_and_evaluation_rows(tokenizer, jsonl, tmp_path):
     config = DataConfig(str(train), data_cache_dir=str(tmp_path / "cache"))
     lines = []
     assert [rows and len(rows) for rows in build_datasets(tokenizer, config, log=lines.append)] == [1, None]
-    config.eval_file = str(evaluation)
+    config = dataclasses.replace(config, eval_file=str(evaluation))
     built = build_datasets(tokenizer, config, log=lines.append)
     assert list(map(len, built)) == [1, 2] and isinstance(built[0][0]["input_ids"], np.ndarray)
     assert [line.split(" rows")[0] for line in lines] == [
