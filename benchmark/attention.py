@@ -29,6 +29,10 @@ DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PACKED_METHODS = ("s2_packed", "s2_masked", "full_packed", "full_masked")
 METHODS = ("s2", "materialized", "rolled_sdpa", "full_sdpa", *PACKED_METHODS)
 MIB = 2**20
+PANELS = {
+    "median_seconds": ("median time (ms), forward + backward", 1e3),
+    "extra_bytes": ("extra memory (MiB), forward + backward", 1 / MIB),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -191,7 +195,7 @@ def main() -> None:
     check_results(args, {})
 
     import torch
-    from attention_plot import plot_attention
+    from length_plot import plot_by_length
     from machine import check_dtype, describe_machine, machine_lines
 
     from longqlora.files import write_json
@@ -214,7 +218,7 @@ def main() -> None:
         if args.output_file:
             write_json(args.output_file, {"settings": settings, "machine": machine, "results": results})
     if args.plot:
-        plot_attention(results, args.plot)
+        plot_by_length(results, args.plot, PANELS, log=set(PANELS))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,11 @@ from longqlora.outputs import check_results
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 METHODS = ("dca", "full_sdpa")
 MIB = 2**20
+LABELS = {
+    "min_seconds": "forward time (s)",
+    "min_cpu_seconds": "forward time on the CPU (s)",
+    "extra_per_qkv": "extra memory (times q + k + v)",
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,7 +63,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.heads % args.kv_heads:
         raise ValueError(f"--kv_heads: {args.kv_heads} does not divide --heads {args.heads}")
     if args.head_dim % 2:
-        raise ValueError(f"--head_dim: RoPE turns pairs, so it must be even, got {args.head_dim}")
+        raise ValueError(f"--head_dim: RoPE rotates pairs, so it must be even, got {args.head_dim}")
     if args.device.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device: must be cpu or cuda, got {args.device!r}")
 
@@ -161,7 +166,7 @@ def main() -> None:
     check_results(args, {})
 
     import torch
-    from dual_chunk_plot import plot_dual_chunk_attention
+    from length_plot import plot_by_length
     from machine import check_dtype, describe_machine, machine_lines
 
     from longqlora.attention.dual_chunk import DualChunkSizes
@@ -188,7 +193,8 @@ def main() -> None:
             if args.output_file:
                 write_json(args.output_file, {"settings": settings, "machine": machine, "results": results})
     if args.plot:
-        plot_dual_chunk_attention(results, args.plot, key=key)
+        panels = {name: (LABELS[name], 1.0) for name in (key, "extra_per_qkv")}
+        plot_by_length({n: result["methods"] for n, result in results.items()}, args.plot, panels, log={key})
 
 
 if __name__ == "__main__":

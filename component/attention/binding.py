@@ -96,7 +96,7 @@ def bind_full_attention(model: PreTrainedModel, *, is_packed: bool, use_flash_at
         model.set_attn_implementation("flash_attention_2")
         return
     is_ours = is_packed and uses_attention_interface(model) and not has_sliding_window(model.config)
-    bind = set_dense_attention if is_ours else set_stock_attention
+    bind = set_dense_attention if is_ours else unbind_attention
     if is_packed:
         prove_attention(model, "pack", bind, fix="set pack: false", is_packed=True)
     bind(model)
@@ -137,23 +137,16 @@ def bind_dual_chunk(
 
 def describe_inference_attention(config: PretrainedConfig) -> str:
     """One line on the attention that `bind_inference_attention` sets for `config`."""
-    sizes = dca.dual_chunk_sizes(config)
+    sizes, mscale = dca.dual_chunk_sizes(config), dca.logit_scale(config)
     if sizes is None:
         return DENSE_DESCRIPTION
-    mscale = dca.logit_scale(config)
-    return (
-        f"dual chunk attention (chunk {sizes.chunk_size}, local window {sizes.local_window}, pretraining length "
-        f"{sizes.pretraining_length}{f', logits x {mscale:.4g}' if mscale != 1 else ''})"
-    )
+    text = f"chunk {sizes.chunk_size}, local window {sizes.local_window}, pretraining length {sizes.pretraining_length}"
+    return f"dual chunk attention ({text}{f', logits x {mscale:.4g}' if mscale != 1 else ''})"
 
 
 def unbind_attention(model: PreTrainedModel) -> None:
     """Give the model stock dense attention back."""
     dca.remove_chunk_positions(model)
-    set_stock_attention(model)
-
-
-def set_stock_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(STOCK)
 
 
@@ -193,13 +186,13 @@ def check_model_supports_shift_short(model: PreTrainedModel, group_size: int) ->
 
 def check_model_supports(model: PreTrainedModel, method: str, *, fix: str = "use attention: full") -> None:
     """Raise ValueError for a model that bypasses AttentionInterface or has sliding-window layers."""
-    config = model.config
+    kind = f"attention: {model.config.model_type}"
     if not uses_attention_interface(model):
-        raise ValueError(f"attention: {config.model_type} does not use transformers' AttentionInterface; {fix}")
-    if has_sliding_window(config):
+        raise ValueError(f"{kind} does not use transformers' AttentionInterface; {fix}")
+    if has_sliding_window(model.config):
         raise ValueError(
-            f"attention: {config.model_type} has sliding-window layers (sliding_window={config.sliding_window}), which "
-            f"{method} does not define; set sliding_window to null in its config.json, or {fix}"
+            f"{kind} has sliding-window layers (sliding_window={model.config.sliding_window}), which {method} does not "
+            f"define; set sliding_window to null in its config.json, or {fix}"
         )
 
 

@@ -8,11 +8,9 @@ no position exceeds what pretraining showed. A query has three positions, by the
     earlier chunks    min(2 s - 1, chunk_size), the largest one
 
 as in the authors' code (HKUNLP/ChunkLlama, chunkllama_attn_replace.py, commit 15c5787c79ee726d6edeaae838f5d8cb5adb3187;
-section 3 of the paper counts one less at the upper end). Within one chunk it is plain causal attention. Each of the
-three is an attention of its own, merged by log-sum-exp: memory is linear in the length, gradients are exact, and
-a key/value cache holds each key once, for all later queries.
-
-Query and key come rotated by RoPE at position mod s; the other two queries are that query rotated further.
+section 3 of the paper counts one less at the upper end). Each of the three is an attention of its own, merged by
+log-sum-exp: memory is linear in the length, gradients are exact, and a key/value cache holds each key once. Query and
+key come rotated by RoPE at position mod s; the other two queries are that query rotated further.
 
 Dimensions: B batch, H query heads, K key/value heads (K divides H), Q queries, S keys, D head dim, R frequencies.
 
@@ -95,25 +93,21 @@ def dual_chunk_attention(
     # Tells the cache of rotations that frequencies were changed in place; inference tensors do not count changes.
     version = None if inv_freq.is_inference() else inv_freq._version
     rotation = partial(chunk_rotation, sizes, inv_freq, version, layout, sum_dtype(query))
-    if segment_ids is None:
-        if num_keys <= sizes.stride:
-            return merged.causal_attention_with_past(query, key, value, scaling=scaling)
-        blocks = list(sequence_blocks(past, num_keys, sizes, rotation, query_shift=-past))
-        return merged_attention(query, key, value, blocks, scaling=scaling)
-    blocks = []
-    for row, runs in enumerate(segment_runs(segment_ids)):
-        start = 0
+    if segment_ids is None and num_keys <= sizes.stride:
+        return merged.causal_attention_with_past(query, key, value, scaling=scaling)
+    blocks: list[QueryBlock] = []
+    for row, runs in enumerate([[(0, num_keys)]] if segment_ids is None else segment_runs(segment_ids)):
+        start, batch = 0, merged.ALL if segment_ids is None else slice(row, row + 1)
         for segment_id, length in runs:
-            first = max(past - start, 0)
-            if segment_id >= 0 and first < length:
-                places = {"batch": slice(row, row + 1), "query_shift": start - past, "key_shift": start}
-                blocks += sequence_blocks(first, length, sizes, rotation, **places)
+            first, places = max(past - start, 0), {"query_shift": start - past, "key_shift": start}
+            if segment_id >= 0:
+                blocks += sequence_blocks(first, length, sizes, rotation, batch=batch, **places)
             start += length
     return merged_attention(query, key, value, blocks, scaling=scaling)
 
 
 def sequence_blocks(
-    first: int, end: int, sizes: DualChunkSizes, rotation: Callable, *, query_shift: int, key_shift=0, batch=slice(None)
+    first: int, end: int, sizes: DualChunkSizes, rotation: Callable, *, query_shift: int, key_shift: int, batch: slice
 ) -> Iterator[QueryBlock]:
     """Blocks for positions [first, end) of a sequence, of which p is query row p + query_shift and key p + key_shift.
 
@@ -138,9 +132,7 @@ def sequence_blocks(
             begin, options = max(start, later * s), {"rotation": rotation(offset, num_rows, "earlier")}
             seen.append(((begin, begin + num_rows), (0, (later - 1) * s), options))
         key_ranges = [
-            KeyRange(
-                slice(rows[0] - start, rows[1] - start), slice(keys[0] + key_shift, keys[1] + key_shift), **options
-            )
+            KeyRange(slice(*(x - start for x in rows)), slice(*(x + key_shift for x in keys)), **options)
             for rows, keys, options in seen
         ]
         yield QueryBlock(batch, slice(start + query_shift, stop + query_shift), key_ranges)

@@ -2,15 +2,15 @@
 
 RoPE must rotate a token at position p as if it stood at p modulo the stride s of the chunks. Two forward
 pre-hooks do that, on the decoder (position ids of padded batches) and on its rotary embedding (the
-modulo), and leave every forward method as it is; so a KV cache holds keys that are rotated only once.
-Where in a head RoPE's pairs lie, and in which layers, is read off the queries (`rotary_layouts`).
-component/attention/binding.py registers `dual_chunk_forward` and `dual_chunk_mask_function` with transformers.
+modulo). Where in a head RoPE's pairs lie, and in which layers, is read off the queries (`rotary_layouts`).
+binding.py registers `dual_chunk_forward` and `dual_chunk_mask_function` with transformers.
 
 Dimensions: B batch, H query heads, K key/value heads, Q queries, S keys, D head dim.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -63,7 +63,7 @@ def add_chunk_positions(model: PreTrainedModel, sizes: DualChunkSizes, layouts: 
     rotary = rotary_embedding(model)
     handles = [
         model.get_decoder().register_forward_pre_hook(number_real_tokens, with_kwargs=True),
-        rotary.register_forward_pre_hook(ModuloPositions(sizes.stride), with_kwargs=True),
+        rotary.register_forward_pre_hook(partial(modulo_positions, stride=sizes.stride), with_kwargs=True),
     ]
     for module in attention_layers(model):
         layout = layouts.get(module.layer_idx, LLAMA_LAYOUT)
@@ -93,17 +93,12 @@ def number_real_tokens(module: torch.nn.Module, args: tuple, kwargs: dict) -> tu
     return args, kwargs
 
 
-@dataclass(frozen=True)
-class ModuloPositions:
+def modulo_positions(module: torch.nn.Module, args: tuple, kwargs: dict, *, stride: int) -> tuple[tuple, dict]:
     """Pre-hook of a rotary embedding: position ids [B, Q] become position ids modulo `stride`."""
-
-    stride: int
-
-    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if "position_ids" in kwargs:
-            return args, {**kwargs, "position_ids": kwargs["position_ids"] % self.stride}
-        states, position_ids, *rest = args
-        return (states, position_ids % self.stride, *rest), kwargs
+    if "position_ids" in kwargs:
+        return args, {**kwargs, "position_ids": kwargs["position_ids"] % stride}
+    states, position_ids, *rest = args
+    return (states, position_ids % stride, *rest), kwargs
 
 
 def rotary_layouts(model: PreTrainedModel, set_attention: Callable) -> dict[int, RotaryLayout | None]:
@@ -143,9 +138,8 @@ def dual_chunk_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention function of transformers' interface; the same in training and evaluation.
 
-    query [B, H, Q, D], the last Q of S positions; key and value [B, K, S, D], rotated by positions within
-    the chunk; attention_mask as `dual_chunk_mask_function` makes it; mscale: factor of the logits. Returns
-    ([B, Q, H, D], None).
+    query [B, H, Q, D] and key [B, K, S, D], rotated by positions within the chunk; attention_mask as
+    `dual_chunk_mask_function` makes it; mscale: factor of the logits. Returns ([B, Q, H, D], None).
     """
     rotary: DualChunkRotary | None = getattr(module, ATTRIBUTE, None)
     if rotary is None:

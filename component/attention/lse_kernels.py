@@ -1,11 +1,10 @@
 """Causal attention of whole sequences, full or shift-short, a few heads at a time, with its log-sum-exp.
 
-For a backward pass that has the output and log-sum-exp and need not run attention again (memory/layer_function.py).
-Gradients overwrite the queries, keys and values that they belong to, so that the backward pass holds little more
-than the forward pass: with 4 head ranges, 3/4 of one [B, S, H, D] tensor.
+For a backward pass that need not run attention again (memory/layer_function.py). Gradients overwrite the queries, keys
+and values that they belong to: the backward pass holds 3/4 of one [B, S, H, D] tensor more than the forward pass.
 
-Dimensions: B batch, S sequence, H query heads, K key/value heads (K divides H), D head dim, G group size,
-N groups. Tensors are laid out as the projections give them: [B, S, H, D].
+Dimensions: B batch, S sequence, H query heads, K key/value heads (K divides H), D head dim, G group size, N groups.
+Tensors are laid out as the projections give them: [B, S, H, D].
 
 Pure maths: knows nothing of Hugging Face.
 """

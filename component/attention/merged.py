@@ -50,10 +50,7 @@ class QueryBlock(NamedTuple):
 
 
 def causal_attention_with_past(query, key, value, *, scaling: float | None = None) -> torch.Tensor:
-    """Dense causal attention of the last Q of S positions: a prefill, a later block of one, or decoding.
-
-    query [B, H, Q, D]; key and value [B, K, S, D], Q <= S. Returns [B, H, Q, D]; no mask is built.
-    """
+    """Dense causal attention of query [B, H, Q, D], the last Q of S positions, to key and value [B, K, S, D]."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     check_lengths(query, key)
     if num_queries == num_keys:
@@ -72,11 +69,10 @@ def check_lengths(query: torch.Tensor, key: torch.Tensor) -> None:
 
 
 def merged_attention(query, key, value, blocks: Sequence[QueryBlock], *, scaling: float | None = None) -> torch.Tensor:
-    """Softmax attention of each row over all its key ranges together, differentiable.
+    """Softmax attention of each row over all its key ranges together, differentiable; rows in no block are zero.
 
-    query [B, H, Q, D]; key and value [B, K, S, D]. Rows in no block are zero.
-    Returns [B, H, Q, D] in the dtype of query, or of autocast where that is on, as SDPA does;
-    laid out in memory as [B, Q, H, D].
+    query [B, H, Q, D]; key and value [B, K, S, D]. Returns [B, H, Q, D] in the dtype of query, or of autocast where
+    that is on, as SDPA does; laid out in memory as [B, Q, H, D].
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = query.device.type

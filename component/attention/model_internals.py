@@ -23,10 +23,7 @@ def attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 def rotary_embedding(model: PreTrainedModel) -> torch.nn.Module:
-    """The decoder's RoPE, which is called with position_ids and has `inv_freq` [R].
-
-    Raises ValueError for a model without one.
-    """
+    """The decoder's RoPE, called with position_ids, with `inv_freq` [R]; raises ValueError where there is none."""
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if not isinstance(getattr(rotary, "inv_freq", None), torch.Tensor):
         raise ValueError("it has no rotary position embeddings")

@@ -133,7 +133,7 @@ def tiny_copy(model: PreTrainedModel, *, num_layers: int | None = None, drops: b
     """A random float32 model on the CPU in eval mode, of the class of `model`: all its layers, 4 heads, narrow MLPs.
 
     Only the config of `model` is read. num_layers: the first ones only; drops: keep the dropout rates, which are 0
-    otherwise. No random state changes. Raises ValueError where the model's class does not take such a config.
+    otherwise. Raises ValueError where the model's class does not take such a config.
     """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):

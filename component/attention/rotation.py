@@ -40,10 +40,7 @@ class QueryRotation:
     layout: RotaryLayout = LLAMA_LAYOUT
 
     def rotate(self, x: torch.Tensor, *, is_back: bool = False) -> torch.Tensor:
-        """Rotate x [..., Q, D], computed in the dtype of cos, returned in that of x.
-
-        is_back: by the opposite angles, which takes the gradient of rotated queries to that of the queries.
-        """
+        """Rotate x [..., Q, D], computed in the dtype of cos; is_back: by the opposite angles, as gradients need."""
         num_freqs, rotated, sin = self.cos.shape[-1], torch.empty_like(x), -self.sin if is_back else self.sin
         begin, end = self.layout.start, self.layout.start + 2 * num_freqs
         rotated[..., :begin], rotated[..., end:] = x[..., :begin], x[..., end:]
@@ -67,6 +64,6 @@ def rotate(
 ) -> torch.Tensor:
     """Rotate queries [..., Q, D], which RoPE has rotated, by `delta_positions` [Q] further; inv_freq [R].
 
-    Angles are in fp32 (fp64 for fp64 queries), the result in the dtype of query. Norms stay as they are.
+    Angles are in fp32 (fp64 for fp64 queries), the result in the dtype of query.
     """
     return query_rotation(delta_positions, inv_freq, layout, sum_dtype(query)).rotate(query)

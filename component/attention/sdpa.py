@@ -5,12 +5,8 @@
 
 SDPA does not return the log-sum-exp, so `attend` calls its kernels by their operator names: flash on a CPU, flash on
 CUDA (Ampere or later, 16 bit), memory-efficient on CUDA (V100, fp32), and plain torch in blocks of rows everywhere
-else. None of them holds all scores.
-
-The backward kernels recompute the probabilities as exp(score - lse). Given the output and log-sum-exp of a row over
-*all* its keys, they return the exact gradients for the range of keys that they are called with (merged.py).
-
-`is_causal` is allowed for as many queries as keys only: the kernels align the triangle differently otherwise.
+else. The backward kernels recompute the probabilities as exp(score - lse): given the output and log-sum-exp of a row
+over *all* its keys, they return the exact gradients for the range of keys that they are called with (merged.py).
 
 Dimensions: B batch, H query heads, K key/value heads (K divides H), Q queries, S keys, D head dim.
 
@@ -82,7 +78,7 @@ class Kernel(NamedTuple):
 
 
 def attend(query, key, value, *, is_causal: bool, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of all queries to all keys, or causal for Q == S.
+    """Attention of all queries to all keys; causal only for Q == S, since kernels differ in the alignment otherwise.
 
     query [B, H, Q, D]; key and value [B, K, S, D]; one dtype. Returns the output [B, H, Q, D] in that dtype
     and the natural log-sum-exp of the scaled scores [B, H, Q] in fp32 (fp64 for fp64). Keeps no graph.
@@ -230,10 +226,7 @@ def plain_backward(gradient, query, key, value, output, lse, *, is_causal, scali
 
 
 def plain_scores(query, key, *, is_causal: bool, scaling: float) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows, and their scaled scores [B, H, rows, S] in the dtype of key, -inf above the diagonal where is_causal.
-
-    So many rows at a time as have PLAIN_SCORES_PER_BLOCK scores, but at least one.
-    """
+    """Blocks of rows, and their scaled scores [B, H, rows, S] in the dtype of key, -inf in the future if causal."""
     batch, num_heads, num_queries, _ = query.shape
     size = max(1, PLAIN_SCORES_PER_BLOCK // (batch * num_heads * key.shape[2]))
     positions = torch.arange(num_queries, device=query.device)

@@ -29,8 +29,7 @@ def shared_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention function of transformers' interface: `size` processes share a row in training, else `dense_forward`.
 
-    query [B, all heads, S / size, D]; attend: `heads_forward` with its settings. Returns ([B, S / size, all heads, D],
-    None).
+    query [B, all heads, S / size, D]; attend: `heads_forward` with its settings. Returns [B, S / size, all heads, D].
     """
     options = {"dropout": dropout, "scaling": scaling}
     if not module.training:
@@ -46,11 +45,8 @@ def shared_forward(
 
 @cache
 def all_to_all_heads(attend: Callable, size: int, batch_size: int, num_heads: int, num_kv_heads: int, head_dim: int):
-    """DeepSpeed's exchange around `attend`, for one batch size.
-
-    Called with all heads of this process's tokens, it calls attend(module, query, key, value, mask, **kwargs) with all
-    tokens of some heads and their position_ids, and returns [B, S / size, all heads * D].
-    """
+    """DeepSpeed's exchange, for one batch size: from all heads of this process's tokens to all tokens of some heads,
+    for which it calls attend(module, query, key, value, mask, **kwargs), and back to [B, S / size, all heads * D]."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     return UlyssesSPAttentionHF(

@@ -31,13 +31,10 @@ def shift_short_attention(
 
     query [B, H, S, D]; key and value [B, K, S, D]; any float dtype.
     group_size: tokens per group, even. S need not be a multiple of it: the last group is shorter.
-    segment_ids: as in `grouped_attention`. None where rows hold one sequence, padded at most on the right
-        (causality alone then keeps padding out of every real token).
     num_shifted: how many heads, the last ones, have shifted groups; None for half of them. Other numbers are
         for calls with some of a layer's heads.
-    options: kernel, scaling and dropout of `grouped_attention`.
+    segment_ids and options (kernel, scaling, dropout): as in `grouped_attention`.
     Returns [B, H, S, D], laid out in memory as [B, S, H, D].
-
     Raises ValueError for an odd number of query heads or an odd or non-positive group size.
     """
     num_heads, num_kv_heads, length = query.shape[1], key.shape[1], query.shape[2]
@@ -90,7 +87,8 @@ def grouped_attention(
 
     query [B, H, S, D], key and value [B, K, S, D] with S = sum(sizes).
     segment_ids: int [B, S]; tokens attend within equal ids only, and a negative id marks padding that no real token
-        sees. A mask is made only where tokens of one id are not adjacent.
+        sees. A mask is made only where tokens of one id are not adjacent. None where rows hold one sequence, padded
+        at most on the right: causality alone then keeps padding out of every real token.
     kernel: the signature of `causal_attention`, which also gets the options (scaling, dropout).
     Returns [B, S, H, D].
     """

@@ -1,8 +1,7 @@
 """S2-Attn, and dense attention without a mask [S, S], as transformers' interfaces call them.
 
-component/attention/binding.py registers these functions. S2-Attn is sparse while `module.training` and dense
-otherwise (LongLoRA section 3.2: trained sparse, tested dense). Dense attention to packed rows, and to blocks of a long
-input against a key/value cache, is ours, since transformers' own would hold a mask.
+binding.py registers these functions. S2-Attn is sparse while `module.training` and dense otherwise (LongLoRA section
+3.2). transformers' own dense attention would hold a mask for packed rows, and for blocks against a key/value cache.
 
 Dimensions: B batch, H query heads, K key/value heads, Q queries (the last of S positions), S keys, D head dim.
 """
