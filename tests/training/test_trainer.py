@@ -39,6 +39,9 @@ DIVERGING_RUNS = {
     "zero2": {"deepspeed": ZERO2},
     "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
     "no-clipping": {"max_grad_norm": 0},
+    # Nothing is saved, so only the loss and the gradients can tell.
+    "not-saved": {"save_strategy": "no"},
+    "not-saved-zero2": {"save_strategy": "no", "deepspeed": ZERO2},
     "logging-every-10": {"logging_steps": 10, "logging_nan_inf_filter": True},
     "two-processes": {"num_processes": 2},
     "two-processes-zero2": {"num_processes": 2, "deepspeed": ZERO2},
@@ -53,6 +56,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_that_step(write_yaml, ch
     error = fail(path, num_processes=num_processes)
     assert "training diverged at step" in error and "learning_rate" in error
     step = int(error.split("training diverged at step ")[1].split()[0])
+    assert "save_strategy" not in changes or ("(loss " in error and step < settings["max_steps"])
     checkpoints = list_checkpoints(out)
     assert (f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no earlier checkpoint") in error
     assert not (out / "final").exists() and not (out / ".saving").exists()
