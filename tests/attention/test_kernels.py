@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention_reference import assert_close, assert_same_with_gradients, causal, dense_attention, random_qkv
+from live_memory import PeakMemory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmark.live_memory import PeakMemory
 from longqlora.attention import dual_chunk as dca
 from longqlora.attention import sdpa as kernels
 from longqlora.attention.dual_chunk import DualChunkSizes, dual_chunk_attention

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from longqlora.data.token_file import token_file_writer
+from longqlora.data.token_file import write_token_file
 
 ROW = {"context": "the quick brown fox", "question": "What is quick?", "answers": ["fox"]}
 DEFAULTS = {
@@ -127,8 +127,7 @@ def folder(tmp_path_factory):
     np.array([1, 2, 3, 320] + [5] * 40, dtype="<u2").tofile(folder / "high.bin")
     (folder / "two.bin").write_bytes(bytes(402))
     (folder / "odd.bin").write_bytes(bytes(401))
-    with token_file_writer(folder / "changed.bin", tokenizer_name="tiny", vocab_size=320) as writer:
-        writer.add_document(range(4, 204))
+    write_token_file(folder / "changed.bin", [range(4, 204)], tokenizer_name="tiny", vocab_size=320)
     (folder / "changed.bin").write_bytes((folder / "changed.bin").read_bytes()[::-1][::2] * 2)
     return folder
 
