@@ -115,7 +115,7 @@ def build_page(loaded: LoadedModel, *, template: str, options: GenerationOptions
         session = PageSession(encoding, template, replace(options, do_sample=True, **given), system).restore(history)
         # Paths, where the answer is asked for again objects with "path".
         paths = [file if isinstance(file, str) else file["path"] for file in message["files"]]
-        session.documents += map(uploaded_document, paths)
+        session.documents = list({**dict(session.documents), **dict(map(uploaded_document, paths))}.items())
         prompt = session.prompt(message["text"])
         if prompt.notice:
             gr.Info(prompt.notice)
