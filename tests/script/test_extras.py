@@ -7,39 +7,32 @@ import sys
 import pytest
 from conftest import REPO
 
+MODEL = ["--model_name_or_path", "MODEL"]
+
 
 @pytest.mark.parametrize(
     "module,script,arguments",
     [
-        ("gradio", "script/inference/web.py", ["--model_name_or_path", "MODEL"]),
-        ("lm_eval", "script/evaluate/ruler.py", ["--model_name_or_path", "MODEL", "--lengths", "512"]),
-        (
-            "rouge_score", "script/evaluate/longtask.py",
-            ["--model_name_or_path", "MODEL", "--data_path", "ROWS", "--metric", "rougeL"],
-        ),
-        ("pypdf", "script/inference/inference.py", ["--model_name_or_path", "MODEL", "--prompt", "a", "--file", "PDF"]),
-        ("bs4", "script/inference/chat.py", ["--model_name_or_path", "MODEL", "--file", "HTML"]),
-        ("markdown_it", "script/data/extract_text.py", ["--input", "MD", "--output_file", "out.jsonl"]),
+        ("gradio", "inference/web.py", MODEL),
+        ("lm_eval", "evaluate/ruler.py", [*MODEL, "--lengths", "512"]),
+        ("rouge_score", "evaluate/longtask.py", [*MODEL, "--data_path", "rows.jsonl", "--metric", "rougeL"]),
+        ("pypdf", "inference/inference.py", [*MODEL, "--prompt", "a", "--file", "a.pdf"]),
+        ("bs4", "inference/chat.py", [*MODEL, "--file", "a.html"]),
+        ("markdown_it", "data/extract_text.py", ["--input", "a.md", "--output_file", "out.jsonl"]),
     ],
-)  # fmt: skip
+)
 def test_a_missing_package_is_one_line(module, script, arguments, tmp_path, tiny_model_dir, monkeypatch, capsys):
-    files = {
-        "MODEL": tiny_model_dir, "ROWS": tmp_path / "rows.jsonl", "PDF": tmp_path / "a.pdf",
-        "HTML": tmp_path / "a.html", "MD": tmp_path / "a.md",
-    }  # fmt: skip
-    files["ROWS"].write_text('{"context": "c", "question": "q", "answers": ["a"]}\n')
-    files["PDF"].write_bytes(b"%PDF-1.4\n")
-    files["HTML"].write_text("<p>text</p>")
-    files["MD"].write_text("# text")
+    row = '{"context": "c", "question": "q", "answers": ["a"]}\n'
+    for name, text in {"rows.jsonl": row, "a.pdf": "%PDF-1.4\n", "a.html": "<p>text</p>", "a.md": "# text"}.items():
+        (tmp_path / name).write_text(text)
     original = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == module else original(name, *a))
-    monkeypatch.setattr(
-        "longqlora.inference.load.load_for_inference", lambda *a, **k: pytest.fail("the model was loaded")
-    )
+    loads = "longqlora.inference.load.load_for_inference"
+    monkeypatch.setattr(loads, lambda *a, **k: pytest.fail("the model was loaded"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script, *(str(files.get(word, word)) for word in arguments)])
+    monkeypatch.setattr(sys, "argv", [script, *(str(tiny_model_dir) if x == "MODEL" else x for x in arguments)])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(REPO / script), run_name="__main__")
+        runpy.run_path(str(REPO / "script" / script), run_name="__main__")
     errors = capsys.readouterr().err
     assert end.value.code == 2 and "pip install -r requirements-extras.txt" in errors, errors
     assert "Traceback" not in errors
