@@ -19,44 +19,42 @@ def partial_name(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file that takes the place of `path` when the block ends without error."""
-    path = Path(path)
+def partial_output(path: Path) -> Iterator[Path]:
+    """Yield the temporary name of `path`, free; what stands there is removed when the block fails.
+
+    A failed write that does not say to which file becomes an OSError that names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(path)
+    remove(partial)
     try:
+        yield partial
+    except BaseException as error:
+        remove(partial)
+        is_unnamed = isinstance(error, OSError) and error.errno and not error.filename
+        if is_unnamed or isinstance(error, SafetensorError) and str(error).startswith("Error while serializing"):
+            raise OSError(f"could not write {str(path)!r} ({error})") from error.__cause__
+        raise
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file that takes the place of `path` when the block ends without error."""
+    with partial_output(Path(path)) as partial:
         with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        raise named(error, path) from error.__cause__
 
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a new temporary folder that takes the place of `path` when the block ends without error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_name(path)
-    remove(partial)
-    partial.mkdir()
-    try:
+    with partial_output(Path(path)) as partial:
+        partial.mkdir()
         yield partial
-        replace_folder(partial, path)
-    except BaseException as error:
-        remove(partial)
-        raise named(error, path) from error.__cause__
-
-
-def named(error: BaseException, path: Path) -> BaseException:
-    """`error`, or where it is a failed write that does not say to which file, an OSError that does."""
-    is_unnamed = isinstance(error, OSError) and error.errno and not error.filename
-    if is_unnamed or isinstance(error, SafetensorError) and str(error).startswith("Error while serializing"):
-        return OSError(f"could not write {str(path)!r} ({error})")
-    return error
+        replace_folder(partial, Path(path))
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -2,10 +2,9 @@
 
     python script/merge_lora.py --adapter_name_or_path output/run/checkpoint-1000 --save_path output/merged
 
-Works through the base weights shard by shard on the CPU: memory holds the adapter and one shard of the
-result, whatever the size of the model. The base model is the one the adapter names unless
---model_name_or_path gives another; context and RoPE come from the adapter's config.json, or from
---context_size where the adapter has none (released LongQLoRA and LongLoRA adapters).
+Works through the base weights shard by shard on the CPU: memory holds the adapter and one shard of the result. The base
+model is the one the adapter names unless --model_name_or_path gives another; context and RoPE come from the adapter's
+config.json, or from --context_size where the adapter has none (released LongQLoRA and LongLoRA adapters).
 
 With --load_in_4bit the adapter is merged into the dequantised NF4 weights, which are what a QLoRA
 adapter was trained against; then give as --dtype the dtype that training loaded the base in.
@@ -23,12 +22,10 @@ from longqlora.model.context_request import (
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", "--base_model",
-                        help="base model (default: the one that the adapter names)")  # fmt: skip
+    parser.add_argument("--model_name_or_path", "--base_model", help="base model (default: the one the adapter names)")
     parser.add_argument("--adapter_name_or_path", "--peft_model", required=True, help="folder of the trained adapter")
     parser.add_argument("--save_path", required=True, help="folder for the merged model")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="dtype of the saved weights (default: auto, that of the base weights)")  # fmt: skip
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the result (auto: the base's)")
     parser.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
                         help="merge into the dequantised NF4 weights (default: no)")  # fmt: skip
     parser.add_argument("--max_shard_size", default="4GB", help="largest weight file (default: %(default)s)")

@@ -87,7 +87,8 @@ def target_module_names(model: PreTrainedModel, requested: str | None) -> list[s
     if not requested:
         return [name for name in available if name not in fused]
     names = [name.strip() for name in requested.split(",") if name.strip()]
-    unknown, refused = ([name for name in names if name not in available], [name for name in names if name in fused])
+    unknown = [name for name in names if name not in available]
+    refused = [name for name in names if name in fused]
     if unknown:
         raise ValueError(
             f"target_modules: no linear layer named {', '.join(unknown)}; choose from {', '.join(available)}"

@@ -31,16 +31,11 @@ def request_of_run(context: ContextConfig, attention: AttentionConfig) -> Contex
     is_dual_chunk = attention.attention == "dca"
     # Without a length to reach they have no effect, which the checks say.
     has_target = context.model_max_length is not None or is_dual_chunk
-    return ContextRequest(
-        context_size=context.model_max_length,
-        rope_type=context.rope_type if has_target else None,
-        rope_theta=context.rope_theta if has_target else None,
-        attention="dca" if is_dual_chunk else "full",
-        pretraining_length=attention.pretraining_length,
-        dca_chunk_size=attention.dca_chunk_size,
-        dca_local_window=attention.dca_local_window,
-        dca_mscale=attention.dca_mscale,
-    )
+    values = {**vars(context), **vars(attention), "attention": "dca" if is_dual_chunk else "full"}
+    values["context_size"] = context.model_max_length
+    if not has_target:
+        values |= {"rope_type": None, "rope_theta": None}
+    return ContextRequest(**{field.name: values[field.name] for field in fields(ContextRequest)})
 
 
 def rope_of(config: PretrainedConfig) -> Rope:

@@ -42,11 +42,9 @@ def training_model(base, *, attention="s2", load_in_4bit=False, **adapter):
     model = load_model(str(base), config, dtype=torch.float32, load_in_4bit=load_in_4bit, device=torch.device("cpu"))
     bind_attention(model, AttentionConfig(attention=attention), TARGET)
     bind_chunked_loss(model)
-    finetuning_type = "qlora" if load_in_4bit else "lora"
     torch.manual_seed(0)
-    return attach_adapter(
-        model, AdapterConfig(finetuning_type=finetuning_type, lora_rank=4, lora_dropout=0.0, **adapter)
-    )
+    options = {"lora_rank": 4, "lora_dropout": 0.0, **adapter}
+    return attach_adapter(model, AdapterConfig("qlora" if load_in_4bit else "lora", **options))
 
 
 def ids_of(num_tokens, seed=0):

@@ -15,83 +15,84 @@ from conftest import REPO
 from longqlora.outputs import OutputFolder, check_outputs
 
 MODEL = ["--model_name_or_path", "model"]
-# script: (a valid command without its output, [(flag, place that is refused), ...])
+FOLDER_FLAGS = ("--output_dir", "--save_path")
+# script: (a valid command without its output, places of --output_file, or another flag, that are refused)
 COMMANDS = {
     "script/evaluate/evaluate.py": (
         ["--base_model", "model", "--data_path", "ids.bin", "--seq_len", "8"],
-        [("--output_file", place) for place in ("ids.bin", "ids.bin.json", "model/config.json", "link", "hard")]
-        + [("--plot", "link.png")],
+        {"--output_file": "ids.bin ids.bin.json model/config.json link hard", "--plot": "link.png"},
     ),
     "script/evaluate/compare.py": (
         ["--compare_args_file", "compare.yaml"],
-        [("--output_file", place) for place in ("compare.yaml", "ids.bin", "ids.bin.json", "model/new.json")]
-        + [("--plot", "link.png")],
+        {"--output_file": "compare.yaml ids.bin ids.bin.json model/new.json", "--plot": "link.png"},
     ),
-    "script/evaluate/needle.py": ([*MODEL, "--haystack", "texts"], [("--output_file", "texts/a.txt")]),
+    "script/evaluate/needle.py": ([*MODEL, "--haystack", "texts"], {"--output_file": "texts/a.txt"}),
     "script/evaluate/passkey.py": (
-        ["--adapter_name_or_path", "adapter"],
-        [("--output_file", "adapter/adapter_config.json"), ("--output_file", "model/config.json")],
+        ["--adapter_name_or_path", "adapter"], {"--output_file": "adapter/adapter_config.json model/config.json"},
     ),
     "script/evaluate/ruler.py": (
         [*MODEL, "--tasks", "vt", "niah_single_2", "--haystack", "text.txt"],
-        [("--output_file", "text.txt"), ("--plot", "model/x.png")],
+        {"--output_file": "text.txt", "--plot": "model/x.png"},
     ),
     "script/evaluate/longtask.py": (
         [*MODEL, "--data_path", "rows.jsonl", "--metric", "f1"],
-        [("--output_file", "rows.jsonl"), ("--plot", "model/x.png")],
+        {"--output_file": "rows.jsonl", "--plot": "model/x.png"},
     ),
     "script/inference/inference.py": (
         [*MODEL, "--input_file", "answers.jsonl.partial", "--overwrite"],
-        [("--output_file", place) for place in ("answers.jsonl", "answers.jsonl.partial", "model/new.jsonl")],
+        {"--output_file": "answers.jsonl answers.jsonl.partial model/new.jsonl"},
     ),
     "script/merge_lora.py": (
         ["--adapter_name_or_path", "adapter", "--context_size", "128", "--overwrite"],
-        [("--save_path", place) for place in ("model", "adapter", "adapter/new", ".", "full")],
+        {"--save_path": "model adapter adapter/new . full"},
     ),
     "script/data/tokenize_corpus.py": (
         ["--input", "texts", "text.txt", "--tokenizer", "model"],
-        [("--output_file", place) for place in ("text.txt", "texts/a.txt", "texts/new.bin", "model/config")]
-        + [("--plot", "link.png")],
+        {"--output_file": "text.txt texts/a.txt texts/new.bin model/config", "--plot": "link.png"},
     ),
     "script/data/extract_text.py": (
-        ["--input", "text.txt", "texts"],
-        [("--output_file", place) for place in ("text.txt", "texts/a.txt", "texts/new.jsonl")],
+        ["--input", "text.txt", "texts"], {"--output_file": "text.txt texts/a.txt texts/new.jsonl"},
     ),
-    "script/data/python_corpus.py": ([], [("--output_dir", "full"), ("--output_dir", "text.txt")]),
+    "script/data/python_corpus.py": ([], {"--output_dir": "full text.txt"}),
     "benchmark/train_tiny_llama.py": (
-        ["--corpus_dir", "corpus", "--num_tokens", "1"],
-        [("--output_dir", place) for place in ("corpus", "full", "corpus/model", "text.txt")],
+        ["--corpus_dir", "corpus", "--num_tokens", "1"], {"--output_dir": "corpus full corpus/model text.txt"},
     ),
-    "benchmark/train_passkey_llama.py": (
-        ["--num_steps", "1"],
-        [("--output_dir", place) for place in ("full", "model", ".", "text.txt")],
-    ),
+    "benchmark/train_passkey_llama.py": (["--num_steps", "1"], {"--output_dir": "full model . text.txt"}),
     "script/plan_memory.py": (
         ["--train_args_file", "train.yaml", "--gpu_memory", "32GiB"],
-        [("--output_file", place) for place in ("train.yaml", "train.jsonl", "model/config.json")],
+        {"--output_file": "train.yaml train.jsonl model/config.json"},
     ),
-    "script/demo.py": ([], [("--output_dir", "full"), ("--output_dir", "text.txt")]),
-    "benchmark/attention.py": ([], []),
-    "benchmark/dual_chunk_attention.py": ([], []),
-    "benchmark/layer_memory.py": ([], []),
-    "benchmark/longest.py": (["--memory_cap", "1GiB"], []),
-    "benchmark/prefill.py": (["--shape", "model/config.json"], [("--output_file", "model/config.json")]),
-    "benchmark/train_step.py": (["--shape", "model/config.json"], [("--output_file", "model/config.json")]),
+    "script/demo.py": ([], {"--output_dir": "full text.txt"}),
+    "benchmark/attention.py": ([], {}),
+    "benchmark/dual_chunk_attention.py": ([], {}),
+    "benchmark/layer_memory.py": ([], {}),
+    "benchmark/longest.py": (["--memory_cap", "1GiB"], {}),
+    "benchmark/prefill.py": (["--shape", "model/config.json"], {"--output_file": "model/config.json"}),
+    "benchmark/train_step.py": (["--shape", "model/config.json"], {"--output_file": "model/config.json"}),
 }  # fmt: skip
 # The evaluation scripts take --output_file and --plot from their common frame.
 FRAME = r"add_result_arguments|evaluate\(__doc__"
 WITH_PLOT = [name for name in COMMANDS if re.search(f'"--plot"|{FRAME}', (REPO / name).read_text())
              and name != "benchmark/train_step.py"]  # fmt: skip
-CASES = [(name, *case) for name, (_, cases) in COMMANDS.items() for case in cases]
-for name, (_, cases) in COMMANDS.items():
-    if not any(flag in ("--output_dir", "--save_path") for flag, _ in cases):
-        CASES += [(name, "--output_file", "full"), (name, "--output_file", "pipe")]
+CASES = []
+for name, (_, refusals) in COMMANDS.items():
+    everywhere = {} if {*refusals} & {*FOLDER_FLAGS} else {"--output_file": "full pipe"}
+    CASES += [(name, flag, x) for places in (refusals, everywhere) for flag in places for x in places[flag].split()]
 
 
 def test_every_script_that_writes_is_in_the_table():
     flags = rf'add_argument\(\s*"--(output_file|output_dir|save_path|plot)"|{FRAME}'
     scripts = [*(REPO / "script").rglob("*.py"), *(REPO / "benchmark").glob("*.py")]
     assert {str(path.relative_to(REPO)) for path in scripts if re.search(flags, path.read_text())} == set(COMMANDS)
+
+
+# What the commands begin their work with.
+WORK = (
+    "torch.nn.Module.__call__", "transformers.PreTrainedModel.from_pretrained",
+    "transformers.PreTrainedTokenizerBase.from_pretrained", "longqlora.model.merge.read_updates",
+    "longqlora.memory.plan.MemoryPlan.table", "subprocess.Popen", "importlib.metadata.distributions",
+    "longqlora.data.documents.read_document", "sysconfig.get_python_version",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -138,11 +139,7 @@ def refused(work, monkeypatch, capsys):
         raise AssertionError("the work began")
 
     def run(name: str, *words: str) -> str:
-        for target in ("torch.nn.Module.__call__", "transformers.PreTrainedModel.from_pretrained",
-                       "transformers.PreTrainedTokenizerBase.from_pretrained", "longqlora.model.merge.read_updates",
-                       "longqlora.memory.plan.MemoryPlan.table", "subprocess.Popen",
-                       "importlib.metadata.distributions",
-                       "longqlora.data.documents.read_document", "sysconfig.get_python_version"):  # fmt: skip
+        for target in WORK:
             monkeypatch.setattr(target, started)
         monkeypatch.setattr(sys, "argv", [name, *words])
         before = state(work)
