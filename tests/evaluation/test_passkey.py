@@ -8,7 +8,15 @@ import pytest
 from conftest import SHARED
 from rigged_model import ask_all, load_script, rigged
 
-from longqlora.evaluation.retrieval.grid import even_depths, grid_cells, grid_table, percent, plot_heatmap
+from longqlora.evaluation.retrieval.grid import (
+    by_place,
+    draw_panel,
+    even_depths,
+    grid_cells,
+    grid_table,
+    percent,
+    plot_heatmap,
+)
 from longqlora.evaluation.retrieval.passkey import (
     DESCRIPTION,
     FILLER,
@@ -141,18 +149,16 @@ def test_table_has_a_row_for_each_depth_and_means():
     assert percent(0) == "0%" and percent(0.3333) == "33.33%" and percent(1) == "100%"
 
 
-def test_heatmap_draws_values_at_their_places_on_one_scale(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
+def test_heatmap_draws_values_at_their_places_on_one_scale(tmp_path):
+    from matplotlib.figure import Figure
 
-    drawn, shown = [], []
-    text, imshow = Axes.text, Axes.imshow
-    monkeypatch.setattr(Axes, "text", lambda *args, **kw: drawn.append((*args[1:4], kw["color"])) or text(*args, **kw))
-    monkeypatch.setattr(Axes, "imshow", lambda *args, **kw: shown.append(kw) or imshow(*args, **kw))
     cells = [{"length": 512, "depth": 1, "score": 0.9}, {"length": 64, "depth": 0, "score": 0.1},
              {"length": 64, "depth": 1, "score": None}]  # fmt: skip
+    axis = Figure().subplots()
+    assert draw_panel(axis, *by_place(cells, "score")).get_clim() == (0, 1)
+    drawn = {(text.get_position(), text.get_text(), text.get_color()) for text in axis.texts}
+    assert drawn == {((0, 0), "0.10", "white"), ((1, 1), "0.90", "black")}
     plot_heatmap({"one $x_$": cells, "two": cells[:1], "three": cells, "four": []}, tmp_path / "map.svg", value="score")
-    assert sorted(drawn)[:2] == [(0, 0, "0.10", "white"), (0, 0, "0.10", "white")] and len(drawn) == 5
-    assert (1, 1, "0.90", "black") in drawn and {(kw["vmin"], kw["vmax"]) for kw in shown} == {(0, 1)}
     assert (tmp_path / "map.svg").read_bytes().startswith(b"<?xml")
     with pytest.raises(ValueError, match="no cells"):
         plot_heatmap({"title": []}, tmp_path / "none.png")
@@ -165,16 +171,14 @@ def test_trained_model_solves_its_own_test_by_construction():
     script = load_script("benchmark/train_passkey_llama.py")
     tokenizer = script.train_tokenizer()
     rows = script.RowMaker(tokenizer, np.random.default_rng(0))
-    texts = []
-    for length in (rows.min_length, 150, 256):
-        ids, weights = rows.row(length)
-        text = text_of(tokenizer, ids)
-        key = key_in(text)
-        assert len(ids) == len(weights) == length and text.endswith(f"{QUESTION} {key}.")
+    lengths = (rows.min_length, 150, 256)
+    made = [rows.row(length) for length in lengths]
+    texts = [text_of(tokenizer, ids) for ids, _ in made]
+    for length, (ids, weights), text in zip(lengths, made, texts, strict=True):
+        assert len(ids) == len(weights) == length and text.endswith(f"{QUESTION} {key_in(text)}.")
         assert ids[-1] == tokenizer.eos_token_id
         # First mention free, second and answer (with its space, full stop and end) count in full.
-        assert Counter(weights)[0.0] == 5 and Counter(weights)[1.0] == 5 + len(rows.answer(key))
-        texts.append(text)
+        assert Counter(weights)[0.0] == 5 and Counter(weights)[1.0] == 5 + len(rows.answer(key_in(text)))
     assert texts[1].startswith(DESCRIPTION) and len(set(map(key_in, texts))) == 3
     unknown = "naïve 日本 \U0001f600 x_1"
     assert text_of(tokenizer, tokenizer(unknown)["input_ids"]) == unknown

@@ -3,17 +3,14 @@
 import math
 from itertools import product
 
-import numpy as np
 import pytest
 
 from longqlora.evaluation.frame import json_safe
 from longqlora.evaluation.perplexity import (
     WindowLoss,
-    batches,
     exact_sum,
     perplexity,
     plan_windows,
-    position_blocks,
     spread,
     summarize,
 )
@@ -67,24 +64,6 @@ def test_max_windows_is_an_evenly_spread_subset_and_says_so():
     assert plan.num_windows_skipped == 94 and "evenly spread subset, 94 windows skipped" in plan.describe()
     assert spread([1, 2, 3], 1) == [1] and spread([1, 2, 3], 9) == [1, 2, 3]
     assert all(len(set(spread(range(n), k))) == k for n in range(1, 30) for k in range(1, n + 1))
-
-
-def test_batches_never_mix_lengths():
-    plan = plan_windows(24, seq_len=8, stride=3, protocol="stride")
-    assert [window.length for window in plan.windows] == [8] * 6 + [6] or plan.windows[-1].length < 8
-    for size in range(1, 9):
-        groups = batches(plan.windows, size)
-        assert [index for group in groups for index in group] == list(range(len(plan.windows)))
-        assert all(len(group) <= size and len({plan.windows[i].length for i in group}) == 1 for group in groups)
-    with pytest.raises(ValueError, match="batch_size"):
-        batches(plan.windows, 0)
-
-
-def test_position_blocks_tile_the_scored_positions():
-    for seq_len in [2, 3, 64, 65, 66, 1000, 8192]:
-        edges = position_blocks(seq_len)
-        assert edges[0] == 1 and edges[-1] == seq_len and len(edges) <= 65
-        assert min(np.diff(edges)) >= 1 and max(np.diff(edges)) - min(np.diff(edges)) <= 1
 
 
 def test_overflow_and_nan_are_json_safe_and_the_loss_is_kept():

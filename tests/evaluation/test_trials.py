@@ -80,18 +80,6 @@ def test_results_come_in_trial_order_and_nothing_is_left_behind(tmp_path):
     assert run(lambda trial: values) == run(lambda trial: values, output_file) == as_json, "with and without a file"
 
 
-def test_an_interrupted_run_goes_on_without_doing_a_trial_twice(stopped, capsys):
-    # The last line is cut short, as by a kill.
-    path = kept(stopped.parent)[0]
-    path.write_bytes(path.read_bytes()[:-20])
-    counter = Counter()
-    results = run(counter, stopped, model="m")
-    assert counter.seen == [3, 4, 5, 6] and results == run(Counter())
-    assert "resuming: 3 of 7 trials already done" in capsys.readouterr().out
-    again = Counter()
-    assert run(again, stopped, model="m") == results and again.seen == []
-
-
 def test_what_another_model_did_is_not_taken(stopped, capsys):
     kept(stopped.parent)[0].rename(stopped.parent / ".out.json.trials-3.jsonl")
     (stopped.parent / ".out.json.trials-4.jsonl").write_text('{"fingerprint": "of an older version"}\n{"trial": "x"}\n')
