@@ -1,12 +1,23 @@
-"""Text tables for the terminal, by `tabulate`: a header line, two spaces between columns."""
+"""Rows of results: in groups, and as text tables for the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
 
+def grouped(rows: Sequence[Mapping], *names: str) -> dict[tuple, list[Mapping]]:
+    """The rows by their values of `names`, in order of appearance."""
+    groups: dict[tuple, list[Mapping]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
 def text_table(header: Sequence[object], rows: Sequence[Sequence], *, digits: int = 2, num_left: int = 1) -> str:
-    """Rows under `header`. Floats get `digits` decimals, None is a dash; all but `num_left` columns align right."""
+    """Rows under `header`, two spaces between columns, all but `num_left` of them aligned right.
+
+    Floats get `digits` decimals, None is a dash.
+    """
 
     def shown(cell: object) -> str:
         return "-" if cell is None else f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)

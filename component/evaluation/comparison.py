@@ -34,7 +34,7 @@ from longqlora.model.rope_scaling import ROPE_METHODS
 from longqlora.plot import plot_perplexity
 from longqlora.settings.reader import input_path, read_yaml
 from longqlora.settings.values import coerce
-from longqlora.table import text_table
+from longqlora.table import grouped, text_table
 
 
 def one_of(choices: Sequence[str], default: str | None) -> Any:
@@ -161,17 +161,14 @@ class Comparison(Task):
 
         Raises ValueError, with the method's name, for one that the base model cannot be given.
         """
-        return {
-            name: {length: self.describe(name, length) for length in self.asked.lengths} for name in self.asked.methods
-        }
+        names, lengths = self.asked.methods, self.asked.lengths
+        return {name: {length: self.describe(name, length) for length in lengths} for name in names}
 
     def describe(self, name: str, length: int) -> dict:
         method, asked = self.asked.methods[name], self.asked
         try:
-            request = method.request(length)
-            _, config = resolve_config(
-                asked.base_model, method.peft_model, request, trust_remote_code=asked.trust_remote_code
-            )
+            _, config = resolve_config(asked.base_model, method.peft_model, method.request(length),
+                                       trust_remote_code=asked.trust_remote_code)  # fmt: skip
         except (ValueError, OSError) as error:
             raise ValueError(f"methods: {name}: {error}") from None
         return {
@@ -191,13 +188,12 @@ class Comparison(Task):
             options = {"num_trials": asked.num_trials, "num_digits": asked.num_digits, "seed": asked.seed}
             trials = make_trials(grid_cells(asked.lengths, even_depths(asked.num_depths)), **options)
         models = self.models
-        data = {}
-        if self.is_perplexity:
-            self.windows.data.check_ids(next(iter(models.values()))[asked.lengths[0]]["vocab_size"])
-            data = {"data": self.windows.data.sha256}
         common = {name: str(value) for name, value in vars(asked).items() if name not in ("lengths", "methods")}
         base = {"base_model": folder_state(asked.base_model), "torch": torch.__version__}
-        self.settings = {"settings": common, **base, **data}
+        self.settings = {"settings": common, **base}
+        if self.is_perplexity:
+            self.windows.data.check_ids(next(iter(models.values()))[asked.lengths[0]]["vocab_size"])
+            self.settings["data"] = self.windows.data.sha256
         methods = {name: {**vars(of), "adapter": folder_state(of.peft_model)} for name, of in asked.methods.items()}
         return [[{"method": name, **trial, "settings": of} for name, of in methods.items() for trial in trials]]
 
@@ -226,15 +222,12 @@ class Comparison(Task):
         return self.loaded
 
     def score(self, results: Sequence[dict]) -> dict:
-        cells: dict[str, Any] = {}
-        for name in self.asked.methods:
-            own = [result for result in results if result["method"] == name]
-            cells[name] = (
-                {length: self.cell(length, own) for length in self.asked.lengths}
-                if self.is_perplexity
-                else accuracy_cells(own)
-            )
-        settings = {**vars(self.asked), "methods": {name: vars(of) for name, of in self.asked.methods.items()}}
+        cells = {
+            name: {length: self.cell(length, own) for length in self.asked.lengths} if self.is_perplexity
+            else accuracy_cells(own)
+            for (name,), own in grouped(results, "method").items()
+        }  # fmt: skip
+        settings = dataclasses.asdict(self.asked)
         return {"settings": settings, "models": self.models, "results": cells}
 
     def cell(self, length: int, results: Sequence[dict]) -> dict:
@@ -255,12 +248,10 @@ class Comparison(Task):
             return {name: {length: cell["perplexity"] for length, cell in cells.items()}
                     for name, cells in record["results"].items()}  # fmt: skip
         return {
-            name: {
-                length: 100 * fmean(cell["accuracy"] for cell in cells if cell["length"] == length)
-                for length in self.asked.lengths
-            }
+            name: {length: 100 * fmean(cell["accuracy"] for cell in group)
+                   for (length,), group in grouped(cells, "length").items()}
             for name, cells in record["results"].items()
-        }
+        }  # fmt: skip
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
         if self.is_perplexity:

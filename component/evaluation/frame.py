@@ -113,6 +113,11 @@ def check_at_least(given: object, **least: int) -> None:
             raise ValueError(f"--{name}: must be at least {minimum}, got {value}")
 
 
+def check_lengths(lengths: Sequence[int]) -> None:
+    if lengths and min(lengths) < 1:
+        raise ValueError(f"--lengths: must be at least 1 token, got {min(lengths)}")
+
+
 def from_flags(kind: type[T], args: argparse.Namespace, **others: object) -> T:
     """The dataclass `kind` of the flags with the names of its fields, and of `others`."""
     names = [field.name for field in fields(kind) if field.name not in others]

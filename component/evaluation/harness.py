@@ -126,10 +126,10 @@ def load_task(manager: "TaskManager", name: str, include_path: Path | None) -> d
     except Exception as error:  # Whatever a task file, its code or its data set raises is the user's to know.
         raise ValueError(f"--tasks {name}: {missing(error)}") from error
     for task in loaded["tasks"].values():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise ValueError(f"--tasks {name}: it runs what the model writes, which is refused here; leave it out")
-        if getattr(task, "MULTIMODAL", False):
-            raise ValueError(f"--tasks {name}: it needs images or sound, which these models cannot read; leave it out")
+        for trait, what in (("UNSAFE_CODE", "runs what the model writes, which is refused here"),
+                            ("MULTIMODAL", "needs images or sound, which these models cannot read")):  # fmt: skip
+            if getattr(task, trait, False):
+                raise ValueError(f"--tasks {name}: it {what}; leave it out")
     return loaded
 
 

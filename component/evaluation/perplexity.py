@@ -18,6 +18,7 @@ Pure maths: plain numbers, no model, no files; knows nothing of Hugging Face.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 PROTOCOLS = ("longlora", "stride")
 MAX_BLOCKS = 64
@@ -100,28 +101,22 @@ def plan_windows(
                 "give a longer file, a smaller seq_len or stride, or --protocol stride"
             )
     else:
-        windows = _stride_windows(num_tokens, seq_len, stride)
+        if stride >= seq_len:
+            raise ValueError(
+                f"the stride protocol needs a stride (sliding_window) of at most {seq_len - 1} for seq_len {seq_len}, "
+                f"not {stride}: a window's first token has no predecessor in it"
+            )
+        if num_tokens < 2:
+            raise ValueError(f"the file has {num_tokens} token; the stride protocol needs at least 2")
+        # The first window whose end reaches the end of the file is the last.
+        starts = range(0, max(1, num_tokens - seq_len + stride), stride)
+        ends = [min(start + seq_len, num_tokens) for start in starts]
+        known = [1, *ends[:-1]]
+        windows = [Window(start, end - start, seen - start)
+                   for start, end, seen in zip(starts, ends, known, strict=True)]  # fmt: skip
     kept = spread(windows, max_windows)
     num_dropped = int(protocol == "longlora")
     return WindowPlan(protocol, seq_len, stride, num_tokens, tuple(kept), num_dropped, len(windows) - len(kept))
-
-
-def _stride_windows(num_tokens: int, seq_len: int, stride: int) -> list[Window]:
-    if stride >= seq_len:
-        raise ValueError(
-            f"the stride protocol needs a stride (sliding_window) of at most {seq_len - 1} for seq_len {seq_len}, not "
-            f"{stride}: a window's first token has no predecessor in it"
-        )
-    if num_tokens < 2:
-        raise ValueError(f"the file has {num_tokens} token; the stride protocol needs at least 2")
-    windows, scored = [], 1
-    for start in range(0, num_tokens, stride):
-        end = min(start + seq_len, num_tokens)
-        windows.append(Window(start, end - start, scored - start))
-        scored = end
-        if end == num_tokens:
-            break
-    return windows
 
 
 def spread(items: Sequence, limit: int | None) -> list:
@@ -192,16 +187,12 @@ def _loss_by_position(plan: WindowPlan, losses: Sequence[WindowLoss]) -> list[di
     edges = position_blocks(plan.seq_len)
     counts = [0] * (len(edges) - 1)
     for window in plan.windows:
-        for block, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        for block, (first, end) in enumerate(pairwise(edges)):
             counts[block] += max(0, min(end, window.length) - max(first, window.score_from))
+    sums = [exact_sum(totals) for totals in zip(*(loss.block_totals for loss in losses), strict=True)]
     return [
-        {
-            "start": first,
-            "end": end,
-            "num_tokens": count,
-            "loss": exact_sum([loss.block_totals[block] for loss in losses]) / count,
-        }
-        for block, (first, end, count) in enumerate(zip(edges, edges[1:], counts, strict=False))
+        {"start": first, "end": end, "num_tokens": count, "loss": total / count}
+        for (first, end), count, total in zip(pairwise(edges), counts, sums, strict=True)
         if count
     ]
 

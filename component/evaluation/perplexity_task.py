@@ -11,6 +11,7 @@ from longqlora.data.token_file import TokenFile, sidecar_path
 from longqlora.evaluation.frame import ModelSource, Task
 from longqlora.evaluation.perplexity import WindowLoss, WindowPlan, batches, plan_windows, summarize
 from longqlora.plot import plot_evaluation
+from longqlora.table import grouped
 
 
 @dataclass
@@ -101,8 +102,7 @@ class Perplexity(Task):
         if self.facts["load_in_4bit"]:
             weights = f"4-bit NF4 base, {self.facts['dtype']} products"
         records = []
-        for length in dict.fromkeys(result["length"] for result in results):
-            of_length = [result for result in results if result["length"] == length]
+        for (length,), of_length in grouped(results, "length").items():
             plan = self.windows.plan(length).describe()
             protocol = f"{plan}; {weights}, losses in float32; attention {self.facts['attention']}"
             summary = self.windows.summarize(of_length)

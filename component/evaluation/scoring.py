@@ -59,18 +59,11 @@ class TokenScorer:
         """As `__call__`, in blocks of prefill_chunk_size tokens against a KV cache."""
         module, head = self.split or (self.model, lambda chunk: chunk)
         blocks = states_in_blocks(module, input_ids, config=self.model.config, block_size=self.prefill_chunk_size)
-        progress = tqdm(
-            blocks,
-            total=-(-input_ids.shape[1] // self.prefill_chunk_size),
-            desc="blocks",
-            leave=False,
-            disable=not is_main_process(),
-        )
+        num_blocks = -(-input_ids.shape[1] // self.prefill_chunk_size)
+        progress = tqdm(blocks, total=num_blocks, desc="blocks", leave=False, disable=not is_main_process())
         # Each block also predicts the first token of the next; the last one has none to predict.
-        pieces = [
-            chunked_scores(states, input_ids[:, first : first + states.shape[1] + 1], head)
-            for first, states in progress
-        ]
+        pieces = [chunked_scores(states, input_ids[:, first : first + states.shape[1] + 1], head)
+                  for first, states in progress]  # fmt: skip
         nll, hits = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
         return nll, hits
 

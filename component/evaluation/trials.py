@@ -115,14 +115,14 @@ def _read_kept(output_file: Path, run: str) -> dict[str, dict]:
 def _attempt(run_one: Callable[[Trial], dict], trial: Trial) -> dict:
     try:
         return run_one(trial)
-    except torch.OutOfMemoryError:
-        # The numbers of a trial say its size; its texts may be long.
-        numbers = [f"{name} {value}" for name, value in trial.items() if isinstance(value, (int, float))]
-        where = ", ".join(numbers) or "one trial"
-        failure = ValueError(f"out of GPU memory at {where}; lower the length or --batch_size, or pass --load_in_4bit")
-        failure.from_one_rank = True
-        raise failure from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            # The numbers of a trial say its size; its texts may be long.
+            numbers = [f"{name} {value}" for name, value in trial.items() if isinstance(value, (int, float))]
+            where = ", ".join(numbers) or "one trial"
+            error = ValueError(
+                f"out of GPU memory at {where}; lower the length or --batch_size, or pass --load_in_4bit"
+            )
         # Only this rank meets it, so that this rank has to say it.
         error.from_one_rank = True
-        raise
+        raise error from error.__cause__

@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 
 from longqlora.cli import go_offline_unless_reachable, require_extra, require_folder, run_main
-from longqlora.evaluation.frame import check_at_least, evaluate, from_flags
+from longqlora.evaluation.frame import check_at_least, check_lengths, evaluate, from_flags
 from longqlora.evaluation.ruler.task import Ruler
 from longqlora.evaluation.ruler.tasks import TASKS, default_tasks, describe_tasks
 
@@ -49,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def make_task(args: argparse.Namespace) -> Ruler:
     check_at_least(args, num_samples=1, max_new_tokens=1, num_fewshot=0, limit=1, seed=0, batch_size=1)
-    if args.lengths and min(args.lengths) < 1:
-        raise ValueError(f"--lengths: must be at least 1 token, got {min(args.lengths)}")
+    check_lengths(args.lengths or ())
     args.tasks = list(dict.fromkeys(args.tasks or default_tasks(has_text=bool(args.haystack))))
     is_ruler = [name in TASKS for name in args.tasks]
     if args.include_path:

@@ -1,17 +1,15 @@
-"""script/evaluate/evaluate.py and evaluation/scoring.py: the numbers, resuming, several processes, bad input."""
+"""Perplexity and accuracy of a model on a token file: the numbers, against float64 by hand."""
 
 import copy
 import json
-import socket
-import subprocess
-import sys
+import math
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, tiny_config
+from conftest import tiny_config
 
 from longqlora.data.token_file import open_token_file
 from longqlora.evaluation.perplexity_task import Perplexity, Windows
@@ -39,21 +37,27 @@ def model(tiny_model_dir):
     return AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
 
 
-def logits_in_float64(model, ids):
-    double = copy.deepcopy(model).double()
+def token_scores(model, ids):
+    """[2, len(ids) - 1]: -log p of each token after the first, and whether it is the likeliest, from float64 logits."""
     with torch.no_grad():
-        return double(input_ids=torch.tensor([ids.tolist()])).logits[0]
+        logits = copy.deepcopy(model).double()(input_ids=torch.tensor([ids.tolist()])).logits[0, :-1]
+    targets = torch.tensor(ids[1:].tolist())
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return np.stack([losses.numpy(), (logits.argmax(-1) == targets).numpy()])
 
 
-def hits_in_float64(model, ids):
-    """Whether each token after the first is the likeliest."""
-    return [int(logits_in_float64(model, ids)[p].argmax()) == ids[p + 1] for p in range(len(ids) - 1)]
-
-
-def nll_in_float64(model, ids):
-    """-log p of every token after the first, one token at a time from full float64 logits."""
-    logits = logits_in_float64(model, ids)
-    return [-float(torch.log_softmax(logits[p], -1)[int(ids[p + 1])]) for p in range(len(ids) - 1)]
+def scores_by_hand(model, tokens, protocol, seq_len, stride):
+    """(loss, accuracy): the mean of window means, or the mean over the tokens that are new in a window."""
+    if protocol == "longlora":
+        starts = list(range(0, len(tokens) - seq_len, stride))[:-1]
+        return np.mean([token_scores(model, tokens[start : start + seq_len]) for start in starts], axis=(0, 2))
+    new, known = [], 1
+    for start in range(0, len(tokens), stride):
+        window = tokens[start : start + seq_len]
+        new.append(token_scores(model, window)[:, known - start - 1 :])
+        known = start + len(window)
+        if known == len(tokens):
+            return np.concatenate(new, axis=1).mean(axis=1)
 
 
 @pytest.fixture
@@ -69,68 +73,37 @@ def loss_of(model, tmp_path):
     return measure
 
 
-@pytest.mark.parametrize("monkeypatched", [False, True], ids=["whole", "in chunks"])
-def test_longlora_loss_against_float64(model, loss_of, monkeypatch, monkeypatched):
-    if monkeypatched:
-        monkeypatch.setattr("longqlora.evaluation.scoring.CHUNK_FLOATS", 320 * 5)
-    tokens = make_tokens(70)
-    means = [np.mean(nll_in_float64(model, tokens[start : start + 16])) for start in list(range(0, 70 - 16, 9))[:-1]]
-    for batch_size in (1, 3):
-        summary = loss_of(tokens, 16, 9, batch_size=batch_size)
-        assert summary["num_windows"] == len(means) == 5
-        assert summary["loss"] == pytest.approx(np.mean(means), abs=1e-6)
-        assert summary["perplexity"] == pytest.approx(np.exp(np.mean(means)), rel=1e-6)
-
-
-def test_stride_loss_against_float64(model, loss_of):
-    tokens = make_tokens(53)
-    expected, scored = 0.0, 0
-    for position in range(1, 53):
-        # The window in which a token is new: the first whose end lies behind it.
-        start = next(start for start in range(0, 53, 7) if position < start + 16)
-        nll = nll_in_float64(model, tokens[start : min(start + 16, 53)])
-        expected, scored = expected + nll[position - start - 1], scored + 1
-    for batch_size in (1, 4):
-        summary = loss_of(tokens, 16, 7, protocol="stride", batch_size=batch_size)
-        assert summary["num_tokens"] == scored == 52
-        assert summary["loss"] == pytest.approx(expected / 52, abs=1e-6)
-    summary = loss_of(tokens[:40], 64, 8, protocol="stride")
-    assert summary["num_windows"] == 1, "one full pass where the file fits"
-    assert summary["loss"] == pytest.approx(np.mean(nll_in_float64(model, tokens[:40])), abs=1e-6)
-
-
-def accuracy_by_hand(model, tokens, protocol, seq_len, stride):
-    """The same tokens as the losses: the mean of window means, or the mean over tokens that are new in a window."""
-    if protocol == "longlora":
-        starts = list(range(0, len(tokens) - seq_len, stride))[:-1]
-        return np.mean([np.mean(hits_in_float64(model, tokens[start : start + seq_len])) for start in starts])
-    hits, known = [], 1
-    for start in range(0, len(tokens), stride):
-        window = tokens[start : start + seq_len]
-        hits += hits_in_float64(model, window)[known - start - 1 :]
-        known = start + len(window)
-        if known == len(tokens):
-            return np.mean(hits)
-
-
-@pytest.mark.parametrize("protocol", ["longlora", "stride"])
+@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("block", [None, 5])
-def test_accuracy_against_float64(model, loss_of, protocol, block, monkeypatch):
+@pytest.mark.parametrize("protocol, num_windows, num_tokens", [("longlora", 5, 75), ("stride", 7, 69)])
+def test_loss_and_accuracy_against_float64(
+    model, loss_of, protocol, num_windows, num_tokens, block, batch_size, monkeypatch
+):
+    # The logits of a batch are made in several chunks.
     monkeypatch.setattr("longqlora.evaluation.scoring.CHUNK_FLOATS", 320 * 7)
     tokens = make_tokens(70)
     # Half of the tokens follow the model, so that there is something to hit.
     for position in range(1, 70, 2):
-        tokens[position] = int(logits_in_float64(model, tokens[max(0, position - 9) : position])[-1].argmax())
-    found = loss_of(tokens, 16, 9, protocol=protocol, batch_size=2, block=block)["accuracy"]
-    expected = accuracy_by_hand(model, tokens, protocol, 16, 9)
-    assert found == pytest.approx(expected, abs=1e-12) and 0.05 < expected < 0.95
+        with torch.no_grad():
+            ids = torch.tensor([tokens[max(0, position - 9) : position].tolist()])
+            tokens[position] = int(model(input_ids=ids).logits[0, -1].argmax())
+    found = loss_of(tokens, 16, 9, protocol=protocol, batch_size=batch_size, block=block)
+    loss, accuracy = scores_by_hand(model, tokens, protocol, 16, 9)
+    assert (found["num_windows"], found["num_tokens"]) == (num_windows, num_tokens)
+    assert found["loss"] == pytest.approx(loss, abs=1e-6) and found["perplexity"] == math.exp(found["loss"])
+    assert found["accuracy"] == pytest.approx(accuracy, abs=1e-12) and 0.05 < accuracy < 0.95
+
+
+def test_one_full_pass_where_the_file_fits(model, loss_of):
+    found = loss_of(make_tokens(40), 64, 8, protocol="stride")
+    assert found["num_windows"] == 1
+    assert found["loss"] == pytest.approx(token_scores(model, make_tokens(40))[0].mean(), abs=1e-6)
 
 
 def test_loss_by_position(model, loss_of):
     tokens = make_tokens(150)
-    summary = loss_of(tokens, 100, 20)
-    rows = np.array([nll_in_float64(model, tokens[start : start + 100]) for start in (0, 20)])
-    blocks = summary["loss_by_position"]
+    rows = np.array([token_scores(model, tokens[start : start + 100])[0] for start in (0, 20)])
+    blocks = loss_of(tokens, 100, 20)["loss_by_position"]
     assert len(blocks) == 64 and blocks[0]["start"] == 1 and blocks[-1]["end"] == 100
     assert all(a["end"] == b["start"] for a, b in pairwise(blocks))
     for block in blocks:
@@ -151,79 +124,28 @@ def test_heads_that_do_more_than_a_product_are_recognised(loss_of, model_type, o
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides)).eval()
     tokens = make_tokens(60)
     assert (find_split(model, torch.from_numpy(tokens[None, :16].astype(np.int64))) is not None) == splits
-    expected = np.mean(nll_in_float64(model, tokens))
     found = loss_of(tokens, 60, 8, model=model, protocol="stride")["loss"]
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert found == pytest.approx(token_scores(model, tokens)[0].mean(), abs=1e-5)
 
 
-def make_adapter(tiny_model_dir, folder):
+def test_adapter_is_measured_with_all_it_trained(tiny_model_dir, model, tmp_path, data, evaluate, loss_of):
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False,
-        modules_to_save=["embed_tokens", "norm", "lm_head"],
-    )  # fmt: skip
-    peft_model = get_peft_model(base, lora)
-    with torch.no_grad():
-        for name, parameter in peft_model.named_parameters():
-            if "modules_to_save" in name:
-                parameter.mul_(1.5)
-    peft_model.save_pretrained(folder)
-    return peft_model.eval()
-
-
-def test_adapter_is_measured_with_all_it_trained(tiny_model_dir, tmp_path, data, evaluate, loss_of):
-    peft_model = make_adapter(tiny_model_dir, tmp_path / "adapter")
-    code, out, err = evaluate(
-        "evaluate", "--peft_model", tmp_path / "adapter", "--seq_len", 32, "--sliding_window", 50, "--data_path", data,
-        "--output_file", tmp_path / "r.json",
-    )  # fmt: skip
+    options = {"init_lora_weights": False, "modules_to_save": ["embed_tokens", "norm", "lm_head"]}
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], **options)
+    peft_model = get_peft_model(copy.deepcopy(model), lora)
+    for name, parameter in peft_model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data *= 1.5
+    peft_model.save_pretrained(tmp_path / "adapter")
+    code, _, err = evaluate("evaluate", "--peft_model", tmp_path / "adapter", "--seq_len", 32, "--sliding_window", 50,
+                            "--data_path", data, "--output_file", tmp_path / "r.json")  # fmt: skip
     assert code == 0, err
     result = json.loads((tmp_path / "r.json").read_text())
-    tokens = make_tokens()
-    with torch.no_grad():
-        means = [
-            float(peft_model(input_ids=(ids := torch.tensor([tokens[s : s + 32].tolist()])), labels=ids).loss)
-            for s in list(range(0, NUM_TOKENS - 32, 50))[:-1]
-        ]
-    assert result["loss"] == pytest.approx(np.mean(means), abs=1e-5)
-    assert result["base_model"] == str(tiny_model_dir)
-    assert abs(result["loss"] - loss_of(tokens, 32, 50)["loss"]) > 0.01
-
-
-def test_report_of_several_lengths(tiny_model_dir, tmp_path, data, evaluate, loss_of):
-    out_file, plot = tmp_path / "deep" / "r.json", tmp_path / "r.png"
-    code, out, err = evaluate(
-        "evaluate", "--base_model", tiny_model_dir, "--seq_len", 32, 128, 32, "--sliding_window", 16, "--batch_size", 2,
-        "--max_windows", 3, "--data_path", data, "--output_file", out_file, "--plot", plot, "--context_size", "-1",
-    )  # fmt: skip
-    assert code == 0, err
-    results = json.loads(out_file.read_text())["results"]
-    assert [result["seq_len"] for result in results] == [32, 128]
-    expected = loss_of(make_tokens(), 128, 16, max_windows=3)
-    assert results[1]["loss"] == pytest.approx(expected["loss"], abs=1e-6) and results[1]["num_windows"] == 3
-    assert {"perplexity", "loss", "accuracy", "num_windows", "num_tokens", "seq_len", "sliding_window", "context_size",
-            "protocol", "dtype", "attention", "versions", "loss_by_position", "data_file", "data_sha256", "base_model",
-            "peft_model", "rope_parameters"} <= results[0].keys()  # fmt: skip
-    assert f", accuracy {results[0]['accuracy']:.6f} (" in out
-    assert "evenly spread subset, 7 windows skipped" in results[0]["protocol"]
-    assert "length 128 is beyond the model's context of 64" in out and out.count("protocol: longlora: ") == 2
-    assert "left out: 8 windows; " in out and results[0]["attention"] == "dense causal (sdpa)"
-    assert plot.read_bytes().startswith(b"\x89PNG") and [p.name for p in out_file.parent.iterdir()] == ["r.json"]
-
-
-def test_context_size_sets_rope(tiny_model_dir, tmp_path, data, evaluate):
-    code, _, err = evaluate(
-        "evaluate", "--base_model", tiny_model_dir, "--context_size", 128, "--seq_len", 100, "--sliding_window", 60,
-        "--data_path", data, "--output_file", tmp_path / "r.json", "--dtype", "bf16",
-    )  # fmt: skip
-    assert code == 0, err
-    result = json.loads((tmp_path / "r.json").read_text())
-    assert result["rope_parameters"]["factor"] == 2.0 and result["context_size"] == 128
-    assert result["dtype"] == "bfloat16" and result["results"][0]["loss"] == result["loss"]
+    expected, _ = scores_by_hand(peft_model.eval(), make_tokens(), "longlora", 32, 50)
+    assert result["loss"] == pytest.approx(expected, abs=1e-5) and result["base_model"] == str(tiny_model_dir)
+    assert abs(result["loss"] - loss_of(make_tokens(), 32, 50)["loss"]) > 0.01
 
 
 def test_reading_in_blocks_binds_attention_without_a_mask(tiny_model_dir, data, loss_of):
@@ -233,94 +155,6 @@ def test_reading_in_blocks_binds_attention_without_a_mask(tiny_model_dir, data, 
     assert task.scorer.model.config._attn_implementation == "sdpa_no_mask"
     found = task.score([task.ask(trial) for trial in trials])
     assert found["loss"] == pytest.approx(loss_of(make_tokens(), 32, 50)["loss"], abs=1e-6) and found["seq_len"] == 32
-
-
-def arguments(model_dir, data, out_file):
-    return ["--base_model", model_dir, "--seq_len", 16, 24, "--sliding_window", 8, "--batch_size", 2, "--data_path",
-            data, "--output_file", out_file]  # fmt: skip
-
-
-def numbers(path):
-    """Results without what names the moment of the run."""
-    return [{k: v for k, v in result.items() if k != "versions"} for result in json.loads(path.read_text())["results"]]
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_after(monkeypatch, num_batches):
-    """Let the scorer die like a killed process after some batches; returns the list of its calls."""
-    calls, score = [], TokenScorer.__call__
-
-    def dying(self, input_ids):
-        if len(calls) == num_batches:
-            raise Killed
-        calls.append(input_ids.shape)
-        return score(self, input_ids)
-
-    monkeypatch.setattr(TokenScorer, "__call__", dying)
-    return calls
-
-
-def test_killed_run_goes_on_and_gives_the_identical_result(tiny_model_dir, tmp_path, data, evaluate, monkeypatch):
-    whole, resumed = tmp_path / "whole.json", tmp_path / "resumed.json"
-    with monkeypatch.context() as patch:
-        total = kill_after(patch, -1)
-        assert evaluate("evaluate", *arguments(tiny_model_dir, data, whole))[0] == 0
-    with monkeypatch.context() as patch:
-        kill_after(patch, len(total) - 4)
-        with pytest.raises(Killed):
-            evaluate("evaluate", *arguments(tiny_model_dir, data, resumed))
-    assert not resumed.exists()
-    [partial] = tmp_path.glob(".resumed.json.trials-*.jsonl")
-    partial.write_bytes(partial.read_bytes()[:-20])
-    (tmp_path / ".resumed.json.trials-7.jsonl").write_bytes(partial.read_bytes()[:300])
-    assert partial.stat().st_size < 2500 * (len(total) - 4), "64 sums a window, not the loss of every position"
-    with monkeypatch.context() as patch:
-        calls = kill_after(patch, -1)
-        code, out, err = evaluate("evaluate", *arguments(tiny_model_dir, data, resumed))
-    assert code == 0 and "resuming: " in out, err
-    assert len(calls) == 5, "the four batches left and the one whose line was cut short"
-    assert numbers(resumed) == numbers(whole)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["resumed.json", "whole.json"]
-
-
-def test_other_arguments_start_anew(tiny_model_dir, tmp_path, data, evaluate, monkeypatch, capsys):
-    out_file = tmp_path / "r.json"
-    for change in (["--sliding_window", 9], ["--protocol", "stride"], ["--max_windows", 3], ["--dtype", "bf16"]):
-        with monkeypatch.context() as patch:
-            kill_after(patch, 3)
-            with pytest.raises(Killed):
-                evaluate("evaluate", *arguments(tiny_model_dir, data, out_file))
-        with monkeypatch.context() as patch:
-            kill_after(patch, 0)
-            with pytest.raises(Killed):
-                evaluate("evaluate", *arguments(tiny_model_dir, data, out_file), *change)
-        assert "starting anew" in capsys.readouterr().out, change
-        for path in tmp_path.glob(".r.json.trials-*"):
-            path.unlink()
-
-
-def test_two_processes_give_the_bits_of_one(tiny_model_dir, tmp_path, data, evaluate, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port]
-    command = [*launch, REPO / "script/evaluate/evaluate.py", *arguments(tiny_model_dir, data, tmp_path / "two.json")]
-    outcome = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
-    assert outcome.returncode == 0, outcome.stderr[-2000:]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert evaluate("evaluate", *arguments(tiny_model_dir, data, tmp_path / "one.json"))[0] == 0
-    finally:
-        torch.set_num_threads(threads)
-    assert numbers(tmp_path / "two.json") == numbers(tmp_path / "one.json")
-    assert outcome.stdout.count("perplexity") == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.json", "two.json"]
 
 
 def test_overflowing_model_reports_null_and_keeps_the_loss(tmp_path, tiny_tokenizer, model, data, evaluate):

@@ -1,9 +1,6 @@
 """Needle in a haystack: the user's text, prompts of exact length, scoring without a judge, the script."""
 
 import copy
-import json
-import re
-import shutil
 
 import pytest
 from conftest import SHARED, sentences
@@ -124,39 +121,24 @@ def test_a_tokenizer_that_tells_no_words_apart_is_refused(tiny_tokenizer):
 
 @pytest.mark.parametrize(
     ("expected", "answer", "recall", "is_contained"),
-    [
-        ("Ines Vogel", "It is INES, Vogel!", 1, True),
-        ("Ines Vogel", "Vogel, Ines", 1, False),
-        ("a b a b", "a b b b", 0.75, False),
-        ("Ines Vogel", "Inesita", 0, False),
-        ("art", "the party", 0, False),
-        ("Straße 5", "STRASSE 5.", 1, True),
-        ("one two", "", 0, False),
-    ],
-)
+    [("Ines Vogel", "It is INES, Vogel!", 1, True), ("Ines Vogel", "Vogel, Ines", 1, False),
+     ("a b a b", "a b b b", 0.75, False), ("Ines Vogel", "Inesita", 0, False), ("art", "the party", 0, False),
+     ("Straße 5", "STRASSE 5.", 1, True), ("one two", "", 0, False)],
+)  # fmt: skip
 def test_scores(expected, answer, recall, is_contained):
     assert word_recall(expected, answer) == recall
     assert contains(expected, answer) is is_contained
 
 
-def test_evaluation_scores_every_cell_and_resumes(tiny_tokenizer, tmp_path):
-    def run(text, **options):
-        (tmp_path / "text.txt").write_text(text)
-        task = Needle([700, 2600], [0, 1], [tmp_path / "text.txt"], prompt_template="none", **options)
-        return ask_all(task, loaded, tmp_path / "out.json")
-
+def test_every_cell_is_scored(tiny_tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
     loaded = rigged(tiny_tokenizer, lambda prompt: f" To {ANSWER}." if len(prompt) < 1500 else " eat a sandwich")
-    result = run(TEXT)
+    task = Needle([700, 2600], [0, 1], [tmp_path / "text.txt"], prompt_template="none")
+    cells = ask_all(task, loaded)["cells"]
     assert loaded.model.lengths == [700, 700, 2600, 2600]
-    assert [cell["score"] for cell in result["cells"]] == [1, 1, 3 / 12, 3 / 12]
-    assert [cell["is_contained"] for cell in result["cells"]] == [True, True, False, False]
-    assert [cell["num_repeats"] for cell in result["cells"]] == [1, 1, 2, 2]
-    assert run(TEXT) == result and len(loaded.model.lengths) == 4
-    other = run(TEXT + " More.")
-    assert len(loaded.model.lengths) == 8
-    assert other["protocol"]["haystack_sha256"] != result["protocol"]["haystack_sha256"]
-    run(TEXT + " More.", max_new_tokens=9)
-    assert len(loaded.model.lengths) == 12
+    assert [cell["score"] for cell in cells] == [1, 1, 3 / 12, 3 / 12]
+    assert [cell["is_contained"] for cell in cells] == [True, True, False, False]
+    assert [cell["num_repeats"] for cell in cells] == [1, 1, 2, 2]
 
 
 def test_needle_with_braces_and_line_breaks_is_taken_as_it_is(tiny_tokenizer):
@@ -165,48 +147,21 @@ def test_needle_with_braces_and_line_breaks_is_taken_as_it_is(tiny_tokenizer):
     assert "\nA {curly}\nn\u00e9edle \U0001f600.\n" in text and text.endswith("\n\nQuestion: What {x}?\nAnswer:")
 
 
-@pytest.fixture
-def folder(tmp_path):
+def test_files_and_folders_are_read_in_order(tmp_path):
     (tmp_path / "texts/sub").mkdir(parents=True)
-    (tmp_path / "texts/b.txt").write_bytes(b"\xef\xbb\xbfB one.\r\nB two.\r\n")
-    (tmp_path / "texts/a.txt").write_text("A one.")
-    (tmp_path / "texts/sub/c.txt").write_text("C.\n")
-    (tmp_path / "texts/d.md").write_text("not read")
-    (tmp_path / "texts/empty.txt").touch()
-    return tmp_path / "texts"
-
-
-def test_files_and_folders_are_read_in_order(folder):
+    files = {"texts/b.txt": b"\xef\xbb\xbfB one.\r\nB two.\r\n", "texts/a.txt": b"A one.", "texts/sub/c.txt": b"C.\n",
+             "texts/d.md": b"not read", "texts/empty.txt": b""}  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    folder = tmp_path / "texts"
     assert read_haystack([folder]) == "A one.\n\nB one.\nB two.\n\nC."
     assert read_haystack([folder / "d.md", folder / "a.txt"]) == "not read\n\nA one."
 
 
-def test_script_writes_table_file_and_plot(evaluate, tiny_model_dir, folder, tmp_path):
-    out = tmp_path / "out.json"
-    code, stdout, _ = evaluate(
-        "needle", "--model_name_or_path", tiny_model_dir, "--haystack", folder, "--lengths", 300, "--depths", 0, 1,
-        "--needle", "Ines Vogel bakes.", "--question", "Who bakes?", "--max_new_tokens", 4,
-        "--output_file", out, "--plot", tmp_path / "map.png",
-    )  # fmt: skip
-    assert code == 0
-    assert "warning: length 300 is beyond the model's context of 64 tokens" in stdout
-    assert re.search(r"length 300: the haystack is shorter and was used \d+ times", stdout)
-    assert "depth  300" in stdout and "itself contains" not in stdout
-    written = json.loads(out.read_text())
-    assert written["protocol"]["answer"] == "Ines Vogel bakes." and written["protocol"]["template"] == "none"
-    assert [cell["depth"] for cell in written["cells"]] == [0, 1] and written["context_size"] == 64
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.png", "out.json", "texts"]
-
-
-def test_script_uses_the_chat_template_unless_told_otherwise(
-    evaluate, tiny_model_dir, chat_tokenizer, folder, tmp_path
-):
-    shutil.copytree(tiny_model_dir, tmp_path / "chat")
-    chat_tokenizer.save_pretrained(tmp_path / "chat")
-    for extra, template in (([], "chat_template"), (["--prompt_template", "none"], "none")):
-        code, stdout, _ = evaluate(
-            "needle", "--model_name_or_path", tmp_path / "chat", "--haystack", folder, "--lengths", 300, "--num_depths",
-            1, "--max_new_tokens", 1, "--answer", "b TWO", "--output_file", tmp_path / "out.json", *extra,
-        )  # fmt: skip
-        assert code == 0 and "warning: the haystack itself contains the answer" in stdout
-        assert json.loads((tmp_path / "out.json").read_text())["protocol"]["template"] == template
+@pytest.mark.parametrize(("requested", "used"), [("auto", "chat_template"), ("none", "none")])
+def test_the_chat_template_is_used_unless_told_otherwise(chat_tokenizer, tmp_path, requested, used, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    task = Needle([300], [0.5], [tmp_path / "text.txt"], answer="SENTENCE number", prompt_template=requested)
+    record = ask_all(task, rigged(chat_tokenizer, lambda prompt: "no"))
+    assert record["protocol"]["template"] == used
+    assert "warning: the haystack itself contains the answer" in capsys.readouterr().out

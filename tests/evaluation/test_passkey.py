@@ -1,7 +1,6 @@
 """Passkey retrieval: prompts of exact length, scoring, the grid and its heat map, the script."""
 
 import copy
-import json
 import re
 from collections import Counter
 
@@ -9,7 +8,15 @@ import pytest
 from conftest import SHARED
 from rigged_model import ask_all, load_script, rigged
 
-from longqlora.evaluation.retrieval.grid import even_depths, grid_cells, grid_table, percent, plot_heatmap
+from longqlora.evaluation.retrieval.grid import (
+    by_place,
+    draw_panel,
+    even_depths,
+    grid_cells,
+    grid_table,
+    percent,
+    plot_heatmap,
+)
 from longqlora.evaluation.retrieval.passkey import (
     DESCRIPTION,
     FILLER,
@@ -109,21 +116,20 @@ def test_an_answer_counts_if_its_first_number_is_the_key(tiny_tokenizer, reply, 
     assert loaded.model.lengths == [600]
 
 
-def test_evaluation_counts_and_resumes(tiny_tokenizer, tmp_path):
+def test_every_cell_is_counted(tiny_tokenizer):
     def reply(prompt):
         key = key_in(prompt)
         return f" {key}" if int(key) % 2 else " 0"
 
     loaded = rigged(tiny_tokenizer, reply)
     task = Passkey([500, 700], [0, 1], num_trials=6, seed=1)
-    result = ask_all(task, loaded, tmp_path / "out.json")
+    result = ask_all(task, loaded)
     assert len(loaded.model.lengths) == 24
     assert [(cell["length"], cell["depth"]) for cell in result["cells"]] == [(500, 0), (500, 1), (700, 0), (700, 1)]
     for number, cell in enumerate(result["cells"]):
         odd = sum(int(t["key"]) % 2 for t in result["trials"][6 * number : 6 * number + 6])
         assert (cell["num_trials"], cell["num_correct"], cell["accuracy"]) == (6, odd, odd / 6)
     assert 0 < sum(cell["num_correct"] for cell in result["cells"]) < 24
-    assert ask_all(task, loaded, tmp_path / "out.json") == result and len(loaded.model.lengths) == 24
     with pytest.raises(ValueError, match="length 20 is too short"):
         ask_all(Passkey([600, 20], [0]), loaded)
     assert len(loaded.model.lengths) == 24, "found before any trial"
@@ -143,36 +149,19 @@ def test_table_has_a_row_for_each_depth_and_means():
     assert percent(0) == "0%" and percent(0.3333) == "33.33%" and percent(1) == "100%"
 
 
-def test_heatmap_draws_values_at_their_places_on_one_scale(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
+def test_heatmap_draws_values_at_their_places_on_one_scale(tmp_path):
+    from matplotlib.figure import Figure
 
-    drawn, shown = [], []
-    text, imshow = Axes.text, Axes.imshow
-    monkeypatch.setattr(Axes, "text", lambda *args, **kw: drawn.append((*args[1:4], kw["color"])) or text(*args, **kw))
-    monkeypatch.setattr(Axes, "imshow", lambda *args, **kw: shown.append(kw) or imshow(*args, **kw))
     cells = [{"length": 512, "depth": 1, "score": 0.9}, {"length": 64, "depth": 0, "score": 0.1},
              {"length": 64, "depth": 1, "score": None}]  # fmt: skip
+    axis = Figure().subplots()
+    assert draw_panel(axis, *by_place(cells, "score")).get_clim() == (0, 1)
+    drawn = {(text.get_position(), text.get_text(), text.get_color()) for text in axis.texts}
+    assert drawn == {((0, 0), "0.10", "white"), ((1, 1), "0.90", "black")}
     plot_heatmap({"one $x_$": cells, "two": cells[:1], "three": cells, "four": []}, tmp_path / "map.svg", value="score")
-    assert sorted(drawn)[:2] == [(0, 0, "0.10", "white"), (0, 0, "0.10", "white")] and len(drawn) == 5
-    assert (1, 1, "0.90", "black") in drawn and {(kw["vmin"], kw["vmax"]) for kw in shown} == {(0, 1)}
     assert (tmp_path / "map.svg").read_bytes().startswith(b"<?xml")
     with pytest.raises(ValueError, match="no cells"):
         plot_heatmap({"title": []}, tmp_path / "none.png")
-
-
-def test_script_writes_table_file_and_plot(evaluate, tiny_model_dir, tmp_path):
-    out = tmp_path / "new" / "out.json"
-    code, stdout, _ = evaluate(
-        "passkey", "--model_name_or_path", tiny_model_dir, "--lengths", 300, 330, "--depths", 0, 1, 0, "--num_trials",
-        2, "--output_file", out, "--plot", tmp_path / "new" / "map.png",
-    )  # fmt: skip
-    assert code == 0
-    assert "warning: length 300 is beyond the model's context of 64 tokens" in stdout
-    assert "depth  300  330" in stdout and " mean" in stdout
-    written = json.loads(out.read_text())
-    assert len(written["cells"]) == 4 and len(written["trials"]) == 8
-    assert written["protocol"]["num_digits"] == 5 and written["context_size"] == 64 and "torch" in written["versions"]
-    assert sorted(path.name for path in out.parent.iterdir()) == ["map.png", "out.json"]
 
 
 def test_trained_model_solves_its_own_test_by_construction():
@@ -182,16 +171,14 @@ def test_trained_model_solves_its_own_test_by_construction():
     script = load_script("benchmark/train_passkey_llama.py")
     tokenizer = script.train_tokenizer()
     rows = script.RowMaker(tokenizer, np.random.default_rng(0))
-    texts = []
-    for length in (rows.min_length, 150, 256):
-        ids, weights = rows.row(length)
-        text = text_of(tokenizer, ids)
-        key = key_in(text)
-        assert len(ids) == len(weights) == length and text.endswith(f"{QUESTION} {key}.")
+    lengths = (rows.min_length, 150, 256)
+    made = [rows.row(length) for length in lengths]
+    texts = [text_of(tokenizer, ids) for ids, _ in made]
+    for length, (ids, weights), text in zip(lengths, made, texts, strict=True):
+        assert len(ids) == len(weights) == length and text.endswith(f"{QUESTION} {key_in(text)}.")
         assert ids[-1] == tokenizer.eos_token_id
         # First mention free, second and answer (with its space, full stop and end) count in full.
-        assert Counter(weights)[0.0] == 5 and Counter(weights)[1.0] == 5 + len(rows.answer(key))
-        texts.append(text)
+        assert Counter(weights)[0.0] == 5 and Counter(weights)[1.0] == 5 + len(rows.answer(key_in(text)))
     assert texts[1].startswith(DESCRIPTION) and len(set(map(key_in, texts))) == 3
     unknown = "naïve 日本 \U0001f600 x_1"
     assert text_of(tokenizer, tokenizer(unknown)["input_ids"]) == unknown

@@ -1,50 +1,43 @@
 """Window protocols and the reduction of window losses, against straightforward reimplementations."""
 
 import math
+from itertools import product
 
-import numpy as np
 import pytest
 
 from longqlora.evaluation.frame import json_safe
 from longqlora.evaluation.perplexity import (
     WindowLoss,
-    batches,
     exact_sum,
     perplexity,
     plan_windows,
-    position_blocks,
     spread,
     summarize,
 )
 
 
 def longlora_starts(num_tokens, seq_len, stride):
-    """The loop of LongLoRA's eval.py; None where it raises."""
+    """The loop of LongLoRA's eval.py; empty where it raises."""
     starts, start = [], 0
     while start < num_tokens - seq_len:
         starts.append(start)
         start += stride
-    if not starts:
-        return None
-    starts.pop()
-    return starts or None
+    return starts[:-1]
 
 
 def test_longlora_windows_are_those_of_the_original_loop():
-    for num_tokens in range(1, 40):
-        for seq_len in range(2, 14):
-            for stride in range(1, 16):
-                expected = longlora_starts(num_tokens, seq_len, stride)
-                if expected is None:
-                    assert num_tokens < seq_len + stride + 1
-                    with pytest.raises(ValueError, match=f"needs at least {seq_len + stride + 1} "):
-                        plan_windows(num_tokens, seq_len=seq_len, stride=stride)
-                    continue
-                plan = plan_windows(num_tokens, seq_len=seq_len, stride=stride)
-                assert [window.start for window in plan.windows] == expected
-                assert {(window.length, window.score_from) for window in plan.windows} == {(seq_len, 1)}
-                covered = {t for start in expected for t in range(start, start + seq_len)}
-                assert plan.num_uncovered_tokens == num_tokens - len(covered)
+    for num_tokens, seq_len, stride in product(range(1, 40), range(2, 14), range(1, 16)):
+        expected = longlora_starts(num_tokens, seq_len, stride)
+        if not expected:
+            assert num_tokens < seq_len + stride + 1
+            with pytest.raises(ValueError, match=f"needs at least {seq_len + stride + 1} "):
+                plan_windows(num_tokens, seq_len=seq_len, stride=stride)
+            continue
+        plan = plan_windows(num_tokens, seq_len=seq_len, stride=stride)
+        assert [window.start for window in plan.windows] == expected
+        assert {(window.length, window.score_from) for window in plan.windows} == {(seq_len, 1)}
+        covered = {t for start in expected for t in range(start, start + seq_len)}
+        assert plan.num_uncovered_tokens == num_tokens - len(covered)
 
 
 def test_stride_protocol_scores_every_token_but_the_first_once():
@@ -58,18 +51,11 @@ def test_stride_protocol_scores_every_token_but_the_first_once():
                 assert plan.num_uncovered_tokens == 0 and plan.num_scored_tokens == num_tokens - 1
 
 
-# What evaluate.py's flags can ask for is in test_bad_input.py.
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        ({"protocol": "other"}, "protocol 'other'"),
-        ({"protocol": "stride", "num_tokens": 1}, "at least 2"),
-        ({"num_tokens": 12}, "needs at least 13 "),
-    ],
-)
-def test_impossible_plans(values, message):
-    with pytest.raises(ValueError, match=message):
-        plan_windows(**{"num_tokens": 100, "seq_len": 8, "stride": 4, **values})
+def test_impossible_plans():
+    """Beside what evaluate.py's flags can ask for (test_scripts.py)."""
+    for values, message in (({"protocol": "other"}, "protocol 'other'"), ({"num_tokens": 1}, "at least 2")):
+        with pytest.raises(ValueError, match=message):
+            plan_windows(**{"num_tokens": 100, "seq_len": 8, "stride": 4, "protocol": "stride", **values})
 
 
 def test_max_windows_is_an_evenly_spread_subset_and_says_so():
@@ -78,41 +64,6 @@ def test_max_windows_is_an_evenly_spread_subset_and_says_so():
     assert plan.num_windows_skipped == 94 and "evenly spread subset, 94 windows skipped" in plan.describe()
     assert spread([1, 2, 3], 1) == [1] and spread([1, 2, 3], 9) == [1, 2, 3]
     assert all(len(set(spread(range(n), k))) == k for n in range(1, 30) for k in range(1, n + 1))
-
-
-def test_batches_never_mix_lengths():
-    plan = plan_windows(24, seq_len=8, stride=3, protocol="stride")
-    assert [window.length for window in plan.windows] == [8] * 6 + [6] or plan.windows[-1].length < 8
-    for size in range(1, 9):
-        groups = batches(plan.windows, size)
-        assert [index for group in groups for index in group] == list(range(len(plan.windows)))
-        assert all(len(group) <= size and len({plan.windows[i].length for i in group}) == 1 for group in groups)
-    with pytest.raises(ValueError, match="batch_size"):
-        batches(plan.windows, 0)
-
-
-def test_position_blocks_tile_the_scored_positions():
-    for seq_len in [2, 3, 64, 65, 66, 1000, 8192]:
-        edges = position_blocks(seq_len)
-        assert edges[0] == 1 and edges[-1] == seq_len and len(edges) <= 65
-        assert min(np.diff(edges)) >= 1 and max(np.diff(edges)) - min(np.diff(edges)) <= 1
-
-
-def test_longlora_mean_of_window_means_and_stride_mean_of_tokens():
-    plan = plan_windows(40, seq_len=5, stride=7)
-    totals = [4.0 * (index + 1) for index in range(len(plan.windows))]
-    summary = summarize(plan, [WindowLoss(total, (total / 4,) * 4, index % 3) for index, total in enumerate(totals)])
-    assert summary["loss"] == pytest.approx(np.mean(totals) / 4)
-    assert summary["perplexity"] == math.exp(summary["loss"])
-    assert summary["accuracy"] == pytest.approx(np.mean([index % 3 / 4 for index in range(len(totals))]))
-    assert [block["num_tokens"] for block in summary["loss_by_position"]] == [len(totals)] * 4
-
-    plan = plan_windows(11, seq_len=6, stride=3, protocol="stride")
-    scored = [window.num_scored for window in plan.windows]
-    assert scored == [5, 3, 2]
-    losses = [WindowLoss(float(i + 1) * n, (0.0,) * 5, i + 1) for i, n in enumerate(scored)]
-    assert summarize(plan, losses)["loss"] == pytest.approx((1 * 5 + 2 * 3 + 3 * 2) / 10)
-    assert summarize(plan, losses)["accuracy"] == pytest.approx((1 + 2 + 3) / 10)
 
 
 def test_overflow_and_nan_are_json_safe_and_the_loss_is_kept():

@@ -8,6 +8,7 @@ Dimensions: S sequence, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from longqlora.data.prompt import CHAT_TEMPLATE, TURN_TEMPLATES, encode_answer, encode_text
 from longqlora.evaluation.longtask.questions import Question
@@ -49,18 +50,14 @@ class FittedPrompt:
     num_tokens_cut: int
 
 
-def shown_answer(task: Question) -> str:
-    """The answer as an example shows it."""
-    return option_letter(task.answer_index) if task.options else task.references[0]
-
-
 def question_block(task: Question, context: str, *, is_asked: bool) -> str:
     """Context, own examples, question, options and the place of the answer; with `is_asked` False the answer too."""
     examples = [f"{QUESTION_LEAD}{question.strip()}\n{ANSWER_LEAD} {answer}" for question, answer in task.examples]
     lines = [f"{QUESTION_LEAD}{task.question.strip()}"] if task.question.strip() else []
     lines += [f"({option_letter(index)}) {option}" for index, option in enumerate(task.options)]
     lines += [CHOICE_REQUEST] if task.options else []
-    lines.append(ANSWER_LEAD if is_asked else f"{ANSWER_LEAD} {shown_answer(task)}")
+    answer = option_letter(task.answer_index) if task.options else task.references[0]
+    lines.append(ANSWER_LEAD if is_asked else f"{ANSWER_LEAD} {answer}")
     return "\n\n".join([*filter(None, [context.strip()]), *examples, "\n".join(lines)])
 
 
@@ -133,29 +130,18 @@ def log_likelihoods(model, prompt_ids: Sequence[int], continuations: Sequence[Se
 
     Continuations that differ in one last token, as letters do, take a single forward pass.
     """
-    num_shared = 0
-    while (
-        all(len(ids) > num_shared + 1 for ids in continuations) and len({ids[num_shared] for ids in continuations}) == 1
-    ):
-        num_shared += 1
-    start = [*prompt_ids, *continuations[0][:num_shared]]
-    rests = [list(ids[num_shared:]) for ids in continuations]
-    if all(len(rest) == 1 for rest in rests):
-        scores = next_log_probabilities(model, start, 1)[-1]
-        return [float(scores[rest[0]]) for rest in rests]
-    sums = []
-    for rest in rests:
-        scores = next_log_probabilities(model, start + rest[:-1], len(rest))
-        sums.append(float(sum(row[token] for row, token in zip(scores, rest, strict=True))))
-    return sums
-
-
-def next_log_probabilities(model, ids: Sequence[int], num_positions: int):
-    """fp32 [num_positions, V]: log-probabilities of the token after each of the last positions of `ids` [S]."""
     import torch
 
-    with torch.inference_mode():
-        output = model(
-            input_ids=torch.tensor([list(ids)], device=model.device), logits_to_keep=num_positions, use_cache=False
-        )
-        return output.logits[0, -num_positions:].float().log_softmax(-1).cpu()
+    num_shared = min(len(commonprefix([list(ids) for ids in continuations])), min(map(len, continuations)) - 1)
+    start = [*prompt_ids, *continuations[0][:num_shared]]
+    passes: dict[tuple, torch.Tensor] = {}  # fp32 [positions, V]
+    sums = []
+    for rest in (list(ids[num_shared:]) for ids in continuations):
+        given = tuple(rest[:-1])
+        if given not in passes:
+            ids = torch.tensor([[*start, *given]], device=model.device)
+            with torch.inference_mode():
+                logits = model(input_ids=ids, logits_to_keep=len(rest), use_cache=False).logits
+            passes[given] = logits[0, -len(rest) :].float().log_softmax(-1).cpu()
+        sums.append(float(sum(row[token] for row, token in zip(passes[given], rest, strict=True))))
+    return sums

@@ -28,7 +28,7 @@ from longqlora.evaluation.longtask.scores import (
 )
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, generate_text
 from longqlora.plot import new_figure
-from longqlora.table import text_table
+from longqlora.table import grouped, text_table
 
 MAX_LABEL = 32
 
@@ -90,11 +90,8 @@ class LongTask(Task):
         question = Question.from_dict(trial)
         model, tokenizer, template = self.loaded.model, self.loaded.tokenizer, self.form.template
         prompt = fitted_prompt(tokenizer, question, self.form)
-        facts = {
-            "num_context_tokens": prompt.num_context_tokens,
-            "num_tokens_cut": prompt.num_tokens_cut,
-            "num_prompt_tokens": len(prompt.ids),
-        }
+        facts = {"num_context_tokens": prompt.num_context_tokens, "num_tokens_cut": prompt.num_tokens_cut}
+        facts["num_prompt_tokens"] = len(prompt.ids)
         if question.options and self.choice_scoring == "loglikelihood":
             letters = letter_ids(tokenizer, prompt, len(question.options), template)
             scores = log_likelihoods(model, prompt.ids, letters)
@@ -115,16 +112,8 @@ class LongTask(Task):
             f"greedy answers{likeliest}, {self.num_shots} examples of --shots_file, contexts cut in the middle to "
             f"{self.form.context_size} tokens with prompt"
         )
-        told = (
-            "prompt_template",
-            "max_new_tokens",
-            "num_shots",
-            "choice_scoring",
-            "metric",
-            "rouge_stemmer",
-            "max_rows",
-        )
-        settings = {name: getattr(self, name) for name in told} | {"prompt_template": self.form.template}
+        told = ("max_new_tokens", "num_shots", "choice_scoring", "metric", "rouge_stemmer", "max_rows")
+        settings = {"prompt_template": self.form.template, **{name: getattr(self, name) for name in told}}
         return {
             "protocol": protocol,
             "settings": {"data_path": list(map(str, self.data_path)), **settings},
@@ -157,14 +146,8 @@ def score_answer(question: Question, result: Mapping, metric: str, *, use_stemme
     """
     metric = metric_of(question, metric)
     answer, choice = result["answer"], result.get("choice")
-    row = {
-        **result,
-        "num_examples": len(question.examples),
-        "id": question.id,
-        "task": question.task,
-        "metric": metric,
-        "references": list(question.references),
-    }
+    row = {**result, "num_examples": len(question.examples), "id": question.id, "task": question.task}
+    row |= {"metric": metric, "references": list(question.references)}
     if metric in ("accuracy", "exam") and question.options:
         choice = parse_choice(answer, question.options) if choice is None else choice
         letter = None if choice is None else option_letter(choice)
@@ -179,9 +162,6 @@ def score_answer(question: Question, result: Mapping, metric: str, *, use_stemme
 
 def summarize_tasks(rows: Sequence[Mapping]) -> list[dict]:
     """Mean score of each pair of task and metric, in order of appearance, with what was cut and not understood."""
-    groups: dict[tuple[str, str], list[Mapping]] = {}
-    for row in rows:
-        groups.setdefault((row["task"], row["metric"]), []).append(row)
     return [
         {
             "task": task,
@@ -192,7 +172,7 @@ def summarize_tasks(rows: Sequence[Mapping]) -> list[dict]:
             "num_rows_without_choice": sum("choice" in row and row["choice"] is None for row in group),
             "mean_context_tokens": fmean(row["num_context_tokens"] for row in group),
         }
-        for (task, metric), group in groups.items()
+        for (task, metric), group in grouped(rows, "task", "metric").items()
     ]
 
 
@@ -201,20 +181,13 @@ def summarize_lengths(rows: Sequence[Mapping]) -> list[dict]:
 
     max_tokens is exclusive.
     """
-    groups: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
-        floor = 2 ** math.floor(math.log2(max(1, row["num_context_tokens"])))
-        groups.setdefault((row["metric"], floor), []).append(row["score"])
+    floors = [2 ** math.floor(math.log2(max(1, row["num_context_tokens"]))) for row in rows]
+    groups = grouped([{**row, "floor": floor} for row, floor in zip(rows, floors, strict=True)], "metric", "floor")
     return [
-        {
-            "metric": metric,
-            "min_tokens": floor,
-            "max_tokens": 2 * floor,
-            "score": fmean(scores),
-            "num_rows": len(scores),
-        }
-        for (metric, floor), scores in sorted(groups.items())
-    ]
+        {"metric": metric, "min_tokens": floor, "max_tokens": 2 * floor,
+         "score": fmean(row["score"] for row in group), "num_rows": len(group)}
+        for (metric, floor), group in sorted(groups.items())
+    ]  # fmt: skip
 
 
 def plot_tasks(tasks: Sequence[Mapping], lengths: Sequence[Mapping], path: str) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from longqlora.evaluation.frame import ModelSource, Task
+from longqlora.evaluation.frame import ModelSource, Task, check_lengths
 from longqlora.plot import save_figure
 from longqlora.table import text_table
 
@@ -48,7 +48,13 @@ class GridTask(Task):
     value = label = ""
 
     def __post_init__(self) -> None:
-        check_grid([1] if self.lengths is None else self.lengths, self.depths)
+        lengths = [1] if self.lengths is None else self.lengths
+        if not lengths or not self.depths:
+            raise ValueError("give at least one length (--lengths) and one depth (--depths)")
+        check_lengths(lengths)
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise ValueError(f"--depths: must be between 0 (start) and 1 (end), got {depth}")
 
     def cells_for(self, source: ModelSource) -> list[dict]:
         """Every {"length", "depth"} once; warns of lengths beyond the model's context."""
@@ -62,17 +68,6 @@ class GridTask(Task):
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
         plot_heatmap({name: record["cells"]}, path, value=self.value, label=self.label)
-
-
-def check_grid(lengths: Sequence[int], depths: Sequence[float]) -> None:
-    """Raise ValueError unless there are lengths of at least 1 token and depths between 0 and 1."""
-    if not lengths or not depths:
-        raise ValueError("give at least one length (--lengths) and one depth (--depths)")
-    if min(lengths) < 1:
-        raise ValueError(f"--lengths: must be at least 1 token, got {min(lengths)}")
-    for depth in depths:
-        if not 0 <= depth <= 1:
-            raise ValueError(f"--depths: must be between 0 (start) and 1 (end), got {depth}")
 
 
 def grid_cells(lengths: Sequence[int], depths: Sequence[float]) -> list[dict]:

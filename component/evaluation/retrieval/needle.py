@@ -46,10 +46,9 @@ class NeedlePrompt:
 
     def num_haystack_tokens(self, length: int) -> int:
         """Tokens of haystack in a prompt of `length` tokens; ValueError where not even the needle fits."""
-        if length < self.min_length:
-            raise ValueError(
-                f"length {length} is too short for needle and question, which need {self.min_length} tokens"
-            )
+        least = self.min_length
+        if length < least:
+            raise ValueError(f"length {length} is too short for needle and question, which need {least} tokens")
         return length - self.min_length
 
     def build(self, *, length: int, depth: float) -> list[int]:

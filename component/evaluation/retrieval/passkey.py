@@ -19,6 +19,7 @@ from longqlora.evaluation.frame import ModelSource
 from longqlora.evaluation.retrieval.grid import GridTask
 from longqlora.evaluation.retrieval.haystack import encode_after
 from longqlora.inference.generation import GenerationOptions, generate_text
+from longqlora.table import grouped
 
 DESCRIPTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -113,19 +114,12 @@ def answer_trial(loaded, trial: Mapping) -> dict:
 
 def accuracy_cells(results: Sequence[Mapping]) -> list[dict]:
     """Results of `answer_trial` -> a cell {length, depth, num_trials, num_correct, accuracy} for each pair."""
-    groups: dict[tuple[int, float], list[bool]] = {}
-    for result in results:
-        groups.setdefault((result["length"], result["depth"]), []).append(result["is_correct"])
-    return [
-        {
-            "length": length,
-            "depth": depth,
-            "num_trials": len(outcomes),
-            "num_correct": sum(outcomes),
-            "accuracy": sum(outcomes) / len(outcomes),
-        }
-        for (length, depth), outcomes in groups.items()
-    ]
+    cells = []
+    for (length, depth), group in grouped(results, "length", "depth").items():
+        counts = {"num_trials": len(group), "num_correct": sum(result["is_correct"] for result in group)}
+        accuracy = counts["num_correct"] / counts["num_trials"]
+        cells.append({"length": length, "depth": depth, **counts, "accuracy": accuracy})
+    return cells
 
 
 @dataclass

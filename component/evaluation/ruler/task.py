@@ -20,7 +20,7 @@ from longqlora.evaluation.frame import ModelSource, Task
 from longqlora.evaluation.retrieval.haystack import read_haystack
 from longqlora.evaluation.ruler.tasks import TASKS, Sample, TextHaystack, check_tasks
 from longqlora.plot import mark_lengths, new_figure
-from longqlora.table import text_table
+from longqlora.table import grouped, text_table
 
 CountTokens = Callable[[str], int]
 # A task that runs out of units before this share of the length is refused.
@@ -123,18 +123,22 @@ class Ruler(Task):
         return ruler_result(fitted, samples, answers)
 
     def score(self, results: Sequence[dict]) -> dict:
-        of_ruler = [result for result in results if "length" in result]
+        of_ruler, _ = by_source(results)
         means = {"mean": mean_by_length(of_ruler)} if of_ruler else {}
         return {"protocol": PROTOCOL, "settings": self.told, **means, "results": results}
 
     def table(self, record: Mapping) -> str:
-        of_ruler = [result for result in record["results"] if "length" in result]
-        of_lm_eval = [result for result in record["results"] if "length" not in result]
-        pairs = ((score_table, of_ruler), (metric_table, of_lm_eval))
+        pairs = zip((score_table, metric_table), by_source(record["results"]), strict=True)
         return "\n".join(table(results) for table, results in pairs if results)
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
-        plot_scores([result for result in record["results"] if "length" in result], path)
+        plot_scores(by_source(record["results"])[0], path)
+
+
+def by_source(results: Sequence[Mapping]) -> tuple[list[Mapping], list[Mapping]]:
+    """Results of RULER's tasks, and of lm-eval's, which have no length."""
+    of_ruler, of_lm_eval = ([r for r in results if ("length" in r) is has_length] for has_length in (True, False))
+    return of_ruler, of_lm_eval
 
 
 @dataclass
@@ -249,18 +253,14 @@ def ruler_result(fitted: FittedTask, samples: Sequence[tuple[Sample, int]], answ
 
 def mean_by_length(results: Sequence[Mapping]) -> dict[int, float]:
     """Length in tokens -> mean score of its tasks, each task counting the same."""
-    lengths = sorted({result["length"] for result in results})
-    return {
-        length: statistics.fmean(result["score"] for result in results if result["length"] == length)
-        for length in lengths
-    }
+    groups = sorted(grouped(results, "length").items())
+    return {length: statistics.fmean(result["score"] for result in group) for (length,), group in groups}
 
 
 def rows_by_task(results: Sequence[Mapping]) -> dict[str, dict[int, float]]:
     """Task -> {length: score}, and the mean of several tasks below them."""
-    rows: dict[str, dict[int, float]] = {}
-    for result in results:
-        rows.setdefault(result["task"], {})[result["length"]] = result["score"]
+    rows = {task: {result["length"]: result["score"] for result in group}
+            for (task,), group in grouped(results, "task").items()}  # fmt: skip
     return {**rows, MEAN: mean_by_length(results)} if len(rows) > 1 else rows
 
 
