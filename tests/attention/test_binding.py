@@ -85,6 +85,8 @@ def test_padded_and_packed_rows(rows, attention, training, monkeypatch):
     inputs, segments = ROWS[rows]
     model, is_packed = make().train(training), rows == "packed"
     bind_attention(model, AttentionConfig(attention, group_size_ratio=0.25), 64, is_packed=is_packed)
+    if is_packed and attention == "full":
+        assert model.config._attn_implementation == "sdpa_no_mask"
     if rows != "a hole":
         monkeypatch.setattr("longqlora.attention.shift_short.segment_mask", None)
     ours = model(input_ids=IDS, use_cache=False, **inputs).logits
