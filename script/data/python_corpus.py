@@ -84,28 +84,22 @@ def main() -> None:
 
     rows, sources, seen = {"train": [], "validation": []}, [], set()
     for name, version, licence, files in origins:
-        num_files = num_bytes = 0
-        for path, file in files:
-            text = read_source(file)
-            if text is None:
-                continue
+        texts = {path: text for path, file in files if (text := read_source(file)) is not None}
+        for path, text in texts.items():
             rows["validation" if is_validation(path) else "train"].append({"text": text, "path": path})
-            num_files, num_bytes = num_files + 1, num_bytes + len(text.encode())
-        if num_files:
-            sources.append(
-                {"name": name, "version": version, "licence": licence, "files": num_files, "bytes": num_bytes}
-            )
+        if texts:
+            size = {"files": len(texts), "bytes": sum(len(text.encode()) for text in texts.values())}
+            sources.append({"name": name, "version": version, "licence": licence, **size})
     # First, since the folder is known by it.
     write_json(args.output_dir / SOURCES, sources)
     for split in ("validation", "train"):
-        kept = []
+        kept = {}
         for row in rows[split]:
-            digest = hashlib.sha256(row["text"].encode()).digest()
-            if digest not in seen:
-                seen.add(digest)
-                kept.append(json.dumps(row, ensure_ascii=False))
+            if row["text"] not in seen:
+                kept.setdefault(row["text"], json.dumps(row, ensure_ascii=False))
+        seen |= kept.keys()
         with atomic_file(args.output_dir / f"{split}.jsonl") as file:
-            file.write("\n".join(kept) + "\n")
+            file.write("\n".join(kept.values()) + "\n")
         size = (args.output_dir / f"{split}.jsonl").stat().st_size
         print(f"{split}: {len(kept)} files, {size / 1e6:.1f} MB")
 

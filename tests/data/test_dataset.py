@@ -342,30 +342,32 @@ def test_a_bad_line_is_named(tokenizer, jsonl, build, bad, num_workers):
         build(path, tokenizer, **settings)
 
 
-def build_as_rank(rank, path, cache, tokenizer, folder):
-    """Build in this process as rank `rank` of two; leaves its outcome and its stderr in `folder`."""
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
+def build_as_rank(rank, local_rank, path, cache, tokenizer, folder):
+    """Build in this process as rank `rank` of three; leaves its outcome and its stderr in `folder`."""
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "3"})
     with (folder / f"stderr{rank}").open("w") as sys.stderr:
         dataset, report = build_dataset(path, tokenizer, DataConfig(str(path), pack=True, data_cache_dir=str(cache)))
     (folder / f"rank{rank}.json").write_text(json.dumps([dataset[:], report.num_tokens]))
 
 
-def test_one_rank_tokenises_and_the_others_load(tokenizer, jsonl, tmp_path):
-    """Two processes without a process group; the second starts first, and must wait."""
-    path = jsonl([{"text": text} for text in documents_of(30)])
-    cache = tmp_path / "cache"
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=build_as_rank, args=(rank, path, cache, tokenizer, tmp_path)) for rank in (0, 1)]
+def test_one_rank_of_each_node_tokenises_and_the_others_load(tokenizer, jsonl, tmp_path):
+    """Processes without a process group, two of them on one node: its second starts first, and must wait."""
+    path, fork = jsonl([{"text": text} for text in documents_of(30)]), multiprocessing.get_context("fork")
+    places = [(0, 0, tmp_path / "cache"), (1, 1, tmp_path / "cache"), (2, 0, tmp_path / "other node")]
+    ranks = [fork.Process(target=build_as_rank, args=(rank, local_rank, path, cache, tokenizer, tmp_path))
+             for rank, local_rank, cache in places]  # fmt: skip
     ranks[1].start()
     ranks[1].join(0.5)
-    assert ranks[1].is_alive() and not any(cache.glob("*"))
+    assert ranks[1].is_alive() and not any((tmp_path / "cache").glob("*"))
     ranks[0].start()
+    ranks[2].start()
     for process in ranks:
         process.join(30)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    assert (tmp_path / "rank0.json").read_text() == (tmp_path / "rank1.json").read_text()
-    assert "Tokenising" in (tmp_path / "stderr0").read_text() and (tmp_path / "stderr1").read_text() == ""
-    assert len(list(cache.iterdir())) == 1
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
+    assert len({(tmp_path / f"rank{rank}.json").read_text() for rank in range(3)}) == 1
+    assert "Tokenising" in (tmp_path / "stderr0").read_text()
+    assert [(tmp_path / f"stderr{rank}").read_text() for rank in (1, 2)] == ["", ""]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.realdata
