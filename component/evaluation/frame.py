@@ -72,7 +72,7 @@ class Task(ABC):
         """The trials in parts, each reported when it is done. Raises ValueError for what the model cannot be asked."""
 
     def use(self, loaded) -> None:
-        """Take the loaded model (longqlora.inference.load.LoadedModel) that the trials are asked of."""
+        """Take the model (longqlora.inference.load.LoadedModel) that the trials are asked of."""
         self.loaded = loaded
 
     @abstractmethod

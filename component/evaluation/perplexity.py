@@ -85,13 +85,10 @@ def plan_windows(
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
-    for name, value, least in (
-        ("seq_len", seq_len, 2),
-        ("the stride (sliding_window)", stride, 1),
-        ("max_windows", max_windows, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, not {value}")
+    least = (("seq_len", seq_len, 2), ("the stride (sliding_window)", stride, 1), ("max_windows", max_windows, 1))
+    for name, value, minimum in least:
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, not {value}")
     if protocol == "longlora":
         windows = [Window(start, seq_len) for start in range(0, num_tokens - seq_len, stride)][:-1]
         if not windows:

@@ -47,20 +47,14 @@ class TokenScorer:
         """
         if not self.probed:
             self.split, self.probed = find_split(self.model, input_ids[:1, :PROBE_TOKENS]), True
-        if self.prefill_chunk_size and input_ids.shape[1] > self.prefill_chunk_size:
-            return self.score_in_blocks(input_ids)
-        if self.split is None:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
-            return chunked_scores(logits, input_ids, lambda chunk: chunk)
-        decoder, head = self.split
-        return chunked_scores(decoder(input_ids=input_ids, use_cache=False)[0], input_ids, head)
-
-    def score_in_blocks(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `__call__`, in blocks of prefill_chunk_size tokens against a KV cache."""
-        module, head = self.split or (self.model, lambda chunk: chunk)
-        blocks = states_in_blocks(module, input_ids, config=self.model.config, block_size=self.prefill_chunk_size)
-        num_blocks = -(-input_ids.shape[1] // self.prefill_chunk_size)
-        progress = tqdm(blocks, total=num_blocks, desc="blocks", leave=False, disable=not is_main_process())
+        module, head = self.split or (self.model, lambda logits: logits)
+        size, num_tokens = self.prefill_chunk_size, input_ids.shape[1]
+        if not size or num_tokens <= size:
+            output = module(input_ids=input_ids, use_cache=False)
+            return chunked_scores(output[0] if self.split else output.logits, input_ids, head)
+        blocks = states_in_blocks(module, input_ids, config=self.model.config, block_size=size)
+        hide = not is_main_process()
+        progress = tqdm(blocks, total=-(-num_tokens // size), desc="blocks", leave=False, disable=hide)
         # Each block also predicts the first token of the next; the last one has none to predict.
         pieces = [chunked_scores(states, input_ids[:, first : first + states.shape[1] + 1], head)
                   for first, states in progress]  # fmt: skip

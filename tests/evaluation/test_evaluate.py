@@ -158,16 +158,13 @@ def test_reading_in_blocks_binds_attention_without_a_mask(tiny_model_dir, data, 
 
 
 def test_overflowing_model_reports_null_and_keeps_the_loss(tmp_path, tiny_tokenizer, model, data, evaluate):
-    folder = tmp_path / "model"
     loud = copy.deepcopy(model)
-    with torch.no_grad():
-        loud.lm_head.weight.mul_(1e5)
-    loud.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    code, out, err = evaluate(
-        "evaluate", "--base_model", folder, "--seq_len", 16, "--sliding_window", 40, "--data_path", data,
-        "--output_file", tmp_path / "r.json", "--plot", tmp_path / "r.png",
-    )  # fmt: skip
+    loud.lm_head.weight.data *= 1e5
+    loud.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    code, out, err = evaluate("evaluate", "--base_model", tmp_path / "model", "--seq_len", 16,
+                              "--sliding_window", 40, "--data_path", data, "--output_file", tmp_path / "r.json",
+                              "--plot", tmp_path / "r.png")  # fmt: skip
     assert code == 0, err
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["perplexity"] is None and result["loss"] > 709 and "perplexity inf" in out

@@ -27,7 +27,7 @@ from longqlora.evaluation.longtask.scores import (
     require_rouge,
 )
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, generate_text
-from longqlora.plot import new_figure
+from longqlora.plot import mark_lengths, new_figure
 from longqlora.table import grouped, text_table
 
 MAX_LABEL = 32
@@ -201,16 +201,12 @@ def plot_tasks(tasks: Sequence[Mapping], lengths: Sequence[Mapping], path: str) 
         left.bar_label(bars, fmt="%.3f", padding=3)
         left.set_yticks(range(len(tasks)), labels)
         left.invert_yaxis()
-        left.set_xlim(0, 1.12)
-        left.set_xlabel("mean score")
-        for metric in dict.fromkeys(entry["metric"] for entry in lengths):
-            points = [(entry["min_tokens"], entry["score"]) for entry in lengths if entry["metric"] == metric]
+        left.set(xlim=(0, 1.12), xlabel="mean score")
+        for (metric,), group in grouped(lengths, "metric").items():
+            points = [(entry["min_tokens"], entry["score"]) for entry in group]
             right.plot(*zip(*points, strict=True), marker="o", label=metric)
         ticks = sorted({entry["min_tokens"] for entry in lengths})
-        right.set_xscale("log", base=2)
+        mark_lengths(right, ticks)
         right.set_xticks(ticks, [f"{tick}-{2 * tick}" for tick in ticks], rotation=30)
-        right.minorticks_off()
-        right.set_ylim(-0.03, 1.03)
-        right.set_xlabel("length of the text (tokens)")
-        right.set_ylabel("mean score")
+        right.set(ylim=(-0.03, 1.03), xlabel="length of the text (tokens)", ylabel="mean score")
         right.legend()
