@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a tiny tokenizer and model made here, and a runner for the scripts."""
 
+import functools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ SHARED = REPO.parent / "shared"
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box quietly in the long dark river night".split()
 # A training run of the tiny model: seconds.
 NUM_STEPS = 6
+ZERO2 = str(REPO / "train_args" / "deepspeed" / "zero2.json")
 SETTINGS = {
     "model_max_length": 128, "max_seq_length": 128, "attention": "s2", "lora_rank": 4, "train_embedding": True,
     "train_norm": True, "max_steps": NUM_STEPS, "per_device_train_batch_size": 2, "learning_rate": "1e-2",
@@ -142,21 +144,25 @@ def train_file(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def write_yaml(tmp_path, tiny_model_dir, train_file):
+@pytest.fixture(scope="session")
+def write_yaml_in(tiny_model_dir, train_file):
     """Write a YAML of SETTINGS with changes (None leaves a key out); returns its path and the output_dir."""
 
-    def write(name="run", **changes) -> tuple[Path, Path]:
-        output_dir = tmp_path / name
+    def write(folder: Path, name="run", **changes) -> tuple[Path, Path]:
+        path, output_dir = folder / f"{name}.yaml", folder / name
         values = {
             "model_name_or_path": str(tiny_model_dir), "train_file": str(train_file), "output_dir": str(output_dir),
-            "data_cache_dir": str(tmp_path / "cache"), **SETTINGS, **changes,
+            "data_cache_dir": str(folder / "cache"), **SETTINGS, **changes,
         }  # fmt: skip
-        path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
         return path, output_dir
 
     return write
+
+
+@pytest.fixture
+def write_yaml(write_yaml_in, tmp_path):
+    return functools.partial(write_yaml_in, tmp_path)
 
 
 def run_script(script: str, *args, cwd=None, input="", timeout=120, env=None, check=False):

@@ -1,52 +1,72 @@
-"""Scripts in processes of their own that start quickly: forked from the server of `training_process`."""
+"""Scripts in processes of their own that start quickly: forked from a server with everything imported."""
 
+import multiprocessing
 import os
+import resource
 import runpy
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 
-from training_process import CONTEXT, ensure_server
+REPO = Path(__file__).resolve().parents[2]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["training_process_imports"])
 
-STREAMS = ("stdin", "stdout", "stderr")
 
-
-def run_main_of_script(words: list[str], folder: str, environment: dict[str, str]) -> None:
-    """Body of the child: `python WORDS`, its streams in files of `folder`."""
-    os.environ.clear()
+def run_main_of_script(words: list[str], streams: list[str], environment: dict[str, str], cwd, max_file_bytes) -> None:
+    """Body of the child: `python WORDS`; streams: files of stdin, stdout and stderr."""
+    # The server passes over what it cannot import, and each run takes seconds more.
+    assert "training_process_imports" in sys.modules, "the fork server has imported nothing"
     os.environ.update(environment)
-    for number, name in enumerate(STREAMS):
-        descriptor = os.open(Path(folder) / name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, number)
+    if max_file_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+    for number, file in enumerate(streams):
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
     sys.stdin = open(0, encoding="utf-8", closefd=False)
+    os.chdir(cwd or ".")
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).parent))
     import torch
     import transformers
 
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
+    if environment.get("TRANSFORMERS_VERBOSITY") == "error":
+        transformers.logging.set_verbosity_error()
     runpy.run_path(words[0], run_name="__main__")
+
+
+def start_script(words: list, streams: list, environment: dict, *, cwd=None, max_file_bytes=None, daemon=True):
+    """Start `python WORDS`: a process with `exitcode`, `join` and `kill` (SIGKILL).
+
+    max_file_bytes: size at which writing a file fails, as on a full disk.
+    """
+    # The server imports from the path of its environment, whatever this process has (Python 3.11).
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO / "tests" / "support"), str(REPO)])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    arguments = ([str(word) for word in words], [str(file) for file in streams], environment, cwd, max_file_bytes)
+    process = CONTEXT.Process(target=run_main_of_script, args=arguments, daemon=daemon)
+    process.start()
+    return process
 
 
 def run_forked(words: list[str], *, cwd, input: str, timeout: float, environment: dict) -> subprocess.CompletedProcess:
     """As subprocess.run on `python WORDS` with text captured, some seconds sooner."""
-    ensure_server()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "stdin").write_text(input, encoding="utf-8")
-        before = os.getcwd()
-        os.chdir(cwd or before)
-        try:
-            # The child starts where its parent is.
-            process = CONTEXT.Process(target=run_main_of_script, args=(words, folder, environment))
-            process.start()
-        finally:
-            os.chdir(before)
+        streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
+        streams[0].write_text(input, encoding="utf-8")
+        process = start_script(words, streams, environment, cwd=cwd, daemon=False)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired(words, timeout)
-        outputs = [(Path(folder) / name).read_text(encoding="utf-8", errors="replace") for name in STREAMS[1:]]
+        outputs = [file.read_text(encoding="utf-8", errors="replace") for file in streams[1:]]
     return subprocess.CompletedProcess(words, process.exitcode, *outputs)

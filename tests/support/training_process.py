@@ -1,79 +1,26 @@
-"""Training runs in processes of their own that start quickly: forked from a server with everything imported."""
+"""Training runs in processes of their own: started, waited for, and what they leave."""
 
 import json
-import multiprocessing
 import os
-import resource
-import socket
-import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 
-import yaml
 from safetensors.torch import load_file
+from script_process import REPO, start_script
 
-REPO = Path(__file__).resolve().parents[2]
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["training_process_imports"])
-
-
-def run_main_of_train(
-    arguments: list[str], log: str, environment: dict[str, str], max_file_bytes: int | None = None
-) -> None:
-    """Body of the child: `python train.py ARGUMENTS`, output into `log`."""
-    # The server passes over what it cannot import, and each run takes seconds more.
-    assert "training_process_imports" in sys.modules, "the fork server has imported nothing"
-    os.environ.update(environment)
-    if max_file_bytes:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = ["train.py", *arguments]
-    import torch
-
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(REPO))
-    import train
-    from longqlora.cli import run_main
-
-    run_main(train.main)
+from longqlora.distributed import free_port
 
 
-def ensure_server() -> None:
-    """Start the server, once. It imports from the path of its environment, whatever this process has (Python 3.11)."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO / "tests" / "support"), str(REPO)])
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-
-
-def start(*arguments: object, log: Path, environment: dict[str, str] | None = None, max_file_bytes: int | None = None):
-    """Start a training run in one process, with `exitcode`, `join` and `kill` (SIGKILL); output goes to `log`.
-
-    max_file_bytes: size at which writing a file fails, as on a full disk.
-    """
-    ensure_server()
-    words = [str(word) for word in arguments]
-    process = CONTEXT.Process(
-        target=run_main_of_train, args=(words, str(log), environment or {}, max_file_bytes), daemon=True
-    )
-    process.start()
-    return process
+def start(*arguments: object, log: Path, environment: dict[str, str] | None = None, **options):
+    """Start `train.py ARGUMENTS` in one process; output goes to `log`. options: of `start_script`."""
+    return start_script([REPO / "train.py", *arguments], [os.devnull, log, log], environment or {}, **options)
 
 
 def start_ranks(*arguments: object, log: Path, num_processes: int, **options) -> list:
     """Start training in one or several processes of one world."""
     if num_processes == 1:
         return [start(*arguments, log=log, **options)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
     environments = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
     return [start(*arguments, log=log, environment=environment, **options) for environment in environments]
@@ -105,14 +52,6 @@ def fail(path: Path, *words: object, **options) -> str:
     errors = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "Traceback" not in text, text[-4000:]
     return errors[0]
-
-
-def run_training(folder: Path, name: str, values: dict, *words: object, num_processes: int = 1) -> list[dict]:
-    """Train with the settings `values`, output in folder/name; returns the log history."""
-    path, output = folder / f"{name}.yaml", folder / name
-    path.write_text(yaml.safe_dump({**values, "output_dir": str(output), "data_cache_dir": str(folder / "cache")}))
-    train(path, *words, num_processes=num_processes)
-    return history_of(output)
 
 
 def history_of(output_dir: Path) -> list[dict]:

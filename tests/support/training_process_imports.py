@@ -2,7 +2,7 @@
 
 import os
 
-# Given for these imports only (training_process.ensure_server).
+# Given for these imports only (script_process.start_script).
 os.environ.pop("PYTHONPATH", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -8,34 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPO, sentences
-from training_process import contents, fail, history_of, losses_of, run_training, same_weights, train
+from conftest import ZERO2
+from training_process import contents, fail, history_of, losses_of, same_weights, train
 
 from longqlora.training.checkpoint import check_contents, check_file, check_resumable, load_without_code
 
-DEEPSPEED = {"plain": None, "zero2": str(REPO / "train_args" / "deepspeed" / "zero2.json")}
+DEEPSPEED = {"plain": None, "zero2": ZERO2}
 OPTIM = "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt"
 MODEL = "global_step2/mp_rank_00_model_states.pt"
 RESUME = ("--resume_from_checkpoint", "true")
 
 
-def write_rows(path: Path, seed: int) -> None:
-    path.write_text("\n".join(json.dumps({"text": sentences(40 + seed, seed=100 * seed + i)}) for i in range(24)))
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_model_dir) -> dict[str, Path]:
+def whole(tmp_path_factory, write_yaml_in) -> dict[str, Path]:
     """The folder of a run of 4 steps with two checkpoints, plain and under ZeRO-2, its YAML beside it."""
     folder = tmp_path_factory.mktemp("resume")
-    write_rows(folder / "train.jsonl", seed=0)
-    values = {
-        "model_name_or_path": str(tiny_model_dir), "train_file": str(folder / "train.jsonl"), "model_max_length": 128,
-        "max_seq_length": 128, "lora_rank": 4, "max_steps": 4, "per_device_train_batch_size": 2, "seed": 7,
-        "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "report_to": "none",
-    }  # fmt: skip
-    for name, deepspeed in DEEPSPEED.items():
-        run_training(folder, name, {**values, "deepspeed": deepspeed} if deepspeed else values)
-    return {name: folder / name for name in DEEPSPEED}
+    runs = {name: write_yaml_in(folder, name, max_steps=4, deepspeed=DEEPSPEED[name]) for name in DEEPSPEED}
+    for path, _ in runs.values():
+        train(path)
+    return {name: output for name, (_, output) in runs.items()}
 
 
 @pytest.fixture
@@ -53,11 +44,12 @@ def interrupted(whole, tmp_path):
     return copy
 
 
-def check(checkpoint: Path, *, world_size: int = 1, **hashes) -> list[str]:
-    """Compare a checkpoint with a run of the same settings, and data of other hashes."""
+def check(checkpoint: Path, *, world_size: int = 1, changes: dict | None = None, **hashes) -> list[str]:
+    """Compare a checkpoint with a run of the same settings but `changes`, and data of other hashes."""
     record = json.loads((checkpoint / "run_record.json").read_text())
+    arguments = {**record["arguments"], "changes": changes or {}}
     data = {**record["data_sha256"], **hashes}
-    return check_resumable(checkpoint, record["arguments"], world_size=world_size, data_sha256=data)
+    return check_resumable(checkpoint, arguments, world_size=world_size, data_sha256=data)
 
 
 class Evil:
@@ -70,76 +62,74 @@ class Evil:
         return os.system, (f"touch {self.trace}",)
 
 
-def poison(file: Path, trace: Path, **how) -> None:
+def poison(file: Path, **how) -> None:
     state = torch.load(file, weights_only=False) if file.is_file() else {}
-    torch.save({**state, "evil": Evil(trace)}, file, **how)
+    torch.save({**state, "evil": Evil(TRACE)}, file, **how)
 
 
-@pytest.mark.parametrize("kind", DEEPSPEED)
-@pytest.mark.parametrize("how", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
-def test_every_file_that_would_run_code_is_refused(interrupted, tmp_path, kind, how):
-    files = {"plain": ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"], "zero2": [OPTIM, MODEL]}
-    for name in files[kind]:
-        checkpoint = interrupted(kind)[1] / "checkpoint-2"
-        check(checkpoint)
-        poison(checkpoint / name, tmp_path / "trace", **how)
-        with pytest.raises(ValueError, match=name):
-            check(checkpoint)
-    assert not (tmp_path / "trace").exists()
-
-
-@pytest.mark.parametrize("kind,name,word", [("plain", "optimizer.pt", "lacks"), ("zero2", OPTIM, "posix.system")])
-def test_a_run_with_a_checkpoint_that_is_refused_writes_and_reads_nothing(interrupted, tmp_path, kind, name, word):
-    path, output = interrupted(kind)
-    if word == "lacks":
-        (output / "checkpoint-2" / name).unlink()
-    else:
-        poison(output / "checkpoint-2" / name, tmp_path / "trace")
-    for words in ((), ("--dry_run",)):
-        error = fail(path, *RESUME, *words)
-        assert name in error and word in error
-    assert not (tmp_path / "trace").exists() and [item.name for item in output.iterdir()] == ["checkpoint-2"]
-
-
-def test_deepspeed_itself_runs_no_code_from_a_file(whole, tmp_path, monkeypatch):
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    load_without_code(uses_deepspeed=True)
-    state = TorchCheckpointEngine().load(str(whole["zero2"] / "checkpoint-2" / OPTIM))
-    assert state["optimizer_state_dict"]["zero_stage"] == 2
-    poison(tmp_path / "evil.pt", tmp_path / "trace")
-    with pytest.raises(Exception, match="Weights only load failed"):
-        TorchCheckpointEngine().load(str(tmp_path / "evil.pt"))
-    assert not (tmp_path / "trace").exists()
-    # No run on the CPU writes the loss scale of 16 bit.
-    torch.save({"loss_scaler": DynamicLossScaler(2**16, 2.0, 1000, 1, 1, False, dtype=torch.half)}, tmp_path / "x.pt")
-    check_file(tmp_path / "x.pt")
-    assert torch.load(tmp_path / "x.pt", weights_only=False)["loss_scaler"].cur_scale == 2**16
-
-
-NEEDED = {
+TRACE = Path("trace-of-evil")
+DAMAGES = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "cut off": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "code": poison,
+    "code, old format": lambda file: poison(file, _use_new_zipfile_serialization=False),
+    "code, protocol 4": lambda file: poison(file, pickle_protocol=4),
+}
+FILES = {
     "plain": ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "trainer_state.json"],
     "zero2": [OPTIM, MODEL, "scheduler.pt", "rng_state.pth", "latest"],
 }
 
 
 @pytest.mark.parametrize("kind", DEEPSPEED)
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut off"])
-def test_a_missing_or_damaged_file_is_named(interrupted, kind, damage):
-    for name in NEEDED[kind]:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_is_missing_damaged_or_would_run_code_is_named(interrupted, tmp_path, monkeypatch, kind, damage):
+    monkeypatch.chdir(tmp_path)
+    # fp16's scaler.pt is one more that is read.
+    pickles = [name for name in FILES[kind] if name.endswith((".pt", ".pth"))] + ["scaler.pt"]
+    for name in pickles if "code" in damage else FILES[kind]:
         if (damage, name) == ("missing", "trainer_state.json"):
             continue  # No complete checkpoint: found by no one.
         checkpoint = interrupted(kind)[1] / "checkpoint-2"
-        file = checkpoint / name
-        if damage == "missing":
-            file.unlink()
-        else:
-            file.write_bytes(b"" if damage == "empty" else file.read_bytes()[: file.stat().st_size // 2])
+        assert check(checkpoint) == []
+        DAMAGES[damage](checkpoint / name)
         with pytest.raises(ValueError, match=f"resume_from_checkpoint: .*{Path(name).name}"):
             check(checkpoint)
+    assert not TRACE.exists()
+
+
+@pytest.mark.parametrize("kind,name,word", [("plain", "optimizer.pt", "lacks"), ("zero2", OPTIM, "posix.system")])
+def test_a_run_with_a_checkpoint_that_is_refused_writes_and_reads_nothing(
+    interrupted, tmp_path, monkeypatch, kind, name, word
+):
+    monkeypatch.chdir(tmp_path)
+    path, output = interrupted(kind)
+    DAMAGES["missing" if word == "lacks" else "code"](output / "checkpoint-2" / name)
+    for words in ((), ("--dry_run",)):
+        error = fail(path, *RESUME, *words)
+        assert name in error and word in error
+    assert not TRACE.exists() and [item.name for item in output.iterdir()] == ["checkpoint-2"]
+
+
+def test_deepspeed_itself_runs_no_code_from_a_file(whole, tmp_path, monkeypatch):
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    load_without_code(uses_deepspeed=True)
+    state = TorchCheckpointEngine().load(str(whole["zero2"] / "checkpoint-2" / OPTIM))
+    assert state["optimizer_state_dict"]["zero_stage"] == 2
+    poison(tmp_path / "evil.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        TorchCheckpointEngine().load(str(tmp_path / "evil.pt"))
+    assert not TRACE.exists()
+    # No run on the CPU writes the loss scale of 16 bit.
+    torch.save({"loss_scaler": DynamicLossScaler(2**16, 2.0, 1000, 1, 1, False, dtype=torch.half)}, tmp_path / "x.pt")
+    check_file(tmp_path / "x.pt")
+    assert torch.load(tmp_path / "x.pt", weights_only=False)["loss_scaler"].cur_scale == 2**16
 
 
 @pytest.mark.parametrize(
@@ -175,29 +165,23 @@ def test_json_of_another_form_is_named(interrupted, name, text):
         check_resumable(checkpoint, {"adapter": {"finetuning_type": "qlora"}}, world_size=1, data_sha256={})
 
 
-def test_what_changed_is_said_moved_data_is_not(whole):
-    checkpoint = whole["plain"] / "checkpoint-2"
-    assert check(checkpoint) == []
-    (warning,) = check(checkpoint, train_file="0" * 64)
-    assert "train.jsonl" in warning and "the losses will differ" in warning
-    (warning,) = check(checkpoint, world_size=2)
-    assert "number of processes was 1 and is now 2: the losses will differ" in warning
-    record = json.loads((checkpoint / "run_record.json").read_text())
-    record["arguments"]["data"]["train_file"] = "elsewhere.jsonl"
-    record["arguments"]["training"]["learning_rate"] = 1e-3
-    (warning,) = check_resumable(checkpoint, record["arguments"], world_size=1, data_sha256=record["data_sha256"])
-    assert "learning_rate was 0.01 and is now 0.001" in warning
+CHANGED = {
+    "nothing": ({}, []),
+    "data": ({"train_file": "0" * 64}, ["train.jsonl", "the losses will differ"]),
+    "data moved": ({"changes": {"train_file": "elsewhere.jsonl"}}, []),
+    "processes": ({"world_size": 2}, ["number of processes was 1 and is now 2: the losses will differ"]),
+    "a setting": ({"changes": {"learning_rate": 1e-3}}, ["learning_rate was 0.01 and is now 0.001"]),
+}
 
 
-def test_a_run_resumes_with_other_data_but_says_so(interrupted, tmp_path):
-    path, _ = interrupted("plain")
-    write_rows(tmp_path / "other.jsonl", seed=1)
-    log = train(path, *RESUME, "--train_file", tmp_path / "other.jsonl")
-    assert "WARNING content of train_file" in log and "the losses will differ" in log
+@pytest.mark.parametrize("changed,texts", CHANGED.values(), ids=CHANGED)
+def test_what_changed_is_said(whole, changed, texts):
+    warnings = check(whole["plain"] / "checkpoint-2", **changed)
+    assert len(warnings) == bool(texts) and all(text in warnings[0] for text in texts)
 
 
 @pytest.mark.parametrize("kind", DEEPSPEED)
-def test_a_resumed_run_ends_with_the_same_weights_and_then_stays_as_it_is(interrupted, whole, kind):
+def test_a_resumed_run_ends_with_the_same_weights_and_then_stays_as_it_is(interrupted, whole, tmp_path, kind):
     path, output = interrupted(kind)
     # What a kill leaves: the staging folder; and what older tools leave: a folder without the trainer's state.
     (output / ".saving" / "checkpoint-9").mkdir(parents=True)
@@ -207,7 +191,9 @@ def test_a_resumed_run_ends_with_the_same_weights_and_then_stays_as_it_is(interr
     assert same_weights(output / "final", whole[kind] / "final")
     assert losses_of(history_of(output)) == losses_of(history_of(whole[kind]))
     before = contents(output)
-    log = train(path, *RESUME)
+    (tmp_path / "other.jsonl").write_text('{"text": "the quick brown fox"}')
+    log = train(path, *RESUME, "--train_file", tmp_path / "other.jsonl")
     assert "nothing left to train" in log and "step 4 of 4" in log
+    assert "WARNING content of train_file" in log and "the losses will differ" in log
     after = contents(output)
     assert {name for name in before if after.get(name) != before[name]} <= {"train.log", "run_record.json"}
