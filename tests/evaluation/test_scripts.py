@@ -92,7 +92,7 @@ BAD = {
         ("--batch_size 0", "batch_size must be at least 1"),
         ("--max_windows 0", "max_windows must be at least 1"),
         ("--prefill_chunk_size 0", "--prefill_chunk_size: must be at least 1"),
-        ("--context_size 0", "--context_size: must be at least 1"),
+        ("--context_size 0", "--context_size: 0 is not a whole number of at least 1"),
         ("--data_path absent.bin", "--data_path: no file at 'absent.bin'"),
         ("--data_dtype uint32 --data_path {folder}/two.bin", "no multiple of 4"),
         ("--data_path {folder}/odd.bin", "no multiple of 2"),

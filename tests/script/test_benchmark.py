@@ -327,7 +327,7 @@ def test_a_prediction_grows_with_the_cap():
         ("layer_memory", ["--plot", "a.txt"], "--plot"),
         ("train_step", ["--plot", "a.png"], "name whom to compare with in --peers"),
         ("train_step", ["--peers", "unsloth"], "--peers: unsloth is not installed"),
-        ("train_step", ["--memory", "fast", "--tile_size", "0"], "tile_size: must be at least 1"),
+        ("train_step", ["--memory", "fast", "--tile_size", "0"], "tile_size: 0 is not a whole number of at least 1"),
         ("train_step", ["--optim", "paged_adamw_8bit", "--device", "cpu"], "paged_adamw_8bit pages GPU memory"),
     ],
 )
