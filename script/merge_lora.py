@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", "--base_model", help="base model (default: the one the adapter names)")
     parser.add_argument("--adapter_name_or_path", "--peft_model", required=True, help="folder of the trained adapter")
     parser.add_argument("--save_path", required=True, help="folder for the merged model")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the result (auto: the base's)")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: auto, that of the base")
     parser.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
                         help="merge into the dequantised NF4 weights (default: no)")  # fmt: skip
     parser.add_argument("--max_shard_size", default="4GB", help="largest weight file (default: %(default)s)")
