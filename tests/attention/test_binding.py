@@ -3,6 +3,7 @@
 Tolerance: 1e-10 in fp64 where two ways compute the same thing.
 """
 
+import copy
 import sys
 import types
 
@@ -39,24 +40,30 @@ def reference_logits(model, ids, group_size=2**20, segments=None, **inputs):
     return model(input_ids=ids, attention_mask=mask.expand(ids.shape[0], -1, -1, -1), **inputs).logits
 
 
+def logits_and_gradients(model, logits_of, ids):
+    model.zero_grad()
+    logits = logits_of(ids)
+    logits.pow(2).sum().backward()
+    return [logits.detach(), *[p.grad.clone() for p in model.parameters()]]
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_training_equals_the_masked_model_and_evaluation_is_dense(model_type):
     model = make(model_type)
     for length in (7, 32, 45):
         ids = torch.randint(4, 320, (2, length), generator=torch.Generator().manual_seed(1))
-        results = []
-        for is_ours in (True, False):
-            model.zero_grad()
-            if is_ours:
-                assert "S2-Attn, groups of 16" in bind_attention(model.train(), S2, 64)
-            logits = model(input_ids=ids).logits if is_ours else reference_logits(model, ids, 16)
-            logits.pow(2).sum().backward()
-            results.append([logits.detach(), *[p.grad.clone() for p in model.parameters()]])
-        assert all(is_close(ours, expected, 1e-9) for ours, expected in zip(*results, strict=True))
-    stock = model.eval()(input_ids=ids).logits
-    bind_attention(model, S2, 64)
-    assert is_close(model(input_ids=ids).logits, stock)
-    assert not is_close(model.train()(input_ids=ids).logits, stock, 1e-6)
+        expected = logits_and_gradients(model, lambda ids: reference_logits(model, ids, 16), ids)
+        assert "S2-Attn, groups of 16" in bind_attention(model.train(), S2, 64)
+        for is_checkpointed in (False, True):
+            if is_checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            results = logits_and_gradients(model, lambda ids: model(ids, use_cache=False).logits, ids)
+            assert all(is_close(*pair, 1e-9) for pair in zip(results, expected, strict=True))
+        model.gradient_checkpointing_disable()
+    bind_attention(model.eval(), S2, 64)
+    dense = reference_logits(copy.deepcopy(model), ids)
+    assert is_close(model(input_ids=ids).logits, dense)
+    assert not is_close(model.train()(input_ids=ids).logits, dense, 1e-6)
 
 
 MASK = torch.ones(2, 40, dtype=torch.long)
@@ -119,29 +126,21 @@ def test_dense_blocks_against_the_cache_equal_stock(window):
         assert is_close(results[1][real], results[0][real])
 
 
-def test_packed_rows_of_models_with_windows_keep_the_stock_attention():
-    model = make("mistral", sliding_window=8)
-    bind_attention(model, FULL, 64, is_packed=True)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_unbinding_restores_stock_attention_and_full_is_stock():
-    model = make().train()
+def test_a_binding_is_of_its_model_alone_and_unbinding_restores_stock():
+    model, other = make().train(), make().train()
     stock = model(input_ids=IDS).logits
     bind_attention(model, S2, 64)
+    ours = model(input_ids=IDS).logits
+    bind_attention(other, S2, 32)
+    assert torch.equal(model(input_ids=IDS).logits, ours)
+    assert not torch.allclose(other(input_ids=IDS).logits, ours)
     unbind_attention(model)
     assert torch.equal(model(input_ids=IDS).logits, stock)
     assert "full" in bind_attention(model, FULL, 64)
     assert torch.equal(model(input_ids=IDS).logits, stock)
-
-
-def test_two_models_keep_their_own_group_size():
-    first, second = make().train(), make().train()
-    bind_attention(first, S2, 64)
-    alone = first(input_ids=IDS).logits
-    bind_attention(second, S2, 32)
-    assert torch.equal(first(input_ids=IDS).logits, alone)
-    assert not torch.allclose(second(input_ids=IDS).logits, alone)
+    windowed = make("mistral", sliding_window=8)
+    bind_attention(windowed, FULL, 64, is_packed=True)
+    assert windowed.config._attn_implementation == "sdpa", "packed rows under windows keep the stock attention"
 
 
 def test_generation_under_the_binding_equals_stock():
@@ -152,27 +151,10 @@ def test_generation_under_the_binding_equals_stock():
     assert torch.equal(model.generate(IDS, attention_mask=LEFT.flip(0), **options), stock)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model = make().train()
-    bind_attention(model, S2, 64)
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.zero_grad()
-        model(input_ids=IDS, use_cache=False).logits.pow(2).sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(is_close(plain, recomputed) for plain, recomputed in zip(*gradients, strict=True))
-
-
+USES_WINDOWS = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
 REFUSED = [
     ("mistral", {"sliding_window": 16}, 64, "mistral has sliding-window layers"),
-    (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
-        64,
-        "qwen2 has sliding-window",
-    ),
+    ("qwen2", USES_WINDOWS, 64, "qwen2 has sliding-window"),
     ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1}, 64, "odd number"),
     ("llama", {}, 4, "group"),
 ]
@@ -182,9 +164,6 @@ REFUSED = [
 def test_refusals_name_what_is_wrong(model_type, shape, length, message):
     with pytest.raises(ValueError, match=message):
         bind_attention(make(model_type, **shape), S2, length)
-    for ratio in (0, -1, 1.5):
-        with pytest.raises(ValueError, match="group_size_ratio"):
-            AttentionConfig(group_size_ratio=ratio).group_size(64)
 
 
 def test_flash_attn_is_imported_only_when_asked_for():

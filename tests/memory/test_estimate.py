@@ -48,33 +48,34 @@ def measured(config: LlamaConfig, policy: ActivationPolicy, run: RunShape, dtype
     return memory.peak_bytes
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, torch.float32) for name in SHAPES), *((name, torch.bfloat16) for name in SHAPES)]
-)
-def test_prediction_is_within_a_tenth_of_live_bytes(name, dtype):
+def assert_prediction_is_close(name, run, policies, dtype, **inputs):
     config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=2048, **SHAPES[name])
-    run = RunShape(512, activation_bytes=dtype.itemsize, lora_rank=2, attended=128, is_gpu=False)
-    # A CPU offloads nothing, and tiles are scaled down with the rest.
-    on_cpu = {"tile_size": 128, "optim": None, "offload_activations": False}
-    for policy in dict.fromkeys(replace(policy, **on_cpu) for policy in (STOCK, CHECKPOINTED, *CANDIDATES)):
+    for policy in policies:
         predicted = predict(ModelShape.of(config), run, policy)
-        count = measured(config, policy, run, dtype)
+        count = measured(config, policy, run, dtype, **inputs)
         assert 0.9 < predicted.step / count < 1.1, (policy.describe(), predicted.step / count)
-    assert predict(ModelShape.of(config), run, CANDIDATES[-1]).host == 0, "a CPU keeps tensors where they are"
+
+
+RUN = RunShape(512, activation_bytes=2, lora_rank=2, attended=128, is_gpu=False)
+# A CPU offloads nothing, and tiles are scaled down with the rest.
+ON_CPU = {"tile_size": 128, "optim": None, "offload_activations": False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_prediction_is_within_a_tenth_of_live_bytes(name, dtype):
+    policies = dict.fromkeys(replace(policy, **ON_CPU) for policy in (STOCK, CHECKPOINTED, *CANDIDATES))
+    assert_prediction_is_close(name, replace(RUN, activation_bytes=dtype.itemsize), policies, dtype)
 
 
 @pytest.mark.parametrize("attended", [128, 512])
 @pytest.mark.parametrize("length", [50, 350])
 def test_packed_rows_take_what_plain_rows_take(length, attended):
     """Documents of this length; S2-Attn and full attention."""
-    config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=2048, **SHAPES["7b"])
-    run = RunShape(512, activation_bytes=2, lora_rank=2, attended=attended, is_gpu=False)
-    for policy in (CANDIDATES[0], CANDIDATES[2], replace(CANDIDATES[2], num_head_chunks=4)):
-        policy = replace(policy, tile_size=128)
-        predicted = predict(ModelShape.of(config), run, policy)
-        positions = (torch.arange(512) % length)[None]
-        count = measured(config, policy, run, torch.bfloat16, position_ids=positions, use_cache=False)
-        assert 0.9 < predicted.step / count < 1.1, (policy.describe(), predicted.step / count)
+    policies = (CANDIDATES[0], CANDIDATES[2], replace(CANDIDATES[2], num_head_chunks=4))
+    policies = [replace(policy, **ON_CPU) for policy in policies]
+    rows = {"position_ids": (torch.arange(512) % length)[None], "use_cache": False}
+    assert_prediction_is_close("7b", replace(RUN, attended=attended), policies, torch.bfloat16, **rows)
 
 
 LLAMA_7B = ModelShape(4096, 11008, 32, 32, 32, 128, 32000)
@@ -86,6 +87,7 @@ def test_candidates_lead_from_fast_to_lean():
     times = [e.relative_time for e in estimates]
     assert times[:3] == sorted(times[:3]) and times[0] == min(times) and times[-1] == max(times)
     assert [e.host > 0 for e in estimates] == [policy.offload_activations for policy in CANDIDATES]
+    assert predict(LLAMA_7B, RUN, CANDIDATES[-1]).host == 0, "a CPU keeps tensors where they are"
 
 
 def test_weights_are_counted_by_what_they_are():

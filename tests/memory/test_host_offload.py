@@ -110,43 +110,32 @@ def forward(store, streams, step: int) -> list:
     return handles
 
 
-def test_what_is_put_comes_back_in_the_worst_order(store, streams):
-    for step in range(3):
-        handles = forward(store, streams, step)
-        for layer in reversed(range(NUM_LAYERS)):
-            streams.num_computed += 1
-            tensors = store.get(handles[layer])
+def take_back(store, streams, handles, step: int, layers) -> None:
+    """Last layer first; what came back is spoilt afterwards."""
+    for layer in reversed(layers):
+        streams.num_computed += 1
+        for got, expected in zip(store.get(handles.pop()), layer_values(step, layer), strict=True):
             assert streams.num_present() <= 4, "two layers of two tensors"
-            for got, expected in zip(tensors, layer_values(step, layer), strict=True):
-                assert got.dtype == expected.dtype and torch.equal(got, expected)
-                got.fill_(float("nan"))
-            del tensors, got
-            handles.pop()
+            assert got.dtype == expected.dtype and torch.equal(got, expected)
+            got.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("num_got", range(NUM_LAYERS + 1))
+def test_what_is_put_comes_back_in_the_worst_order(store, streams, num_got):
+    """Also after a step that was given up, which leaves its memory to the next."""
+    handles = forward(store, streams, step=0)
+    take_back(store, streams, handles, 0, range(NUM_LAYERS - num_got, NUM_LAYERS))
+    del handles
+    assert streams.num_present() == 0
+    for step in (1, 2):
+        take_back(store, streams, forward(store, streams, step), step, range(NUM_LAYERS))
     sizes = sorted(block.nbytes for blocks in store.blocks.values() for block in blocks)
     assert sizes == sorted(x.nbytes for x in layer_values(0, 0) * NUM_LAYERS), "exact sizes, one set for all steps"
     assert sum(x.nbytes for x in store.registered) == sum(sizes)
 
 
-@pytest.mark.parametrize("num_got", range(NUM_LAYERS + 1))
-def test_a_step_that_was_given_up_leaves_its_memory_to_the_next(store, streams, num_got):
-    handles = forward(store, streams, step=0)
-    for _ in range(num_got):
-        streams.num_computed += 1
-        store.get(handles.pop())
-    del handles
-    assert streams.num_present() == 0
-    for layer, handle in reversed(list(enumerate(forward(store, streams, step=1)))):
-        streams.num_computed += 1
-        for got, expected in zip(store.get(handle), layer_values(1, layer), strict=True):
-            assert torch.equal(got, expected)
-    assert len(store.registered) == 2 * NUM_LAYERS
-
-
 def test_only_layers_that_have_left_the_device_are_copied_back(store, streams):
-    handles = forward(store, streams, step=0)
-    while handles:
-        streams.num_computed += 1
-        store.get(handles.pop())
+    take_back(store, streams, forward(store, streams, step=0), 0, range(NUM_LAYERS))
     num_copies = 2 * NUM_LAYERS
     assert len(streams.device_tensors) == num_copies + num_copies - 2, "the last layer's tensors were still there"
 

@@ -105,12 +105,8 @@ def test_bad_values_name_their_key(planned, values, message):
 
 
 def test_other_models_fall_back_to_checkpointing_and_say_so(planned):
-    for policy, expected in (
-        ("fast", STOCK),
-        ("balanced", CHECKPOINTED),
-        ("max_length", CHECKPOINTED),
-        ("auto", STOCK),
-    ):
+    expected_of = {"fast": STOCK, "balanced": CHECKPOINTED, "max_length": CHECKPOINTED, "auto": STOCK}
+    for policy, expected in expected_of.items():
         plan, _, notices = planned("gpt_neox", memory=policy)
         assert plan.policy == expected
         assert "the layer function is not used, since gpt_neox layers" in notices[0]
