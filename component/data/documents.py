@@ -51,12 +51,10 @@ def read_document(path: str | os.PathLike, *, flag: str = "document") -> Documen
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES // 2**20} MiB; split it")
         data = path.read_bytes()
-        if not data:
-            raise ValueError("empty; give a file with text")
-        title, text = READERS.get(path.suffix.lower(), read_text)(data)
+        title, text = READERS.get(path.suffix.lower(), read_text)(data) if data else (None, "")
         text = clean_text(text)
         if not text:
-            raise ValueError("no text in it; give a file with text (run OCR on scanned pages: ocrmypdf, for example)")
+            raise ValueError("it is empty; give a file with text")
     except ValueError as error:
         raise ValueError(f"{flag}: {str(path)!r}: {error}") from None
     return Document(" ".join((title or "").split()) or path.stem, text)
@@ -69,12 +67,14 @@ def read_pdf(data: bytes) -> tuple[str | None, str]:
 
     try:
         with pypdfium2.PdfDocument(data) as pdf:
-            pages = [page.get_textpage().get_text_bounded() for page in pdf]
-            return pdf.get_metadata_value("Title"), "\n\n".join(pages)
+            title, pages = pdf.get_metadata_value("Title"), [page.get_textpage().get_text_bounded() for page in pdf]
     except pypdfium2.PdfiumError as error:
         if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
             raise ValueError("encrypted; save it without a password") from None
         raise ValueError(f"damaged or no PDF ({error}); get it again or print it to a new PDF") from None
+    if not any(map(str.strip, pages)):
+        raise ValueError("no text in it, probably scanned pages; run OCR on it first (ocrmypdf, for example)")
+    return title, "\n\n".join(pages)
 
 
 def read_epub(data: bytes) -> tuple[str | None, str]:

@@ -92,8 +92,8 @@ ENTITY = '<!DOCTYPE p [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>'
 LOCKED = b"/ID [<00> <00>] /Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <%s> /U <%s> >>" % (b"11" * 32, b"22" * 32)
 EMPTY_CHAPTERS = {"OPS/text/z.xhtml": "<img/>", "OPS/text/a b.xhtml": "<img/>"}
 BAD_FILES = {
-    "empty.pdf": (b"", "empty"),
-    "blank.md": (b" \n\t\n", "no text in it"),
+    "empty.pdf": (b"", "it is empty"),
+    "blank.md": (b" \n\t\n", "it is empty"),
     "scan.pdf": (pdf_bytes([[], []]), "no text in it.*OCR"),
     "half.pdf": (pdf_bytes([[PROSE]])[:60], "damaged or no PDF"),
     "page.pdf": (b"<html><p>Not found</html>", "damaged or no PDF"),
@@ -103,7 +103,7 @@ BAD_FILES = {
     "xml.epub": (epub_bytes({"OPS/book.opf": "<package>"}), "damaged"),
     "entity.epub": (epub_bytes({"OPS/book.opf": PACKAGE.format(ENTITY)}), "EntitiesForbidden"),
     "drm.epub": (epub_bytes({"META-INF/encryption.xml": FONTS.replace("font.otf", "text/z.xhtml")}), "DRM"),
-    "images.epub": (epub_bytes(EMPTY_CHAPTERS), "no text in it"),
+    "images.epub": (epub_bytes(EMPTY_CHAPTERS), "it is empty"),
     "latin.txt": ("naïve".encode("latin-1"), "not UTF-8 text .* at byte 2.*save it as UTF-8, or give one of pdf, epub"),
     "image.png": (b"\x89PNG\r\n\x1a\n\0\0", "not UTF-8 text"),
     "zeros": (b"ab\0cd", "not a text file"),
