@@ -18,13 +18,12 @@ from typing import Any, TypeVar
 
 from longqlora.files import write_json
 from longqlora.inference.arguments import (
-    TEMPLATE_NAMES,
     add_model_arguments,
     check_model_arguments,
     load_from_arguments,
     model_sources,
 )
-from longqlora.inference.generation import NO_TEMPLATE, known_template
+from longqlora.inference.generation import template_for
 from longqlora.model.context_request import context_request
 from longqlora.outputs import check_results
 
@@ -44,8 +43,7 @@ class ModelSource:
 
     def template(self, requested: str) -> str:
         """The prompt template that --prompt_template means; raw text where auto finds none."""
-        folders = [self.adapter_name_or_path, self.base_model_name_or_path]
-        return (known_template(self.tokenizer, folders) or NO_TEMPLATE) if requested == "auto" else requested
+        return template_for(requested, self)
 
     def warn_beyond_context(self, lengths: Sequence[int]) -> None:
         from longqlora.distributed import print_main
@@ -99,12 +97,6 @@ def add_result_arguments(parser: argparse.ArgumentParser, plot: str) -> None:
     group.add_argument("--plot", help=f"image (.png, .pdf or .svg) of {plot}")
 
 
-def add_template_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt_template", choices=TEMPLATE_NAMES, default="auto", help="none is raw text; auto is "
-                        "the template the model was tuned with, as far as its run record or tokenizer tell, and else "
-                        "none (default: auto)")  # fmt: skip
-
-
 def check_at_least(given: object, **least: int) -> None:
     """Raise ValueError for an attribute of `given`, named as its flag, that is below its least value and not None."""
     for name, minimum in least.items():
@@ -146,7 +138,7 @@ def evaluate(
         args.context_size = None
     check_model_arguments(args)
     task = make_task(args)
-    check_results(args, {**task.inputs, **model_sources(args.model_name_or_path, args.adapter_name_or_path)})
+    check_results(args, {**task.inputs, **model_sources(args)})
 
     from longqlora.distributed import init_process_group
     from longqlora.inference.load import model_facts, model_fingerprint

@@ -1,21 +1,39 @@
-"""Command-line arguments that the scripts share which load a model and generate with it.
+"""What the scripts share which load a model and generate with it: their arguments, and loading what these name.
 
 torch is imported where it is used, which keeps --help and bad input fast.
 """
 
 import argparse
+from collections.abc import Callable
 
 from longqlora.cli import DTYPES, dtype_of
-from longqlora.data.prompt import prompt_template_for
-from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, known_template
+from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions
 from longqlora.model.context_request import add_context_arguments, check_context_arguments, context_request
 from longqlora.settings.config import PROMPT_TEMPLATES
 
-TEMPLATE_NAMES = ("auto", NO_TEMPLATE, *PROMPT_TEMPLATES)
+
+def parse(
+    description: str, add_arguments: Callable[[argparse.ArgumentParser], None], *, template: str, epilog: str = ""
+) -> tuple[argparse.Namespace, GenerationOptions]:
+    """The checked command line of a script that generates.
+
+    add_arguments: declares the script's own flags. template: as for `add_template_argument`.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=raw)
+    add_model_arguments(parser)
+    add_template_argument(parser, template)
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
+    add_arguments(parser)
+    add_generation_arguments(parser)
+    args = parser.parse_args()
+    check_model_arguments(args)
+    fields = {name: getattr(args, name) for name in GenerationOptions.__dataclass_fields__}
+    return args, GenerationOptions(**{**fields, "stop": tuple(args.stop)})
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that choose and load a model, the same in every script that generates."""
+    """The arguments that choose and load a model."""
     group = parser.add_argument_group("model")
     group.add_argument("--model_name_or_path", "--base_model", help="folder or hub name of a base or merged model "
                        "(default: the base that the adapter names)")  # fmt: skip
@@ -27,6 +45,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add_context_arguments(parser)
+
+
+def add_template_argument(parser: argparse.ArgumentParser, template: str = NO_TEMPLATE) -> None:
+    """--prompt_template. template: what auto means where none is known; raw text is a choice where it is that."""
+    is_raw = template == NO_TEMPLATE
+    parser.add_argument(
+        "--prompt_template", choices=("auto", *[NO_TEMPLATE] * is_raw, *PROMPT_TEMPLATES), default="auto",
+        help=f"{'none is raw text; ' * is_raw}auto is the template the model was tuned with, as far as its run record "
+        f"or tokenizer tell, and else {template} (default: auto)",
+    )  # fmt: skip
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,37 +77,6 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end the answer before any of these")
 
 
-def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a chat needs to know of the model's training."""
-    parser.add_argument("--prompt_template", choices=("auto", *PROMPT_TEMPLATES), default="auto",
-                        help="auto is the template the model was tuned with, as far as its run record or tokenizer "
-                        "tell, and else vicuna_v1.1 (default: auto)")  # fmt: skip
-    parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
-
-
-def text_template(args: argparse.Namespace, loaded) -> str:
-    """The template that --prompt_template means for `loaded`, a longqlora.inference.load.LoadedModel.
-
-    auto is the one that the model was tuned with, and `NO_TEMPLATE`, raw text, where none is known.
-    """
-    if args.prompt_template != "auto":
-        return args.prompt_template
-    folders = [args.adapter_name_or_path, loaded.base_model_name_or_path]
-    return known_template(loaded.tokenizer, folders) or NO_TEMPLATE
-
-
-def conversation_template(args: argparse.Namespace, loaded) -> str:
-    """As `text_template`, with the default template where none is known."""
-    template = text_template(args, loaded)
-    return prompt_template_for(loaded.tokenizer, None if template == NO_TEMPLATE else template)
-
-
-def generation_options(args: argparse.Namespace) -> GenerationOptions:
-    """The options that `add_generation_arguments` parsed."""
-    fields = {name: getattr(args, name) for name in GenerationOptions.__dataclass_fields__}
-    return GenerationOptions(**{**fields, "stop": tuple(args.stop)})
-
-
 def check_model_arguments(args: argparse.Namespace) -> None:
     """Refuse, before anything heavy is imported, what `add_model_arguments` cannot mean."""
     if not args.model_name_or_path and not args.adapter_name_or_path:
@@ -87,26 +84,18 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     check_context_arguments(args)
 
 
-def model_sources(model_name_or_path: str | None, adapter_name_or_path: str | None) -> dict[str, str | None]:
-    """What loading a model reads, for `longqlora.outputs`: the base that an adapter names is one of them."""
-    if adapter_name_or_path and not model_name_or_path:
+def model_sources(args: argparse.Namespace) -> dict[str, str | None]:
+    """What loading the model reads, for `longqlora.outputs`: the base that an adapter names is one of them."""
+    base, adapter = args.model_name_or_path, args.adapter_name_or_path
+    if not base:
         from longqlora.model.adapter_folder import base_model_of
 
-        model_name_or_path = base_model_of(adapter_name_or_path)
-    return {"--model_name_or_path": model_name_or_path, "--adapter_name_or_path": adapter_name_or_path}
-
-
-def config_from_arguments(args: argparse.Namespace):
-    """The config of the model that `add_model_arguments` parsed, before its weights are read."""
-    from longqlora.model.context import resolve_config
-
-    name, adapter = args.model_name_or_path, args.adapter_name_or_path
-    return resolve_config(name, adapter, context_request(args), trust_remote_code=args.trust_remote_code)[1]
+        base = base_model_of(adapter)
+    return {"--model_name_or_path": base, "--adapter_name_or_path": adapter}
 
 
 def load_from_arguments(args: argparse.Namespace):
-    """Load what `add_model_arguments` parsed; returns `longqlora.inference.load.LoadedModel`."""
-    check_model_arguments(args)
+    """The longqlora.inference.load.LoadedModel that `add_model_arguments` parsed."""
     from longqlora.inference.load import load_for_inference
 
     return load_for_inference(

@@ -9,28 +9,23 @@ from pathlib import Path
 from tqdm import tqdm
 
 from longqlora.cli import require_file
-from longqlora.data.jsonl import UTF8_BOM, error_at, parse_line
+from longqlora.data.jsonl import parse_line, read_rows
 from longqlora.inference.generation import Generation
 
 
 def read_prompts(path: str | os.PathLike, flag: str) -> list[dict]:
     """The objects of a jsonl file, each with a text under "prompt". Raises ValueError naming file and line."""
-    prompts = []
     with require_file(path, flag).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(UTF8_BOM) if number == 1 else line
-            if not line.strip():
-                continue
-            try:
-                record = parse_line(line)
-                if not isinstance(record.get("prompt"), str):
-                    raise ValueError('no text under "prompt"; give {"prompt": ...}')
-            except ValueError as error:
-                raise error_at(path, number, error, flag=flag) from None
-            prompts.append(record)
+        prompts = [row for _, row in read_rows(file, path, flag=flag, parse=checked_prompt)]
     if not prompts:
         raise ValueError(f'{flag}: {str(path)!r} holds no prompts; give one {{"prompt": ...}} per line')
     return prompts
+
+
+def checked_prompt(row: dict) -> dict:
+    if not isinstance(row.get("prompt"), str):
+        raise ValueError('no text under "prompt"; give {"prompt": ...}')
+    return row
 
 
 def partial_path(path: Path) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from longqlora.data.jsonl import checked_text
-from longqlora.data.prompt import bos_ids, encode_conversation, encode_text, prompt_template_for
+from longqlora.data.prompt import CHAT_TEMPLATE, bos_ids, encode_conversation, encode_text, prompt_template_for
 from longqlora.run_record import read_run_record
 
 NO_TEMPLATE = "none"
@@ -41,15 +41,14 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        checks = [
+        for name, is_valid, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or above"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (no limit) or above"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
-        ]
-        for name, is_valid, expected in checks:
+        ):
             if not is_valid:
                 raise ValueError(f"--{name}: must be {expected}, got {getattr(self, name)}")
         if "" in self.stop:
@@ -74,16 +73,20 @@ class Generation:
     new_ids: tuple[int, ...]
 
 
-def known_template(tokenizer, folders: Sequence[str | None]) -> str | None:
-    """Template that a model was tuned with: that of its run record, or the tokenizer's own; None if neither is known.
+def template_for(requested: str, loaded, *, default: str = NO_TEMPLATE) -> str:
+    """The template that --prompt_template means for `loaded`, a longqlora.inference.load.LoadedModel.
 
-    folders: where to look for a run record, in this order.
+    auto is the one that the model was tuned with, by the run record of adapter or base, or the tokenizer's own, and
+    `default` where neither is known. Raises ValueError as `prompt_template_for`.
     """
-    for folder in filter(None, folders):
-        arguments = (read_run_record(folder) or {}).get("arguments", {})
-        if arguments.get("data", {}).get("sft"):
-            return prompt_template_for(tokenizer, arguments["data"].get("prompt_template"))
-    return prompt_template_for(tokenizer, "chat_template") if getattr(tokenizer, "chat_template", None) else None
+    tokenizer = loaded.tokenizer
+    if requested != "auto":
+        return requested if requested == NO_TEMPLATE else prompt_template_for(tokenizer, requested)
+    for folder in filter(None, (loaded.adapter_name_or_path, loaded.base_model_name_or_path)):
+        data = (read_run_record(folder) or {}).get("arguments", {}).get("data", {})
+        if data.get("sft"):
+            return prompt_template_for(tokenizer, data.get("prompt_template"))
+    return CHAT_TEMPLATE if getattr(tokenizer, "chat_template", None) else default
 
 
 def encode_prompt(tokenizer, text: str, *, template: str, system: str | None = None) -> list[int]:
@@ -115,46 +118,31 @@ class AnswerStream:
 
     def __call__(self, input_ids, scores, **kwargs):
         """input_ids [B, S] int64; returns [B] bool, True to end."""
-        import torch
-
-        for token_id in input_ids[0, self.num_seen :].tolist():
-            self.put(token_id)
+        self.put(input_ids[0, self.num_seen :].tolist())
         self.num_seen = input_ids.shape[1]
-        is_done = self.is_stopped or self.stop_event.is_set()
-        return torch.full((input_ids.shape[0],), is_done, device=input_ids.device, dtype=torch.bool)
+        return input_ids.new_full((input_ids.shape[0],), self.is_stopped or self.stop_event.is_set(), dtype=bool)
 
-    def put(self, token_id: int) -> None:
-        self.ids.append(token_id)
-        self._give_out(is_end=False)
-
-    def finish(self) -> str:
-        """Give out what was held back and return the whole text."""
-        self._give_out(is_end=True)
-        return self.text
-
-    def _give_out(self, *, is_end: bool) -> None:
+    def put(self, new_ids: Sequence[int], *, is_end: bool = False) -> None:
+        """Take the next ids and give out the text that is certain now, at the end all of it."""
         if self.is_stopped:
             return
-        known, text = self._decode(self.ids[self.start : self.num_decoded]), self._decode(self.ids[self.start :])
+        self.ids += new_ids
+        known, text = (
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for ids in (self.ids[self.start : self.num_decoded], self.ids[self.start :])
+        )
         if len(text) > len(known) and (is_end or not text.endswith("\ufffd")):
             self.start, self.num_decoded = self.num_decoded, len(self.ids)
             self.text += text[len(known) :]
         found = [place for stop in self.stop if (place := self.text.find(stop, self.num_given_out)) >= 0]
         if found:
             self.text, self.is_stopped = self.text[: min(found)], True
-        is_final = is_end or self.is_stopped
-        num_certain = len(self.text) - (0 if is_final else max(map(self._num_held, self.stop), default=0))
-        if num_certain > self.num_given_out:
-            piece, self.num_given_out = self.text[self.num_given_out : num_certain], num_certain
-            if self.on_text is not None:
-                self.on_text(piece)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _num_held(self, stop: str) -> int:
-        """Characters at the end of the text that `stop` begins with."""
-        return next((size for size in range(len(stop) - 1, 0, -1) if self.text.endswith(stop[:size])), 0)
+        beginnings = [] if is_end or found else [stop[:size] for stop in self.stop for size in range(1, len(stop))]
+        num_held = max((len(start) for start in beginnings if self.text.endswith(start)), default=0)
+        piece = self.text[self.num_given_out : len(self.text) - num_held]
+        if piece:
+            self.num_given_out += len(piece)
+            self.on_text(piece)
 
 
 def end_token_ids(model, tokenizer) -> list[int]:
@@ -195,35 +183,27 @@ def generate_text(
     if not options.is_greedy:
         sampling = {name: getattr(options, name) for name in sampling}
     config = GenerationConfig(
-        do_sample=not options.is_greedy,
-        max_new_tokens=options.max_new_tokens,
-        repetition_penalty=options.repetition_penalty,
-        num_beams=1,
-        eos_token_id=eos_ids or None,
-        pad_token_id=pad_id,
-        **sampling,
-    )
+        do_sample=not options.is_greedy, num_beams=1, max_new_tokens=options.max_new_tokens,
+        repetition_penalty=options.repetition_penalty, eos_token_id=eos_ids or None, pad_token_id=pad_id, **sampling,
+    )  # fmt: skip
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    stream = AnswerStream(tokenizer, prompt_ids, options.stop, on_text, stop_event)
+    stream = AnswerStream(tokenizer, prompt_ids, options.stop, on_text or (lambda text: None), stop_event)
     input_ids = torch.tensor([list(prompt_ids)], device=model.device)
     with torch.inference_mode():
         output = model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([stream]),
-            past_key_values=past_key_values,
-        )
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config,
+            stopping_criteria=StoppingCriteriaList([stream]), past_key_values=past_key_values,
+        )  # fmt: skip
     new_ids = output[0, len(prompt_ids) :].tolist()
-    text = stream.finish()
+    stream.put([], is_end=True)
     if stream.is_stopped:
         reason = "stop"
     elif new_ids[-1] in eos_ids:
         reason = "eos"
     else:
         reason = "interrupted" if stop_event.is_set() else "length"
-    return Generation(text, len(prompt_ids), len(new_ids), reason, tuple(new_ids))
+    return Generation(stream.text, len(prompt_ids), len(new_ids), reason, tuple(new_ids))
 
 
 def fit_prompt(prompt_ids: list[int], *, context_size: int, max_new_tokens: int, truncate: bool) -> list[int]:

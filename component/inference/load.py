@@ -13,13 +13,7 @@ from longqlora.attention.dual_chunk_binding import dual_chunk_sizes
 from longqlora.distributed import local_device, print_notice
 from longqlora.model.adapter_folder import adapter_vocabulary, add_embeddings, load_adapter
 from longqlora.model.base import check_vocabulary, default_dtype, is_slow_on_cpu, load_model, load_tokenizer
-from longqlora.model.context import (
-    ContextRequest,
-    context_length,
-    copy_context,
-    resolve_config,
-    tokenizer_source,
-)
+from longqlora.model.context import ContextRequest, context_length, copy_context, resolve_config, tokenizer_source
 from longqlora.model.weight_files import check_base
 from longqlora.run_record import software_versions
 
@@ -60,10 +54,9 @@ def load_for_inference(
     device: torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a base or merged model, with or without an adapter, for generation or evaluation.
+    """Load a base or merged model, with or without an adapter.
 
-    What the folders know need not be said: the base model from the adapter, RoPE, length and attention
-    from its config.json. `context` changes them.
+    The adapter names its base model, and config.json RoPE, length and attention; `context` changes the latter.
     """
     base, config = resolve_config(
         model_name_or_path, adapter_name_or_path, context, trust_remote_code=trust_remote_code

@@ -45,30 +45,23 @@ class SinkLayer(DynamicLayer):
         self.sink_keys: torch.Tensor | None = None
 
     @property
-    def num_kept(self) -> int:
-        return min(self.num_seen, self.window)
-
-    @property
     def num_evicted(self) -> int:
-        return self.num_seen - self.num_kept
+        return max(self.num_seen - self.window, 0)
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, ...]:
         """Add key_states and value_states [B, K, n, D]; returns those of kept and new tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        num_new = key_states.shape[2]
+        num_seen = self.num_seen + key_states.shape[2]
         if self.num_seen:
             key_states = torch.cat([*self._kept_keys(), key_states], dim=2)
             value_states = torch.cat([*self._split(self.values), value_states], dim=2)
-        self.keys, self.values = key_states, value_states
-        self.num_seen += num_new
+        self.keys, self.values, self.num_seen = key_states, value_states, num_seen
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(number of keys, position of the first): the sinks stand where the tokens before the window were."""
-        return self.num_kept + query_length, self.num_evicted
+        return self.num_seen - self.num_evicted + query_length, self.num_evicted
 
     def get_seq_length(self) -> int:
         return self.num_seen
@@ -79,12 +72,12 @@ class SinkLayer(DynamicLayer):
         self.is_initialized, self.num_seen = False, 0
 
     def rebase(self) -> None:
-        """Let the kept tokens have the positions 0 to num_kept - 1: one rotation of the latest keys."""
+        """Let the kept tokens have the positions from 0 on: one rotation of the latest keys."""
         if self.num_evicted:
             _, latest = self._kept_keys()
             self.keys = torch.cat([self.sink_keys, self._rotated(latest, -self.num_evicted)], dim=2)
             self.values = torch.cat(self._split(self.values), dim=2)
-            self.num_seen = self.num_kept
+            self.num_seen = self.window
 
     def _kept_keys(self) -> list[torch.Tensor]:
         """Keys of the sinks, rotated to stand right before the window, and of the latest tokens."""
@@ -100,7 +93,7 @@ class SinkLayer(DynamicLayer):
 
     def _split(self, states: torch.Tensor) -> list[torch.Tensor]:
         """Sinks and latest tokens, [B, K, S, D] each, of the states that the last forward pass saw."""
-        num_latest = max(self.num_kept - self.num_sinks, 0)
+        num_latest = max(min(self.num_seen, self.window) - self.num_sinks, 0)
         return [states[:, :, : self.num_sinks], states[:, :, states.shape[2] - num_latest :]]
 
 

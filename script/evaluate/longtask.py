@@ -13,9 +13,10 @@ on where it stopped when it is started again with the same arguments.
 import argparse
 
 from longqlora.cli import run_main
-from longqlora.evaluation.frame import add_template_argument, evaluate, from_flags
+from longqlora.evaluation.frame import evaluate, from_flags
 from longqlora.evaluation.longtask.scores import METRICS
 from longqlora.evaluation.longtask.task import LongTask
+from longqlora.inference.arguments import add_template_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

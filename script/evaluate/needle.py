@@ -15,9 +15,10 @@ killed run goes on where it stopped when it is started again.
 import argparse
 
 from longqlora.cli import run_main
-from longqlora.evaluation.frame import add_template_argument, evaluate, from_flags
+from longqlora.evaluation.frame import evaluate, from_flags
 from longqlora.evaluation.retrieval.grid import add_grid_arguments, grid_depths
 from longqlora.evaluation.retrieval.needle import ANSWER, MAX_NEW_TOKENS, NEEDLE, QUESTION, Needle
+from longqlora.inference.arguments import add_template_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

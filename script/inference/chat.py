@@ -18,31 +18,20 @@ import contextlib
 import signal
 import sys
 import threading
+from functools import partial
 
 from longqlora.cli import one_line, run_main
 from longqlora.data.documents import FORMAT_LIST, read_document
-from longqlora.inference.arguments import (
-    add_conversation_arguments,
-    add_generation_arguments,
-    add_model_arguments,
-    check_model_arguments,
-    config_from_arguments,
-    conversation_template,
-    generation_options,
-    load_from_arguments,
-)
+from longqlora.inference.arguments import load_from_arguments, parse
 from longqlora.inference.chat.session import HELP, ChatSession
+from longqlora.inference.generation import GenerationOptions, template_for
+from longqlora.model.context_request import context_request
+from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"commands:\n{HELP}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_model_arguments(parser)
-    add_conversation_arguments(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", metavar="PATH", action="append", default=[], help="document to begin with, as /file "
                         f"reads it ({FORMAT_LIST}); may be given several times")  # fmt: skip
-    add_generation_arguments(parser)
     group = parser.add_argument_group("streaming")
     group.add_argument("--streaming", action="store_true", help="endless chat in constant memory: keep the first and "
                        "the latest tokens only (default: no)")  # fmt: skip
@@ -50,16 +39,18 @@ def parse_arguments() -> argparse.Namespace:
                        "the rest of the context, at most 1024 tokens, is the block in which long inputs are read "
                        "(default: 7/8 of the context, from 8192 tokens on all but 1024)")  # fmt: skip
     group.add_argument("--num_sinks", type=int, metavar="N", help="first tokens to keep for good (default: 4)")
-    return parser.parse_args()
 
 
 def check_streaming_arguments(args: argparse.Namespace) -> None:
     """Refuse what the streaming flags cannot mean, by the config of the model and before its weights are read."""
     if args.streaming:
         from longqlora.inference.sink_cache import DEFAULT_NUM_SINKS, check_streaming
+        from longqlora.model.context import resolve_config
 
+        base, adapter, trusts = args.model_name_or_path, args.adapter_name_or_path, args.trust_remote_code
+        _, config = resolve_config(base, adapter, context_request(args), trust_remote_code=trusts)
         args.num_sinks = DEFAULT_NUM_SINKS if args.num_sinks is None else args.num_sinks
-        args.streaming_window = check_streaming(config_from_arguments(args), args.streaming_window, args.num_sinks)
+        args.streaming_window = check_streaming(config, args.streaming_window, args.num_sinks)
     for name in () if args.streaming else ("streaming_window", "num_sinks"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: has an effect with --streaming only; add that, or leave it out")
@@ -85,10 +76,6 @@ def ctrl_c_event():
 
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def show(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def read_lines():
@@ -118,8 +105,8 @@ def answer(session: ChatSession, question: str) -> None:
 
     try:
         with ctrl_c_event() as stop_event:
-            is_kept = session.ask(question, show, stop_event)
-        show("\n")
+            is_kept = session.ask(question, partial(print, end="", flush=True), stop_event)
+        print(flush=True)
         if stop_event.is_set():
             note("(interrupted)" if is_kept else "(interrupted, as if it had not been asked)")
     except ValueError as error:
@@ -130,14 +117,13 @@ def answer(session: ChatSession, question: str) -> None:
         note("error: out of GPU memory; /clear, a shorter file or --load_in_4bit help")
 
 
-def make_session(args: argparse.Namespace) -> ChatSession:
+def make_session(args: argparse.Namespace, options: GenerationOptions) -> ChatSession:
     """Load the model and say what it is."""
-    options = generation_options(args)
     check_streaming_arguments(args)
     for path in args.file:
         read_document(path, flag="--file")
     loaded = load_from_arguments(args)
-    template = conversation_template(args, loaded)
+    template = template_for(args.prompt_template, loaded, default=DEFAULT_PROMPT_TEMPLATE)
     if args.streaming:
         from longqlora.inference.chat.streaming import StreamingSession
         from longqlora.inference.sink_cache import sink_cache
@@ -156,9 +142,9 @@ def make_session(args: argparse.Namespace) -> ChatSession:
 
 
 def main() -> None:
-    args = parse_arguments()
-    check_model_arguments(args)
-    session = make_session(args)
+    session = make_session(
+        *parse(__doc__, add_arguments, template=DEFAULT_PROMPT_TEMPLATE, epilog=f"commands:\n{HELP}")
+    )
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     sys.stdout.reconfigure(errors="replace")
     for line in read_lines():

@@ -23,24 +23,13 @@ from pathlib import Path
 from longqlora.cli import require_file, run_main
 from longqlora.data.documents import FORMAT_LIST, read_document, with_documents
 from longqlora.files import decode_utf8
-from longqlora.inference.arguments import (
-    TEMPLATE_NAMES,
-    add_generation_arguments,
-    add_model_arguments,
-    check_model_arguments,
-    generation_options,
-    load_from_arguments,
-    model_sources,
-    text_template,
-)
+from longqlora.inference.arguments import load_from_arguments, model_sources, parse
 from longqlora.inference.batch import partial_path, read_prompts, write_answers
-from longqlora.inference.generation import NO_TEMPLATE, encode_prompt, fit_prompt, generate_text
+from longqlora.inference.generation import NO_TEMPLATE, encode_prompt, fit_prompt, generate_text, template_for
 from longqlora.outputs import check_outputs
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
     source.add_argument("--prompt_file", metavar="PATH", help="UTF-8 text file with the prompt, - for stdin")
@@ -49,21 +38,14 @@ def parse_arguments() -> argparse.Namespace:
                         f"prompt ({FORMAT_LIST}); may be given several times")  # fmt: skip
     parser.add_argument("--output_file", metavar="PATH", help="jsonl file for the answers to --input_file")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output_file that is there")
-    parser.add_argument("--prompt_template", choices=TEMPLATE_NAMES, default="auto",
-                        help="none continues raw text; auto is the template the model was tuned with, as far as its "
-                        "run record or tokenizer tell, and else none (default: auto)")  # fmt: skip
     parser.add_argument("--raw", action="store_true", help="short for --prompt_template none")
-    parser.add_argument("--system", metavar="TEXT", help="system message, for a template")
     parser.add_argument("--truncate_prompt", action="store_true",
                         help="keep the end of a prompt longer than the context, instead of refusing it")  # fmt: skip
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True,
                         help="print the text as it is generated (default: yes)")  # fmt: skip
-    add_generation_arguments(parser)
-    return parser.parse_args()
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    check_model_arguments(args)
     if bool(args.input_file) != bool(args.output_file):
         raise ValueError("--input_file and --output_file go together; give both or neither")
     if args.file and args.input_file:
@@ -72,8 +54,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--raw and --prompt_template {args.prompt_template} contradict each other; give one")
     if args.output_file:
         outputs = [args.output_file, partial_path(Path(args.output_file))]
-        sources = model_sources(args.model_name_or_path, args.adapter_name_or_path)
-        check_outputs({"--output_file": outputs}, {"--input_file": args.input_file, **sources})
+        check_outputs({"--output_file": outputs}, {"--input_file": args.input_file, **model_sources(args)})
         if Path(args.output_file).exists() and not args.overwrite:
             raise ValueError(f"--output_file: {args.output_file!r} exists; choose another or pass --overwrite")
 
@@ -84,15 +65,14 @@ def requested_prompts(args: argparse.Namespace) -> list[dict]:
         return read_prompts(args.input_file, "--input_file")
     prompt, path, flag = args.prompt, args.prompt_file, "--prompt_file"
     if path is not None:
-        prompt = decode_utf8(
-            sys.stdin.buffer.read() if path == "-" else require_file(path, flag).read_bytes(), flag, path
-        )
+        data = sys.stdin.buffer.read() if path == "-" else require_file(path, flag).read_bytes()
+        prompt = decode_utf8(data, flag, path)
     return [{"prompt": with_documents(prompt, [(path, read_document(path, flag="--file").text) for path in args.file])}]
 
 
 def fitted_prompts(args: argparse.Namespace, loaded, prompts: list[dict]) -> list[list[int]]:
     """Ids of every prompt, fitted to the context; a prompt at fault is named by its number."""
-    template = NO_TEMPLATE if args.raw else text_template(args, loaded)
+    template = template_for(NO_TEMPLATE if args.raw else args.prompt_template, loaded)
     if template == NO_TEMPLATE and args.system:
         raise ValueError("--system: a raw prompt has no system message; give a --prompt_template too")
     size, max_new_tokens, rows = loaded.context_size, args.max_new_tokens, []
@@ -117,9 +97,8 @@ def warn(text: str) -> None:
 
 
 def main() -> None:
-    args = parse_arguments()
+    args, options = parse(__doc__, add_arguments, template=NO_TEMPLATE)
     check_arguments(args)
-    options = generation_options(args)
     prompts = requested_prompts(args)
     loaded = load_from_arguments(args)
     rows = fitted_prompts(args, loaded, prompts)

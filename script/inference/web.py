@@ -23,22 +23,12 @@ import tempfile
 import threading
 
 from longqlora.cli import require_extra, run_main
-from longqlora.inference.arguments import (
-    add_conversation_arguments,
-    add_generation_arguments,
-    add_model_arguments,
-    check_model_arguments,
-    conversation_template,
-    generation_options,
-    load_from_arguments,
-)
+from longqlora.inference.arguments import load_from_arguments, parse
+from longqlora.inference.generation import template_for
+from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
-    add_conversation_arguments(parser)
-    add_generation_arguments(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1",
                        help="address to listen at; 0.0.0.0 lets the network in (default: %(default)s)")  # fmt: skip
@@ -52,12 +42,10 @@ def parse_arguments() -> argparse.Namespace:
                        help="largest file that is accepted, in MiB (default: %(default)s)")  # fmt: skip
     group.add_argument("--max_total_upload_mb", type=int, default=500, help="most that is kept of files until they are "
                        "read, in MiB (default: %(default)s)")  # fmt: skip
-    return parser.parse_args()
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work before the model is looked for; chooses the port where --port is 0."""
-    check_model_arguments(args)
     if not 1 <= args.max_upload_mb <= args.max_total_upload_mb:
         raise ValueError(f"--max_upload_mb: must be from 1 to the {args.max_total_upload_mb} MiB of "
                          f"--max_total_upload_mb, got {args.max_upload_mb}")  # fmt: skip
@@ -76,10 +64,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args = parse_arguments()
+    args, options = parse(__doc__, add_arguments, template=DEFAULT_PROMPT_TEMPLATE)
     require_extra("gradio", "gradio", extra="web")
     check_arguments(args)
-    options = generation_options(args)
     with tempfile.TemporaryDirectory(prefix="longqlora-web-", ignore_cleanup_errors=True) as upload_folder:
         # gradio reads these when it is imported; it asks its own server whether it is up, which no proxy must answer.
         hosts = ",".join(filter(None, [os.environ.get("NO_PROXY"), "localhost", "127.0.0.1", args.host]))
@@ -88,7 +75,8 @@ def main() -> None:
         from longqlora.inference.chat.web import build_page, serve
 
         loaded = load_from_arguments(args)
-        page = build_page(loaded, template=conversation_template(args, loaded), options=options, system=args.system)
+        template = template_for(args.prompt_template, loaded, default=DEFAULT_PROMPT_TEMPLATE)
+        page = build_page(loaded, template=template, options=options, system=args.system)
         flags = ("host", "port", "share", "allowed_hosts", "max_upload_mb", "max_total_upload_mb")
         url = serve(page, **{flag: getattr(args, flag) for flag in flags})
         print(f"chat page at {url} (Ctrl-C ends it)", flush=True)

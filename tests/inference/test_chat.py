@@ -3,17 +3,12 @@
 import builtins
 import json
 import os
-import runpy
-import signal
-import subprocess
 import sys
-import threading
-import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPO
-from rigged_model import save_parrot
+from live_script import LiveScript
+from rigged_model import load_script, save_parrot
 
 from longqlora.inference.chat.session import HELP, ChatSession
 from longqlora.inference.generation import GenerationOptions
@@ -72,16 +67,11 @@ def test_files_outlast_turns_and_the_system_message_outlasts_files(tmp_path):
     prompt = session.prompt("new " * 40)
     assert roles(prompt) == "s u" and "material" not in prompt.messages[1]["content"]
     assert prompt.notice.endswith("1 oldest file")
-    with pytest.raises(ValueError, match="50 fit in the context of 60"):
-        session.prompt("new " * 60)
-
-
-def test_a_message_that_never_fits_drops_nothing():
-    session = make_session()
+    session.clear()
     session.add_turn("one", "two")
-    with pytest.raises(ValueError, match="shorten it"):
-        session.prompt("w " * 100)
-    assert roles(session.prompt("three")) == "u a u"
+    with pytest.raises(ValueError, match="50 fit in the context of 60 .* shorten it"):
+        session.prompt("new " * 60)
+    assert roles(session.prompt("three")) == "s u a u", "nothing was dropped"
 
 
 def test_file_command(tmp_path):
@@ -139,19 +129,7 @@ def test_clear_help_exit():
     assert all("unknown" not in (session.run_command(name) or "") for name in documented)
 
 
-def test_save_is_atomic_and_whole(tmp_path):
-    session = make_session(system="be brief")
-    session.add_turn("one", "zwei ü")
-    path = tmp_path / "chat.json"
-    assert session.run_command(f"/save {path}") == f"saved {path}"
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
-    assert saved["messages"][2]["content"] == "zwei ü" and saved["documents"] == []
-    assert [file.name for file in tmp_path.iterdir()] == ["chat.json"]
-
-
 def test_ctrl_c_at_the_prompt_leaves_at_the_second(monkeypatch, capsys):
-    read_lines = runpy.run_path(str(REPO / CHAT))["read_lines"]
     keys = iter([KeyboardInterrupt, "hello", KeyboardInterrupt, KeyboardInterrupt, "never read"])
 
     def fake_input(prompt):
@@ -162,7 +140,7 @@ def test_ctrl_c_at_the_prompt_leaves_at_the_second(monkeypatch, capsys):
 
     monkeypatch.setattr(builtins, "input", fake_input)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    assert list(read_lines()) == ["hello"]
+    assert list(load_script(CHAT).read_lines()) == ["hello"]
     assert "again" in capsys.readouterr().err
 
 
@@ -175,63 +153,36 @@ def test_chat_through_a_pipe(tiny_tokenizer, tmp_path, run_script):
     ]  # fmt: skip
     outcome = run_script(
         CHAT, "--model_name_or_path", model, "--context_size", 512, "--max_new_tokens", 3, "--no-do_sample",
-        cwd=tmp_path, input="\n".join(lines), check=True,
+        "--system", "für ü", cwd=tmp_path, input="\n".join(lines), check=True,
     )  # fmt: skip
     assert outcome.stdout == "the the the\n" * 3
     for message in ("unknown command '/nonsense'", "read paper.txt", "no file at 'missing.txt'", "cleared", "shorten"):
         assert outcome.stderr.count(message) == 1, message
     assert "Traceback" not in outcome.stderr
-    saved = json.loads((tmp_path / "full.json").read_text())
-    assert [message["content"] for message in saved["messages"]] == [
-        "hello", "the the the", "what does it say?", "the the the",
+    saved = json.loads((tmp_path / "full.json").read_text(encoding="utf-8"))
+    assert [tuple(message.values()) for message in saved["messages"]] == [
+        ("system", "für ü"), ("user", "hello"), ("assistant", "the the the"), ("user", "what does it say?"),
+        ("assistant", "the the the"),
     ]  # fmt: skip
     assert saved["documents"] == [{"path": "paper.txt", "text": "wizards box"}]
-    assert json.loads((tmp_path / "empty.json").read_text()) == {"messages": [], "documents": []}
-
-
-def wait_for(condition, process, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"ended with {process.returncode}"
-        assert time.monotonic() < deadline, "nothing came"
-        time.sleep(0.02)
+    empty = json.loads((tmp_path / "empty.json").read_text(encoding="utf-8"))
+    assert empty == {"messages": saved["messages"][:1], "documents": []}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "paper.txt", "full.json", "empty.json"}
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat(tiny_tokenizer, tmp_path):
     model = save_parrot(tmp_path / "model", tiny_tokenizer)
-    command = [
-        sys.executable, str(REPO / CHAT), "--model_name_or_path", str(model), "--no-do_sample",
-        "--context_size", "1000000", "--max_new_tokens", "500000",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    seen = {"stdout": b"", "stderr": b""}
-
-    def follow(name):
-        while data := os.read(getattr(process, name).fileno(), 4096):
-            seen[name] += data
-
-    readers = [threading.Thread(target=follow, args=(name,), daemon=True) for name in seen]
-    for reader in readers:
-        reader.start()
-    try:
+    flags = ["--no-do_sample", "--context_size", 1000000, "--max_new_tokens", 500000]
+    with LiveScript(CHAT, "--model_name_or_path", model, *flags, cwd=tmp_path) as chat:
         for number in (1, 2):
-            already = len(seen["stdout"])
-            process.stdin.write(b"hello\n")
-            process.stdin.flush()
-            wait_for(lambda start=already: seen["stdout"].count(b" the", start) >= 3, process)
-            process.send_signal(signal.SIGINT)
-            wait_for(lambda count=number: seen["stderr"].count(b"(interrupted)") == count, process)
-        process.stdin.write(b"/save chat.json\n")
-        process.stdin.close()
-        assert process.wait(timeout=60) == 0
-    finally:
-        process.kill()
-        process.wait()
-        for reader in readers:
-            reader.join(timeout=10)
+            already = len(chat.output)
+            chat.process.stdin.write("hello\n")
+            chat.wait_for(" the", after=already, num_times=3)
+            chat.press_ctrl_c()
+            chat.wait_for("(interrupted)", num_times=number)
+        chat.process.stdin.write("/save chat.json\n")
+        chat.process.stdin.close()
+        assert chat.process.wait(timeout=60) == 0
     messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     assert all(message["content"].startswith("the the") for message in messages[1::2])

@@ -1,13 +1,13 @@
 """Generation: options, streaming and stop strings, prompts that do not fit, and the inference script."""
 
+import copy
 import json
-import runpy
-import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPO, sentences
+from conftest import sentences
+from rigged_model import load_script, run_main_of
 
 from longqlora.inference.batch import partial_path
 from longqlora.inference.generation import (
@@ -16,12 +16,11 @@ from longqlora.inference.generation import (
     encode_prompt,
     fit_prompt,
     generate_text,
-    known_template,
+    template_for,
 )  # fmt: skip
 
 SCRIPT = "script/inference/inference.py"
 PROMPT = "the quick brown fox"
-GREEDY = GenerationOptions(do_sample=False, max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -34,92 +33,82 @@ def tiny_model(tiny_model_dir):
 
 
 @pytest.fixture
-def script(monkeypatch, capsys, tmp_path):
-    """Run the script in this process from another folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
+def prompt_ids(tiny_tokenizer):
+    return encode_prompt(tiny_tokenizer, PROMPT, template="none")
 
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, args)])
-        code = 0
-        try:
-            runpy.run_path(str(REPO / SCRIPT), run_name="__main__")
-        except SystemExit as error:
-            code = error.code
-        return code, *capsys.readouterr()
+
+@pytest.fixture
+def generate(tiny_model, tiny_tokenizer, prompt_ids):
+    """Continue PROMPT, greedily unless `options` say otherwise."""
+
+    def run(options=None, **given):
+        options = {"do_sample": False, "max_new_tokens": 24, **(options or {})}
+        return generate_text(tiny_model, tiny_tokenizer, prompt_ids, GenerationOptions(**options), **given)
 
     return run
 
 
-def reference(model, tokenizer, ids, num_tokens):
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    """Run the script in this process from another folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: run_main_of(load_script(SCRIPT), arguments, monkeypatch, capsys)
+
+
+@pytest.fixture
+def model(tiny_model_dir):
+    """The flags of the tiny model."""
+    return ["--model_name_or_path", tiny_model_dir]
+
+
+def reference(model, ids, num_tokens):
     import torch
 
     input_ids = torch.tensor([ids])
-    output = model.generate(
-        input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, max_new_tokens=num_tokens
-    )
+    mask = torch.ones_like(input_ids)
+    output = model.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=num_tokens)
     return output[0, len(ids) :].tolist()
 
 
-def test_greedy_equals_generate_and_the_stream_equals_the_text(tiny_model, tiny_tokenizer):
-    ids = encode_prompt(tiny_tokenizer, PROMPT, template="none")
-    assert ids[0] == tiny_tokenizer.bos_token_id and ids[1] != tiny_tokenizer.bos_token_id
+def test_greedy_equals_generate_and_the_stream_equals_the_text(tiny_model, tiny_tokenizer, prompt_ids, generate):
+    assert prompt_ids[0] == tiny_tokenizer.bos_token_id and prompt_ids[1] != tiny_tokenizer.bos_token_id
     pieces = []
-    answer = generate_text(tiny_model, tiny_tokenizer, ids, GREEDY, on_text=pieces.append)
-    expected = reference(tiny_model, tiny_tokenizer, ids, 24)
-    whole = tiny_tokenizer.decode(ids + expected, skip_special_tokens=True)
+    answer = generate(on_text=pieces.append)
+    expected = reference(tiny_model, prompt_ids, 24)
+    whole = tiny_tokenizer.decode(prompt_ids + expected, skip_special_tokens=True)
     assert PROMPT + answer.text == whole and "".join(pieces) == answer.text and len(pieces) > 1
-    assert (answer.num_prompt_tokens, answer.num_new_tokens) == (len(ids), len(expected))
-    same = generate_text(tiny_model, tiny_tokenizer, ids, GenerationOptions(temperature=0, max_new_tokens=24))
-    assert same.text == answer.text
+    assert (answer.num_prompt_tokens, answer.num_new_tokens) == (len(prompt_ids), len(expected))
+    assert generate({"do_sample": True, "temperature": 0}).text == answer.text
     with pytest.raises(ValueError, match="empty"):
-        generate_text(tiny_model, tiny_tokenizer, [], GREEDY)
+        generate_text(tiny_model, tiny_tokenizer, [], GenerationOptions())
 
 
-def test_sampling_follows_the_seed(tiny_model, tiny_tokenizer):
-    ids = encode_prompt(tiny_tokenizer, PROMPT, template="none")
-    options = GenerationOptions(temperature=1.0, top_p=1.0, max_new_tokens=20)
-    texts = [
-        generate_text(tiny_model, tiny_tokenizer, ids, GenerationOptions(**{**vars(options), "seed": seed})).text
-        for seed in (1, 1, 2)
-    ]
+def test_sampling_follows_the_seed(generate):
+    options = {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
+    texts = [generate({**options, "seed": seed}).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_leftover_generation_config_is_ignored(tiny_model, tiny_tokenizer):
-    ids = encode_prompt(tiny_tokenizer, PROMPT, template="none")
-    expected = generate_text(tiny_model, tiny_tokenizer, ids, GREEDY).text
-    saved = tiny_model.generation_config.to_dict()
-    try:
-        tiny_model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, num_beams=3)
-        assert generate_text(tiny_model, tiny_tokenizer, ids, GREEDY).text == expected
-    finally:
-        tiny_model.generation_config.update(**saved)
+def test_leftover_generation_config_is_ignored(tiny_model, generate, monkeypatch):
+    expected = generate().text
+    monkeypatch.setattr(tiny_model, "generation_config", copy.deepcopy(tiny_model.generation_config))
+    tiny_model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, num_beams=3)
+    assert generate().text == expected
 
 
-def test_finish_reasons(tiny_model, tiny_tokenizer):
-    threads = set(threading.enumerate())
-    ids = encode_prompt(tiny_tokenizer, PROMPT, template="none")
-    answer = generate_text(tiny_model, tiny_tokenizer, ids, GREEDY)
+def test_finish_reasons(tiny_model, prompt_ids, generate, monkeypatch):
+    threads, event = set(threading.enumerate()), threading.Event()
+    answer = generate()
     assert answer.finish_reason == "length"
     stop = answer.text[5:8]
-    stopped = generate_text(
-        tiny_model, tiny_tokenizer, ids, GenerationOptions(do_sample=False, max_new_tokens=24, stop=(stop, "absent"))
-    )
+    stopped = generate({"stop": (stop, "absent")})
     assert stopped.finish_reason == "stop" and stopped.text == answer.text[: answer.text.index(stop)]
-    assert stopped.num_new_tokens < 24
-    event = threading.Event()
-    interrupted = generate_text(
-        tiny_model, tiny_tokenizer, ids, GREEDY, on_text=lambda _: event.set(), stop_event=event
-    )
+    interrupted = generate(on_text=lambda _: event.set(), stop_event=event)
     assert interrupted.finish_reason == "interrupted" and answer.text.startswith(interrupted.text) and interrupted.text
-    assert interrupted.num_new_tokens < 24
-    first = reference(tiny_model, tiny_tokenizer, ids, 1)[0]
-    old = tiny_model.generation_config.eos_token_id
-    try:
-        tiny_model.generation_config.eos_token_id = [old, first]
-        ended = generate_text(tiny_model, tiny_tokenizer, ids, GREEDY)
-    finally:
-        tiny_model.generation_config.eos_token_id = old
+    assert max(stopped.num_new_tokens, interrupted.num_new_tokens) < 24
+    ends = [tiny_model.generation_config.eos_token_id, *reference(tiny_model, prompt_ids, 1)]
+    monkeypatch.setattr(tiny_model.generation_config, "eos_token_id", ends)
+    ended = generate()
     assert ended.finish_reason == "eos" and ended.num_new_tokens == 1
     assert set(threading.enumerate()) == threads
 
@@ -143,8 +132,9 @@ def stream(tokenizer, prompt_ids, ids, stop=()) -> tuple[list[str], AnswerStream
     pieces = []
     answer = AnswerStream(tokenizer, prompt_ids, stop, pieces.append, threading.Event())
     for token_id in ids:
-        answer.put(token_id)
-    assert answer.finish() == "".join(pieces)
+        answer.put([token_id])
+    answer.put([], is_end=True)
+    assert answer.text == "".join(pieces)
     return pieces, answer
 
 
@@ -153,12 +143,6 @@ def test_stream_gives_the_text_in_whole_characters(tiny_tokenizer, text):
     ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces, answer = stream(tiny_tokenizer, tiny_tokenizer("the prompt")["input_ids"], ids)
     assert answer.text == text and ("\ufffd" in text or not any("\ufffd" in piece for piece in pieces))
-
-
-def test_stream_gives_out_broken_bytes_at_the_end(tiny_tokenizer):
-    ids = tiny_tokenizer("ok 漢", add_special_tokens=False)["input_ids"][:-1]
-    pieces, answer = stream(tiny_tokenizer, [1], ids)
-    assert answer.text == "ok \ufffd" and pieces[-1] == "\ufffd"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
@@ -191,69 +175,67 @@ def test_fit_prompt():
     assert fit_prompt(ids, context_size=1, max_new_tokens=5, truncate=True) == [1]
 
 
-def test_known_template(tiny_tokenizer, tmp_path):
-    assert known_template(tiny_tokenizer, [None, str(tmp_path)]) is None
+def test_template_for(tiny_tokenizer, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
-    record = {"arguments": {"data": {"sft": True, "prompt_template": "vicuna_v1.1_fastchat"}}}
-    (tmp_path / "run_record.json").write_text(json.dumps(record))
-    assert known_template(tiny_tokenizer, [None, str(tmp_path / "checkpoint-1")]) == "vicuna_v1.1_fastchat"
-    record["arguments"]["data"]["sft"] = False
-    (tmp_path / "run_record.json").write_text(json.dumps(record))
-    assert known_template(tiny_tokenizer, [str(tmp_path)]) is None
+    source = {"tokenizer": tiny_tokenizer, "adapter_name_or_path": None, "base_model_name_or_path": "hub/name"}
+    adapter = SimpleNamespace(**{**source, "adapter_name_or_path": str(tmp_path / "checkpoint-1")})
+    merged = SimpleNamespace(**{**source, "base_model_name_or_path": str(tmp_path)})
+    for sft, expected in ((None, "none"), (True, "vicuna_v1.1_fastchat"), (False, "none")):
+        if sft is not None:
+            record = {"arguments": {"data": {"sft": sft, "prompt_template": "vicuna_v1.1_fastchat"}}}
+            (tmp_path / "run_record.json").write_text(json.dumps(record))
+        assert template_for("auto", adapter) == template_for("auto", merged) == expected
+    assert template_for("auto", merged, default="vicuna_v1.1") == template_for("vicuna_v1.1", merged) == "vicuna_v1.1"
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ messages }}"
+    assert template_for("auto", SimpleNamespace(**{**source, "tokenizer": tokenizer})) == "chat_template"
 
 
 @pytest.mark.parametrize(
     ("dtype", "has_bf16", "warns"),
     [("fp16", True, True), ("bf16", True, False), ("bf16", False, True), ("fp32", False, False)],
 )
-def test_a_precision_that_the_cpu_lacks_is_named(script, tiny_model_dir, monkeypatch, dtype, has_bf16, warns):
+def test_a_precision_that_the_cpu_lacks_is_named(script, model, monkeypatch, dtype, has_bf16, warns):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("longqlora.model.base.cpu_has_bf16", lambda: has_bf16)
-    words = ["--model_name_or_path", tiny_model_dir, "--prompt", "the", "--max_new_tokens", 1, "--dtype", dtype]
-    code, out, errors = script(*words)
+    code, out, errors = script(*model, "--prompt", "the", "--max_new_tokens", 1, "--dtype", dtype)
     assert code == 0 and ("arithmetic; fp32 is many times faster" in errors) == warns and "arithmetic" not in out
 
 
-def test_script_in_a_process_of_its_own(tiny_model, tiny_tokenizer, tiny_model_dir, tmp_path, run_script):
-    ids = encode_prompt(tiny_tokenizer, PROMPT, template="none")
+def test_script_in_a_process_of_its_own(generate, model, tmp_path, run_script):
     outcome = run_script(
-        SCRIPT, "--model_name_or_path", tiny_model_dir, "--prompt_file", "-", "--no-do_sample", "--max_new_tokens", 24,
-        "--dtype", "fp32", cwd=tmp_path, input=PROMPT, check=True,
+        SCRIPT, *model, "--prompt_file", "-", "--no-do_sample", "--max_new_tokens", 24, "--dtype", "fp32",
+        cwd=tmp_path, input=PROMPT, check=True,
     )  # fmt: skip
-    assert outcome.stdout == generate_text(tiny_model, tiny_tokenizer, ids, GREEDY).text + "\n"
+    assert outcome.stdout == generate().text + "\n"
 
 
-def test_script_streams_the_same_text_and_warns_beyond_the_context(script, tiny_model_dir):
-    arguments = ["--model_name_or_path", tiny_model_dir, "--prompt", PROMPT, "--temperature", 0]
+def test_script_streams_the_same_text_and_warns_beyond_the_context(script, model):
+    arguments = [*model, "--prompt", PROMPT, "--temperature", 0]
     code, streamed, errors = script(*arguments, "--max_new_tokens", 60)
     assert code == 0 and "warning" in errors and "60 go beyond the context of 64" in errors
     assert script(*arguments, "--max_new_tokens", 60, "--no-stream")[1] == streamed
-    assert "warning" not in script(*arguments, "--max_new_tokens", 5)[2]
-    code, _, errors = script(*arguments, "--max_new_tokens", 60, "--context_size", 256)
-    assert code == 0 and "warning" not in errors
+    for harmless in (["--max_new_tokens", 5], ["--max_new_tokens", 60, "--context_size", 256]):
+        code, _, errors = script(*arguments, *harmless)
+        assert code == 0 and "warning" not in errors
+    chat = ["--prompt_template", "vicuna_v1.1", "--system", "be brief", "--context_size", 256]
+    code, templated, _ = script(*arguments, "--max_new_tokens", 60, *chat)
+    assert code == 0 and templated != streamed
 
 
-def test_script_uses_the_template(script, tiny_model_dir):
-    arguments = ["--model_name_or_path", tiny_model_dir, "--prompt", "hi", "--no-do_sample", "--max_new_tokens", 8]
-    arguments += ["--context_size", 256]
-    outputs = [script(*arguments, *more) for more in ([], ["--prompt_template", "vicuna_v1.1", "--system", "be brief"])]
-    assert [code for code, _, _ in outputs] == [0, 0] and outputs[0][1] != outputs[1][1]
-
-
-def test_script_truncates_only_when_asked(script, tiny_model_dir, tmp_path):
+def test_script_truncates_only_when_asked(script, model, tmp_path):
     (tmp_path / "long.txt").write_text(sentences(200))
-    arguments = ["--model_name_or_path", tiny_model_dir, "--prompt_file", "long.txt", "--max_new_tokens", 4]
-    code, _, errors = script(*arguments)
-    assert code == 2 and "and the context 64" in errors
-    code, _, errors = script(*arguments, "--truncate_prompt")
-    assert code == 0 and "kept 60 of" in errors
+    arguments = [*model, "--prompt_file", "long.txt", "--max_new_tokens", 4]
+    for more, ended, message in (([], 2, "and the context 64"), (["--truncate_prompt"], 0, "kept 60 of")):
+        code, _, errors = script(*arguments, *more)
+        assert code == ended and message in errors
 
 
-def test_batch_is_resumed(script, tiny_model_dir, tmp_path):
+def test_batch_is_resumed(script, model, tmp_path):
     prompts = [{"prompt": sentences(3 + seed, seed), "id": seed} for seed in range(4)]
     (tmp_path / "in.jsonl").write_text("\ufeff" + "".join(json.dumps(p) + "\n\n" for p in prompts), encoding="utf-8")
-    arguments = ["--model_name_or_path", tiny_model_dir, "--input_file", "in.jsonl", "--output_file", "out/a.jsonl"]
-    arguments += ["--seed", 5, "--max_new_tokens", 6, "--temperature", 1]
+    arguments = [*model, "--input_file", "in.jsonl", "--output_file", "out/a.jsonl", "--seed", 5, "--temperature", 1]
+    arguments += ["--max_new_tokens", 6]
     code, out, _ = script(*arguments)
     assert code == 0 and out == ""
     target = tmp_path / "out" / "a.jsonl"
@@ -287,15 +269,12 @@ BATCH = "--input_file {} --output_file o"
         ("MODEL --prompt_file latin.txt", "not UTF-8"),
         ("MODEL --input_file good.jsonl", "go together"),
         ("MODEL --prompt x --output_file y", "go together"),
-        ("MODEL --input_file good.jsonl --output_file .", "is a folder"),
         ("MODEL --input_file good.jsonl --output_file good.jsonl --overwrite", "overlaps"),
         (f"MODEL {BATCH.format('bad.jsonl')}", "line 2"),
         (f"MODEL {BATCH.format('key.jsonl')}", "line 1"),
         (f"MODEL {BATCH.format('empty')}", "no prompts"),
         (f"MODEL {BATCH.format('half.jsonl')}", "prompt 1: the prompt has half of a surrogate pair"),
         ("MODEL --prompt x --temperature -1", "--temperature"),
-        ("MODEL --prompt x --top_p nan", "--top_p"),
-        ("MODEL --prompt x --max_new_tokens 0", "--max_new_tokens"),
         ("MODEL --prompt x --context_size 0", "--context_size"),
         ("MODEL --prompt x --raw --prompt_template vicuna_v1.1", "contradict"),
         ("MODEL --prompt x --prompt_template chat_template", "chat template"),

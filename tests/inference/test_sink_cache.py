@@ -169,14 +169,6 @@ def test_memory_is_constant_and_sinks_do_not_wear_off():
     assert layer.get_seq_length() == 5004 and not layer.is_croppable
 
 
-def test_a_reset_cache_remembers_nothing():
-    model, ids = make_model(), random_ids(40)
-    cache = sink_cache(model, window=WINDOW)
-    first = run_blocks(model, cache, ids, [10] * 4)
-    cache.reset()
-    assert cache.get_seq_length() == 0 and torch.equal(run_blocks(model, cache, ids, [10] * 4), first)
-
-
 NOPE = AutoConfig.for_model(
     "smollm3", hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=320, max_position_embeddings=64, pad_token_id=3,

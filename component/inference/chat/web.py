@@ -11,6 +11,7 @@ import ipaddress
 import os
 import socket
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import lru_cache
@@ -50,8 +51,11 @@ class PageSession(ChatSession):
         with self.encoder_lock:
             return super().encode(messages)
 
-    def restore(self, history: list[dict]) -> "PageSession":
-        """Take turns and documents from gradio's messages; a question without an answer is left out."""
+    def restore(self, history: list[dict], files: Sequence[str | dict] = ()) -> "PageSession":
+        """Take turns and documents from gradio's messages, and the `files` of the next one: paths, or {"path": ...}.
+
+        A question without an answer is left out.
+        """
         documents, question = {}, ""
         for message in history:
             text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
@@ -60,7 +64,8 @@ class PageSession(ChatSession):
             else:
                 paths = [part["file"]["path"] for part in message["content"] if part["type"] == "file"]
                 question, documents = text, {**documents, **dict(map(uploaded_document, paths))}
-        self.documents = list(documents.items())
+        paths = [file if isinstance(file, str) else file["path"] for file in files]
+        self.documents = list({**documents, **dict(map(uploaded_document, paths))}.items())
         return self
 
 
@@ -99,8 +104,7 @@ def build_page(loaded: LoadedModel, *, template: str, options: GenerationOptions
         try:
             if not message["text"].strip():
                 raise ValueError("write a question, also with documents")
-            session = PageSession(encoding, template, options)
-            session.documents = list(map(uploaded_document, message["files"]))
+            session = PageSession(encoding, template, options).restore([], message["files"])
             if session.prompt(message["text"]).notice:
                 raise ValueError(f"the documents are too long for the context of {loaded.context_size} tokens")
         except ValueError as error:
@@ -112,11 +116,8 @@ def build_page(loaded: LoadedModel, *, template: str, options: GenerationOptions
         pieces, stop_event = [], threading.Event()
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         given = {name: value for name, value in given.items() if value is not None}
-        session = PageSession(encoding, template, replace(options, do_sample=True, **given), system).restore(history)
-        # Paths, where the answer is asked for again objects with "path".
-        paths = [file if isinstance(file, str) else file["path"] for file in message["files"]]
-        session.documents = list({**dict(session.documents), **dict(map(uploaded_document, paths))}.items())
-        prompt = session.prompt(message["text"])
+        session = PageSession(encoding, template, replace(options, do_sample=True, **given), system)
+        prompt = session.restore(history, message["files"]).prompt(message["text"])
         if prompt.notice:
             gr.Info(prompt.notice)
         answer = writer.submit(
