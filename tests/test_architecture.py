@@ -153,8 +153,6 @@ def test_nothing_is_pickled_or_left_undone(path):
 def test_every_requirement_is_used():
     text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES + sorted((REPO / "tests").rglob("*.py")))
     names = {
-        "einops": None,
-        "tabulate": None,
         "pyyaml": "yaml",
         "ruff": None,
         "pytest": "pytest",

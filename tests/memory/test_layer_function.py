@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import tiny_config
 from peft import LoraConfig, get_peft_model
 from random_nf4_model import random_nf4_model
@@ -210,6 +211,30 @@ def test_evaluation_and_generation_use_the_models_own_layers(monkeypatch):
     assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), generated)
     with torch.no_grad():
         model.train()(**batch())
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_what_transformers_hands_to_a_layer(model_type):
+    """All that layer_binding.py and decoder_layer.py know of transformers' layers."""
+    sentence = f"transformers {transformers.__version__} changed its decoder layers: see memory/layer_binding.py"
+    model, seen = build(model_type, trains_rest=False), []
+
+    def record(forward, *arguments):
+        output = forward(*arguments)
+        seen.append((forward.keywords, arguments, output))
+        return output
+
+    for layer in decoder_layers(model):
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, record
+    model(**batch(), use_cache=False)
+    assert len(seen) == 2, f"{sentence} (the checkpointing function is not called)"
+    for keywords, arguments, output in seen:
+        read = {"attention_mask", "past_key_values", "position_embeddings"}
+        assert read <= set(keywords) and len(arguments) == 1, f"{sentence} (arguments)"
+        assert [x.shape for x in keywords["position_embeddings"]] == [(1, LENGTH, 16)] * 2, f"{sentence} (cos and sin)"
+        assert isinstance(output, torch.Tensor) and output.shape == (2, LENGTH, 64), f"{sentence} (output)"
+    children = {name for name, _ in decoder_layers(model)[0].named_children()}
+    assert children == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}, f"{sentence} (modules)"
 
 
 def test_a_transformers_that_calls_no_checkpointing_function_is_refused(monkeypatch):
