@@ -192,6 +192,12 @@ class DataConfig(Section):
     preprocessing_num_workers: int = key(1, "Processes that tokenise.", at_least(1))
     data_cache_dir: str | None = key(None, "Folder for tokenised files; default: the Hugging Face datasets cache.")
 
+    @property
+    def files(self) -> dict[str, str]:
+        """The data files of the run by their keys."""
+        files = {"train_file": self.train_file, "eval_file": self.eval_file}
+        return {name: path for name, path in files.items() if path}
+
 
 @dataclass(frozen=True)
 class OutputConfig(Section):

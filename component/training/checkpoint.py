@@ -6,6 +6,7 @@ files with weights_only=True; DeepSpeed 0.19 does not, so torch is told to for t
 
 import os
 import re
+from collections import ChainMap
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -52,8 +53,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 def data_hashes(data: DataConfig) -> dict[str, str]:
     """SHA-256 of each data file by its key, on rank 0, which compares and records them."""
-    files = {"train_file": data.train_file, "eval_file": data.eval_file}
-    return {key: file_sha256(path) for key, path in files.items() if path and is_main_process()}
+    return {key: file_sha256(path) for key, path in data.files.items()} if is_main_process() else {}
 
 
 def choose_start(settings: Settings) -> tuple[Path | None, str]:
@@ -103,7 +103,7 @@ def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, data_
     Raises ValueError where resuming is impossible: a file missing, damaged or unsafe to load, or ZeRO's optimizer
     states of another number of processes.
     """
-    new, record = merged_sections(arguments), read_run_record(checkpoint)
+    new, record = dict(ChainMap(*arguments.values())), read_run_record(checkpoint)
     before = (record or {}).get("world_size", world_size)
     if new.get("deepspeed") and before != world_size:
         raise ValueError(
@@ -113,7 +113,7 @@ def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, data_
     check_contents(checkpoint, new, num_processes=before)
     if record is None:
         return [f"{checkpoint} has no run record: its settings cannot be compared with the present ones"]
-    old, old_hashes = merged_sections(record["arguments"]), record.get("data_sha256", {})
+    old, old_hashes = dict(ChainMap(*record["arguments"].values())), record.get("data_sha256", {})
     # The content of a file counts, not its path.
     for key in data_sha256.keys() & old_hashes.keys():
         old.pop(key, None)
@@ -125,10 +125,6 @@ def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, data_
         for key in sorted((old.keys() | new.keys()) - HARMLESS)
         if old.get(key) != new.get(key)
     ]
-
-
-def merged_sections(sections: dict[str, dict]) -> dict:
-    return {key: value for section in sections.values() for key, value in section.items()}
 
 
 def check_contents(checkpoint: Path, settings: dict, *, num_processes: int) -> None:

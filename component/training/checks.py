@@ -62,14 +62,14 @@ def evaluates(training: dict) -> bool:
 def check_paths(settings: Settings) -> None:
     """Refuse folders that a file is in the way of, and inputs that the run would replace."""
     output_dir, resume = settings.training["output_dir"], settings.training.get("resume_from_checkpoint")
-    folders = {"output_dir": output_dir, "logging_dir": settings.output.logging_dir}
-    for key, value in {**folders, "data_cache_dir": settings.data.data_cache_dir}.items():
+    cache = settings.data.data_cache_dir
+    folders = {"output_dir": output_dir, "logging_dir": settings.output.logging_dir, "data_cache_dir": cache}
+    for key, value in folders.items():
         path = Path(value or ".")
         file = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
         if file:
             raise ValueError(f"{key}: {value!r} cannot be a folder, since {str(file)!r} is a file; give another")
-    inputs = {"model_name_or_path": settings.model.model_name_or_path, "train_file": settings.data.train_file}
-    for key, value in {**inputs, "eval_file": settings.data.eval_file}.items():
+    for key, value in {"model_name_or_path": settings.model.model_name_or_path, **settings.data.files}.items():
         for place in (Path(output_dir, FINAL), *list_checkpoints(output_dir)):
             if value and Path(os.path.realpath(value)).is_relative_to(os.path.realpath(place)):
                 raise ValueError(
@@ -199,10 +199,8 @@ def check_data(settings: Settings, config: PretrainedConfig, tokenizer: PreTrain
     if settings.data.sft:
         prompt_template_for(tokenizer, settings.data.prompt_template)
     check_vocabulary(tokenizer, config.vocab_size, settings.model.model_name_or_path)
-    files = {"train_file": settings.data.train_file, "eval_file": settings.data.eval_file}
-    for key, path in files.items() if is_main_process() else ():
-        if path:
-            check_data_file(path, sft=settings.data.sft, flag=key)
+    for key, path in settings.data.files.items() if is_main_process() else ():
+        check_data_file(path, sft=settings.data.sft, flag=key)
 
 
 def check_num_rows(

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -33,8 +34,10 @@ def end_with_launcher() -> None:
         process = parent
 
     def watch() -> None:
-        while all(parent_id(process) == parent for process, parent in links):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        # A process that has ended has no parent to ask for.
+        with suppress(psutil.Error):
+            while all(process.ppid() == parent for process, parent in links):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
         os.kill(os.getpid(), signal.SIGTERM)
         # A signal waits for the call that the main thread is in, which may be a collective without partners.
         time.sleep(SECONDS_TO_END)
@@ -53,14 +56,6 @@ def is_launcher(process: psutil.Process) -> bool:
     names = [Path(word).name for word in words]
     is_python = bool(names) and names[0].startswith("python")
     return bool(LAUNCHER_COMMANDS & set(names[: 1 + is_python]) or (is_python and LAUNCHER_MODULES & set(words)))
-
-
-def parent_id(process: psutil.Process) -> int | None:
-    """Id of the present parent; None where `process` has ended."""
-    try:
-        return process.ppid()
-    except psutil.Error:
-        return None
 
 
 def end_on_sigterm(before_the_end: Callable[[], str]) -> None:
