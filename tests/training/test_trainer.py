@@ -2,11 +2,12 @@
 
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, sentences
+from conftest import ZERO2, sentences
 from safetensors.torch import load_file
 from training_process import fail, history_of, same_weights, train
 from transformers import Trainer
@@ -15,7 +16,6 @@ from longqlora.training.checkpoint import list_checkpoints
 from longqlora.training.checks import check_num_rows
 from longqlora.training.trainer import MAX_SKIPPED_STEPS, DivergenceWatch, LongContextTrainer, all_finite
 
-ZERO2 = str(REPO / "train_args" / "deepspeed" / "zero2.json")
 NAN, INF = math.nan, math.inf
 
 
@@ -45,6 +45,8 @@ DIVERGING_RUNS = {
     "logging-every-10": {"logging_steps": 10, "logging_nan_inf_filter": True},
     "two-processes": {"num_processes": 2},
     "two-processes-zero2": {"num_processes": 2, "deepspeed": ZERO2},
+    # The only step's loss is a number; what that step made of the weights is not.
+    "weights": {"learning_rate": "1e39", "max_steps": 1},
 }
 
 
@@ -55,6 +57,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_that_step(write_yaml, ch
     path, out = write_yaml(**settings)
     error = fail(path, num_processes=num_processes)
     assert "training diverged at step" in error and "learning_rate" in error
+    assert ("its weights are not finite" in error) or "max_steps" not in changes
     step = int(error.split("training diverged at step ")[1].split()[0])
     assert "save_strategy" not in changes or ("(loss " in error and step < settings["max_steps"])
     checkpoints = list_checkpoints(out)
@@ -65,13 +68,6 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_that_step(write_yaml, ch
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "adapter_model.safetensors").values())
     given = changes.get("logging_nan_inf_filter")
     assert ("logging_nan_inf_filter has no effect" in (out / "train.log").read_text()) == bool(given)
-
-
-def test_weights_that_are_not_finite_are_not_saved(write_yaml):
-    """The last step's loss is a number; what that step made of the weights is not."""
-    path, out = write_yaml(learning_rate="1e39", warmup_steps=0, max_steps=1)
-    assert "training diverged at step 1 (its weights are not finite)" in fail(path)
-    assert not (out / "final").exists() and not list_checkpoints(out)
 
 
 def test_a_high_learning_rate_that_stays_finite_is_no_divergence(write_yaml):
@@ -109,26 +105,27 @@ def test_watch_lets_fp16_skip_steps_but_not_without_end():
     assert step(INF) == f"fp16 skipped {MAX_SKIPPED_STEPS} steps in a row"
 
 
-def bare_trainer(**attributes) -> LongContextTrainer:
+def at_minimum(self):
+    raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+
+
+@pytest.mark.parametrize(
+    "call,step,message",
+    [
+        # As DeepSpeed says that fp16 cannot go on.
+        ("training_step", 4, "diverged at step 5 .*loss scale.* minimum"),
+        ("evaluate", 4, "diverged at step 4 .eval_loss nan"),
+        ("save_final", 0, "without a single step"),
+    ],
+)
+def test_what_ends_training(monkeypatch, call, step, message):
+    monkeypatch.setattr("transformers.Trainer.training_step", at_minimum)
+    monkeypatch.setattr("transformers.Trainer.evaluate", lambda self: {"eval_loss": NAN})
     trainer = LongContextTrainer.__new__(LongContextTrainer)
     folder = SimpleNamespace(last_checkpoint=lambda: "there is no earlier checkpoint")
-    vars(trainer).update(folder=folder, start_up_seconds=1.0, state=SimpleNamespace(global_step=4), **attributes)
-    return trainer
-
-
-def test_deepspeed_at_its_least_loss_scale_is_divergence(monkeypatch):
-    def at_minimum(self, *args, **kwargs):
-        raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
-
-    monkeypatch.setattr("transformers.Trainer.training_step", at_minimum)
-    with pytest.raises(ValueError, match="diverged at step 5 .*loss scale.* minimum"):
-        bare_trainer().training_step()
-
-
-def test_an_evaluation_that_is_not_finite_is_divergence(monkeypatch):
-    monkeypatch.setattr("transformers.Trainer.evaluate", lambda self: {"eval_loss": NAN})
-    with pytest.raises(ValueError, match="diverged at step 4 .eval_loss nan"):
-        bare_trainer().evaluate()
+    vars(trainer).update(folder=folder, start_up_seconds=1.0, state=SimpleNamespace(global_step=step))
+    with pytest.raises(ValueError, match=message):
+        getattr(trainer, call)()
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 6e4])
@@ -138,13 +135,6 @@ def test_all_finite(value):
     shard.ds_tensor = torch.tensor([1.0, value, 2.0], dtype=torch.float16)
     assert all_finite([frozen, trained])
     assert all_finite([frozen, trained, shard]) == math.isfinite(value)
-
-
-def test_a_run_without_a_step_saves_nothing():
-    trainer = bare_trainer()
-    trainer.state.global_step = 0
-    with pytest.raises(ValueError, match="without a single step"):
-        trainer.save_final()
 
 
 def test_too_few_rows_are_refused_before_the_model_loads(write_yaml):
@@ -172,12 +162,12 @@ def evaluated(write_yaml, tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_text(json.dumps({"text": sentences(200, seed=99)}))
     best = {"eval_strategy": "steps", "eval_steps": 2, "eval_file": str(path), "load_best_model_at_end": True}
-    return lambda name="run", **changes: write_yaml(name, **best, **{"save_total_limit": 1, **changes})
+    return partial(write_yaml, **best)
 
 
 @pytest.mark.parametrize("changes,best,kept", BEST.values(), ids=BEST)
 def test_final_is_the_best_checkpoint(evaluated, changes, best, kept):
-    path, out = evaluated(**changes)
+    path, out = evaluated(**changes, save_total_limit=1)
     assert "Could not locate the best model" not in train(path)
     scores = {entry["step"]: entry["eval_loss"] for entry in history_of(out) if "eval_loss" in entry}
     assert min(scores, key=scores.get) == best
@@ -191,17 +181,9 @@ def test_final_is_the_best_checkpoint(evaluated, changes, best, kept):
 def test_the_best_may_lie_in_the_folder_that_a_run_was_resumed_from(evaluated):
     path, first = evaluated("first", **GETS_WORSE, save_total_limit=None)
     train(path)
-    path, second = evaluated("second", **GETS_WORSE)
+    path, second = evaluated("second", **GETS_WORSE, save_total_limit=1)
     train(path, "--resume_from_checkpoint", first / "checkpoint-4")
     assert same_weights(second / "final", first / "checkpoint-2")
-
-
-def test_abandoned_checkpoints_are_not_counted(evaluated):
-    path, out = evaluated(save_total_limit=None, max_steps=4)
-    train(path)
-    train(path, "--resume_from_checkpoint", out / "checkpoint-2", "--save_total_limit", 1)
-    assert [folder.name for folder in list_checkpoints(out)] == ["checkpoint-4"]
-    assert (out / "checkpoint-4.abandoned" / "adapter_model.safetensors").is_file()
 
 
 def test_a_sampling_strategy_that_gives_each_process_rows_of_its_own_is_refused(write_yaml):
