@@ -1,33 +1,24 @@
 """The output_dir of a run: what an earlier run left is kept until it is replaced, and no second run writes there."""
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
 import socket
-from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import ZERO2
 from safetensors.torch import save_file
 from training_process import contents, fail, same_weights, start_ranks, train, wait_for
 
-import longqlora.training.run_folder
 from longqlora.files import atomic_folder, write_json
 from longqlora.training.checkpoint import list_checkpoints
 from longqlora.training.run_folder import RunFolder, lock_output_dir
 
 RESUME, OVERWRITE = ("--resume_from_checkpoint", "true"), ("--overwrite_output_dir", "true")
-
-
-@pytest.fixture(autouse=True)
-def no_run_is_left():
-    yield
-    for process in multiprocessing.active_children():
-        process.kill()
 
 
 @pytest.fixture
@@ -41,34 +32,30 @@ def names_in(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def test_a_second_run_is_refused(finished_run, write_yaml):
+def test_a_second_run_that_is_refused_or_fails_leaves_the_first_as_it_was(finished_run, tiny_model_dir, tmp_path):
     path, out = finished_run
-    other = write_yaml("other")[1]
-    shutil.copytree(out / "checkpoint-2", other / "checkpoint-2")
+    other = shutil.copytree(out / "checkpoint-2", tmp_path / "other" / "checkpoint-2")
+    broken = shutil.copytree(tiny_model_dir, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"cut off")
+    diverges = (*OVERWRITE, "--learning_rate", "1e30", "--warmup_steps", 0)
     before = contents(out)
-    assert "holds checkpoint-4 and final" in fail(path)
-    # Nor are two runs mixed.
-    assert "holds checkpoint-4 and final" in fail(path, "--resume_from_checkpoint", other / "checkpoint-2")
-    assert contents(out) == before
+    for words, text in (
+        ((), "holds checkpoint-4 and final"),
+        # Nor are two runs mixed.
+        (("--resume_from_checkpoint", other), "holds checkpoint-4 and final"),
+        ((*OVERWRITE, "--model_name_or_path", broken), "model.safetensors"),
+        # Before its first checkpoint, and before its end without any.
+        (diverges, "diverged"),
+        ((*diverges, "--save_strategy", "no"), "diverged"),
+    ):
+        assert text in fail(path, *words)
+        assert contents(out) == before
     for name in ("checkpoint-2", "checkpoint-4"):
         shutil.rmtree(out / name)
     before = contents(out)
     for words in ((), RESUME):
         assert "holds final of an earlier run; add --overwrite_output_dir true" in fail(path, *words)
     assert contents(out) == before
-
-
-def test_a_second_run_that_fails_leaves_the_first_as_it_was(finished_run, tiny_model_dir, tmp_path):
-    path, out = finished_run
-    before = contents(out)
-    broken = shutil.copytree(tiny_model_dir, tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes(b"cut off")
-    fail(path, *OVERWRITE, "--model_name_or_path", broken)
-    assert contents(out) == before
-    # Diverged before its first checkpoint, and before its end without any.
-    for save in ("steps", "no"):
-        fail(path, *OVERWRITE, "--learning_rate", "1e30", "--warmup_steps", 0, "--save_strategy", save)
-        assert contents(out) == before
 
 
 @pytest.mark.parametrize("save_steps", [3, 100], ids=["checkpoint", "final"])
@@ -181,10 +168,8 @@ def test_a_second_run_in_one_folder_ends_at_once(write_yaml, num_processes):
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
-    def no_locks(*args):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(longqlora.training.run_folder.fcntl, "lockf", no_locks)
+    no_locks = Mock(side_effect=OSError(37, "No locks available"))
+    monkeypatch.setattr("longqlora.training.run_folder.fcntl.lockf", no_locks)
     file, (notice,) = lock_output_dir(tmp_path / "out")
     assert "no locks" in notice
 
@@ -198,17 +183,6 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 
 # The size of a file that can be written stands in for the space on a disk.
 LIMIT = 10_000
-
-
-@contextmanager
-def full_disk():
-    """Around the write alone: pytest's own log may be a file, and longer."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def write_weights(path: Path) -> None:
@@ -226,12 +200,18 @@ def test_a_writer_on_a_full_disk_leaves_what_was_there(tmp_path, kind):
     kept = path / "kept" if kind == "folder" else path
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("before")
-    with pytest.raises(OSError, match=f"could not write '{path}'.*File too large"), full_disk():
-        WRITERS[kind](path)
+    # Around the write alone: pytest's own log may be a file, and longer.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"could not write '{path}'.*File too large"):
+            WRITERS[kind](path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert kept.read_text() == "before" and names_in(tmp_path) == ["result"]
 
 
-@pytest.mark.parametrize("deepspeed", [None, str(REPO / "train_args" / "deepspeed" / "zero2.json")])
+@pytest.mark.parametrize("deepspeed", [None, ZERO2])
 def test_a_run_on_a_full_disk(write_yaml, deepspeed):
     path, out = write_yaml(max_steps=2, deepspeed=deepspeed)
     train(path)

@@ -3,7 +3,6 @@
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +10,14 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import REPO
+from conftest import REPO, ZERO2
 from training_process import start, wait_for
 
+from longqlora.distributed import free_port
 from longqlora.training.termination import is_launcher
 
 
-@pytest.mark.parametrize("deepspeed", [None, str(REPO / "train_args" / "deepspeed" / "zero2.json")])
+@pytest.mark.parametrize("deepspeed", [None, ZERO2])
 def test_sigterm_ends_with_one_line(write_yaml, deepspeed):
     path, out = write_yaml(max_steps=10_000, save_steps=3, save_total_limit=1, deepspeed=deepspeed)
     log = path.with_suffix(".out")
@@ -39,13 +39,10 @@ def test_sigterm_ends_with_one_line(write_yaml, deepspeed):
 def test_training_ends_with_its_launcher(write_yaml, launcher, flag, signum):
     path, _ = write_yaml(max_steps=100_000, save_strategy="no")
     log = path.with_suffix(".out")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     # Where the tests' own interpreter has no scripts, those of the path.
     binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": binaries}
-    command = [launcher, flag, "2", "--master_port", port, "train.py", "--train_args_file", str(path)]
+    command = [launcher, flag, "2", "--master_port", str(free_port()), "train.py", "--train_args_file", str(path)]
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=REPO, stdout=output, stderr=output, env=environment)
     wait_for(log, "step 2:", timeout=180)
