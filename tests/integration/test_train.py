@@ -1,4 +1,4 @@
-"""train.py from start to end on a tiny model: what a run leaves, resuming, several processes, upstream's YAML."""
+"""train.py from start to end on a tiny model: what a run leaves, resuming, memory policies, longer contexts."""
 
 import json
 import shutil
@@ -7,14 +7,17 @@ import pytest
 import torch
 import upstream
 import yaml
-from conftest import NUM_STEPS, REPO, sentences
+from conftest import NUM_STEPS, REPO, ZERO2, sentences
 from peft import PeftModel
 from training_process import contents, history_of, losses_of, same_weights, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from longqlora.inference.load import load_for_inference
+from longqlora.model.merge import merge
 from longqlora.training.checkpoint import list_checkpoints
 
-ZERO2 = str(REPO / "train_args" / "deepspeed" / "zero2.json")
+RESUME = ("--resume_from_checkpoint", "true")
+LENGTH_256 = {"model_max_length": 256, "max_seq_length": 256}
 
 
 def losses(output_dir) -> dict[int, float]:
@@ -73,34 +76,10 @@ def test_resuming_a_finished_run_adds_no_step(write_yaml, train_file, changes):
     expected, checkpoint, final = losses(out), list_checkpoints(out)[-1], out.parent / "final"
     before, inode = contents(checkpoint), checkpoint.stat().st_ino
     shutil.move(out / "final", final)
-    train(path, "--resume_from_checkpoint", "true")
+    train(path, *RESUME)
     assert losses(out) == expected and same_weights(out / "final", final)
     assert contents(checkpoint) == before and checkpoint.stat().st_ino == inode
     assert sum("eval_loss" in entry for entry in history_of(out)) == bool(eval_file)
-
-
-# (rows, accumulated batches, processes) of one step and of another. Unpacked rows are of unequal length.
-SPLITS = {
-    "two processes": ([(1, 2, 1), (1, 1, 2)], {"deepspeed": ZERO2}),
-    "accumulated": ([(4, 1, 1), (1, 4, 1)], {"pack": False, "learning_rate": "1e-3"}),
-}
-
-
-@pytest.mark.parametrize("splits,settings", SPLITS.values(), ids=SPLITS)
-def test_loss_does_not_depend_on_how_a_batch_is_split(write_yaml, splits, settings):
-    """It is the mean over the tokens of a step. By the epoch, two processes are one world, not runs of their own."""
-    histories = []
-    for num_rows, num_accumulated, num_processes in splits:
-        path, out = write_yaml(
-            f"run{len(histories)}", lora_dropout=0, save_strategy="no", max_steps=5, **settings,
-            per_device_train_batch_size=num_rows, gradient_accumulation_steps=num_accumulated,
-        )  # fmt: skip
-        train(path, num_processes=num_processes)
-        histories.append([entry for entry in history_of(out) if "loss" in entry])
-    assert len(histories[0]) == 5
-    for key, error in (("loss", {"abs": 1e-5}), ("epoch", {"rel": 0.1})):
-        one, other = ([entry[key] for entry in history] for history in histories)
-        assert one == pytest.approx(other, **error)
 
 
 def test_rows_of_like_length_share_a_batch(write_yaml):
@@ -142,7 +121,7 @@ def test_other_finetuning_types(write_yaml, finetuning_type):
     train(path)
     expected = losses(out)
     assert expected[4] < expected[1]
-    train(path, "--resume_from_checkpoint", str(out / "checkpoint-2"))
+    train(path, "--resume_from_checkpoint", out / "checkpoint-2")
     assert losses(out) == expected
     saved = json.loads((out / "final" / "config.json").read_text())
     assert saved["rope_scaling"] == {"rope_type": "linear", "factor": 2.0} and saved["max_seq_len"] == 64
@@ -164,3 +143,62 @@ def test_sft_and_evaluation_during_training(write_yaml, tmp_path):
     train(path)
     evaluations = [entry["eval_loss"] for entry in history_of(out) if "eval_loss" in entry]
     assert len(evaluations) == 2 and evaluations[1] < evaluations[0]
+
+
+def test_memory_policies_train_as_the_plain_path_does(write_yaml):
+    def run(name: str, **values) -> tuple[dict[int, float], str, dict]:
+        path, out = write_yaml(name, lora_dropout=0.0, max_steps=4, save_strategy="no", **LENGTH_256, **values)
+        log = train(path)
+        results = [json.loads((out / file).read_text()) for file in ("run_record.json", "train_results.json")]
+        return losses(out), log, results[0] | results[1]
+
+    expected, log, record = run("plain")
+    assert "memory: gradient checkpointing on, layers as in transformers; predicted peak" in log
+    assert record["mechanisms"]["gradient_checkpointing"] and not record["mechanisms"]["layer_function"]
+    assert len(expected) == 4 and expected[4] < expected[1]
+    for policy, kept, said in (
+        ("max_length", "attention", "4 head chunks, in host memory"),
+        ("auto", "all", "all kept"),
+    ):
+        run_losses, log, record = run(policy, memory=policy, tile_size=64)
+        assert run_losses == pytest.approx(expected, abs=1e-5)
+        assert f"memory: layer function, tiles of 64 tokens, {kept}" in log
+        assert said in log and "gradient_checkpointing has no effect" in log
+        assert record["mechanisms"]["layer_function"] and record["predicted_memory_gib"] >= 0
+
+
+# Settings; then what the adapter's config holds: RoPE's type and factor.
+CONTEXTS = {
+    "yarn": ({"rope_type": "yarn", "attention": "s2"}, "yarn", 4.0),
+    "ntk": ({"rope_type": "ntk", "attention": "full"}, "default", 1.0),
+    "dynamic": ({"rope_type": "dynamic", "attention": "s2"}, "dynamic", 4.0),
+    "dca": ({"attention": "dca"}, "default", 1.0),
+    "dca on PI": ({"attention": "dca", "rope_type": "linear", "pretraining_length": 128}, "linear", 2.0),
+}
+
+
+@pytest.mark.parametrize("settings,rope_type,factor", CONTEXTS.values(), ids=CONTEXTS)
+def test_the_adapter_carries_its_context(write_yaml, tmp_path, settings, rope_type, factor):
+    path, out = write_yaml(
+        finetuning_type="lora", lora_dropout=0.0, max_steps=2, per_device_train_batch_size=1, train_embedding=None,
+        train_norm=None, save_strategy="no", **LENGTH_256, **settings,
+    )  # fmt: skip
+    final, merged, is_dca = out / "final", tmp_path / "merged", settings["attention"] == "dca"
+    assert ("context of 256" if is_dca else "context 64 -> 256") in train(path)
+    rope = AutoConfig.from_pretrained(final).rope_parameters
+    assert (rope["rope_type"], rope.get("factor", 1.0)) == (rope_type, factor)
+
+    merge(None, str(final), merged)
+    ids = torch.randint(4, 320, (1, 200), generator=torch.Generator().manual_seed(0))
+    stock = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = None
+        for base, adapter in ((None, str(final)), (str(merged), None)):
+            loaded = load_for_inference(base, adapter_name_or_path=adapter, dtype=torch.float32)
+            assert loaded.context_size == loaded.tokenizer.model_max_length == 256
+            assert ("dual chunk" in loaded.attention) == is_dca
+            logits = loaded.model(input_ids=ids).logits
+            assert expected is None or torch.allclose(logits, expected, atol=1e-4)
+            expected = logits
+        # Stock transformers reads every RoPE method, and no dual chunk attention.
+        assert torch.allclose(stock(input_ids=ids).logits, expected, atol=1e-4) != is_dca
