@@ -12,12 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from conftest import ZERO2
 from training_process import history_of, losses_of, same_weights, start, train, weights_of
 
 from longqlora.training.checkpoint import list_checkpoints
 
-ZERO2 = str(REPO / "train_args" / "deepspeed" / "zero2.json")
 RESUME = ("--resume_from_checkpoint", "true")
 NUM_KILLS = int(os.environ.get("NUM_KILLS", "40"))
 slow = pytest.mark.slow
@@ -51,13 +50,6 @@ def whole(write_yaml):
     return run
 
 
-def kill_some_time(processes: list, seconds: float) -> None:
-    time.sleep(seconds)
-    for process in processes:
-        process.kill()
-        process.join()
-
-
 def check_and_go_on(path: Path, out: Path) -> None:
     """Every checkpoint is whole; train to the end after a stop at any moment, the one behind `final` among them."""
     for checkpoint in list_checkpoints(out):
@@ -67,35 +59,29 @@ def check_and_go_on(path: Path, out: Path) -> None:
 
 
 @KINDS
-def test_killed_at_any_moment_resumes_to_the_same_bits(write_yaml, whole, deepspeed, num_attempts):
+@pytest.mark.parametrize("num_runs", [1, 2])
+def test_killed_at_any_moment_resumes_to_the_same_bits(write_yaml, whole, num_runs, deepspeed, num_attempts):
+    """Also where two runs were started at once, and are again."""
     check, seconds = whole(deepspeed)
-    generator = random.Random(11)
+    generator = random.Random(10 + num_runs)
     for attempt in range(num_attempts):
         path, out = write_yaml(f"killed{attempt}", deepspeed=deepspeed)
-        process = start("--train_args_file", path, log=out.with_suffix(".killed"))
-        kill_some_time([process], seconds * generator.uniform(0.15, 0.95))
-        check_and_go_on(path, out)
-        check(out)
-        shutil.rmtree(out)
-
-
-@KINDS
-def test_two_runs_started_at_once_do_not_harm_each_other(write_yaml, whole, deepspeed, num_attempts):
-    check, seconds = whole(deepspeed)
-    generator = random.Random(12)
-    for attempt in range(num_attempts):
-        path, out = write_yaml(f"twice{attempt}", deepspeed=deepspeed)
-        logs = [out.with_suffix(f".{number}") for number in range(2)]
-        kill_some_time(
-            [start("--train_args_file", path, log=log) for log in logs], seconds * generator.uniform(0.15, 1.5)
-        )
-        both = [start("--train_args_file", path, *RESUME, log=log) for log in logs]
-        for process in both:
-            process.join(240)
-        text = "".join(log.read_text(errors="replace") for log in logs)
-        # Where one ends before the other looks, the other finds nothing left to do.
-        assert sorted(process.exitcode for process in both) in ([0, 2], [0, 0]), text[-4000:]
-        assert "Traceback" not in text, text[-4000:]
+        logs = [out.with_suffix(f".{number}") for number in range(num_runs)]
+        processes = [start("--train_args_file", path, log=log) for log in logs]
+        time.sleep(seconds * generator.uniform(0.15, 0.95 if num_runs == 1 else 1.5))
+        for process in processes:
+            process.kill()
+            process.join()
+        if num_runs == 1:
+            check_and_go_on(path, out)
+        else:
+            both = [start("--train_args_file", path, *RESUME, log=log) for log in logs]
+            for process in both:
+                process.join(240)
+            text = "".join(log.read_text(errors="replace") for log in logs)
+            # Where one ends before the other looks, the other finds nothing left to do.
+            assert sorted(process.exitcode for process in both) in ([0, 2], [0, 0]), text[-4000:]
+            assert "Traceback" not in text, text[-4000:]
         check(out)
         shutil.rmtree(out)
 
