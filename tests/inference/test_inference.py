@@ -145,6 +145,11 @@ def test_stream_gives_the_text_in_whole_characters(tiny_tokenizer, text):
     assert answer.text == text and ("\ufffd" in text or not any("\ufffd" in piece for piece in pieces))
 
 
+def test_stream_gives_out_broken_bytes_at_the_end(tiny_tokenizer):
+    pieces, answer = stream(tiny_tokenizer, [1], tiny_tokenizer("ok 漢", add_special_tokens=False)["input_ids"][:-1])
+    assert answer.text == "ok \ufffd" and pieces[-1] == "\ufffd"
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
 @pytest.mark.parametrize(
     ("stop", "text", "passed"),

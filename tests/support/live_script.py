@@ -18,6 +18,8 @@ class LiveScript:
             [sys.executable, str(REPO / script), *map(str, arguments)], cwd=cwd, text=True, bufsize=1,
             env={**environment, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            # Tests that run in a shell's background are started with Ctrl-C ignored, and so would their children be.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         self.output = ""
         self.reader = threading.Thread(target=self._read, daemon=True)
