@@ -3,12 +3,14 @@
 And what the dry run says of other types: that they train, which they then do, or one line on why not.
 """
 
+import json
 import re
 import sys
 
 import pytest
 import torch
-from conftest import save_tiny_model, tiny_config
+import yaml
+from conftest import save_tiny_model, sentences, tiny_config
 from training_process import start
 from transformers import AutoModelForCausalLM
 
@@ -49,8 +51,8 @@ def ids_of(num_tokens, seed=0):
     return torch.randint(4, 320, (2, num_tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def improvement(model, num_steps=4):
-    """By how much the loss falls from the first of `num_steps` Adam steps on one batch to the last."""
+def train(model, num_steps=4):
+    """Adam steps on one batch; returns the losses."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids, losses = ids_of(TARGET), []
     model.train()
@@ -60,7 +62,7 @@ def improvement(model, num_steps=4):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses[0] - losses[-1]
+    return losses
 
 
 def test_trains_sparse_and_reads_dense(base):
@@ -83,13 +85,15 @@ def test_trains_sparse_and_reads_dense(base):
 
 
 def test_qlora_step_learns(base):
-    assert improvement(training_model(base, load_in_4bit=True)) > 0.02
+    losses = train(training_model(base, load_in_4bit=True))
+    assert losses[-1] < losses[0] - 0.02
 
 
 @pytest.mark.parametrize("attention", ["s2", "dca"])
 def test_merged_model_reloads_in_stock_transformers(base, attention, tmp_path, tiny_tokenizer):
     model = training_model(base, attention=attention, train_embedding=True, train_norm=True)
-    assert improvement(model) > 0.05
+    losses = train(model)
+    assert losses[-1] < losses[0] - 0.05
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     save_adapter(model, adapter)
     merge(None, str(adapter), merged)
@@ -107,30 +111,28 @@ def test_merged_model_reloads_in_stock_transformers(base, attention, tmp_path, t
         assert same == (attention == "s2")
 
 
-@pytest.fixture
-def write_settings(write_yaml, tmp_path, tiny_tokenizer):
+@pytest.fixture(scope="module")
+def write_settings(tmp_path_factory, tiny_tokenizer):
     """Write a tiny model of a type and the YAML of a run of two steps on it; returns the YAML's path."""
+    folder = tmp_path_factory.mktemp("types")
+    data = folder / "train.jsonl"
+    data.write_text("\n".join(json.dumps({"text": sentences(60, seed=i)}) for i in range(8)))
 
     def write(model_type, **changes):
-        model = save_tiny_model(tmp_path / model_type, tiny_tokenizer, tiny_config(model_type))
-        own = {"train_embedding": None, "train_norm": None, "finetuning_type": "lora", "max_seq_length": 64}
-        settings = {"model_name_or_path": str(model), "max_steps": 2, "save_strategy": "no", **own, **changes}
-        return write_yaml(**settings, gradient_checkpointing=None, overwrite_output_dir=True)[0]
+        model = folder / model_type
+        if not model.is_dir():
+            save_tiny_model(model, tiny_tokenizer, tiny_config(model_type))
+        values = {
+            "model_name_or_path": str(model), "train_file": str(data), "output_dir": str(folder / "run"),
+            "data_cache_dir": str(folder / "cache"), "model_max_length": TARGET, "max_seq_length": 64, "lora_rank": 4,
+            "finetuning_type": "lora", "pack": True, "max_steps": 2, "save_strategy": "no", "report_to": "none",
+            "overwrite_output_dir": True, "dataloader_pin_memory": False, **changes,
+        }  # fmt: skip
+        path = folder / f"{model_type}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
 
     return write
-
-
-@pytest.fixture
-def dry_run(write_settings, monkeypatch, capsys):
-    """train.py --dry_run on a tiny model of a type, in this process: what it prints."""
-
-    def run(model_type, **changes) -> str:
-        path = write_settings(model_type, **changes)
-        monkeypatch.setattr(sys, "argv", ["train.py", "--train_args_file", str(path), "--dry_run"])
-        train_script.main()
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -148,19 +150,24 @@ def dry_run(write_settings, monkeypatch, capsys):
         ("hunyuan_v1_dense", {"attention": "dca"}, "attention: dca does not suit hunyuan_v1_dense"),
     ],
 )
-def test_the_dry_run_says_whether_a_type_trains(dry_run, model_type, changes, refusal):
+def test_the_dry_run_says_whether_a_type_trains(write_settings, monkeypatch, capsys, model_type, changes, refusal):
+    path = write_settings(model_type, **changes)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--train_args_file", str(path), "--dry_run"])
     state = torch.get_rng_state()
     if refusal:
         with pytest.raises(ValueError, match=re.compile(refusal, re.DOTALL)):
-            dry_run(model_type, **changes)
+            train_script.main()
     else:
-        assert "all settings are valid" in dry_run(model_type, **changes)
+        train_script.main()
+        assert "all settings are valid" in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_experts_stay_as_they_are_and_lora_is_on_what_is_linear(dry_run):
+def test_experts_stay_as_they_are_and_lora_is_on_what_is_linear(write_settings, monkeypatch, capsys):
     """deepseek_v3: PEFT would put LoRA on the experts' fused weights, with which it knows no dropout."""
-    assert "experts of deepseek_v3 are no linear layers" in dry_run("deepseek_v3")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--train_args_file", str(write_settings("deepseek_v3")), "--dry_run"])
+    train_script.main()
+    assert "experts of deepseek_v3 are no linear layers" in capsys.readouterr().out
     with torch.device("meta"):
         model = attach_adapter(AutoModelForCausalLM.from_config(tiny_config("deepseek_v3")), AdapterConfig("lora"))
     trained = {name.split(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
@@ -179,13 +186,14 @@ def test_experts_stay_as_they_are_and_lora_is_on_what_is_linear(dry_run):
 )  # fmt: skip
 def test_what_passes_the_dry_run_trains(write_settings, tmp_path, model_type, attention):
     """Two steps after a dry run that found nothing; a dry run that did says so in one line."""
-    path = write_settings(model_type, attention=attention)
+    path, outcomes = write_settings(model_type, attention=attention), []
     for words in (["--dry_run"], []):
         log = tmp_path / f"{len(words)}.log"
         process = start("--train_args_file", path, *words, log=log)
         process.join(120)
-        text = log.read_text()
-        # Only the dry run may refuse.
-        assert process.exitcode in ((0, 2) if words else (0,)) and "Traceback" not in text, text[-2000:]
+        outcomes.append((process.exitcode, log.read_text()))
         if process.exitcode:
             break
+    assert outcomes[-1][0] in (0, 2) and "Traceback" not in outcomes[-1][1], outcomes[-1][1][-2000:]
+    assert len(outcomes) == 2 or outcomes[0][0] == 2, outcomes[-1][1][-2000:]
+    assert outcomes[-1][0] == (0 if len(outcomes) == 2 else 2), outcomes[-1][1][-2000:]
