@@ -47,7 +47,7 @@ def interrupted(whole, tmp_path):
 def check(checkpoint: Path, *, world_size: int = 1, changes: dict | None = None, **hashes) -> list[str]:
     """Compare a checkpoint with a run of the same settings but `changes`, and data of other hashes."""
     record = json.loads((checkpoint / "run_record.json").read_text())
-    arguments = {**record["arguments"], "changes": changes or {}}
+    arguments = {"changes": changes or {}, **record["arguments"]}
     data = {**record["data_sha256"], **hashes}
     return check_resumable(checkpoint, arguments, world_size=world_size, data_sha256=data)
 
