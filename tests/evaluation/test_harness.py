@@ -111,7 +111,7 @@ def test_wrapping_leaves_the_model_alone(tmp_path, tiny_tokenizer):
 
 
 def test_hub_is_given_up_where_nothing_answers(monkeypatch):
-    from longqlora.model.hub import go_offline_unless_reachable, is_reachable
+    from longqlora.cli import go_offline_unless_reachable
 
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -124,8 +124,10 @@ def test_hub_is_given_up_where_nothing_answers(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     go_offline_unless_reachable()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
-    assert is_reachable()
+    go_offline_unless_reachable()
+    assert "HF_HUB_OFFLINE" not in os.environ, "behind a proxy the hub is taken to answer"
 
 
 def test_tasks_are_listed(evaluate):

@@ -103,7 +103,7 @@ def test_bad_commands_are_one_line_and_change_nothing(tmp_path):
         f"/file {tmp_path}": "no file",
         f"/file {tmp_path}/binary": "not UTF-8",
         f"/file {tmp_path}/nul": "not a text file",
-        f"/file {tmp_path}/empty": "no text in it",
+        f"/file {tmp_path}/empty": "is empty",
         f"/file {tmp_path}/long": "too many for a context of 40",
         f"/save {tmp_path}": "is a folder",
         f"/save {tmp_path}/nul": "exists; give another name",
