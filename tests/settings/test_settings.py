@@ -332,5 +332,5 @@ def test_every_own_key_has_help_and_one_owner():
 
 def test_the_page_of_settings_is_in_step():
     page = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
-    module = runpy.run_path(str(REPO / "script" / "list_settings.py"))
-    assert page == module["settings_page"](), "run `python script/list_settings.py`"
+    module = runpy.run_path(str(REPO / "docs" / "list_settings.py"))
+    assert page == module["settings_page"](), "run `python docs/list_settings.py`"

@@ -1,6 +1,6 @@
 """Write docs/settings.md: every key of a training YAML that is this repository's own.
 
-    python script/list_settings.py
+    python docs/list_settings.py
 
 The table is made from the dataclasses that read the keys, and a test keeps the file equal to it.
 """
