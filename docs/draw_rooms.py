@@ -8,25 +8,23 @@ one, as wide as the number of its import lines. --check fails if the picture on 
 
 import argparse
 import ast
+import runpy
 import sys
 from collections import Counter
 from html import escape
+from itertools import cycle
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 LIBRARY = REPO / "component"
 PICTURE = REPO / "docs" / "rooms.svg"
-# Files that stand in no room; every room may import them, so no arc says so.
-GROUND = "component"
+# The test that enforces the order of the rooms states it. GROUND: files in no room; every room may import them, so no arc
+# says so.
+ARCHITECTURE = runpy.run_path(str(REPO / "tests" / "test_architecture.py"))
+ROOMS, GROUND, room_of = ARCHITECTURE["ROOMS"], ARCHITECTURE["GROUND"], ARCHITECTURE["room_of"]
 COLOURS = ("#5b6770", "#8a6d3b", "#b5453c", "#2f6f9f", "#6b4fa0", "#3d8b5a", "#a85c9c", "#2e8f8f", "#b8792a")
 WIDTH, BOX, LINE, GAP = 1000, 690, 17, 12
 CHARACTERS_PER_LINE = 96
-
-
-def room_of(path: Path) -> str:
-    """The room that a file of component/ stands in."""
-    parts = path.relative_to(LIBRARY).parts
-    return parts[0] if len(parts) > 1 else GROUND
 
 
 def arrows() -> Counter[tuple[str, str]]:
@@ -39,13 +37,6 @@ def arrows() -> Counter[tuple[str, str]]:
                 target = room if (LIBRARY / room).is_dir() else GROUND
                 found[room_of(path), target] += target != room_of(path)
     return found
-
-
-def rooms_from_the_lowest() -> list[str]:
-    """The order of the rooms, as tests/test_architecture.py states it."""
-    tree = ast.parse((REPO / "tests" / "test_architecture.py").read_text(encoding="utf-8"))
-    stated = next(n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "ROOMS")
-    return [GROUND, *(ast.literal_eval(room) for room in stated.value.elts[1:])]
 
 
 def purpose_of(room: str) -> str:
@@ -78,9 +69,10 @@ def files_of(room: str) -> list[str]:
 def draw() -> str:
     """The picture as SVG."""
     found = arrows()
-    rooms = rooms_from_the_lowest()
+    colours = dict(zip(ROOMS, cycle(COLOURS), strict=False))
     parts, middles, y = [], {}, 10
-    for room, colour in reversed(list(zip(rooms, COLOURS, strict=True))):
+    for room in reversed(ROOMS):
+        colour = colours[room]
         lines = files_of(room)
         height = LINE * (len(lines) + 1) + 16
         title = f"{room}/" if room != GROUND else f"{room}/*.py"
@@ -100,11 +92,10 @@ def draw() -> str:
             continue
         start, end = middles[source], middles[target]
         reach = BOX + 50 + 330 * (end - start) / y
-        colour = COLOURS[rooms.index(source)]
         curve = f"M {BOX + 12} {start:.0f} C {reach:.0f} {start:.0f}, {reach:.0f} {end:.0f}, {BOX + 14} {end:.0f}"
         parts.append(
             f'<path d="{curve}" fill="none" marker-end="url(#tip)" '
-            f'stroke="{colour}" stroke-opacity="0.55" stroke-width="{1 + count**0.5:.1f}">'
+            f'stroke="{colours[source]}" stroke-opacity="0.55" stroke-width="{1 + count**0.5:.1f}">'
             f"<title>{source} imports from {target} in {count} places</title></path>"
         )
     return (
