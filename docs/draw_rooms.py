@@ -18,8 +18,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 LIBRARY = REPO / "component"
 PICTURE = REPO / "docs" / "rooms.svg"
-# The test that enforces the order of the rooms states it. GROUND: files in no room; every room may import them, so no arc
-# says so.
+# The order of the rooms, from the test that enforces it. GROUND: files in no room; every room may import them, so no
+# arc says so.
 ARCHITECTURE = runpy.run_path(str(REPO / "tests" / "test_architecture.py"))
 ROOMS, GROUND, room_of = ARCHITECTURE["ROOMS"], ARCHITECTURE["GROUND"], ARCHITECTURE["room_of"]
 COLOURS = ("#5b6770", "#8a6d3b", "#b5453c", "#2f6f9f", "#6b4fa0", "#3d8b5a", "#a85c9c", "#2e8f8f", "#b8792a")
