@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 
 from longqlora.attention import dual_chunk_binding as dca
 from longqlora.attention.dual_chunk import DualChunkSizes
-from longqlora.attention.lse_kernels import CausalPattern
+from longqlora.attention.inplace_attention import CausalPattern
 from longqlora.attention.model_internals import attention_name, uses_attention_interface
 from longqlora.attention.proof import NUM_TOKENS, prove_attention, refusing, tiny_copy
 from longqlora.attention.rotation import RotaryLayout
@@ -155,21 +155,20 @@ def set_dense_attention(model: PreTrainedModel) -> None:
 
 
 def attention_pattern(module: torch.nn.Module, attention_mask: torch.Tensor | None) -> CausalPattern | None:
-    """What lse_kernels.py computes in place of the attention bound to `module`, in training.
+    """What inplace_attention.py computes in place of the attention bound to `module`, in training without dropout.
 
-    None where it is something else: a mask, a dropout, another attention or kernel package.
+    None where it is something else: a mask, another attention or kernel package.
     """
-    name, num_heads, lengths = attention_name(module.config), module.config.num_attention_heads, None
-    group_size = name.removeprefix(SHIFT_SHORT_PREFIX)
-    is_sparse = group_size != name
-    if attention_mask is not None and attention_mask.ndim == 2 and (is_sparse or name == DENSE):
-        lengths = segment_lengths(attention_mask)
-    if (attention_mask is not None and lengths is None) or getattr(module, "attention_dropout", 0):
+    name, lengths = attention_name(module.config), None
+    is_sparse = name.startswith(SHIFT_SHORT_PREFIX)
+    is_ours = is_sparse or name == DENSE
+    if attention_mask is not None:
+        lengths = segment_lengths(attention_mask) if is_ours and attention_mask.ndim == 2 else None
+    is_causal = is_ours or (name == STOCK and not has_sliding_window(module.config))
+    if not is_causal or (attention_mask is not None and lengths is None):
         return None
-    if is_sparse:
-        return CausalPattern(int(group_size), num_heads, lengths)
-    is_dense = name == DENSE or (name == STOCK and not has_sliding_window(module.config))
-    return CausalPattern(None, num_heads, lengths) if is_dense else None
+    group_size = int(name.removeprefix(SHIFT_SHORT_PREFIX)) if is_sparse else None
+    return CausalPattern(group_size, module.config.num_attention_heads, lengths)
 
 
 def call_attention(module: torch.nn.Module, attention_mask, query, key, value, **kwargs) -> torch.Tensor:

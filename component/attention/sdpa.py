@@ -142,6 +142,16 @@ def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     return x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
+def fold_groups(x: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """[B, H, N * G, ...] -> [B * N, H, G, ...], equal groups as rows of the batch; a view for one batch row."""
+    return x if num_groups == 1 else rearrange(x, "b h (n g) ... -> (b n) h g ...", n=num_groups)
+
+
+def unfold_groups(x: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """[B * N, H, G, ...] -> [B, H, N * G, ...]; a view on what the kernels write, [B * N, G, H, ...] in memory."""
+    return x if num_groups == 1 else rearrange(x, "(b n) h g ... -> b h (n g) ...", n=num_groups)
+
+
 def choose_kernel(query: torch.Tensor, value: torch.Tensor) -> Kernel:
     """The fastest kernel for these tensors; torch's switches (`sdpa_kernel`, `enable_flash_sdp`) are obeyed."""
     switches, dtype = torch.backends.cuda, query.dtype

@@ -18,9 +18,8 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate, groupby, pairwise
 
 import torch
-from einops import rearrange
 
-from longqlora.attention.sdpa import AttentionKernel, causal_attention, repeat_heads
+from longqlora.attention.sdpa import AttentionKernel, causal_attention, fold_groups, repeat_heads, unfold_groups
 from longqlora.attention.segments import segment_lengths, segment_mask
 
 
@@ -102,30 +101,20 @@ def grouped_attention(
     inputs = zip(*(x.split(spans, dim=2) for x in (query, key, value)), strict=True)
     ids = [None] * len(runs) if segment_ids is None else segment_ids.split(spans, dim=1)
     outputs = []
-    for (_, size), tensors, own_ids in zip(runs, inputs, ids, strict=True):
-        mask = None if own_ids is None else segment_mask(rearrange(own_ids, "b (n g) -> (b n) g", g=size))
-        output = kernel(*(fold_groups(x, size) for x in tensors), mask=mask, **options)
-        outputs.append(unfold_groups(output, len(query)))
+    for (_, num_groups), tensors, own_ids in zip(runs, inputs, ids, strict=True):
+        mask = None if own_ids is None else segment_mask(own_ids.reshape(len(query) * num_groups, -1))
+        output = kernel(*(fold_groups(x, num_groups) for x in tensors), mask=mask, **options)
+        outputs.append(unfold_groups(output, num_groups).transpose(1, 2))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def fold_groups(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Groups as rows of the batch; a view unless B > 1 on a part of the sequence."""
-    return x if size == x.shape[2] else rearrange(x, "b h (n g) d -> (b n) h g d", g=size)
-
-
-def unfold_groups(x: torch.Tensor, batch: int) -> torch.Tensor:
-    """[B, S, H, D]: a view, since that is how the kernels lay it out in memory."""
-    return x.transpose(1, 2) if len(x) == batch else rearrange(x, "(b n) h g d -> b (n g) h d", b=batch)
-
-
 def runs_of(sizes: list[int]) -> Iterator[tuple[slice, int]]:
-    """Rows of consecutive groups of one size, and that size: a run is one kernel call."""
+    """Rows of consecutive groups of one size, and the number of groups: a run is one kernel call."""
     start = 0
     for size, run in groupby(sizes):
-        stop = start + size * len(list(run))
-        yield slice(start, stop), size
-        start = stop
+        num_groups = len(list(run))
+        yield slice(start, start + size * num_groups), num_groups
+        start += size * num_groups
 
 
 def cut(sizes: Iterable[int], lengths: Iterable[int]) -> list[int]:

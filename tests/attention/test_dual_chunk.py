@@ -160,18 +160,6 @@ def test_bad_sizes_name_the_setting(name, sizes):
         DualChunkSizes(*sizes)
 
 
-def test_bad_calls():
-    query, key, value = inputs(12)
-    ids = torch.zeros(1, 12, dtype=torch.long)
-    for segment_ids in (None, ids):
-        with pytest.raises(ValueError, match="12 queries cannot be the last of 11"):
-            attend(query, key[:, :, 1:], value[:, :, 1:], segment_ids=segment_ids)
-        with pytest.raises(ValueError, match="inv_freq"):
-            attend(query, key, value, segment_ids=segment_ids, inv_freq=torch.ones(5))
-    with pytest.raises(ValueError, match="segment_ids"):
-        attend(query, key, value, segment_ids=ids[:, 1:])
-
-
 # Each row's sequences; all else is padding.
 ROWS = {
     "left, right, both": [[(9, 44)], [(0, 35)], [(3, 41)]],
