@@ -30,10 +30,9 @@ def check_inputs(*tensors):
     assert all(x.stride(-1) == 1 and x.shape[-1] % 8 == 0 for x in tensors)
 
 
-def flash(query, key, value, dropout, is_causal, debug, *, scale):
+def flash(query, key, value, *, is_causal, scale):
     """What torch's CUDA flash operator asks for and returns, on a CPU."""
     check_inputs(query, key, value)
-    assert not dropout and not debug
     return *aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale), None, None
 
 
@@ -46,9 +45,9 @@ def flash_backward(gradient, query, key, value, output, lse, cum_q, cum_k, max_q
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, is_causal, scale=scale)
 
 
-def efficient(query, key, value, bias, with_lse, dropout, is_causal, *, scale):
-    output, lse, *_ = flash(query, key, value, dropout, is_causal, False, scale=scale)
-    assert query.shape[1] == key.shape[1] and bias is None and with_lse
+def efficient(query, key, value, *, attn_bias, compute_log_sumexp, is_causal, scale):
+    output, lse, *_ = flash(query, key, value, is_causal=is_causal, scale=scale)
+    assert query.shape[1] == key.shape[1] and attn_bias is None and compute_log_sumexp
     return output, torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=math.inf), None, None
 
 
@@ -62,21 +61,26 @@ def efficient_backward(gradient, query, key, value, bias, output, lse, seed, off
     return *aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, is_causal, scale=scale), None
 
 
-STAND_INS = SimpleNamespace(
-    _scaled_dot_product_flash_attention=flash, _scaled_dot_product_flash_attention_backward=flash_backward,
-    _scaled_dot_product_efficient_attention=efficient,
+STAND_INS = {
+    "cuda_flash": kernels.CUDA_FLASH._replace(forward=flash),
+    "cuda_efficient": kernels.CUDA_EFFICIENT._replace(
+        forward=partial(efficient, **kernels.CUDA_EFFICIENT.forward.keywords)
+    ),
+}
+BACKWARD_STAND_INS = SimpleNamespace(
+    _scaled_dot_product_flash_attention_backward=flash_backward,
     _scaled_dot_product_efficient_attention_backward=efficient_backward,
-)  # fmt: skip
+)
 
 
 @pytest.fixture
 def use_kernel(monkeypatch):
     """Let every attention go through the kernel of that name, the CUDA ones by stand-ins."""
 
-    def use(name, *, stand_ins=STAND_INS):
-        if name.startswith("cuda"):
-            monkeypatch.setattr(kernels, "aten", stand_ins)
-        monkeypatch.setattr(kernels, "choose_kernel", lambda query, value: getattr(kernels, name.upper()))
+    def use(name):
+        kernel = STAND_INS.get(name) or getattr(kernels, name.upper())
+        monkeypatch.setattr(kernels, "aten", BACKWARD_STAND_INS)
+        monkeypatch.setattr(kernels, "choose_kernel", lambda query, value: kernel)
 
     return use
 
@@ -169,9 +173,9 @@ def test_the_kernel_is_chosen_by_device_dtype_and_switch(monkeypatch):
 
 @pytest.mark.parametrize("name", ["cuda_flash", "cuda_efficient"])
 @pytest.mark.parametrize("dim", [64, 20])
-def test_calls_fit_the_signatures_of_the_cuda_operators(use_kernel, name, dim):
+def test_calls_fit_the_signatures_of_the_cuda_operators(monkeypatch, name, dim):
     """They are private to torch, and this fails where a version of it changes them."""
-    use_kernel(name, stand_ins=aten)
+    monkeypatch.setattr(kernels, "choose_kernel", lambda query, value: getattr(kernels, name.upper()))
     tensors = [x.detach() for x in random_qkv(40, kv_heads=4, dim=dim, dtype=torch.float16, device="meta")]
     options = {"is_causal": True, "scaling": 0.3}
     output, lse = attend(*tensors, **options)
