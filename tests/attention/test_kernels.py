@@ -18,7 +18,7 @@ from longqlora.attention import dual_chunk as dca
 from longqlora.attention import sdpa as kernels
 from longqlora.attention.dual_chunk import DualChunkSizes, dual_chunk_attention
 from longqlora.attention.merged import KeyRange, QueryBlock, causal_attention_with_past, merged_attention
-from longqlora.attention.sdpa import attend, attend_backward, causal_attention
+from longqlora.attention.sdpa import attend, attend_backward
 
 aten = torch.ops.aten
 KERNELS = ["cpu_flash", "plain", "cuda_flash", "cuda_efficient"]
@@ -87,35 +87,26 @@ def use_kernel(monkeypatch):
 
 def check_attend(tensors, *, is_causal=False, tolerance=1e-10):
     """Output, log-sum-exp and gradients of one kernel call."""
-    allowed = causal(tensors[0].shape[2]) if is_causal else None
-    exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected, expected_lse = dense_attention(*exact, allowed, scaling=0.3)
-    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    options, tensors = {"is_causal": is_causal, "scaling": 0.3}, [x.detach() for x in tensors]
-    output, lse = attend(*tensors, **options)
-    assert output.dtype == tensors[0].dtype and lse.dtype == kernels.sum_dtype(output)
-    assert_close(output, expected, tolerance)
-    assert_close(lse, expected_lse, 1e-10 if lse.dtype == torch.float64 else 1e-4)
-    grads = attend_backward(gradient.to(output.dtype), *tensors, output, lse, **options)
-    for x, ours, theirs in zip(tensors, grads, torch.autograd.grad(expected, exact, gradient), strict=True):
-        assert ours.dtype == x.dtype
-        assert_close(ours, theirs, 10 * tolerance)
+    blocks = [QueryBlock(ALL, ALL, [KeyRange(ALL, ALL, is_causal)])]
+    dense = partial(dense_attention, allowed=causal(tensors[0].shape[2]) if is_causal else None, scaling=0.3)
+    method = partial(merged_attention, blocks=blocks, scaling=0.3)
+    assert_same_with_gradients(method, lambda *x: dense(*x)[0], tensors, tolerance)
+    _, lse = attend(*(x.detach() for x in tensors), is_causal=is_causal, scaling=0.3)
+    assert lse.dtype == kernels.sum_dtype(tensors[0])
+    expected = dense(*(x.detach().double() for x in tensors))[1]
+    assert_close(lse, expected, 1e-10 if lse.dtype == torch.float64 else 1e-4)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("num_queries,num_keys,is_causal", [(1, 9, 0), (33, 70, 0), (37, 37, 1), (8, 3, 0)])
+@pytest.mark.parametrize("num_queries,num_keys", [(1, 9), (33, 70), (37, 37), (8, 3)])
 @pytest.mark.parametrize("dim", [16, 10])
-def test_kernels_equal_dense_attention(use_kernel, name, heads, kv_heads, num_queries, num_keys, is_causal, dim):
+def test_kernels_equal_dense_attention(use_kernel, name, heads, kv_heads, num_queries, num_keys, dim):
+    """Whole and causal, for tensors of any strides."""
     use_kernel(name)
-    shape = {"batch": 2, "heads": heads, "kv_heads": kv_heads, "dim": dim}
-    check_attend(random_qkv(num_queries, num_keys, **shape), is_causal=bool(is_causal))
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_any_strides_are_taken(use_kernel, name):
-    use_kernel(name)
-    check_attend([x.detach().transpose(2, 3).contiguous().transpose(2, 3) for x in random_qkv(7, 9, dim=16)])
+    tensors = random_qkv(num_queries, num_keys, batch=2, heads=heads, kv_heads=kv_heads, dim=dim)
+    for x in (tensors, [x.transpose(2, 3).contiguous().transpose(2, 3) for x in tensors]):
+        check_attend(x, is_causal=num_queries == num_keys)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
@@ -185,22 +176,14 @@ def test_calls_fit_the_signatures_of_the_cuda_operators(monkeypatch, name, dim):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("num_queries,num_keys", [(1, 1), (1, 23), (5, 23), (22, 23), (23, 23)])
+@pytest.mark.parametrize("num_queries,num_keys", [(0, 5), (1, 1), (1, 23), (5, 23), (22, 23), (23, 23)])
 def test_causal_attention_with_past(num_queries, num_keys, kv_heads):
-    tensors = random_qkv(num_queries, num_keys, batch=2, kv_heads=kv_heads)
-    assert_same_with_gradients(
-        partial(causal_attention_with_past, scaling=0.2),
-        lambda *x: dense_attention(*x, causal(num_queries, num_keys), scaling=0.2)[0],
-        tensors,
-    )
-
-
-def test_causal_attention_with_past_has_sdpas_scaling():
-    query, key, value = (x.detach() for x in random_qkv(5, batch=2))
-    whole = causal_attention(query, key, value)
-    assert torch.equal(causal_attention_with_past(query, key, value), whole)
-    assert_close(causal_attention_with_past(query[:, :, 3:], key, value), whole[:, :, 3:])
-    assert causal_attention_with_past(query[:, :, 5:], key, value).shape == (2, 4, 0, 16)
+    for scaling in (0.2, None):
+        assert_same_with_gradients(
+            partial(causal_attention_with_past, scaling=scaling),
+            lambda *x, scaling=scaling: dense_attention(*x, causal(num_queries, num_keys), scaling)[0],
+            random_qkv(num_queries, num_keys, batch=2, kv_heads=kv_heads),
+        )
 
 
 def test_rows_of_no_block_are_zero_and_key_ranges_of_some_rows_merge():
