@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from attention_reference import assert_close, dual_chunk_reference
+from attention_reference import assert_close, dual_chunk_reference, logits_and_gradients, logits_in_blocks
 from conftest import tiny_config
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
@@ -80,16 +80,6 @@ def make_pair(model_type="llama", request=DCA, **overrides):
 
 def ids_of(num_tokens, batch=1, seed=0):
     return torch.randint(4, 320, (batch, num_tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def logits_in_blocks(model, ids, ends, mask=None):
-    """Logits of `ids`, read against the cache in blocks that end there."""
-    cache, blocks = None, []
-    for first, end in zip([0, *ends], [*ends, ids.shape[1]], strict=False):
-        given = None if mask is None else mask[:, :end]
-        output = model(ids[:, first:end], attention_mask=given, past_key_values=cache, use_cache=True)
-        cache, blocks = output.past_key_values, [*blocks, output.logits]
-    return torch.cat(blocks, dim=1)
 
 
 def padded(lengths, side):
@@ -165,15 +155,12 @@ def test_within_a_chunk_it_is_plain_attention_and_unbinding_leaves_no_trace():
 
 def test_training_gradients_equal_the_dense_reference_with_and_without_checkpointing():
     ours, reference = make_pair("qwen2")
-    ids, gradients = ids_of(34, batch=2), []
-    for model in (reference, ours, ours):
-        if len(gradients) == 2:
-            ours.gradient_checkpointing_enable({"use_reentrant": False})
-        model.zero_grad()
-        model.train()(ids, labels=ids).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for theirs, mine, recomputed in zip(*gradients, strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-10, rtol=1e-8) and torch.equal(mine, recomputed)
+    ids = ids_of(34, batch=2)
+    expected, plain = (logits_and_gradients(model.train(), ids) for model in (reference, ours))
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    for theirs, mine, recomputed in zip(expected, plain, logits_and_gradients(ours, ids), strict=True):
+        assert_close(mine, theirs)
+        assert torch.equal(mine, recomputed)
 
 
 @pytest.mark.parametrize("block", [1, 7, 10, 64])
