@@ -32,26 +32,18 @@ DCA = ContextRequest(attention="dca", pretraining_length=PRETRAINING, context_si
 
 
 def reference_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """query [B, H, S, D], not rotated; attention_mask: real tokens bool [B, S], or None."""
-    inv_freq, cos_sin_scale = module.reference
-    output, num_rotated = torch.zeros_like(query), 2 * len(inv_freq)
+    """query [B, H, S, D], not rotated; rows have no padding."""
+    inv_freq, num_rotated = module.inv_freq, 2 * len(module.inv_freq)
     if module.is_interleaved:
         order = [*range(0, num_rotated, 2), *range(1, num_rotated, 2), *range(num_rotated, query.shape[-1])]
         query, key = query[..., order], key[..., order]
-    scale = torch.ones(query.shape[-1], dtype=torch.float64)
-    scale[:num_rotated] = cos_sin_scale
-    for row in range(len(query)):
-        real = slice(None) if attention_mask is None else attention_mask[row].bool()
-        tensors = (x[row : row + 1, :, real].double() for x in (query * scale, key * scale, value))
-        frequencies = inv_freq * getattr(module, "use_rope", 1)
-        found = dual_chunk_reference(*tensors, DualChunkSizes(PRETRAINING), frequencies, scaling)
-        output[row : row + 1, :, real] = found.to(output.dtype)
-    return output.transpose(1, 2), None
+    sizes, frequencies = DualChunkSizes(PRETRAINING), inv_freq * getattr(module, "use_rope", 1)
+    return dual_chunk_reference(query, key, value, sizes, frequencies, scaling).transpose(1, 2), None
 
 
 def make_pair(model_type="llama", request=DCA, **overrides):
     """(the model with dual chunk attention, the same weights as the reference), both float64 and in eval mode."""
-    config = tiny_config(model_type, max_position_embeddings=PRETRAINING, **overrides)
+    config = tiny_config(model_type, **{"max_position_embeddings": PRETRAINING, **overrides})
     torch.manual_seed(0)
     apply_context(config, request)
     ours = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
@@ -62,18 +54,15 @@ def make_pair(model_type="llama", request=DCA, **overrides):
     rotary = ours.get_decoder().rotary_emb
     inv_freq = rotary.inv_freq = rotary.inv_freq.double()
 
-    def forward(states, position_ids, is_still=False):
-        angles = position_ids[..., None].double() * inv_freq * (not is_still)
-        angles, factor = torch.cat((angles, angles), dim=-1), 1 if is_still else rotary.attention_scaling
-        return angles.cos() * factor, angles.sin() * factor
+    def forward(states, position_ids, speed=1):
+        angles = (position_ids[..., None].double() * inv_freq * speed).repeat(1, 1, 2)
+        return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
-    rotary.forward = forward
-    reference.get_decoder().rotary_emb.forward = lambda *inputs, **named: forward(*inputs, **named, is_still=True)
+    rotary.forward, reference.get_decoder().rotary_emb.forward = forward, partial(forward, speed=0)
     for module in attention_layers(reference):
-        module.reference = (inv_freq, rotary.attention_scaling)
-        module.is_interleaved = model_type in ("ernie4_5", "glm4")
+        module.inv_freq, module.is_interleaved = inv_freq, model_type in ("ernie4_5", "glm4")
     AttentionInterface.register("dense_reference", reference_attention)
-    AttentionMaskInterface.register("dense_reference", lambda *args, attention_mask=None, **kwargs: attention_mask)
+    AttentionMaskInterface.register("dense_reference", lambda **kwargs: None)
     reference.set_attn_implementation("dense_reference")
     return ours, reference
 
@@ -82,18 +71,21 @@ def ids_of(num_tokens, batch=1, seed=0):
     return torch.randint(4, 320, (batch, num_tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def padded(lengths, side):
-    """Rows of these lengths, as (ids, mask, each alone)."""
-    rows = [ids_of(length, seed=length) for length in lengths]
-    pad = partial(pad_sequence, batch_first=True, padding_side=side)
-    mask = pad([torch.ones_like(row[0]) for row in rows])
-    return pad([row[0] for row in rows], padding_value=3), mask, rows
+CASES = {name: (name, {}) for name in MODEL_TYPES} | {
+    # Twelve tokens extended to those that count as pretraining.
+    rope_type: ("llama", {
+        "request": dataclasses.replace(DCA, rope_type=rope_type, rope_theta=5e5 if rope_type == "theta" else None),
+        "max_position_embeddings": 12,
+    })
+    for rope_type in ("linear", "ntk", "yarn", "llama3", "theta", "dynamic")
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type,given", CASES.values(), ids=CASES)
 @torch.no_grad()
-def test_prefill_and_decode_equal_the_dense_reference(model_type):
-    ours, reference = make_pair(model_type)
+def test_prefill_and_decode_equal_the_dense_reference(model_type, given):
+    ours, reference = make_pair(model_type, **given)
+    assert context_length(ours.config) == 64
     ids = ids_of(57, batch=2)
     expected = reference(ids).logits
     assert_close(ours(ids).logits, expected)
@@ -101,24 +93,14 @@ def test_prefill_and_decode_equal_the_dense_reference(model_type):
     assert_close(logits_in_blocks(ours, ids, [23, 24, 25, 38, 39]), expected)
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "ntk", "yarn", "llama3", "theta", "dynamic"])
-@torch.no_grad()
-def test_on_top_of_every_rope_method(rope_type):
-    base = 5e5 if rope_type == "theta" else None
-    request = dataclasses.replace(DCA, rope_type=rope_type, rope_theta=base)
-    ours, reference = make_pair(request=request, head_dim=16)
-    config, ids = tiny_config(max_position_embeddings=4), ids_of(45)
-    apply_context(config, request)
-    assert context_length(config) == 64
-    assert_close(ours(ids).logits, reference(ids).logits)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 @torch.no_grad()
 def test_padded_batches_equal_single_rows(model_type, side):
     ours, _ = make_pair(model_type)
-    ids, mask, rows = padded([41, 10, 27, 1], side)
+    rows = [ids_of(length, seed=length) for length in (41, 10, 27, 1)]
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    ids, mask = pad([row[0] for row in rows], padding_value=3), pad([torch.ones_like(row[0]) for row in rows])
     logits = ours(ids, attention_mask=mask).logits
     for row, content in enumerate(rows):
         assert_close(logits[row][mask[row].bool()], ours(content).logits[0])
