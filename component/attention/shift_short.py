@@ -1,13 +1,12 @@
 """Shift-short attention (S2-Attn): causal attention inside groups, half of the heads shifted by half a group.
 
-LongLoRA (arXiv 2309.12307, section 3.2). The first half of the heads attends within groups
-[0, G), [G, 2G), ...; the second half within [0, G/2), [G/2, 3G/2), ... so that information crosses
-group borders. There is no wrap-around: both ends of the shifted half are shorter groups, so no
-token ever sees a later one (the roll of LongLoRA's published code lets the first tokens see the last).
+LongLoRA (arXiv 2309.12307, section 3.2). The first half of the heads attends within groups [0, G), [G, 2G), ...; the
+second half within [0, G/2), [G/2, 3G/2), ... so that information crosses group borders. There is no wrap-around: both
+ends of the shifted half are shorter groups, so no token ever sees a later one (the roll of LongLoRA's published code
+lets the first tokens see the last).
 
-Neither a roll nor a mask is needed: every group is plain causal attention on a view. The views come from `split`,
-whose backward is one concatenation; slices would each fill a gradient of full length. Packed documents end groups
-early, and need no mask either.
+Every group is plain causal attention on a view, without a mask; packed documents end groups early. The views come from
+`split`, whose backward is one concatenation; slices would each fill a gradient of full length.
 
 Dimensions: B batch, H query heads, K key/value heads (K divides H), S sequence, D head dim, G group size, N groups.
 
@@ -29,7 +28,7 @@ def shift_short_attention(
     """Shift-short attention over any sequence length.
 
     query [B, H, S, D]; key and value [B, K, S, D]; any float dtype.
-    group_size: tokens per group, even. S need not be a multiple of it: the last group is shorter.
+    group_size: tokens per group, even; the last group may be shorter.
     num_shifted: how many heads, the last ones, have shifted groups; None for half of them. Other numbers are
         for calls with some of a layer's heads.
     segment_ids and options (kernel, scaling, dropout): as in `grouped_attention`.
@@ -68,10 +67,7 @@ def check_shift_short(num_heads: int, group_size: int) -> None:
 
 
 def group_sizes(length: int, group_size: int | None, *, shifted: bool) -> list[int]:
-    """Sizes of the consecutive groups that cover `length` tokens; shifted ones begin with half a group.
-
-    group_size None: full attention, one group.
-    """
+    """Sizes of the groups that cover `length` tokens, one for group_size None; shifted ones begin with half a group."""
     if group_size is None:
         return [length]
     lead = min(group_size // 2, length) if shifted else 0

@@ -1,7 +1,7 @@
 """S2-Attn, and dense attention without a mask [S, S], as transformers' interfaces call them.
 
-binding.py registers these functions. S2-Attn is sparse while `module.training` and dense otherwise (LongLoRA section
-3.2). transformers' own dense attention would hold a mask for packed rows, and for blocks against a key/value cache.
+S2-Attn is sparse while `module.training` and dense otherwise (LongLoRA, section 3.2). transformers' own dense attention
+would hold a mask for packed rows, and for blocks against a key/value cache.
 
 Dimensions: B batch, H query heads, K key/value heads, Q queries (the last of S positions), S keys, D head dim.
 """

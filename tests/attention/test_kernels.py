@@ -61,11 +61,10 @@ def efficient_backward(gradient, query, key, value, bias, output, lse, seed, off
     return *aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, is_causal, scale=scale), None
 
 
+efficient_forward = partial(efficient, **kernels.CUDA_EFFICIENT.forward.keywords)
 STAND_INS = {
     "cuda_flash": kernels.CUDA_FLASH._replace(forward=flash),
-    "cuda_efficient": kernels.CUDA_EFFICIENT._replace(
-        forward=partial(efficient, **kernels.CUDA_EFFICIENT.forward.keywords)
-    ),
+    "cuda_efficient": kernels.CUDA_EFFICIENT._replace(forward=efficient_forward),
 }
 BACKWARD_STAND_INS = SimpleNamespace(
     _scaled_dot_product_flash_attention_backward=flash_backward,
@@ -117,11 +116,11 @@ def test_dtypes(use_kernel, name, dtype, tolerance):
 
 
 @pytest.mark.parametrize("size", [1, 50, 10**6])
-def test_plain_kernel_in_blocks_of_any_size(use_kernel, monkeypatch, size):
+@pytest.mark.parametrize("num_keys", [13, 21])
+def test_plain_kernel_in_blocks_of_any_size(use_kernel, monkeypatch, size, num_keys):
     monkeypatch.setattr(kernels, "PLAIN_SCORES_PER_BLOCK", size)
     use_kernel("plain")
-    check_attend(random_qkv(13), is_causal=True)
-    check_attend(random_qkv(13, 21))
+    check_attend(random_qkv(13, num_keys), is_causal=num_keys == 13)
 
 
 def test_autocast_does_not_reach_into_the_plain_kernel():
@@ -136,30 +135,26 @@ def test_autocast_does_not_reach_into_the_plain_kernel():
 
 
 def test_the_kernel_is_chosen_by_device_dtype_and_switch(monkeypatch):
-    def chosen(dtype=torch.float64, dim=16, value_dim=None, device="cuda"):
-        query, value = (
-            SimpleNamespace(
-                dtype=dtype, shape=(1, 2, 3, n), device=torch.device(device), element_size=lambda: dtype.itemsize
-            )
-            for n in (dim, value_dim or dim)
-        )
-        kernel = kernels.choose_kernel(query, value)
+    def chosen(dtype, dim=16, value_dim=None, device="cuda"):
+        sizes = {"dtype": dtype, "device": torch.device(device), "element_size": lambda: dtype.itemsize}
+        states = (SimpleNamespace(shape=(1, 2, 3, n), **sizes) for n in (dim, value_dim or dim))
+        kernel = kernels.choose_kernel(*states)
         return next(name for name in KERNELS if getattr(kernels, name.upper()) is kernel)
 
-    assert chosen(device="cpu") == "cpu_flash" and chosen(device="meta") == "plain"
-    assert chosen(device="cpu", value_dim=8) == "plain"
-    with sdpa_kernel(SDPBackend.MATH):
-        assert chosen(device="cpu") == "plain"
     half, full, bf16, double = torch.float16, torch.float32, torch.bfloat16, torch.float64
+    assert chosen(double, device="cpu") == "cpu_flash" and chosen(double, device="meta") == "plain"
+    assert chosen(double, value_dim=8, device="cpu") == "plain"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert chosen(double, device="cpu") == "plain"
     ampere = {half: "cuda_flash", bf16: "cuda_flash", full: "cuda_efficient", double: "plain"}
     volta = {half: "cuda_efficient", full: "cuda_efficient", bf16: "plain", double: "plain"}
     for capability, expected in (((8, 0), ampere), ((9, 0), ampere), ((7, 0), volta)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         for dtype, name in expected.items():
-            assert chosen(dtype, 128) == name
-            assert chosen(dtype, 256) == name.replace("cuda_flash", "cuda_efficient")
+            without_flash = name.replace("cuda_flash", "cuda_efficient")
+            assert (chosen(dtype, 128), chosen(dtype, 256)) == (name, without_flash)
             with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-                assert chosen(dtype, 128) == name.replace("cuda_flash", "cuda_efficient")
+                assert chosen(dtype, 128) == without_flash
 
 
 @pytest.mark.parametrize("name", ["cuda_flash", "cuda_efficient"])

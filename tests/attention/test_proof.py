@@ -110,9 +110,7 @@ def test_the_copy_of_a_model_is_small_and_computes(model_type, overrides):
 def test_a_model_without_a_copy_is_refused_by_name(monkeypatch):
     model = make()
     monkeypatch.setattr(type(model), "__init__", lambda self, config: 1 / 0)
-    with pytest.raises(
-        ValueError, match="model_name_or_path: .* llama: ZeroDivisionError: .*another model"
-    ):
+    with pytest.raises(ValueError, match="model_name_or_path: .* llama: ZeroDivisionError: .*another model"):
         tiny_copy(model)
 
 
