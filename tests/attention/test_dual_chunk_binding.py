@@ -133,6 +133,10 @@ def test_within_a_chunk_it_is_plain_attention_and_unbinding_leaves_no_trace():
     unbind_attention(ours)
     assert torch.equal(ours(ids_of(40)).logits, plain(ids_of(40)).logits)
     assert not any(hasattr(module, "dual_chunk_rotary") or module._forward_pre_hooks for module in ours.modules())
+    bind_inference_attention(ours)
+    del ours.config.dual_chunk_attention_config
+    bind_inference_attention(ours, is_chunked=True)
+    assert_close(ours(ids_of(40)).logits, plain(ids_of(40)).logits)
 
 
 def test_training_gradients_equal_the_dense_reference_with_and_without_checkpointing():
