@@ -112,17 +112,9 @@ def prove_layers(model: PreTrainedModel | PeftModel, bind: Callable[[PreTrainedM
 
     Trained are all weights, or, where `model` has an adapter, norms and the random LoRA matrices of another.
     """
-    bound = []
-
-    def bind_and_keep(small: PreTrainedModel) -> None:
-        bind(small)
-        bound.append(small)
-
-    has_adapter = isinstance(model, PeftModel)
-    base = model.get_base_model() if has_adapter else model
-    prepare = {"prepare": attach_random_adapter} if has_adapter else {}
-    prove_training(base, "layer_function", bind_and_keep, fix=fix, **prepare)
-    if not all(layer._gradient_checkpointing_func.was_called for layer in decoder_layers(bound[0])):
+    base, prepare = (model.get_base_model(), attach_random_adapter) if isinstance(model, PeftModel) else (model, None)
+    small = prove_training(base, "layer_function", bind, fix=fix, prepare=prepare)
+    if not all(layer._gradient_checkpointing_func.was_called for layer in decoder_layers(small)):
         raise ValueError(
             f"layer_function: transformers {transformers.__version__} does not call its layers' checkpointing "
             f"function; {fix}"

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
-from longqlora.attention.lse_kernels import CausalPattern, attention_backward, attention_forward, empty_lse
+from longqlora.attention.inplace_attention import CausalPattern, attention_backward, attention_forward
+from longqlora.attention.sdpa import sum_dtype
 from longqlora.memory.adapted_linear import AdaptedLinear
 from longqlora.memory.decoder_layer import MLP, PROJECTIONS, DecoderLayer, Linear, Rope
 from longqlora.memory.host_offload import HostOffload
@@ -133,7 +134,7 @@ def attention_of(call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor | None,
         projected = project(call, x, *chunks[0])
         return call.attend(*(states.transpose(1, 2) for states in projected)), None, *projected
     output = x.new_empty(*x.shape[:2], layer.num_heads, layer.head_dim)
-    lse = empty_lse(output)
+    lse = x.new_empty(x.shape[0], layer.num_heads, x.shape[1], dtype=sum_dtype(x))
     for heads, kv_heads in chunks:
         # Freed before the next chunk is projected.
         projected = None
