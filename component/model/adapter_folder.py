@@ -115,27 +115,23 @@ def grown(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 def add_embeddings(model: PreTrainedModel, num_embeddings: int) -> None:
     """Give `model` rows for `num_embeddings` tokens in its input and output embeddings, as `grown` makes them."""
-    if num_embeddings == model.config.vocab_size:
+    num_own = model.config.vocab_size
+    if num_embeddings == num_own:
         return
-    modules = (model.get_input_embeddings, model.get_output_embeddings)
-    weights = [grown(module().weight.data, num_embeddings) for module in modules if module() is not None]
     model.resize_token_embeddings(num_embeddings, mean_resizing=False)
-    for module, weight in zip(modules, weights, strict=False):
-        module().weight.data.copy_(weight)
+    for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        module.weight.data.copy_(grown(module.weight.data[:num_own], num_embeddings))
 
 
 def load_extra_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
-    """Copy `weights` over the base model's parameters of the same names and shapes; others are an error."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in weights.items():
-        if name == "lm_head.weight" and name not in parameters and model.config.tie_word_embeddings:
-            continue
-        fault = None if name in parameters else f"is no weight of {model.config.model_type}"
-        if not fault and parameters[name].shape != tensor.shape:
-            fault = f"has shape {list(tensor.shape)}, the base model's is {list(parameters[name].shape)}"
-        if fault:
-            raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {name!r} {fault}; wrong base model?")
-        parameters[name].data.copy_(tensor)
+    """Copy `weights` over the base model's of the same names and shapes; others are an error."""
+    try:
+        strange = model.load_state_dict(weights, strict=False).unexpected_keys
+        fault = f"{strange[0]!r} is no weight of {model.config.model_type}" if strange else None
+    except RuntimeError as error:
+        fault = str(error)
+    if fault:
+        raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {fault}; wrong base model?")
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:

@@ -1,6 +1,5 @@
 """What a saved adapter does to the weights of its base model, weight by weight."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from longqlora.model.adapter_folder import (
 )
 from longqlora.model.library_internals import lora_scale
 
-LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
 # A value other than the one here changes what the adapter computes in a way that this merge does not reproduce.
 PLAIN_LORA = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False,
@@ -56,11 +54,11 @@ class AdapterUpdates:
 
     def check(self, base: dict[str, torch.Tensor]) -> None:
         """Raise ValueError for an update of a weight that is not in `base`, by name, or has another shape there."""
-        updates = [*self.lora.items(), *self.replacements.items()]
-        unmatched = sorted({name for name, _ in updates} - base.keys())
-        faults = [f"changes {name!r}, which the base model does not have" for name in unmatched]
-        for name, update in [] if faults else sorted(updates, key=lambda item: item[0]):
-            if list(update.shape) != list(base[name].shape):
+        faults = []
+        for name, update in sorted([*self.lora.items(), *self.replacements.items()], key=lambda item: item[0]):
+            if name not in base:
+                faults.append(f"changes {name!r}, which the base model does not have")
+            elif list(update.shape) != list(base[name].shape):
                 faults.append(f"has weights for {name!r} that do not fit the base model's {list(base[name].shape)}")
         if faults:
             raise ValueError(
@@ -75,31 +73,26 @@ def read_updates(folder: str | Path, names: dict[str, str]) -> AdapterUpdates:
     """
     config = read_adapter_config(folder)
     check_plain_lora(config)
-    extra, replacements = read_extra_weights(folder), {}
-    matrices: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in read_adapter_weights(folder).items():
-        lora = LORA_KEY.fullmatch(key.removeprefix(PEFT_PREFIX))
-        if lora:
-            pair = matrices.setdefault(lora["module"], {})
-            if lora["matrix"] in pair:
-                raise ValueError(f"{FLAG}: {key!r} is there twice; give a folder with one adapter")
-            pair[lora["matrix"]] = tensor
+    extra = read_extra_weights(folder)
+    lora, whole = {}, dict(extra)
+    # PEFT's files do not name the adapter; a state dict that was saved as it is calls it "default".
+    saved = read_adapter_weights(folder).items()
+    weights = {key.removeprefix(PEFT_PREFIX).replace(".default.", "."): tensor for key, tensor in saved}
+    for key, tensor in weights.items():
+        module, _, matrix = key.rpartition(".lora_")
+        if matrix in ("A.weight", "B.weight"):
+            a, b = (weights.get(f"{module}.lora_{letter}.weight") for letter in "AB")
+            if a is None or b is None:
+                lacking = "A" if a is None else "B"
+                raise ValueError(f"{FLAG}: no lora_{lacking} for '{module}.weight'; is the adapter complete?")
+            name = names.get(f"{module}.weight", f"{module}.weight")
+            lora[name] = LoraUpdate(a, b, lora_scale(config, module, rank=a.shape[0]))
         elif "lora_" in key:
             raise ValueError(f"{FLAG}: cannot merge {key!r}; only LoRA on linear layers is supported")
         else:
-            replacements[base_weight_name(key)] = tensor
-    updates = {}
-    for module, pair in matrices.items():
-        if len(pair) != 2:
-            lacking = "B" if "A" in pair else "A"
-            raise ValueError(f"{FLAG}: no lora_{lacking} for '{module}.weight'; is the adapter complete?")
-        scale = lora_scale(config, module, rank=pair["A"].shape[0])
-        updates[f"{module}.weight"] = LoraUpdate(pair["A"], pair["B"], scale)
-    return AdapterUpdates(
-        {names.get(name, name): update for name, update in updates.items()},
-        {names.get(name, name): weight for name, weight in {**extra, **replacements}.items()},
-        keeps_tie=bool(extra) or bool(config.get("ensure_weight_tying")),
-    )
+            whole[base_weight_name(key)] = tensor
+    replacements = {names.get(name, name): weight for name, weight in whole.items()}
+    return AdapterUpdates(lora, replacements, keeps_tie=bool(extra) or bool(config.get("ensure_weight_tying")))
 
 
 def check_plain_lora(config: dict) -> None:

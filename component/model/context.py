@@ -16,7 +16,7 @@ from longqlora.distributed import print_notice
 from longqlora.model.adapter_folder import base_model_of
 from longqlora.model.base import load_config
 from longqlora.model.context_request import ContextRequest
-from longqlora.model.rope_scaling import Rope, check_rope_request, scale_rope
+from longqlora.model.rope_scaling import Rope, scale_rope
 from longqlora.settings.config import AttentionConfig, ContextConfig, ModelConfig
 
 # The shortest length that a released model was pretrained with (Llama).
@@ -24,18 +24,6 @@ SHORTEST_PRETRAINING = 2048
 ROPE_KEYS = tuple(field.name for field in fields(Rope))
 # Whatever config.json says of these, in the config itself or a part of it, is a positive number.
 LENGTHS = {*ROPE_KEYS[1:], "rope_theta", "factor", "chunk_size", "local_size"}
-
-
-def request_of_run(context: ContextConfig, attention: AttentionConfig) -> ContextRequest:
-    """The request of a training run's settings."""
-    is_dual_chunk = attention.attention == "dca"
-    # Without a length to reach they have no effect, which the checks say.
-    has_target = context.model_max_length is not None or is_dual_chunk
-    values = {**vars(context), **vars(attention), "attention": "dca" if is_dual_chunk else "full"}
-    values["context_size"] = context.model_max_length
-    if not has_target:
-        values |= {"rope_type": None, "rope_theta": None}
-    return ContextRequest(**{field.name: values[field.name] for field in fields(ContextRequest)})
 
 
 def rope_of(config: PretrainedConfig) -> Rope:
@@ -60,8 +48,9 @@ def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
     is_dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) is not None
     if request.attention == "dca" or (request.attention == "auto" and is_dual_chunk):
         return apply_dual_chunk(config, request)
-    if request.given_dual_chunk_settings:
-        raise ValueError(f"{request.given_dual_chunk_settings[0]}: has an effect with attention: dca only")
+    for name in ("pretraining_length", "dca_chunk_size", "dca_local_window", "dca_mscale"):
+        if getattr(request, name):
+            raise ValueError(f"{name}: has an effect with attention: dca only")
     if is_dual_chunk:
         delattr(config, DUAL_CHUNK_KEY)
     return extend_rope(config, request.context_size, request.rope_type, request.rope_theta)
@@ -152,7 +141,6 @@ def extend_rope(
     The original length and base are remembered in the config, as `original_max_position_embeddings` and
     `original_rope_theta`, and travel with every saved config. None leaves the config as it is.
     """
-    check_rope_request(rope_type, rope_theta, target)
     rope = rope_of(config)
     if target is None:
         if rope_type is not None:
@@ -199,8 +187,15 @@ def load_extended_config(
     model: ModelConfig, context: ContextConfig, attention: AttentionConfig
 ) -> tuple[PretrainedConfig, str]:
     """Config of the base model with the context of the run, and a one-line description for the log."""
+    is_dual_chunk = attention.attention == "dca"
+    values = {**vars(context), **vars(attention), "attention": "dca" if is_dual_chunk else "full"}
+    values["context_size"] = context.model_max_length
+    if context.model_max_length is None and not is_dual_chunk:
+        # Without a length to reach they have no effect, which the checks say.
+        values |= {"rope_type": None, "rope_theta": None}
+    request = ContextRequest(**{field.name: values[field.name] for field in fields(ContextRequest)})
     config = load_config(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
-    return config, apply_context(config, request_of_run(context, attention))
+    return config, apply_context(config, request)
 
 
 def resolve_config(

@@ -75,8 +75,6 @@ def merge(
     check_outputs({"--save_path": OutputFolder(save_path, MERGE_RECORD, overwrite=overwrite)}, sources)
     if getattr(load_config(base, trust_remote_code=trust_remote_code), "quantization_config", None):
         raise ValueError(f"model_name_or_path: {base!r} is saved quantised; give the 16-bit base model")
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     model = empty_model(config, name=base, trust_remote_code=trust_remote_code)
     num_embeddings = adapter_vocabulary(adapter, model)
     tokenizer = tokenizer_source(base, adapter_name_or_path)

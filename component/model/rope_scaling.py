@@ -96,20 +96,6 @@ ROPE_METHODS: dict[str, Callable[[RopeTarget], dict]] = {
 assert tuple(ROPE_METHODS) == ROPE_TYPES, "name each method in settings/config.py"
 
 
-def check_rope_request(rope_type: str | None, rope_theta: float | None, model_max_length: int | None) -> None:
-    """Raise ValueError, naming the setting, for what no method can mean."""
-    if rope_type is not None and rope_type not in ROPE_METHODS:
-        raise ValueError(f"rope_type: {rope_type!r} is not one of {', '.join(ROPE_METHODS)}")
-    if rope_theta is not None and rope_type != "theta":
-        raise ValueError("rope_theta: has an effect with rope_type: theta only; set that, or leave rope_theta out")
-    if rope_type == "theta" and rope_theta is None:
-        raise ValueError("rope_theta: rope_type: theta needs the new base, for example rope_theta: 500000")
-    if rope_theta is not None and not 1 < rope_theta < math.inf:
-        raise ValueError(f"rope_theta: must be a finite number above 1, got {rope_theta}")
-    if model_max_length is not None and model_max_length < 1:
-        raise ValueError(f"model_max_length: must be at least 1, got {model_max_length}")
-
-
 def scale_rope(
     rope: Rope, target: int, *, rotary_dim: int, rope_type: str | None = None, rope_theta: float | None = None
 ) -> Rope:
@@ -119,10 +105,9 @@ def scale_rope(
     scaled gives the same answer. A target within the present context changes nothing. rope_type None is the method
     that scales the model already, else linear.
 
-    Raises ValueError for an unknown method, a target below one token, or a model whose RoPE is
-    already scaled by another method (the two would have to be composed, which no method here defines).
+    Raises ValueError for a model whose RoPE is already scaled by another method (the two would have to be composed,
+    which no method here defines).
     """
-    check_rope_request(rope_type, rope_theta, target)
     parameters, present, original = rope.rope_parameters, rope.context_length, rope.original_length
     present_type = parameters.get("rope_type", "default")
     base = rope.original_rope_theta or parameters["rope_theta"]

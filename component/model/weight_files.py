@@ -77,11 +77,7 @@ def find_weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             return [folder / single_name], {}
         if (folder / index_name).is_file():
             weight_map = read_index(folder / index_name)
-            files = sorted(set(weight_map.values()))
-            missing = [file for file in files if not (folder / file).is_file()]
-            if missing:
-                raise ValueError(f"model_name_or_path: {str(folder)!r} lacks {missing[0]}; download the model again")
-            return [folder / file for file in files], weight_map
+            return [folder / file for file in sorted(set(weight_map.values()))], weight_map
     names = ", ".join(name for layout in WEIGHT_LAYOUTS for name in layout)
     raise ValueError(f"model_name_or_path: {str(folder)!r} has no weights (looked for {names})")
 
@@ -119,21 +115,17 @@ def save_in_shards(
 def check_base(
     name_or_path: str,
     config: PretrainedConfig,
-    model: PreTrainedModel | None = None,
     *,
     trust_remote_code: bool = False,
     needs_weights: bool = True,
 ) -> PreTrainedModel:
     """Check the weights in a model folder against `config`; returns the model without weights.
 
-    model: that model, where it was made before.
-
     Weights of a hub name may not be on this machine, and those of a base that is saved quantised have other names:
     neither is looked at. needs_weights: whether a folder without any is an error. Raises ValueError naming the first
     weight that is missing, damaged, of another shape or quantised.
     """
-    if model is None:
-        model = empty_model(config, name=name_or_path, trust_remote_code=trust_remote_code)
+    model = empty_model(config, name=name_or_path, trust_remote_code=trust_remote_code)
     folder = Path(model_source(name_or_path))
     if folder.is_dir() and not getattr(config, "quantization_config", None) and (needs_weights or has_weights(folder)):
         check_weights(folder, model, config)
