@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from longqlora.model.base import linear_layers
 from longqlora.model.library_internals import fused_expert_names
 from longqlora.settings.config import INPUT, AdapterConfig
+from longqlora.table import text_table
 
 MODULE_KINDS = {"LoRA": ["lora_"], "norm": ["norm"], "embedding": ["embed", "lm_head"]}
 
@@ -132,7 +133,7 @@ def trainable_table(model: torch.nn.Module) -> str:
     4-bit weights count as the numbers they stand for, not as the bytes that hold them. A module that
     PEFT trains as a copy counts once: the frozen twin is no part of the model.
     """
-    rows: dict[tuple[str, str], list[int]] = {}
+    counts: dict[tuple[str, str], list[int]] = {}
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue
@@ -141,11 +142,10 @@ def trainable_table(model: torch.nn.Module) -> str:
         # Under ZeRO-3 a process holds a part of each weight, and no element where it looks.
         count = quant_state.shape.numel() if quant_state else getattr(parameter, "ds_numel", parameter.numel())
         dtype = "nf4" if quant_state else str(parameter.dtype).removeprefix("torch.")
-        for key in ((kind, dtype), ("total", "")):
-            row = rows.setdefault(key, [0, 0])
-            row[0] += count if parameter.requires_grad else 0
-            row[1] += count
-    lines = [f"{'kind':<10} {'dtype':<9} {'trained':>15} {'all':>16} {'share':>8}"]
-    for (kind, dtype), (part, whole) in sorted(rows.items(), key=lambda row: (row[0][0] == "total", row[0])):
-        lines.append(f"{kind:<10} {dtype:<9} {part:>15,} {whole:>16,} {100 * part / whole:>7.2f}%")
-    return "\n".join(lines)
+        row = counts.setdefault((kind, dtype), [0, 0])
+        row[0] += count if parameter.requires_grad else 0
+        row[1] += count
+    total = [sum(column) for column in zip(*counts.values(), strict=True)]
+    counts = dict(sorted(counts.items())) | {("total", ""): total}
+    rows = [(*key, f"{part:,}", f"{whole:,}", f"{part / whole:.2%}") for key, (part, whole) in counts.items()]
+    return text_table(("kind", "dtype", "trained", "all", "share"), rows, num_left=2)

@@ -85,14 +85,13 @@ def read_updates(folder: str | Path, names: dict[str, str]) -> AdapterUpdates:
             if a is None or b is None:
                 lacking = "A" if a is None else "B"
                 raise ValueError(f"{FLAG}: no lora_{lacking} for '{module}.weight'; is the adapter complete?")
-            name = names.get(f"{module}.weight", f"{module}.weight")
-            lora[name] = LoraUpdate(a, b, lora_scale(config, module, rank=a.shape[0]))
+            lora[f"{module}.weight"] = LoraUpdate(a, b, lora_scale(config, module, rank=a.shape[0]))
         elif "lora_" in key:
             raise ValueError(f"{FLAG}: cannot merge {key!r}; only LoRA on linear layers is supported")
         else:
             whole[base_weight_name(key)] = tensor
-    replacements = {names.get(name, name): weight for name, weight in whole.items()}
-    return AdapterUpdates(lora, replacements, keeps_tie=bool(extra) or bool(config.get("ensure_weight_tying")))
+    lora, whole = ({names.get(name, name): found[name] for name in found} for found in (lora, whole))
+    return AdapterUpdates(lora, whole, keeps_tie=bool(extra) or bool(config.get("ensure_weight_tying")))
 
 
 def check_plain_lora(config: dict) -> None:
@@ -115,12 +114,12 @@ def merged_weight(
     name: str, weight: torch.Tensor, updates: AdapterUpdates, *, dtype: torch.dtype, in_nf4: bool = False
 ) -> torch.Tensor:
     """The weight `name` after the merge, in `dtype`; `weight` [out, in] is the base's."""
-    replacement, lora = updates.replacements.get(name), updates.lora.get(name)
-    if replacement is not None:
-        weight = replacement
+    lora, is_replaced = updates.lora.get(name), name in updates.replacements
+    if is_replaced:
+        weight = updates.replacements[name]
     if not weight.is_floating_point():
         return weight
-    if in_nf4 and replacement is None:
+    if in_nf4 and not is_replaced:
         weight = through_nf4(weight.to(dtype))
     if lora is not None:
         weight = weight.float() + lora.scale * (lora.b.float() @ lora.a.float())

@@ -49,17 +49,13 @@ class Rope:
 
 @dataclass(frozen=True)
 class RopeTarget:
-    """What a method works from: lengths in tokens, the base of pretraining, rotated dimensions per head."""
+    """What a method works from: s, the original length in tokens and base, rotated dimensions per head, a new base."""
 
+    scale: float
     original: int
-    target: int
     theta: float
     rotary_dim: int
     new_theta: float | None
-
-    @property
-    def scale(self) -> float:
-        return self.target / self.original
 
     @property
     def ntk_theta(self) -> float:
@@ -123,7 +119,8 @@ def scale_rope(
         )
     if target <= present and method != "theta":
         return rope
-    scaled = {"rope_theta": base, **ROPE_METHODS[method](RopeTarget(original, target, base, rotary_dim, rope_theta))}
+    aim = RopeTarget(target / original, original, base, rotary_dim, rope_theta)
+    scaled = {"rope_theta": base, **ROPE_METHODS[method](aim)}
     previous = parameters.get("factor", 1.0) if present_type == "linear" else 1.0
     if scaled.get("factor", previous) < previous:
         raise ValueError(

@@ -85,15 +85,13 @@ def find_weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 def read_index(path: Path) -> dict[str, str]:
     """The weight_map of an index of shards, whose files lie in its folder."""
     index, flag = read_json(path, "model_name_or_path"), f"model_name_or_path: {str(path)!r}"
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{flag} lists no weights; is it whole?")
-    if not isinstance(index.get("metadata"), dict):
-        raise ValueError(f"{flag} has no metadata; is it whole?")
-    for file in weight_map.values():
+    parts = [index.get(name) if isinstance(index, dict) else None for name in ("weight_map", "metadata")]
+    if not all(isinstance(part, dict) for part in parts) or not parts[0]:
+        raise ValueError(f"{flag} lists no weights, or has no metadata; is it whole?")
+    for file in parts[0].values():
         if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
             raise ValueError(f"{flag} names {file!r}, which is no file of its folder; download the model again")
-    return weight_map
+    return parts[0]
 
 
 def save_in_shards(

@@ -89,7 +89,7 @@ FAULTS = {
     "a list in .bin": (lambda f: as_bin(f, lambda w: list(w.values())), ["pytorch_model.bin", "something else"]),
     "missing in .bin": (lambda f: as_bin(f, lambda w: w.pop(UP) is None or w), [f"lacks {UP!r}"]),
     "nothing": (lambda f: (f / "model.safetensors").unlink(), ["has no weights"]),
-    "shard gone": (lambda f: (in_shards(f), (f / "b.safetensors").unlink()), ["lacks b.safetensors"]),
+    "shard gone": (lambda f: (in_shards(f), (f / "b.safetensors").unlink()), ["b.safetensors", "cannot be read"]),
     "shard empty": (lambda f: (in_shards(f), cut("b.safetensors", 0)(f)), ["b.safetensors", "cannot be read"]),
     "weight not where the index says": (
         lambda f: in_shards(f, lambda index: {**index, UP: ({*index.values()} - {index[UP]}).pop()}),
@@ -98,7 +98,7 @@ FAULTS = {
     "absolute shard": (lambda f: in_shards(f, lambda index: {**index, UP: "/etc/hosts"}), ["/etc/hosts", "no file of"]),
     "shard outside": (lambda f: in_shards(f, lambda index: {**index, UP: "../x.safetensors"}), ["../x", "no file of"]),
     "shard without name": (lambda f: in_shards(f, lambda index: {**index, UP: 3}), ["names 3"]),
-    "index without metadata": (lambda f: (in_shards(f), edit_json(f / INDEX, metadata=None)), ["no metadata"]),
+    "index without metadata": (lambda f: (in_shards(f), edit_json(f / INDEX, metadata=None)), ["or has no metadata"]),
     "index of nothing": (lambda f: in_shards(f, lambda index: {}), ["lists no weights"]),
     "twice": (
         lambda f: (in_shards(f), shutil.copy(f / "a.safetensors", f / "b.safetensors")), ["is in a.safetensors too"]
