@@ -50,10 +50,10 @@ def keep_stream_dtype(model: PeftModel, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         return
     head = model.get_base_model().get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and module is head:
+    for module in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+        if module is head:
             module.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
-        elif isinstance(module, ModulesToSaveWrapper):
+        else:
             module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
 
 
@@ -73,32 +73,24 @@ def refuse_without_adapter(module: torch.nn.Module, inputs: tuple) -> None:
     raise RuntimeError("a model in training cannot switch its adapter off: the originals of trained layers are freed")
 
 
-def linear_names(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Last name parts of the linear layers, and those of them that PEFT takes for the experts' fused weights."""
-    names = sorted({name.split(".")[-1] for name in linear_layers(model)})
-    return names, fused_expert_names(model, names)
-
-
 def target_module_names(model: PreTrainedModel, requested: str | None) -> list[str]:
     """The LoRA targets: the requested ones, each checked against the model, or all linear layers.
 
     Left out are names that PEFT reads as the experts' fused weights; requested, they are refused.
     """
-    available, fused = linear_names(model)
+    available = sorted({name.split(".")[-1] for name in linear_layers(model)})
+    fused = fused_expert_names(model, available)
     if not requested:
         return [name for name in available if name not in fused]
     names = [name.strip() for name in requested.split(",") if name.strip()]
-    unknown = [name for name in names if name not in available]
-    refused = [name for name in names if name in fused]
-    if unknown:
-        raise ValueError(
-            f"target_modules: no linear layer named {', '.join(unknown)}; choose from {', '.join(available)}"
-        )
-    if refused:
-        raise ValueError(
-            f"target_modules: {', '.join(refused)}: in {model.config.model_type} PEFT takes it for the experts' fused "
-            "weights, which have no LoRA here; leave it out"
-        )
+    for name in names:
+        if name not in available:
+            raise ValueError(f"target_modules: no linear layer named {name}; choose from {', '.join(available)}")
+        if name in fused:
+            raise ValueError(
+                f"target_modules: {name}: in {model.config.model_type} PEFT takes it for the experts' fused weights, "
+                "which have no LoRA here; leave it out"
+            )
     return names
 
 
@@ -106,7 +98,7 @@ def frozen_experts_notice(model: PreTrainedModel) -> list[str]:
     """A notice, where `model` has experts, that LoRA leaves them as they are."""
     if not any(parameter.ndim == 3 for parameter in model.parameters()):
         return []
-    _, names = linear_names(model)
+    names = sorted({name.split(".")[-1] for name in linear_layers(model)} - {*target_module_names(model, None)})
     also = f", as do linear layers named {', '.join(names)}, which PEFT takes for them" if names else ""
     return [
         f"finetuning_type: the experts of {model.config.model_type} are no linear layers and stay as they are{also}"
