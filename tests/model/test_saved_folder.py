@@ -131,6 +131,7 @@ def test_transformers_4_finds_its_names_and_5_reads_the_same(tmp_path, model_typ
     assert values.get("rope_scaling", {"rope_type": "default"}) == scaling
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert (loaded.rope_parameters, loaded.max_position_embeddings) == (rope, config.max_position_embeddings)
+    assert extended(loaded, TARGET, rope_type).rope_parameters == rope and context_length(loaded) == TARGET
     # Its own names alone, as in a config.json of transformers 4, say the same.
     del values["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -190,11 +191,7 @@ def test_a_merged_folder_carries_the_tokenizer_of_adapter_or_base(tmp_path, othe
     adapter = make_adapter(other_base, tmp_path / "adapter", load_tokenizer(str(other_base)) if of_adapter else None)
     merge(str(other_base), str(adapter), tmp_path / "out")
     assert tokenizer_values(tmp_path / "out")["model_max_length"] == TARGET
-    assert set(announced(tmp_path / "out").values()) == {TARGET}
-
-
-def test_an_adapter_folder_is_written_the_same_way(tmp_path, tiny_model_dir):
-    adapter = make_adapter(tiny_model_dir, tmp_path / "adapter")
     save_adapter(load_for_inference(None, adapter_name_or_path=str(adapter)).model, tmp_path / "final")
-    assert set(announced(tmp_path / "final").values()) == {TARGET}
-    assert json.loads((tmp_path / "final" / "config.json").read_text())["rope_scaling"]["factor"] == 4.0
+    for folder in ("out", "final"):
+        assert set(announced(tmp_path / folder).values()) == {TARGET}
+        assert json.loads((tmp_path / folder / "config.json").read_text())["rope_scaling"]["factor"] == 4.0
