@@ -40,29 +40,21 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> PreTrainedM
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    keep_stream_dtype(peft_model, stream_dtype)
-    drop_frozen_twins(peft_model)
+    settle_copies(peft_model, stream_dtype)
     return peft_model
 
 
-def keep_stream_dtype(model: PeftModel, dtype: torch.dtype) -> None:
-    """Let embeddings and norms that are trained in fp32 still return `dtype`, and a trained head take it."""
-    if dtype == torch.float32:
-        return
+def settle_copies(model: PeftModel, dtype: torch.dtype) -> None:
+    """Embeddings and norms that are trained as fp32 copies return `dtype`, and a trained head takes it. The frozen
+    original that PEFT keeps of each is freed: no training step reads it."""
     head = model.get_base_model().get_output_embeddings()
-    for module in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
-        if module is head:
-            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
-        else:
-            module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
-
-
-def drop_frozen_twins(model: PeftModel) -> None:
-    """Free the frozen original that PEFT keeps of each module trained as a copy: no training step reads it."""
     names = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if ".original_module." not in name}
-    for module in model.modules():
-        originals = module.original_module.parameters() if isinstance(module, ModulesToSaveWrapper) else ()
-        for parameter in originals:
+    for module in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+        if dtype != torch.float32 and module is head:
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
+        elif dtype != torch.float32:
+            module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+        for parameter in module.original_module.parameters():
             # A tied original is the weight of another module too.
             if id(parameter) not in names:
                 parameter.data = parameter.data.new_empty(0)

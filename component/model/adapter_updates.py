@@ -96,16 +96,12 @@ def read_updates(folder: str | Path, names: dict[str, str]) -> AdapterUpdates:
 
 def check_plain_lora(config: dict) -> None:
     """Raise ValueError, naming the setting, for an adapter that is more than LoRA matrices and whole weights."""
-    for name, plain in PLAIN_LORA.items():
-        value = config.get(name, plain)
-        if value != plain and value not in (None, False, [], {}):
-            raise ValueError(f"{FLAG}: cannot merge an adapter with {name} = {value!r}, only {plain!r}")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        raise ValueError(
-            f"{FLAG}: cannot merge an adapter with init_lora_weights = {init!r}, which changes the base weights; "
-            "convert it to plain LoRA first"
-        )
+    more = [name for name, plain in PLAIN_LORA.items() if config.get(name) not in (plain, None, False, [], {})]
+    if str(config.get("init_lora_weights")).lower().startswith(BASE_CHANGING_INITS):
+        more.append("init_lora_weights")
+    if more:
+        value = config[more[0]]
+        raise ValueError(f"{FLAG}: cannot merge an adapter with {more[0]} = {value!r}; convert it to plain LoRA first")
     if not isinstance(config.get("lora_alpha"), int | float):
         raise ValueError(f"{FLAG}: adapter_config.json has no lora_alpha; is it a LoRA adapter?")
 

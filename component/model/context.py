@@ -101,16 +101,10 @@ def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:
     text = "RoPE kept"
     if request.rope_type is not None:
         if not request.pretraining_length:
-            raise ValueError(
-                "pretraining_length: with attention: dca and a rope_type, say how far RoPE is scaled; chunks reach the "
-                "rest"
-            )
+            raise ValueError("pretraining_length: missing; with dca, a rope_type scales RoPE that far, and no further")
         text = extend_rope(config, pretraining, request.rope_type, request.rope_theta)
     elif pretraining > own_length:
-        raise ValueError(
-            f"pretraining_length: the model reads {own_length} tokens, not {pretraining}; lower it, or name the "
-            "rope_type that takes RoPE there first"
-        )
+        raise ValueError(f"pretraining_length: beyond the model's {own_length} tokens; lower it, or give a rope_type")
     # Sizes that a config names belong to its own pretraining length.
     known_sizes = known if pretraining == known.get("original_max_position_embeddings", pretraining) else {}
     try:
@@ -147,9 +141,7 @@ def extend_rope(
             raise ValueError(f"rope_type: {rope_type} has no effect without a context to reach; give its length too")
         return f"context of {rope.context_length} tokens, RoPE unchanged"
     if "rope_theta" not in rope.rope_parameters:
-        raise ValueError(
-            f"model_max_length: cannot scale {config.model_type}, which has no single set of RoPE parameters"
-        )
+        raise ValueError(f"model_max_length: {config.model_type} has no single set of RoPE parameters to scale")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary_dim = int(head_dim * rope.rope_parameters.get("partial_rotary_factor", 1.0))
     scaled = scale_rope(rope, target, rotary_dim=rotary_dim, rope_type=rope_type, rope_theta=rope_theta)
@@ -165,10 +157,8 @@ def extend_rope(
         # What transformers would refuse when it loads or saves the config.
         config.validate_rope()
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"rope_type: {config.model_type} takes no RoPE of type {parameters['rope_type']} ({error}); use rope_type: "
-            "ntk, or theta"
-        ) from None
+        kind = f"{config.model_type} takes no RoPE of type {parameters['rope_type']}"
+        raise ValueError(f"rope_type: {kind} ({error}); use ntk, or theta") from None
     factor = parameters.get("factor")
     how = f"{parameters['rope_type']} x{factor:g}" if factor else f"base {parameters['rope_theta']:g}"
     return f"context {scaled.original_length} -> {target} tokens, RoPE {how}"

@@ -113,9 +113,8 @@ def scale_rope(
     scaled_by = "theta" if present_type == "default" else present_type
     if is_scaled and scaled_by != ("theta" if method == "ntk" else method) and (rope_type or target > present):
         raise ValueError(
-            f"rope_type: the model's RoPE is already scaled by {scaled_by!r} to {present} tokens and cannot be "
-            f"taken to {target} by {method!r}; use the same method, lower model_max_length to at most "
-            f"{present} and leave rope_type out, or start from a model with unscaled RoPE"
+            f"rope_type: the model's RoPE is already scaled by {scaled_by!r} to {present} tokens, not by {method!r}; "
+            f"use the same method, or leave rope_type out and lower model_max_length to at most {present}"
         )
     if target <= present and method != "theta":
         return rope
@@ -124,9 +123,8 @@ def scale_rope(
     previous = parameters.get("factor", 1.0) if present_type == "linear" else 1.0
     if scaled.get("factor", previous) < previous:
         raise ValueError(
-            f"the model is already interpolated by {previous:g}, yet {target} tokens over an original "
-            f"length of {original} would need only {scaled['factor']:g}; set original_max_position_embeddings in its "
-            "config.json to the length it was pretrained with"
+            f"the model is already interpolated by {previous:g}, yet {target} tokens over {original} need only "
+            f"{scaled['factor']:g}; set original_max_position_embeddings in config.json to the length of pretraining"
         )
     # What else the model says of the same method (YaRN's betas) is its own; of another, only the rotated part.
     is_same = scaled["rope_type"] == present_type

@@ -130,8 +130,11 @@ FAULTS = {
     "no weights": (lambda file: edit_weights(file, lambda _: {}), "holds no weights"),
     "cut off": (lambda file: file.write_bytes(file.read_bytes()[:999]), "cannot be read"),
 }
+# Those that loading refuses in words of its own.
+LOADING = {"unmatched lora": "has no place", "half a pair": "is missing from it", "shape": "does not fit"}
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_adapter_is_refused_and_leaves_the_old_result(tiny_model_dir, tmp_path, fault):
     adapter, (changes, message) = make_adapter(tiny_model_dir, tmp_path / "adapter"), FAULTS[fault]
@@ -142,6 +145,9 @@ def test_a_faulty_adapter_is_refused_and_leaves_the_old_result(tiny_model_dir, t
         edit_weights(file, lambda w: {n: x for n, x in {**w, **changes}.items() if x is not None})
     else:
         edit_json(adapter / "adapter_config.json", **changes)
+    if fault in LOADING:
+        with pytest.raises(ValueError, match=LOADING[fault]):
+            load_for_inference(None, adapter_name_or_path=str(adapter))
     out.mkdir()
     (out / "merge.json").write_text("kept")
     with pytest.raises(ValueError, match=message):
