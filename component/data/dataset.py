@@ -22,10 +22,10 @@ import transformers
 from longqlora.cli import require_file
 from longqlora.data import jsonl, prompt
 from longqlora.data.jsonl import error_at, index_rows, messages_of_row, parse_line, text_of_row
-from longqlora.data.prompt import IGNORE_INDEX, bos_ids, encode_for_training, encode_text, eos_id, prompt_template_for
+from longqlora.data.prompt import bos_ids, encode_for_training, encode_text, eos_id, prompt_template_for
 from longqlora.distributed import is_main_process, local_rank
 from longqlora.files import file_sha256, write_json
-from longqlora.settings.config import DataConfig
+from longqlora.settings.config import IGNORE_INDEX, DataConfig
 
 ROWS_PER_WRITE = 32
 IDS, COUNT = datasets.List(datasets.Value("int32")), datasets.Value("int64")

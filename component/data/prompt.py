@@ -11,9 +11,8 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE, PROMPT_TEMPLATES
+from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE, IGNORE_INDEX, PROMPT_TEMPLATES
 
-IGNORE_INDEX = -100
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = "chat_template"
 DEFAULT_SYSTEM = (

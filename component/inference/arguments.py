@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from longqlora.cli import DTYPES, dtype_of
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions
-from longqlora.model.context_request import add_context_arguments, check_context_arguments, context_request
+from longqlora.model.context_request import add_context_arguments, context_request
 from longqlora.settings.config import PROMPT_TEMPLATES
 
 
@@ -81,7 +81,7 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     """Refuse, before anything heavy is imported, what `add_model_arguments` cannot mean."""
     if not args.model_name_or_path and not args.adapter_name_or_path:
         raise ValueError("--model_name_or_path: give a model, or --adapter_name_or_path with an adapter that names one")
-    check_context_arguments(args)
+    context_request(args)
 
 
 def model_sources(args: argparse.Namespace) -> dict[str, str | None]:

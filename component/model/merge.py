@@ -67,16 +67,11 @@ def merge(
         model_name_or_path, adapter_name_or_path, context, trust_remote_code=trust_remote_code
     )
     if (context is None or context.context_size is None) and not (adapter / "config.json").is_file():
-        raise ValueError(
-            f"--context_size: {str(adapter)!r} has no config.json, so give the context of its training, "
-            f"in tokens (the base model has {context_length(config)})"
-        )
+        raise ValueError(f"--context_size: {str(adapter)!r} has no config.json; give the context of its training")
     sources = {"model_name_or_path": base, "adapter_name_or_path": adapter}
     check_outputs({"--save_path": OutputFolder(save_path, MERGE_RECORD, overwrite=overwrite)}, sources)
     if getattr(load_config(base, trust_remote_code=trust_remote_code), "quantization_config", None):
         raise ValueError(f"model_name_or_path: {base!r} is saved quantised; give the 16-bit base model")
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     model = empty_model(config, name=base, trust_remote_code=trust_remote_code)
     num_embeddings = adapter_vocabulary(adapter, model)
     tokenizer = tokenizer_source(base, adapter_name_or_path)

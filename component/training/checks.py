@@ -22,9 +22,9 @@ from longqlora.data.prompt import eos_id, prompt_template_for
 from longqlora.distributed import is_main_process, world_size
 from longqlora.memory.shapes import ModelShape
 from longqlora.model.adapter import frozen_experts_notice, target_module_names
-from longqlora.model.base import check_vocabulary, empty_model, routers
+from longqlora.model.base import check_vocabulary, routers
 from longqlora.model.context import context_length
-from longqlora.model.weight_files import check_base, has_weights
+from longqlora.model.weight_files import check_base, weight_file
 from longqlora.settings.config import Notice, Settings, warning
 from longqlora.training.checkpoint import FINAL, list_checkpoints
 
@@ -125,11 +125,10 @@ def check_model(
         raise ValueError(f"model_name_or_path: {name!r} is a {config.model_type}, no causal language model")
     if getattr(config, "quantization_config", None):
         raise ValueError(f"model_name_or_path: {name!r} is already quantised; give the model it was made from")
-    model = empty_model(config, name=name, trust_remote_code=trust)
+    model = check_base(name, config, trust_remote_code=trust, needs_weights=needs_weights)
     check_attention(settings, model)
     notices = check_adapter(settings, model)
-    model = check_base(name, config, model, trust_remote_code=trust, needs_weights=needs_weights)
-    if Path(name).is_dir() and not has_weights(Path(name)):
+    if Path(name).is_dir() and not weight_file(Path(name)):
         notices.append(Notice(f"model_name_or_path: {name!r} has no weights: a run would end here"))
     return model, notices
 

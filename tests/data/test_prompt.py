@@ -6,7 +6,6 @@ import pytest
 
 from longqlora.data.prompt import (
     DEFAULT_SYSTEM,
-    IGNORE_INDEX,
     TURN_TEMPLATES,
     check_messages,
     encode_conversation,
@@ -14,7 +13,7 @@ from longqlora.data.prompt import (
     encode_text,
     prompt_template_for,
 )
-from longqlora.settings.config import PROMPT_TEMPLATES
+from longqlora.settings.config import IGNORE_INDEX, PROMPT_TEMPLATES
 
 CHATML = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
