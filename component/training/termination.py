@@ -17,10 +17,9 @@ import psutil
 
 from longqlora.distributed import is_main_process
 
-LAUNCHER_COMMANDS = {"deepspeed", "ds", "torchrun", "accelerate"}
-LAUNCHER_MODULES = {
-    "deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch",
-    "accelerate.commands.launch",
+LAUNCHERS = {
+    "deepspeed", "ds", "torchrun", "accelerate", "deepspeed.launcher.launch", "deepspeed.launcher.runner",
+    "torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch",
 }  # fmt: skip
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1, 20
 EXIT_CODE = 128 + signal.SIGTERM
@@ -49,13 +48,13 @@ def end_with_launcher() -> None:
 
 def is_launcher(process: psutil.Process) -> bool:
     try:
-        words = process.cmdline()[:4]
+        words = process.cmdline()
     except psutil.Error:
         return False
+    if words and Path(words[0]).name.startswith("python"):
+        words = [word for word in words[1:] if not word.startswith("-")]
     # A shell is none, with the same text in one argument or running a script of that name, which may end before us.
-    names = [Path(word).name for word in words]
-    is_python = bool(names) and names[0].startswith("python")
-    return bool(LAUNCHER_COMMANDS & set(names[: 1 + is_python]) or (is_python and LAUNCHER_MODULES & set(words)))
+    return bool(words) and Path(words[0]).name in LAUNCHERS
 
 
 def end_on_sigterm(before_the_end: Callable[[], str]) -> None:
