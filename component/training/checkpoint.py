@@ -43,12 +43,9 @@ FLAG, FIX = "resume_from_checkpoint", "resume from another checkpoint, or start 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [
-        (int(match[1]), path)
-        for path in (Path(output_dir).iterdir() if Path(output_dir).is_dir() else [])
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / TRAINER_STATE).is_file()
-    ]
-    return [path for _, path in sorted(found)]
+    found = [file.parent for file in Path(output_dir).glob(f"checkpoint-*/{TRAINER_STATE}")]
+    folders = [folder for folder in found if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
 
 
 def data_hashes(data: DataConfig) -> dict[str, str]:
@@ -72,11 +69,9 @@ def choose_start(settings: Settings) -> Path | None:
     continues = start is not None and start.resolve() in [path.resolve() for path in existing]
     results = [path.name for path in existing[-1:]] + [FINAL] * (output_dir / FINAL).exists()
     if results and not continues and not settings.output.overwrite_output_dir:
-        resume = f"--{FLAG} true to go on, " if existing else ""
-        raise ValueError(
-            f"output_dir: {str(output_dir)!r} holds {' and '.join(results)} of an earlier run; add "
-            f"{resume}--overwrite_output_dir true to replace it, or choose another folder"
-        )
+        held = f"{str(output_dir)!r} holds {' and '.join(results)} of an earlier run"
+        fix = f"add {f'--{FLAG} true to go on, ' if existing else ''}--overwrite_output_dir true to replace it"
+        raise ValueError(f"output_dir: {held}; {fix}, or choose another folder")
     return start
 
 
@@ -103,10 +98,7 @@ def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, data_
     new, record = dict(ChainMap(*arguments.values())), read_run_record(checkpoint)
     before = (record or {}).get("world_size", world_size)
     if new.get("deepspeed") and before != world_size:
-        raise ValueError(
-            f"{FLAG}: {checkpoint} was written by {before} processes and ZeRO cannot resume on {world_size}; start "
-            f"{before} processes"
-        )
+        raise ValueError(f"{FLAG}: {checkpoint} is of {before} processes, which ZeRO needs again, not {world_size}")
     check_contents(checkpoint, new, num_processes=before)
     if record is None:
         return [f"{checkpoint} has no run record: its settings cannot be compared with the present ones"]
@@ -186,10 +178,8 @@ def check_file(file: Path) -> None:
         reason = str(error).split(".")[0] or type(error).__name__
         raise ValueError(f"{FLAG}: {file} is damaged or cannot be read ({reason}); {FIX}") from None
     if unsafe:
-        raise ValueError(
-            f"{FLAG}: {file} would run {', '.join(sorted(unsafe))} when it is loaded, which no checkpoint of this "
-            f"trainer holds; delete it if you do not know who made it, and {FIX}"
-        )
+        names = ", ".join(sorted(unsafe))
+        raise ValueError(f"{FLAG}: {file} would run {names}; delete it if you do not know who made it, and {FIX}")
 
 
 def load_without_code(*, uses_deepspeed: bool) -> None:

@@ -190,12 +190,10 @@ def check_num_rows(
     if not arguments.dataloader_drop_last:
         return
     num_processes = arguments.world_size
-    for key, rows, together, loss in (
-        ("train", num_rows, arguments.train_batch_size * num_processes // processes_per_row, "not one step trained"),
-        ("eval", num_eval_rows, arguments.eval_batch_size * num_processes, "nothing evaluated"),
+    for key, rows, together in (
+        ("train", num_rows, arguments.train_batch_size * num_processes // processes_per_row),
+        ("eval", num_eval_rows, arguments.eval_batch_size * num_processes),
     ):
         if rows is not None and rows < together:
-            raise ValueError(
-                f"dataloader_drop_last: {key}_file makes {rows} rows, a batch of all processes takes {together}, so "
-                f"{loss}; leave it out, or lower per_device_{key}_batch_size"
-            )
+            text = f"{key}_file makes {rows} rows, a batch of all processes takes {together}"
+            raise ValueError(f"dataloader_drop_last: {text}; leave it out, or lower per_device_{key}_batch_size")

@@ -52,11 +52,8 @@ class Run:
             trained_by = read_run_record(self.checkpoint)
             # They differ where a run overwrote another and was killed between its last checkpoint and its end.
             if final.is_dir() and read_run_record(final) == trained_by:
-                self.log(
-                    f"nothing left to train: {self.checkpoint} is at step {state.global_step} of {state.max_steps}; "
-                    f"{final} stays as it is"
-                )
-                return
+                steps = f"step {state.global_step} of {state.max_steps}"
+                return self.log(f"nothing left to train: {self.checkpoint} is at {steps}; {final} stays as it is")
             trainer.run_record = trained_by or trainer.run_record
         self.log(f"saved {trainer.save_final()}")
         losses = {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}

@@ -135,10 +135,8 @@ def acquire(file: IO, kind: int) -> list[Notice]:
         fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise ValueError(
-            f"output_dir: another run writes to {folder!r} ({file.read() or 'just started'}); wait for its end, or "
-            "choose another folder"
-        ) from None
+        text = f"another run writes to {folder!r} ({file.read() or 'just started'})"
+        raise ValueError(f"output_dir: {text}; wait for its end, or choose another folder") from None
     except OSError as error:
         text = f"output_dir: the file system of {folder!r} has no locks ({error}); start no second run there"
         return [Notice(text)]

@@ -191,12 +191,7 @@ class LongContextTrainer(Trainer, TrainerCallback):
             control.should_evaluate = control.should_save = False
 
     def save_final(self) -> Path:
-        """Write what was trained to output_dir/final. Raises ValueError where nothing was, or where it has diverged."""
-        if self.state.global_step == 0:
-            raise ValueError(
-                f"training ended without a single step, so nothing is saved as {FINAL}; give more rows in train_file, "
-                "or lower per_device_train_batch_size"
-            )
+        """Write what was trained to output_dir/final. Raises ValueError where it has diverged."""
         target, self.unwritten = self.folder.path / FINAL, FINAL
         with self.failed_writes_explained():
             if is_main_process():

@@ -92,34 +92,32 @@ def test_several_processes_equal_one(write_yaml, train_file, name):
         "lr_scheduler_type": "constant", "warmup_steps": None, "eval_file": str(train_file), **both,
     }  # fmt: skip
 
-    def run(run_name: str, *words: object, num_processes: int = 1, **values) -> tuple[list[dict], dict, Path]:
+    def run(run_name: str, *words: object, num_processes: int = 1, **values) -> tuple[Path, dict, dict]:
         path, out = write_yaml(run_name, **{**base, **values})
         train(path, *words, num_processes=num_processes)
-        return history_of(out), weights_of(out / "final"), out / "final"
+        return out, losses_of(out), weights_of(out / "final")
 
-    history, weights, _ = run("one", **one)
-    shared_history, shared_weights, folder = run("several", num_processes=num_processes, **others)
+    folder, losses, weights = run("one", **one)
+    shared_folder, shared_losses, shared_weights = run("several", num_processes=num_processes, **others)
     is_exact = name.startswith(("rows", "two", "a head"))
-    losses, shared_losses = losses_of(history), losses_of(shared_history)
     assert shared_losses == pytest.approx(losses, abs=1e-6 if is_exact else 1e-5) and len(losses) == base["max_steps"]
     assert weights.keys() == shared_weights.keys()
     for key, weight in weights.items():
         # Adam turns rounding errors of gradients near zero into steps.
         torch.testing.assert_close(shared_weights[key].float(), weight.float(), rtol=0, atol=1e-6 if is_exact else 2e-3)
     # By the epoch, two processes are one world, not runs of their own.
+    history, shared_history = history_of(folder), history_of(shared_folder)
     assert shared_history[0]["epoch"] == pytest.approx(history[0]["epoch"], rel=0.1)
-    evaluated, shared_evaluated = (
-        [entry["eval_loss"] for entry in entries if "eval_loss" in entry] for entries in (history, shared_history)
-    )
+    evaluated, shared_evaluated = ([x["eval_loss"] for x in y if "eval_loss" in x] for y in (history, shared_history))
     assert shared_evaluated == pytest.approx(evaluated, abs=1e-5)
     assert len(evaluated) == (2 if "eval_steps" in both else 0)
     if name == "ZeRO-3, full":
-        assert AutoModelForCausalLM.from_pretrained(folder).config.rope_parameters["factor"] == 2
+        assert AutoModelForCausalLM.from_pretrained(shared_folder / "final").config.rope_parameters["factor"] == 2
     if name in ("rows", "ZeRO-3, lora"):
         run("stopped", num_processes=num_processes, max_steps=2, **others)
         words = ("--resume_from_checkpoint", "true")
-        history, resumed, _ = run("stopped", *words, num_processes=num_processes, **others)
+        _, resumed_losses, resumed = run("stopped", *words, num_processes=num_processes, **others)
         tolerance = 0 if is_exact else 1e-6
-        assert losses_of(history) == pytest.approx(shared_losses, rel=0, abs=tolerance)
+        assert resumed_losses == pytest.approx(shared_losses, rel=0, abs=tolerance)
         for key, weight in shared_weights.items():
             torch.testing.assert_close(resumed[key], weight, rtol=0, atol=tolerance)

@@ -20,14 +20,10 @@ RESUME = ("--resume_from_checkpoint", "true")
 LENGTH_256 = {"model_max_length": 256, "max_seq_length": 256}
 
 
-def losses(output_dir) -> dict[int, float]:
-    return losses_of(history_of(output_dir))
-
-
 def test_what_a_run_leaves(write_yaml, tiny_model_dir):
     path, out = write_yaml(deepspeed=ZERO2, report_to="tensorboard")
     train(path)
-    run = losses(out)
+    run = losses_of(out)
     assert len(run) == NUM_STEPS and run[NUM_STEPS] < run[1]
     names = {item.name for item in out.iterdir()}
     assert {"final", "run_record.json", "train.log", "train_results.json", "loss.png", "tensorboard"} <= names
@@ -59,7 +55,7 @@ def test_same_seed_same_run_other_seed_other_run(write_yaml):
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
         path, out = write_yaml(name, seed=seed, max_steps=3, save_strategy="no")
         train(path)
-        runs.append(losses(out))
+        runs.append(losses_of(out))
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -73,11 +69,11 @@ def test_resuming_a_finished_run_adds_no_step(write_yaml, train_file, changes):
     eval_file = str(train_file) if "eval_strategy" in changes else None
     path, out = write_yaml(**changes, eval_file=eval_file)
     train(path)
-    expected, checkpoint, final = losses(out), list_checkpoints(out)[-1], out.parent / "final"
+    expected, checkpoint, final = losses_of(out), list_checkpoints(out)[-1], out.parent / "final"
     before, inode = contents(checkpoint), checkpoint.stat().st_ino
     shutil.move(out / "final", final)
     train(path, *RESUME)
-    assert losses(out) == expected and same_weights(out / "final", final)
+    assert losses_of(out) == expected and same_weights(out / "final", final)
     assert contents(checkpoint) == before and checkpoint.stat().st_ino == inode
     assert sum("eval_loss" in entry for entry in history_of(out)) == bool(eval_file)
 
@@ -108,7 +104,7 @@ def test_upstream_yaml_runs_as_it_is(values, rows, tmp_path, tiny_model_dir, mon
     places = {"model_name_or_path": tiny_model_dir, "train_file": f"data/dummy_{rows}.jsonl", "output_dir": out}
     words = [word for key, value in places.items() for word in (f"--{key}", value)]
     train(path, *words, "--max_steps", 2, "--logging_steps", 1, "--data_cache_dir", tmp_path / "cache")
-    assert len(losses(out)) == 2 and (out / "final" / "adapter_model.safetensors").is_file()
+    assert len(losses_of(out)) == 2 and (out / "final" / "adapter_model.safetensors").is_file()
     log = (out / "train.log").read_text()
     for notice in ("fp16 becomes false", "paged_adamw_32bit becomes adamw_torch", "S2-Attn, groups of 2048 tokens"):
         assert notice in log
@@ -119,10 +115,10 @@ def test_other_finetuning_types(write_yaml, finetuning_type):
     changes = {"lora_rank": None, "train_embedding": None, "train_norm": None} if finetuning_type == "full" else {}
     path, out = write_yaml(finetuning_type=finetuning_type, max_steps=4, attention="full", **changes)
     train(path)
-    expected = losses(out)
+    expected = losses_of(out)
     assert expected[4] < expected[1]
     train(path, "--resume_from_checkpoint", out / "checkpoint-2")
-    assert losses(out) == expected
+    assert losses_of(out) == expected
     saved = json.loads((out / "final" / "config.json").read_text())
     assert saved["rope_scaling"] == {"rope_type": "linear", "factor": 2.0} and saved["max_seq_len"] == 64
     tokenizer = json.loads((out / "final" / "tokenizer_config.json").read_text())
@@ -150,7 +146,7 @@ def test_memory_policies_train_as_the_plain_path_does(write_yaml):
         path, out = write_yaml(name, lora_dropout=0.0, max_steps=4, save_strategy="no", **LENGTH_256, **values)
         log = train(path)
         results = [json.loads((out / file).read_text()) for file in ("run_record.json", "train_results.json")]
-        return losses(out), log, results[0] | results[1]
+        return losses_of(out), log, results[0] | results[1]
 
     expected, log, record = run("plain")
     assert "memory: gradient checkpointing on, layers as in transformers; predicted peak" in log
