@@ -4,6 +4,7 @@
 A SIGTERM ends the first only, and kill -9 of torchrun or of either ends nothing below; the trainer would go on unseen.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -27,22 +28,19 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 def end_with_launcher() -> None:
     """End this process when a launcher above it ends. Without one (`python train.py`, nohup) do nothing."""
-    process, links = psutil.Process(), []
-    while (parent := process.parent()) is not None and is_launcher(parent):
-        links.append((process, parent.pid))
-        process = parent
+    launchers = list(itertools.takewhile(is_launcher, psutil.Process().parents()))
 
     def watch() -> None:
-        # A process that has ended has no parent to ask for.
+        # One that ended and that nobody waited for is a zombie.
         with suppress(psutil.Error):
-            while all(process.ppid() == parent for process, parent in links):
+            while all(x.is_running() and x.status() != psutil.STATUS_ZOMBIE for x in launchers):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         os.kill(os.getpid(), signal.SIGTERM)
         # A signal waits for the call that the main thread is in, which may be a collective without partners.
         time.sleep(SECONDS_TO_END)
         os._exit(EXIT_CODE)
 
-    if links:
+    if launchers:
         threading.Thread(target=watch, daemon=True).start()
 
 

@@ -62,10 +62,6 @@ class LongContextTrainer(Trainer, TrainerCallback):
         self.start_up_seconds: float | None = None
         self.add_callback(self)
 
-    def train(self, *args, **kwargs):
-        with self.failed_writes_explained():
-            return super().train(*args, **kwargs)
-
     def get_train_dataloader(self) -> DataLoader:
         size, whole_rows = self.sequence_parallel_size, self.data_collator
         if size == 1:

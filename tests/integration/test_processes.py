@@ -9,44 +9,27 @@ from conftest import REPO, ZERO2, tiny_config
 from training_process import history_of, losses_of, train, weights_of
 from transformers import AutoModelForCausalLM
 
-from longqlora.data.collator import DataCollator, PartCollator
 from longqlora.training.checks import check_sequence_parallel
-
-
-def test_parts_of_a_batch_hold_every_target_once(monkeypatch, tiny_tokenizer):
-    rows = [{"input_ids": list(range(10, 17)), "labels": list(range(10, 17))}]
-    targets, ids = [], []
-    for part in range(2):
-        monkeypatch.setattr("longqlora.data.collator.rank", lambda part=part: 2 + part)
-        batch = PartCollator(DataCollator(tiny_tokenizer, num_parts=2), 2)(rows)
-        assert batch.keys() == {"input_ids", "labels", "position_ids", "shift_labels"}
-        assert batch["position_ids"].tolist() == [list(range(4 * part, 4 * part + 4))]
-        assert batch["labels"][:, 1:].equal(batch["shift_labels"]) and batch["labels"][0, 0] == -100
-        ids += batch["input_ids"][0].tolist()
-        targets += batch["shift_labels"][0].tolist()
-    assert ids[:7] == list(range(10, 17)) and targets == [*range(11, 17), -100, -100]
-
 
 MORE_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 48}
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
 
 
-@pytest.mark.parametrize(
-    "size,settings,shape,message",
-    [
-        (2, {"attention": "dca"}, {}, "use attention: s2 or full"),
-        (2, {"num_processes": 3}, {}, "does not divide the 3 process"),
-        (3, {"num_processes": 3}, {}, "does not divide the model's 8 heads"),
-        (4, {"num_processes": 4}, MORE_HEADS, "6 key/value heads"),
-        (2, {}, DYNAMIC, "dynamic RoPE"),
-    ],
-)
-def test_what_cannot_be_shared_is_refused(size, settings, shape, message):
+# Processes of a row and in all, attention, shape of the model, what the error says.
+NOT_SHARED = [
+    (2, 2, "dca", {}, "use attention: s2 or full"), (2, 3, "s2", {}, "does not divide the 3 process"),
+    (3, 3, "s2", {}, "does not divide the model's 8 heads"), (4, 4, "s2", MORE_HEADS, "6 key/value heads"),
+    (2, 2, "s2", DYNAMIC, "dynamic RoPE"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size,num_processes,attention,shape,message", NOT_SHARED)
+def test_what_cannot_be_shared_is_refused(size, num_processes, attention, shape, message):
     config = tiny_config(**{"num_attention_heads": 8, "num_key_value_heads": 4, **shape})
-    check_sequence_parallel(1, config, **{"attention": "s2", "num_processes": 2, **settings})
+    check_sequence_parallel(1, config, attention=attention, num_processes=num_processes)
     check_sequence_parallel(2, tiny_config(), attention="full", num_processes=4)
     with pytest.raises(ValueError, match=message):
-        check_sequence_parallel(size, config, **{"attention": "s2", "num_processes": size, **settings})
+        check_sequence_parallel(size, config, attention=attention, num_processes=num_processes)
 
 
 def zero3(name: str) -> dict:

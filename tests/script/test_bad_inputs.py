@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 import yaml
 from conftest import REPO, sentences, tiny_config
+from model_folders import edit_json
 from rigged_model import run_main_of
 
 import train
@@ -151,10 +152,8 @@ def folder(tmp_path_factory, tiny_model_dir) -> Path:
             (root / name / "config.json").write_text(config)
         elif config:
             config.save_pretrained(root / name)
-    settings = json.loads((root / "endless" / "tokenizer_config.json").read_text())
-    del settings["eos_token"]
+    edit_json(root / "endless" / "tokenizer_config.json", eos_token=None)
     files = {
-        "endless/tokenizer_config.json": json.dumps(settings),
         "train.jsonl": "\n".join(json.dumps({"text": sentences(60, seed=i)}) for i in range(3)),
         "empty.jsonl": "", "number.jsonl": '{"text": "a"}\n{"text": 3}\n', "word.jsonl": '{"text": "a"}\nhello\n',
         "sft.jsonl": '{"input": "a", "output": "b"}\n', "cut.json": "{", "list.json": "[]", "bare/x": "",
@@ -252,13 +251,6 @@ def test_a_file_in_the_way_of_the_output(place, write, tmp_path, refused):
     (tmp_path / "taken").write_text("mine")
     refused(write({"output_dir": str(tmp_path / place)}), words_of_error=["output_dir", "taken", "is a file"])
     assert (tmp_path / "taken").read_text() == "mine"
-
-
-def test_an_earlier_run_is_not_overwritten(write, tmp_path, refused):
-    (tmp_path / "out" / "checkpoint-7").mkdir(parents=True)
-    (tmp_path / "out" / "checkpoint-7" / "trainer_state.json").write_text("{}")
-    words = ["output_dir", "checkpoint-7", "--resume_from_checkpoint true"]
-    refused(write({}), words_of_error=words, may_start=True)
 
 
 @pytest.mark.parametrize("place", ["final", "checkpoint-7"])

@@ -16,7 +16,7 @@ from training_process import contents, fail, same_weights, start_ranks, train, w
 
 from longqlora.files import atomic_folder, write_json
 from longqlora.training.checkpoint import list_checkpoints
-from longqlora.training.run_folder import RunFolder, lock_output_dir
+from longqlora.training.run_folder import lock_output_dir
 
 RESUME, OVERWRITE = ("--resume_from_checkpoint", "true"), ("--overwrite_output_dir", "true")
 
@@ -96,56 +96,25 @@ def test_resuming_before_the_last_checkpoint_keeps_the_later_one_apart(write_yam
     assert contents(out / "checkpoint-6.abandoned") == abandoned
     assert "checkpoint-6 is later than the start of this run" in log
     assert f"resuming from {out / 'checkpoint-5'}" in train(path, *RESUME, "--save_steps", 1)
-    assert (out / "checkpoint-6").is_dir() and contents(out / "checkpoint-6.abandoned") == abandoned
-
-
-def checkpoint(folder: Path, name: str) -> Path:
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / name / "trainer_state.json").write_text("{}")
-    return folder / name
-
-
-def test_abandoned_checkpoints_get_names_of_their_own(tmp_path):
-    first = checkpoint(tmp_path, "checkpoint-4")
-    for expected in ("checkpoint-6.abandoned", "checkpoint-6.abandoned1"):
-        late = checkpoint(tmp_path, "checkpoint-6")
-        folder = RunFolder(tmp_path, first)
-        assert folder.earlier == [late] and expected in folder.describe()[0].text
-        assert folder.last_checkpoint().endswith("checkpoint-4")
-        folder.set_earlier_aside()
-        assert (tmp_path / expected).is_dir() and not late.exists()
-
-
-def test_a_linked_checkpoint_is_never_followed(tmp_path):
-    """Deleting a checkpoint that is a symbolic link deletes the link, in a rotation and where a run overwrites it."""
-    out, behind = tmp_path / "out", checkpoint(tmp_path, "elsewhere")
-    checkpoint(out, "checkpoint-6")
-    for number in (2, 4):
-        (out / f"checkpoint-{number}").symlink_to(behind, target_is_directory=True)
-    folder = RunFolder(out, out / "checkpoint-6")
-    checkpoint(folder.staging, "checkpoint-8")
-    folder.publish("checkpoint-8", limit=1)
-    assert names_in(out) == ["checkpoint-8"]
-    (out / "checkpoint-2").symlink_to(behind, target_is_directory=True)
-    folder = RunFolder(out, None)
-    for name in ("train.log", "run_record.json"):
-        folder.place(name).touch()
-    checkpoint(folder.staging, "checkpoint-1")
-    folder.publish("checkpoint-1")
-    assert names_in(out) == ["checkpoint-1", "run_record.json", "train.log"]
-    assert (behind / "trainer_state.json").is_file()
+    # Once more: the second one abandoned gets a name of its own.
+    train(path, "--resume_from_checkpoint", out / "checkpoint-5", "--save_steps", 1, "--seed", 8)
+    assert (out / "checkpoint-6").is_dir() and (out / "checkpoint-6.abandoned1").is_dir()
+    assert contents(out / "checkpoint-6.abandoned") == abandoned
 
 
 def test_linked_folders_of_a_run_are_replaced_not_followed(write_yaml, tmp_path):
-    path, out = write_yaml(max_steps=2)
+    """Those of an earlier run too, which are links to whole checkpoints, and in a rotation."""
+    path, out = write_yaml(max_steps=4, save_total_limit=1)
     out.mkdir()
-    for name in (".saving", "checkpoint-2", ".checkpoint-2.old", ".final.partial", ".final.old"):
-        (tmp_path / f"behind{name}").mkdir()
-        (tmp_path / f"behind{name}" / "precious").touch()
-        (out / name).symlink_to(tmp_path / f"behind{name}", target_is_directory=True)
-    train(path)
-    assert len(list(tmp_path.glob("behind*/precious"))) == 5
-    assert not (out / "checkpoint-2").is_symlink() and not (out / "final").is_symlink()
+    names = (".saving", "checkpoint-2", "checkpoint-9", ".checkpoint-2.old", ".final.partial", ".final.old", "final")
+    for name in names:
+        behind = tmp_path / f"behind-{name}"
+        behind.mkdir()
+        (behind / "trainer_state.json").touch()
+        (out / name).symlink_to(behind, target_is_directory=True)
+    train(path, *OVERWRITE)
+    assert len(list(tmp_path.glob("behind-*/trainer_state.json"))) == len(names)
+    assert not [folder for folder in out.iterdir() if folder.is_symlink()]
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

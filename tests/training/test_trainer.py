@@ -26,7 +26,7 @@ def test_only_public_methods_of_transformers_are_overridden():
     private = {name for name in own if name.startswith("_") and hasattr(Trainer, name)}
     assert not private, f"LongContextTrainer overrides {private}, private to transformers: use a public method"
     seams = {
-        "train", "get_train_dataloader", "get_total_train_batch_size", "get_batch_samples", "training_step", "evaluate",
+        "get_train_dataloader", "get_total_train_batch_size", "get_batch_samples", "training_step", "evaluate",
         "prediction_step", "log", "save_model",
     }  # fmt: skip
     gone = {name for name in seams if not hasattr(Trainer, name)}
