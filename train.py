@@ -94,7 +94,7 @@ def main() -> None:
         folder=run.folder,
         sequence_parallel_size=size,
     )
-    with plan.advice_on_out_of_memory():
+    with plan.advice_on_out_of_memory(), trainer.failed_writes_explained():
         trainer.train(resume_from_checkpoint=run.checkpoint)
     run.finish(trainer, predicted_gib=plan.estimate.peak / 2**30)
 

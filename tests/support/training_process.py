@@ -59,9 +59,9 @@ def history_of(output_dir: Path) -> list[dict]:
     return json.loads((output_dir / "train_results.json").read_text())["log_history"]
 
 
-def losses_of(history: list[dict]) -> dict[int, float]:
-    """Training losses by step."""
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+def losses_of(output_dir: Path) -> dict[int, float]:
+    """Training losses of a finished run by step."""
+    return {entry["step"]: entry["loss"] for entry in history_of(output_dir) if "loss" in entry}
 
 
 def weights_of(folder: Path) -> dict:
