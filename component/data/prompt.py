@@ -87,11 +87,8 @@ def eos_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-def check_messages(messages: Any, *, last_role: str | None = None) -> None:
-    """Raise ValueError unless `messages` is [system,] user, assistant, user, ... with text contents.
-
-    last_role: the role of the last message; None accepts user and assistant.
-    """
+def check_messages(messages: Any, *, last_role: str) -> None:
+    """Raise ValueError unless `messages` is [system,] user, assistant, user, ... `last_role` with text contents."""
     if not isinstance(messages, list) or not messages:
         raise ValueError('the conversation is empty; give a list of {"role": ..., "content": ...}')
     for number, message in enumerate(messages, start=1):
@@ -109,24 +106,21 @@ def check_messages(messages: Any, *, last_role: str | None = None) -> None:
         raise ValueError(
             f"the roles are {', '.join(roles)}; give an optional system message, then user and assistant in turn"
         )
-    if last_role is not None and roles[-1] != last_role:
+    if roles[-1] != last_role:
         fix = "add the answer or remove the last message" if last_role == "assistant" else "remove the last message"
         raise ValueError(f"the conversation ends with {roles[-1]!r}, not {last_role!r}; {fix}")
 
 
-def encode_conversation(
-    tokenizer: Any, messages: list[dict], *, template: str = DEFAULT_PROMPT_TEMPLATE, add_generation_prompt: bool
-) -> list[int]:
-    """Ids of a conversation, starting with BOS where the tokenizer has one.
+def encode_conversation(tokenizer: Any, messages: list[dict], *, template: str = DEFAULT_PROMPT_TEMPLATE) -> list[int]:
+    """Ids of a conversation up to where the assistant's answer starts, behind BOS where the tokenizer has one.
 
-    messages: [{"role": "system" | "user" | "assistant", "content": str}, ...].
-    add_generation_prompt: end where the assistant's answer starts; the last message must then be the user's.
+    messages: [{"role": "system" | "user" | "assistant", "content": str}, ...], the last of them the user's.
     Raises ValueError for messages or a template that do not fit.
     """
-    check_messages(messages, last_role="user" if add_generation_prompt else None)
+    check_messages(messages, last_role="user")
     if prompt_template_for(tokenizer, template) == CHAT_TEMPLATE:
-        return apply_chat_template(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-    return encode_turns(tokenizer, messages, TURN_TEMPLATES[template], add_generation_prompt=add_generation_prompt)[0]
+        return apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+    return encode_turns(tokenizer, messages, TURN_TEMPLATES[template])[0]
 
 
 def encode_for_training(
@@ -139,13 +133,11 @@ def encode_for_training(
     check_messages(messages, last_role="assistant")
     if prompt_template_for(tokenizer, template) == CHAT_TEMPLATE:
         return encode_chat_template_for_training(tokenizer, messages)
-    return encode_turns(tokenizer, messages, TURN_TEMPLATES[template], add_generation_prompt=False)
+    return encode_turns(tokenizer, messages, TURN_TEMPLATES[template])
 
 
-def encode_turns(
-    tokenizer: Any, messages: list[dict], template: TurnTemplate, *, add_generation_prompt: bool
-) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation in a template of plain text."""
+def encode_turns(tokenizer: Any, messages: list[dict], template: TurnTemplate) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation in a template of plain text, up to its last answer or where the next starts."""
     eos = eos_id(tokenizer)
     ids = bos_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(ids)
@@ -163,7 +155,7 @@ def encode_turns(
             labels += [IGNORE_INDEX] * len(prompt) + answer
             pending = ""
     if messages[-1]["role"] != "assistant":
-        ids += encode_text(tokenizer, pending + (assistant if add_generation_prompt else ""))
+        ids += encode_text(tokenizer, pending + assistant)
         labels += [IGNORE_INDEX] * (len(ids) - len(labels))
     return ids, labels
 

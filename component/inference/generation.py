@@ -99,7 +99,7 @@ def encode_prompt(tokenizer, text: str, *, template: str, system: str | None = N
         return [*bos_ids(tokenizer), *encode_text(tokenizer, text)]
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    return encode_conversation(tokenizer, messages, template=template, add_generation_prompt=True)
+    return encode_conversation(tokenizer, messages, template=template)
 
 
 class AnswerStream:

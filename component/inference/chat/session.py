@@ -64,7 +64,7 @@ class ChatSession:
 
     def encode(self, messages: Messages) -> list[int]:
         """Ids of a prompt that ends where the answer begins."""
-        return encode_conversation(self.loaded.tokenizer, messages, template=self.template, add_generation_prompt=True)
+        return encode_conversation(self.loaded.tokenizer, messages, template=self.template)
 
     def ask(self, question: str, on_text: Callable[[str], None], stop_event: threading.Event) -> bool:
         """Answer `question`; returns whether both are part of the conversation now.
@@ -144,7 +144,7 @@ class ChatSession:
 
         A file read before is replaced. Raises ValueError or OSError for what cannot be read or is too long.
         """
-        document = (str(path), read_document(path, flag=flag).text)
+        document = (str(path), read_document(path, flag=flag))
         num_prompt_tokens = len(self.encode(self.messages("", documents=[document])))
         num_tokens = num_prompt_tokens - len(self.encode(self.messages("")))
         if num_prompt_tokens > self.room:
