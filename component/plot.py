@@ -81,16 +81,6 @@ def draw_loss_by_position(axis, curves: PositionCurves) -> None:
     axis.legend()
 
 
-def plot_perplexity(curves: PerplexityCurves, path: str | os.PathLike) -> None:
-    with new_figure(path) as (axis,):
-        draw_perplexity(axis, curves)
-
-
-def plot_loss_by_position(curves: PositionCurves, path: str | os.PathLike) -> None:
-    with new_figure(path) as (axis,):
-        draw_loss_by_position(axis, curves)
-
-
 def plot_evaluation(results: Sequence[Mapping], label: str, path: str | os.PathLike) -> None:
     """Both for the `results` of one evaluation: perplexity by length beside loss by position."""
     with new_figure(path, 2) as (left, right):

@@ -29,13 +29,13 @@ def software_versions() -> dict[str, str]:
 
 def commit() -> str:
     """Commit of the checkout this file is in, "+dirty" with uncommitted changes, or "unknown"."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    # No tag is looked for, so the commit itself is the description.
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+dirty"]
+    git = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("+dirty" if changed.stdout.strip() else "")
 
 
 def make_run_record(arguments: dict, **facts) -> dict:

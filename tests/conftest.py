@@ -192,11 +192,14 @@ def run_script_fixture():
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """evaluate("passkey", *arguments): script/evaluate/passkey.py in this process: exit code, stdout, stderr."""
+def run_in_process(monkeypatch, capsys):
+    """run_in_process("script/x.py", *arguments): the script's main in this process: exit code, stdout, stderr."""
     from rigged_model import load_script, run_main_of
 
-    def run(name: str, *arguments) -> tuple[int, str, str]:
-        return run_main_of(load_script(f"script/evaluate/{name}.py"), arguments, monkeypatch, capsys)
+    return lambda script, *arguments: run_main_of(load_script(script), arguments, monkeypatch, capsys)
 
-    return run
+
+@pytest.fixture
+def evaluate(run_in_process):
+    """evaluate("passkey", *arguments) runs script/evaluate/passkey.py in this process."""
+    return lambda name, *arguments: run_in_process(f"script/evaluate/{name}.py", *arguments)

@@ -87,6 +87,18 @@ def eos_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
+def checked_text(value: Any, name: str) -> str:
+    """`value` if it is text that can be encoded. Raises ValueError otherwise."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is of type {type(value).__name__}; give a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(value[error.start]):04x}"
+        raise ValueError(f"{name} has half of a surrogate pair ({code}); write the whole character") from None
+    return value
+
+
 def check_messages(messages: Any, *, last_role: str) -> None:
     """Raise ValueError unless `messages` is [system,] user, assistant, user, ... `last_role` with text contents."""
     if not isinstance(messages, list) or not messages:
@@ -96,10 +108,7 @@ def check_messages(messages: Any, *, last_role: str) -> None:
             raise ValueError(f'message {number} has no "role" and "content" (found {message!r:.60}); give both')
         if message["role"] not in ROLES:
             raise ValueError(f"message {number} has the unknown role {message['role']!r}; use {', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            raise ValueError(
-                f"the content of message {number} is of type {type(message['content']).__name__}; give text"
-            )
+        checked_text(message["content"], f"the content of message {number}")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or turns != [("user", "assistant")[position % 2] for position in range(len(turns))]:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from longqlora.cli import run_main
 from longqlora.data.documents import find_files
-from longqlora.data.jsonl import check_unread, checked_text, found_keys, read_rows
-from longqlora.data.prompt import encode_text
+from longqlora.data.jsonl import check_unread, found_keys, read_rows
+from longqlora.data.prompt import checked_text, encode_text
 from longqlora.data.token_file import sidecar_path, write_token_file
 from longqlora.outputs import check_outputs
 from longqlora.plot import plot_length_histogram, require_matplotlib

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from longqlora.cli import USER_ERRORS, one_line
 from longqlora.data.documents import read_document, with_documents
-from longqlora.data.jsonl import checked_text
-from longqlora.data.prompt import encode_conversation
+from longqlora.data.prompt import checked_text, encode_conversation
 from longqlora.files import write_json
 from longqlora.inference.generation import GenerationOptions, generate_text
 from longqlora.outputs import check_outputs
