@@ -24,7 +24,7 @@ from longqlora.data import jsonl, prompt
 from longqlora.data.jsonl import index_rows, messages_of_row, read_rows, text_of_row
 from longqlora.data.prompt import IGNORE_INDEX, bos_ids, encode_for_training, encode_text, eos_id
 from longqlora.distributed import is_main_process, local_rank, print_notice
-from longqlora.files import file_sha256, remove, write_json
+from longqlora.files import file_sha256, partial_name, remove, write_json
 from longqlora.settings.config import DataConfig
 
 REPORT_NAME = "report.json"
@@ -98,14 +98,15 @@ def build_dataset(
         is_known = folder.exists()
         try:
             return build_rows(path, folder, tokenizer, config, flag=flag)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, FileNotFoundError) as error:
+            if local_rank() != 0:
+                continue
             if not is_known:
                 raise
-            if local_rank() == 0:
-                print_notice(f"data_cache_dir: {str(folder)!r} is damaged ({error}); tokenising again")
-                # First, so that the others wait.
-                remove(folder / REPORT_NAME)
-                remove(folder)
+            print_notice(f"data_cache_dir: {str(folder)!r} is damaged ({error}); tokenising again")
+            # Gone at once, so that no other process finds a part of it.
+            remove(partial_name(folder))
+            remove(folder.rename(partial_name(folder)))
 
 
 def build_rows(
@@ -158,7 +159,7 @@ def build_rows(
     elif not kept.all():
         rows = rows.select(np.flatnonzero(kept))
     report.num_predicted_tokens = int(np.asarray(rows.data["num_predicted"]).sum())
-    if not report.cached:
+    if local_rank() == 0:
         write_json(folder / REPORT_NAME, asdict(report))
     return rows.select_columns(["input_ids", "labels", *(["position_ids"] if config.pack else [])]), report
 
