@@ -139,13 +139,10 @@ def write_token_file(
             row = np.asarray([*prefix, *ids, *suffix], dtype=np.int64)
             if len(row) == 0:
                 continue
-            bad = (row < 0) | (row >= vocab_size)
-            if bad.any():
-                position = int(np.argmax(bad))
-                raise ValueError(
-                    f"document {len(lengths)}: id {row[position]} at position {position} is outside the vocabulary of "
-                    f"{vocab_size}"
-                )
+            bad = np.flatnonzero((row < 0) | (row >= vocab_size))
+            if len(bad):
+                place = f"document {len(lengths)}: id {row[bad[0]]} at position {bad[0]}"
+                raise ValueError(f"{place} is outside the vocabulary of {vocab_size}")
             data = row.astype(ID_DTYPES[dtype]).tobytes()
             file.write(data)
             digest.update(data)
