@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from longqlora.files import read_json, write_json
+from longqlora.files import read_json
 
 RECORD_NAME = "run_record.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "datasets", "tokenizers")
@@ -49,10 +49,6 @@ def command_line() -> list[str]:
         "(left out)" if re.fullmatch(r"--hub[_-]token", before) else re.sub(r"(hub[_-]token=).*", r"\1(left out)", word)
         for before, word in zip(["", *sys.argv], sys.argv, strict=False)
     ]
-
-
-def save_run_record(folder: str | Path, record: dict) -> None:
-    write_json(Path(folder) / RECORD_NAME, record)
 
 
 def read_run_record(folder: str | Path) -> dict | None:

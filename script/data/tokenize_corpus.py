@@ -24,7 +24,7 @@ from longqlora.data.prompt import checked_text, encode_text
 from longqlora.data.token_file import sidecar_path, write_token_file
 from longqlora.files import decode_utf8
 from longqlora.outputs import check_outputs
-from longqlora.plot import plot_length_histogram, require_matplotlib
+from longqlora.plot import plot_length_histogram
 
 JSON_SUFFIX = ".jsonl"
 SUFFIXES = (".txt", ".text", ".md", JSON_SUFFIX)
@@ -85,8 +85,6 @@ def main() -> None:
     args = parse_args()
     if args.min_tokens < 1:
         raise ValueError(f"--min_tokens: must be at least 1, got {args.min_tokens}")
-    if args.plot:
-        require_matplotlib(args.plot)
     suffixes = [*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES)]
     files = [path for _, path in find_files(args.input, suffixes, is_recursive=True)]
     outputs = {"--output_file": [args.output_file, sidecar_path(args.output_file)], "--plot": args.plot}
