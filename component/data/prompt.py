@@ -152,20 +152,15 @@ def encode_turns(tokenizer: Any, messages: list[dict], template: TurnTemplate) -
     labels = [IGNORE_INDEX] * len(ids)
     assistant = f"{template.separator}ASSISTANT:{' ' if template.lead_in_prompt else ''}"
     system = messages[0]["content"].strip() if messages[0]["role"] == "system" else DEFAULT_SYSTEM
-    pending = system + template.separator if system else ""
+    opening = system + template.separator if system else ""
     for message in messages:
         content = message["content"].strip()
         if message["role"] == "user":
-            pending += f"USER: {content}"
+            prompt = encode_text(tokenizer, f"{opening}USER: {content}{assistant}")
+            ids, labels, opening = ids + prompt, labels + [IGNORE_INDEX] * len(prompt), ""
         elif message["role"] == "assistant":
-            prompt = encode_text(tokenizer, pending + assistant)
             answer = [*encode_answer(tokenizer, content, template), eos]
-            ids += prompt + answer
-            labels += [IGNORE_INDEX] * len(prompt) + answer
-            pending = ""
-    if messages[-1]["role"] != "assistant":
-        ids += encode_text(tokenizer, pending + assistant)
-        labels += [IGNORE_INDEX] * (len(ids) - len(labels))
+            ids, labels = ids + answer, labels + answer
     return ids, labels
 
 
