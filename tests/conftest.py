@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a tiny tokenizer and model made here, and a runner for the scripts."""
 
+import copy
 import functools
 import json
 import os
@@ -73,6 +74,12 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer):
+    """A copy that a test may change."""
+    return copy.deepcopy(tiny_tokenizer)
 
 
 # What single model types need beside the sizes that all have.

@@ -1,6 +1,5 @@
 """Training data: rows, cutting, packing, the cache, several processes and ranks."""
 
-import copy
 import dataclasses
 import json
 import multiprocessing
@@ -16,15 +15,10 @@ from conftest import sentences
 
 from longqlora.data import dataset as dataset_module
 from longqlora.data.dataset import build_dataset, build_datasets, pack
-from longqlora.data.prompt import bos_ids, encode_conversation, encode_for_training, encode_text
+from longqlora.data.prompt import TURN_TEMPLATES, bos_ids, encode_conversation, encode_for_training, encode_text
 from longqlora.settings.config import DataConfig
 
 TURNS = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "jumps over"}]
-
-
-@pytest.fixture
-def tokenizer(tiny_tokenizer):
-    return copy.deepcopy(tiny_tokenizer)
 
 
 @pytest.fixture
@@ -87,14 +81,11 @@ def test_blank_lines_crlf_bom_and_no_last_line_break(tokenizer, build):
     assert report.num_source_rows == 2
 
 
-def test_chat_template_rows(tokenizer, build):
-    rows, settings = [{"conversation": TURNS}], {"sft": True, "prompt_template": "chat_template"}
-    with pytest.raises(ValueError, match="no chat template"):
-        build(rows, **settings)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
-    tokenizer.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
-    dataset, _ = build(rows, **settings)
-    assert tokenizer.decode(dataset[0]["input_ids"]) == "<s>user:the fox</s>assistant:jumps over</s>"
+def test_conversations_take_the_template_asked_for(tokenizer, build):
+    for name in TURN_TEMPLATES:
+        ids, labels = encode_for_training(tokenizer, TURNS, template=name)
+        dataset, _ = build([{"conversation": TURNS}], sft=True, prompt_template=name)
+        assert dataset[:] == {"input_ids": [ids], "labels": [labels]}
 
 
 def test_shipped_examples_build(repo, build):

@@ -1,6 +1,5 @@
 """Prompt templates: the text they write, the labels, BOS and EOS, and the same ids in training and inference."""
 
-import copy
 import itertools
 
 import pytest
@@ -37,11 +36,6 @@ def assistant(text):
 
 
 TWO_TURNS = [user("the fox"), assistant("jumps over"), user("and the dog"), assistant("box quietly")]
-
-
-@pytest.fixture
-def tokenizer(tiny_tokenizer):
-    return copy.deepcopy(tiny_tokenizer)
 
 
 @pytest.fixture(params=[*TURN_TEMPLATES, "unmarked", "marked"])
