@@ -1,8 +1,7 @@
 """Processes: rank, world size and the few collectives that scripts need, with or without a launcher.
 
-Joining, waiting and gathering are accelerate's. Rank and world size are the launcher's variables: who prints and who
-writes is asked before the processes have joined, and making accelerate's PartialState would join them. torch and
-accelerate are imported where they are needed: scripts ask for a rank, or a port, before they import them.
+Joining and gathering are accelerate's, imported where they happen. Rank and world size are the launcher's variables:
+who prints and who writes is asked before the processes join, which making accelerate's PartialState would do.
 """
 
 import functools
