@@ -115,35 +115,30 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer_and_template):
     assert tokenizer("a </s>").input_ids == before, "the tokenizer is left as it was"
 
 
-def test_generation_marks_decide_what_is_learned(tokenizer):
-    tokenizer.chat_template = MARKED.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}")
-    _, labels = encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
-    assert learned(tokenizer, labels) == ["jumps over", "box quietly"]
+# As Qwen3: only the last answer has its thoughts.
+THOUGHTS = CHATML.replace("{{ message.content }}", "{% if message.role == 'assistant' and loop.last %}think{% endif %}"
+                          "{{ message.content }}")  # fmt: skip
+UNUSUAL = {
+    "marks without EOS": (MARKED.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"),
+                          ["jumps over", "box quietly"]),
+    "last answer otherwise": (THOUGHTS, ["jumps over</s>", "thinkbox quietly</s>"]),
+    "changing start": ("{{ messages | length }} {% for m in messages %}{{ m.content }}{% endfor %}",
+                       "generation.*vicuna_v1.1"),
+    "changing answers": ("{% for m in messages %}{{ m.content[:9 - loop.last] }}|{% endfor %}",
+                         "with the EOS.*generation"),
+    "refusal": ("{{ raise_exception('no system here') }}", "no system here"),
+}  # fmt: skip
 
 
-def test_chat_template_that_writes_earlier_answers_otherwise(tokenizer):
-    # As Qwen3: only the last answer has its thoughts.
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|{{ message.role }}|>\n"
-        "{% if message.role == 'assistant' and loop.last %}think{% endif %}{{ message.content }}{{ eos_token }}\n"
-        "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-    )
-    _, labels = encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
-    assert learned(tokenizer, labels) == ["jumps over</s>", "thinkbox quietly</s>"]
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ messages | length }} {% for m in messages %}{{ m.content }}{% endfor %}", "generation.*vicuna_v1.1"),
-        ("{% for m in messages %}{{ m.content[:9 - loop.last] }}|{% endfor %}", "with the EOS.*generation"),
-        ("{{ raise_exception('no system here') }}", "no system here"),
-    ],
-)
-def test_chat_template_that_cannot_be_used_is_refused(tokenizer, template, message):
-    tokenizer.chat_template = template
-    with pytest.raises(ValueError, match=message):
-        encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_chat_templates_are_learned_from_or_refused(tokenizer, name):
+    tokenizer.chat_template, expected = UNUSUAL[name]
+    if isinstance(expected, list):
+        _, labels = encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
+        assert learned(tokenizer, labels) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
 
 
 def test_prompt_template_for(tokenizer):

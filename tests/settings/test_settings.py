@@ -127,11 +127,11 @@ def test_command_line_over_yaml_over_defaults(changes, words, expected, read):
     assert "lora_dropout" not in settings.given
 
 
-@pytest.mark.parametrize("given", ["gradient_checkpointing", "activation_checkpointing"])
-@pytest.mark.parametrize(
-    "known",
-    [["gradient_checkpointing"], ["activation_checkpointing"], ["gradient_checkpointing", "activation_checkpointing"]],
-)
+CHECKPOINTING = ["gradient_checkpointing", "activation_checkpointing"]
+
+
+@pytest.mark.parametrize("given", CHECKPOINTING)
+@pytest.mark.parametrize("known", [CHECKPOINTING[:1], CHECKPOINTING[1:], CHECKPOINTING])
 def test_checkpointing_has_the_name_that_the_installed_transformers_knows(given, known, monkeypatch):
     monkeypatch.setattr(longqlora.settings.reader, "fields_of", lambda cls: dict.fromkeys(known))
     renamed, notices = rename({given: True})
@@ -158,16 +158,11 @@ def test_a_yaml_of_upstream_runs_with_its_paths_changed_alone(read, tmp_path):
 
 @pytest.mark.parametrize(
     ("gpu", "offload", "optim", "expected"),
-    [
-        (True, True, "paged_adamw_32bit", "adamw_torch"),
-        (True, True, "adamw_bnb_8bit", "adamw_torch"),
-        (True, False, "paged_adamw_32bit", "paged_adamw_32bit"),
-        (False, False, "paged_adamw_8bit", "adamw_torch"),
-        (False, False, "rmsprop_bnb_8bit", "rmsprop"),
-        (False, True, "adamw_torch_fused", "adamw_torch_fused"),
-        (False, False, "sgd", "sgd"),
-    ],
-)
+    [(True, True, "paged_adamw_32bit", "adamw_torch"), (True, True, "adamw_bnb_8bit", "adamw_torch"),
+     (True, False, "paged_adamw_32bit", "paged_adamw_32bit"), (False, False, "paged_adamw_8bit", "adamw_torch"),
+     (False, False, "rmsprop_bnb_8bit", "rmsprop"), (False, True, "adamw_torch_fused", "adamw_torch_fused"),
+     (False, False, "sgd", "sgd")],
+)  # fmt: skip
 def test_an_optimizer_of_the_gpu_without_one(gpu, offload, optim, expected, read, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     settings, notices = read({"optim": optim, **({"deepspeed": OFFLOAD} if offload else {})})
