@@ -1,9 +1,8 @@
 """Plots written to image files, without a display: perplexity, loss by position, training loss, lengths.
 
-matplotlib is needed only here; `require_matplotlib` tells so before long work begins.
+matplotlib is imported when the first is drawn.
 """
 
-import importlib.util
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ import numpy as np
 
 from longqlora.files import atomic_file
 
-FORMATS = (".png", ".pdf", ".svg")
 # From this ratio of the largest to the smallest value on, a linear axis hides the small ones.
 LOG_RATIO = 20
 BINS_PER_DOUBLING = 4
@@ -22,16 +20,6 @@ BINS_PER_DOUBLING = 4
 PerplexityCurves = Mapping[str, Sequence[tuple[int, float | None]]]
 # Label -> blocks {"start", "end", "loss"} (end exclusive), as evaluation reports them.
 PositionCurves = Mapping[str, Sequence[Mapping]]
-
-
-def require_matplotlib(path: str | os.PathLike, flag: str = "--plot") -> Path:
-    """Return `path` if a plot can be written there; `ValueError` with the fix otherwise."""
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{flag}: {str(path)!r} must end in one of {', '.join(FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"{flag} needs matplotlib: pip install matplotlib")
-    return path
 
 
 @contextmanager
@@ -79,16 +67,6 @@ def draw_loss_by_position(axis, curves: PositionCurves) -> None:
         axis.plot(centers, [block["loss"] for block in finite], marker=".", label=label)
     axis.set(xlabel="position in the window (tokens)", ylabel="loss (nats per token)")
     axis.legend()
-
-
-def plot_perplexity(curves: PerplexityCurves, path: str | os.PathLike) -> None:
-    with new_figure(path) as (axis,):
-        draw_perplexity(axis, curves)
-
-
-def plot_loss_by_position(curves: PositionCurves, path: str | os.PathLike) -> None:
-    with new_figure(path) as (axis,):
-        draw_loss_by_position(axis, curves)
 
 
 def plot_evaluation(results: Sequence[Mapping], label: str, path: str | os.PathLike) -> None:

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a tiny tokenizer and model made here, and a runner for the scripts."""
 
+import copy
 import functools
 import json
 import os
@@ -64,6 +65,12 @@ def tiny_tokenizer():
     tokenizer.train_from_iterator([sentences(2000)], special_tokens=list(special.values()), **options)
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), **special)
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer):
+    """A copy that a test may change."""
+    return copy.deepcopy(tiny_tokenizer)
 
 
 # What single model types need beside the sizes that all have.
@@ -182,11 +189,14 @@ def run_script_fixture():
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """evaluate("passkey", *arguments): script/evaluate/passkey.py in this process: exit code, stdout, stderr."""
+def run_in_process(monkeypatch, capsys):
+    """run_in_process("script/x.py", *arguments): the script's main in this process: exit code, stdout, stderr."""
     from rigged_model import load_script, run_main_of
 
-    def run(name: str, *arguments) -> tuple[int, str, str]:
-        return run_main_of(load_script(f"script/evaluate/{name}.py"), arguments, monkeypatch, capsys)
+    return lambda script, *arguments: run_main_of(load_script(script), arguments, monkeypatch, capsys)
 
-    return run
+
+@pytest.fixture
+def evaluate(run_in_process):
+    """evaluate("passkey", *arguments) runs script/evaluate/passkey.py in this process."""
+    return lambda name, *arguments: run_in_process(f"script/evaluate/{name}.py", *arguments)

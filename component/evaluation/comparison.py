@@ -31,7 +31,7 @@ from longqlora.inference.load import LoadedModel, folder_state, load_for_inferen
 from longqlora.model.context import context_length, resolve_config
 from longqlora.model.context_request import ATTENTIONS, ContextRequest
 from longqlora.model.rope_scaling import ROPE_METHODS
-from longqlora.plot import plot_perplexity
+from longqlora.plot import draw_perplexity, new_figure
 from longqlora.settings.reader import input_path, read_yaml
 from longqlora.settings.values import coerce
 from longqlora.table import grouped, text_table
@@ -255,6 +255,7 @@ class Comparison(Task):
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
         if self.is_perplexity:
-            plot_perplexity({name: sorted(curve.items()) for name, curve in self.curves(record).items()}, path)
+            with new_figure(path) as (axis,):
+                draw_perplexity(axis, {name: sorted(curve.items()) for name, curve in self.curves(record).items()})
         else:
             plot_heatmap(record["results"], path, label="passkey accuracy")

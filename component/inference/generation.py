@@ -14,8 +14,14 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longqlora.data.jsonl import checked_text
-from longqlora.data.prompt import CHAT_TEMPLATE, bos_ids, encode_conversation, encode_text, prompt_template_for
+from longqlora.data.prompt import (
+    CHAT_TEMPLATE,
+    bos_ids,
+    checked_text,
+    encode_conversation,
+    encode_text,
+    prompt_template_for,
+)
 from longqlora.run_record import read_run_record
 
 NO_TEMPLATE = "none"
@@ -99,7 +105,7 @@ def encode_prompt(tokenizer, text: str, *, template: str, system: str | None = N
         return [*bos_ids(tokenizer), *encode_text(tokenizer, text)]
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    return encode_conversation(tokenizer, messages, template=template, add_generation_prompt=True)
+    return encode_conversation(tokenizer, messages, template=template)
 
 
 class AnswerStream:

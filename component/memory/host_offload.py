@@ -105,7 +105,7 @@ class HostOffload:
     def new_block(self, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes], registered with CUDA; pageable, with a warning, where that is refused."""
         free = free_host_memory()
-        if free is not None and num_bytes > free:
+        if num_bytes > free:
             raise ValueError(
                 f"offload_activations: {num_bytes / GIB:.1f} GiB more of host memory are needed, {free / GIB:.1f} GiB "
                 "are free; lower max_seq_length, or set keep_activations: input"

@@ -113,7 +113,7 @@ class MemoryPlan:
         reason = reason_unsupported_config(config)
         if reason is None and zero_stage(deepspeed) == 3:
             reason = "DeepSpeed ZeRO-3 holds a part of each weight only"
-        capacity, free = math.inf, free_host_memory() if is_gpu else None
+        capacity, host_capacity = math.inf, free_host_memory() if is_gpu else math.inf
         if settings.memory.gpu_memory:
             capacity, is_gpu = parse_size(settings.memory.gpu_memory, "gpu_memory"), True
         elif is_gpu:
@@ -124,7 +124,7 @@ class MemoryPlan:
         candidates = STOCK_CANDIDATES if reason else CANDIDATES
         if not may_set_optimizer:
             candidates = tuple(replace(policy, optim=None) for policy in candidates)
-        model, host_capacity = ModelShape.of(config), math.inf if free is None else free
+        model = ModelShape.of(config)
         run = run_shape(settings, model, is_gpu=is_gpu)
         return cls(model, run, candidates, reason, capacity, host_capacity, may_set_optimizer)
 

@@ -33,7 +33,7 @@ from longqlora.model.library_internals import names_in_files
 from longqlora.model.saved_folder import complete_tokenizer_config, save_config
 from longqlora.model.weight_files import check_weights, save_in_shards
 from longqlora.outputs import OutputFolder, check_outputs
-from longqlora.run_record import read_run_record, save_run_record, software_versions
+from longqlora.run_record import RECORD_NAME, read_run_record, software_versions
 
 MERGE_RECORD = "merge.json"
 TOKENIZER_FILES = (
@@ -162,5 +162,5 @@ def copy_companions(base: Path, adapter: Path, output: Path, config: PretrainedC
             shutil.copyfile(file, output / file.name)
     run_record = read_run_record(adapter)
     if run_record is not None:
-        save_run_record(output, run_record)
+        write_json(output / RECORD_NAME, run_record)
     complete_tokenizer_config(output, model_max_length=context_length(config))

@@ -27,10 +27,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from longqlora.cli import one_line
 from longqlora.data.collator import PartCollator
 from longqlora.distributed import barrier, gather_objects, is_main_process, world_size
-from longqlora.files import atomic_folder, remove
+from longqlora.files import atomic_folder, remove, write_json
 from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.saved_folder import save_config, save_tokenizer
-from longqlora.run_record import save_run_record
+from longqlora.run_record import RECORD_NAME
 from longqlora.training.checkpoint import FINAL, TRAINER_STATE
 from longqlora.training.run_folder import RunFolder
 
@@ -164,7 +164,7 @@ class LongContextTrainer(Trainer, TrainerCallback):
             model.save_pretrained(folder, state_dict=state_dict)
             save_config(model.config, folder)
         save_tokenizer(self.processing_class, folder)
-        save_run_record(folder, self.run_record)
+        write_json(Path(folder) / RECORD_NAME, self.run_record)
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """Rename the checkpoint that every rank has finished, on rank 0; the others wait."""

@@ -67,7 +67,7 @@ def requested_prompts(args: argparse.Namespace) -> list[dict]:
     if path is not None:
         data = sys.stdin.buffer.read() if path == "-" else require_file(path, flag).read_bytes()
         prompt = decode_utf8(data, flag, path)
-    return [{"prompt": with_documents(prompt, [(path, read_document(path, flag="--file").text) for path in args.file])}]
+    return [{"prompt": with_documents(prompt, [(path, read_document(path, flag="--file")) for path in args.file])}]
 
 
 def fitted_prompts(args: argparse.Namespace, loaded, prompts: list[dict]) -> list[list[int]]:

@@ -49,7 +49,7 @@ def test_two_turns_equal_all_ids_at_once_within_the_window(tiny_tokenizer):
     first = list(session.ids)
     _, text = ask(session, "over a lazy dog")
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the quick brown fox"}]
-    prompt = encode_conversation(tiny_tokenizer, messages, add_generation_prompt=True)
+    prompt = encode_conversation(tiny_tokenizer, messages)
     assert first[: len(prompt)] == prompt and len(first) == len(prompt) + 6
     second = [*first, 2, *tiny_tokenizer.encode("USER: over a lazy dog\nASSISTANT: ", add_special_tokens=False)]
     expected = generate_text(session.loaded.model, tiny_tokenizer, second, GREEDY)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from longqlora.cli import require_file
-from longqlora.data.jsonl import UTF8_BOM, check_unread, checked_text, error_at, found_keys, parse_line
+from longqlora.data.jsonl import UTF8_BOM, check_unread, error_at, found_keys, parse_line
+from longqlora.data.prompt import checked_text
 from longqlora.evaluation.longtask.scores import (
     LETTERS_REFERENCE,
     MAX_OPTIONS,

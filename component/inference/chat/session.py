@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from longqlora.cli import USER_ERRORS, one_line
 from longqlora.data.documents import read_document, with_documents
-from longqlora.data.jsonl import checked_text
-from longqlora.data.prompt import encode_conversation
+from longqlora.data.prompt import checked_text, encode_conversation
 from longqlora.files import write_json
 from longqlora.inference.generation import GenerationOptions, generate_text
 from longqlora.outputs import check_outputs
@@ -64,7 +63,7 @@ class ChatSession:
 
     def encode(self, messages: Messages) -> list[int]:
         """Ids of a prompt that ends where the answer begins."""
-        return encode_conversation(self.loaded.tokenizer, messages, template=self.template, add_generation_prompt=True)
+        return encode_conversation(self.loaded.tokenizer, messages, template=self.template)
 
     def ask(self, question: str, on_text: Callable[[str], None], stop_event: threading.Event) -> bool:
         """Answer `question`; returns whether both are part of the conversation now.
@@ -144,7 +143,7 @@ class ChatSession:
 
         A file read before is replaced. Raises ValueError or OSError for what cannot be read or is too long.
         """
-        document = (str(path), read_document(path, flag=flag).text)
+        document = (str(path), read_document(path, flag=flag))
         num_prompt_tokens = len(self.encode(self.messages("", documents=[document])))
         num_tokens = num_prompt_tokens - len(self.encode(self.messages("")))
         if num_prompt_tokens > self.room:

@@ -74,7 +74,7 @@ def uploaded_document(path: str) -> tuple[str, str]:
     """(file name, text) of an upload. Raises ValueError for one that cannot be read."""
     folder, name = os.path.split(path)
     try:
-        return name, read_document(path).text
+        return name, read_document(path)
     except USER_ERRORS as error:
         raise ValueError(one_line(error).removeprefix("document: ").replace(f"{folder}/", "")) from None
 
