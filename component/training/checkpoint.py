@@ -82,7 +82,8 @@ def resume_point(settings: Settings) -> tuple[Path | None, list[Notice]]:
     """
     checkpoint = choose_start(settings)
     if checkpoint is None:
-        return None, [Notice("no checkpoint to resume from: starting from the beginning")]
+        output_dir = settings.training["output_dir"]
+        return None, [Notice(f"no checkpoint in {output_dir!r} to resume from: starting from the beginning")]
     facts = {"world_size": world_size(), "data_sha256": data_hashes(settings.data)}
     changes = check_resumable(checkpoint, settings.as_dict(), **facts)
     return checkpoint, [Notice(f"resuming from {checkpoint}"), *map(warning, changes)]
