@@ -269,9 +269,7 @@ class Tab:
     def stop(self) -> None:
         self.page.click("#question .stop-button")
         self.page.wait_for_selector("#question .submit-button")
-        # At a person's pace: the page takes the answer into its history, and empties the box, by requests of their own.
         self.page.wait_for_selector("#question textarea:enabled")
-        self.page.wait_for_timeout(1500)
 
     def press(self, label: str) -> None:
         self.page.click(f"#chat button[aria-label={label}]")
