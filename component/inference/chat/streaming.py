@@ -39,14 +39,13 @@ class StreamingSession(ChatSession):
         self.end_ids = set(end_token_ids(loaded.model, loaded.tokenizer))
         # The ids of what the cache has seen since it last counted from 0, and of at most one answer's end beyond it.
         self.ids: list[int] = []
-        self.documents_read: list[tuple[str, str]] = []
         self.next_turn_ids("a")
         logging.getLogger("transformers.generation.stopping_criteria").addFilter(is_no_length_reminder)
 
     def clear(self) -> None:
         super().clear()
         self.cache.reset()
-        self.ids, self.documents_read = [], []
+        self.ids = []
 
     def reply(self, question: str, on_text: Callable[[str], None], stop_event: threading.Event) -> bool:
         """Read the new files and `question`, and answer; returns whether they are part of the conversation now.
@@ -55,9 +54,8 @@ class StreamingSession(ChatSession):
         and when anything else is raised, everything is as it was before.
         """
         snapshot, is_kept = self.cache.snapshot(), False
-        documents = [document for document in self.documents if not any(document is old for old in self.documents_read)]
         try:
-            text = with_documents(question, documents)
+            text = with_documents(question, self.documents[self.num_past_documents :])
             new_ids = self.next_turn_ids(text) if self.ids else self.encode(self.messages(text))
             ids = self._read(self.ids + new_ids, stop_event)
             if ids is not None:
@@ -68,7 +66,7 @@ class StreamingSession(ChatSession):
                 # The end token of an answer is not in the cache yet: the next turn begins with that of the template.
                 is_ended = answer.new_ids[-1] in self.end_ids
                 ids = [*ids, *answer.new_ids[: len(answer.new_ids) - is_ended]]
-                self.ids, self.documents_read, is_kept = ids, list(self.documents), True
+                self.ids, self.num_past_documents, is_kept = ids, len(self.documents), True
         except KeyboardInterrupt:
             stop_event.set()
         finally:
