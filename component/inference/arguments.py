@@ -29,8 +29,7 @@ def parse(
     add_generation_arguments(parser)
     args = parser.parse_args()
     check_model_arguments(args)
-    given = {item.name: getattr(args, item.name) for item in fields(GenerationOptions)}
-    return args, GenerationOptions(**{**given, "stop": tuple(args.stop)})
+    return args, GenerationOptions(**{item.name: getattr(args, item.name) for item in fields(GenerationOptions)})
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +40,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter_name_or_path", "--peft_model", help="folder of a trained adapter")
     group.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
                        help="quantise the base to NF4, as in training (default: no)")  # fmt: skip
-    group.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the weights (default: auto)"
-    )
+    group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                       help="dtype of the weights (default: auto)")  # fmt: skip
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add_context_arguments(parser)
 
@@ -61,8 +59,8 @@ def add_template_argument(parser: argparse.ArgumentParser, template: str = NO_TE
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """One argument for each field of `GenerationOptions`."""
     group = parser.add_argument_group("generation")
-    kinds = {"do_sample": {"action": argparse.BooleanOptionalAction}, "seed": {"type": int}}
-    kinds["stop"] = {"nargs": "+", "metavar": "TEXT"}
+    kinds = {"do_sample": {"action": argparse.BooleanOptionalAction}, "seed": {"type": int},
+             "stop": {"nargs": "+", "metavar": "TEXT"}}  # fmt: skip
     for item in fields(GenerationOptions):
         kind = kinds.get(item.name, {"type": item.type})
         group.add_argument(f"--{item.name}", default=item.default, help=item.metadata["help"], **kind)

@@ -47,7 +47,7 @@ class GenerationOptions:
     repetition_penalty: float = key(1.0, "above 1 discourages repetition (default: %(default)s)", POSITIVE)
     do_sample: bool = key(True, "sample, or take the most likely token (default: sample)")
     seed: int | None = key(None, "makes every answer reproducible (default: none)", SEED)
-    stop: tuple[str, ...] = key((), "end the answer before any of these", TEXTS)
+    stop: Sequence[str] = key((), "end the answer before any of these", TEXTS)
 
     def __post_init__(self):
         for item in fields(self):

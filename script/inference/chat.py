@@ -86,17 +86,15 @@ def read_lines():
             import readline  # noqa: F401  gives input() line editing and history
     while num_interrupts < 2:
         try:
-            line = input("> ") if is_terminal else sys.stdin.readline()
+            line = input("> " if is_terminal else "")
         except EOFError:
             break
         except KeyboardInterrupt:
             num_interrupts += 1
             note("\n(Ctrl-C again, or /exit, to leave)" if num_interrupts == 1 else "")
             continue
-        if not is_terminal and not line:
-            break
         num_interrupts = 0
-        yield line.rstrip("\r\n")
+        yield line.rstrip("\r")
 
 
 def answer(session: ChatSession, question: str) -> None:
@@ -129,7 +127,7 @@ def make_session(args: argparse.Namespace, options: GenerationOptions) -> ChatSe
         from longqlora.inference.sink_cache import sink_cache
 
         cache = sink_cache(loaded.model, window=args.streaming_window, num_sinks=args.num_sinks)
-        session = StreamingSession(loaded, cache, template=template, options=options, system=args.system)
+        session = StreamingSession(loaded, template, options, args.system, cache=cache)
         size = f"streaming with a window of {cache.window} tokens"
     else:
         session = ChatSession(loaded, template, options, args.system)

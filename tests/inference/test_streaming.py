@@ -35,7 +35,7 @@ def make_session(tokenizer, *, window=WINDOW, template="vicuna_v1.1", options=GR
     model.generation_config.eos_token_id = 2
     loaded = SimpleNamespace(model=model, tokenizer=tokenizer)
     cache = sink_cache(model, window=window)
-    return StreamingSession(loaded, cache, template=template, options=options, **kwargs)
+    return StreamingSession(loaded, template, options, cache=cache, **kwargs)
 
 
 def ask(session, question, stop_event=None) -> tuple[bool, str]:

@@ -9,36 +9,35 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
 from longqlora.data.documents import with_documents
 from longqlora.inference.chat.session import ChatSession
-from longqlora.inference.generation import GenerationOptions, end_token_ids, generate_text
+from longqlora.inference.generation import end_token_ids, generate_text
 from longqlora.inference.sink_cache import SinkCache
 
 # Seconds of reading after which its progress is shown.
 PROGRESS_DELAY = 2.0
 
 
+@dataclass
 class StreamingSession(ChatSession):
     """History and commands of `ChatSession`, with the cache that the conversation lives in.
 
-    Raises ValueError for a template in which the ids of a next turn cannot be told.
+    ids: of what the cache has seen since it last counted from 0, and of at most one answer's end beyond it. Raises
+    ValueError for a template in which the ids of a next turn cannot be told.
     """
 
+    cache: SinkCache = field(kw_only=True)
+    ids: list[int] = field(default_factory=list)
     # Nothing is ever too long.
     context_size = sys.maxsize
 
-    def __init__(
-        self, loaded, cache: SinkCache, *, template: str, options: GenerationOptions, system: str | None = None
-    ):
-        super().__init__(loaded, template, options, system)
-        self.cache = cache
-        self.end_ids = set(end_token_ids(loaded.model, loaded.tokenizer))
-        # The ids of what the cache has seen since it last counted from 0, and of at most one answer's end beyond it.
-        self.ids: list[int] = []
+    def __post_init__(self):
+        self.end_ids = set(end_token_ids(self.loaded.model, self.loaded.tokenizer))
         self.next_turn_ids("a")
         logging.getLogger("transformers.generation.stopping_criteria").addFilter(is_no_length_reminder)
 
@@ -84,7 +83,7 @@ class StreamingSession(ChatSession):
         ids = self.encode([*before, {"role": "assistant", "content": "b"}, {"role": "user", "content": question}])
         after_prompt = ids[len(prompt) :]
         end = next((position for position, token in enumerate(after_prompt) if token in self.end_ids), None)
-        if ids[: len(prompt)] != prompt or end is None:
+        if end is None or ids[: len(prompt)] != prompt:
             reason = "does not end an answer with a token of its own" if end is None else "rewrites earlier turns"
             raise ValueError(
                 f"--streaming: the template {self.template!r} {reason}, so a next turn cannot be read by itself; leave "
