@@ -205,20 +205,3 @@ def generate_text(
     else:
         reason = "interrupted" if stop_event.is_set() else "length"
     return Generation(stream.text, len(prompt_ids), len(new_ids), reason, tuple(new_ids))
-
-
-def fit_prompt(prompt_ids: list[int], *, context_size: int, max_new_tokens: int, truncate: bool) -> list[int]:
-    """Return `prompt_ids` where they fit in `context_size` tokens; with `truncate`, else their end.
-
-    A cut prompt keeps its first token (BOS) and leaves room for the answer, though never more than half
-    of the context. Raises ValueError, with the numbers, for a prompt that does not fit.
-    """
-    if len(prompt_ids) < context_size:
-        return prompt_ids
-    if not truncate:
-        raise ValueError(
-            f"the prompt has {len(prompt_ids)} tokens and the context {context_size}; shorten it, raise --context_size "
-            "or pass --truncate_prompt to keep its end"
-        )
-    room = context_size - min(max_new_tokens, context_size // 2)
-    return [prompt_ids[0], *prompt_ids[len(prompt_ids) - room + 1 :]]

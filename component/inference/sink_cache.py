@@ -123,9 +123,9 @@ class SinkCache(Cache):
         self.layers = snapshot
 
 
-def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int) -> int:
-    """Window in tokens for a model with `config`; None takes all of the context but the block in which long inputs are
-    read.
+def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int | None) -> tuple[int, int]:
+    """Window and sinks in tokens for a model with `config`. None takes as window all of the context but the block in
+    which long inputs are read, and the paper's number of sinks.
 
     Raises ValueError, naming the flag, for sizes or a model with which sinks and a window make no context.
     """
@@ -140,24 +140,25 @@ def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int
     if has_sliding_window(config):
         raise ValueError(f"--streaming: {config.model_type} has sliding-window layers, which forget its sinks")
     context_size = context_length(config)
-    chosen = context_size - min(MAX_BLOCK_SIZE, max(1, context_size // 8)) if window is None else window
-    if not 0 <= num_sinks < chosen < context_size:
+    num_sinks = DEFAULT_NUM_SINKS if num_sinks is None else num_sinks
+    window = context_size - min(MAX_BLOCK_SIZE, max(1, context_size // 8)) if window is None else window
+    if not 0 <= num_sinks < window < context_size:
         raise ValueError(
-            f"--streaming_window {chosen}, --num_sinks {num_sinks}: the window contains the sinks (the paper uses "
+            f"--streaming_window {window}, --num_sinks {num_sinks}: the window contains the sinks (the paper uses "
             f"{DEFAULT_NUM_SINKS}) and must be less than the model's context of {context_size} tokens"
         )
-    return chosen
+    return window, num_sinks
 
 
 def sink_cache(
-    model: PreTrainedModel | PeftModel, *, window: int | None = None, num_sinks: int = DEFAULT_NUM_SINKS
+    model: PreTrainedModel | PeftModel, *, window: int | None = None, num_sinks: int | None = None
 ) -> SinkCache:
-    """An empty cache for `model`; window None is the default of `check_streaming`.
+    """An empty cache for `model`; None is the default of `check_streaming`.
 
     Raises ValueError as `check_streaming` does, and for a model without RoPE in Llama's layout in every layer.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    window = check_streaming(model.config, window, num_sinks)
+    window, num_sinks = check_streaming(model.config, window, num_sinks)
     num_layers = model.config.get_text_config().num_hidden_layers
     with torch.no_grad(), refusing(model, "--streaming", "leave it out"):
         layouts = rotary_layouts(tiny_copy(model), set_attention)

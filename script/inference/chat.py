@@ -44,13 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check_streaming_arguments(args: argparse.Namespace) -> None:
     """Refuse what the streaming flags cannot mean, by the config of the model and before its weights are read."""
     if args.streaming:
-        from longqlora.inference.sink_cache import DEFAULT_NUM_SINKS, check_streaming
+        from longqlora.inference.sink_cache import check_streaming
         from longqlora.model.context import resolve_config
 
         base, adapter, trusts = args.model_name_or_path, args.adapter_name_or_path, args.trust_remote_code
         _, config = resolve_config(base, adapter, context_request(args), trust_remote_code=trusts)
-        args.num_sinks = DEFAULT_NUM_SINKS if args.num_sinks is None else args.num_sinks
-        args.streaming_window = check_streaming(config, args.streaming_window, args.num_sinks)
+        check_streaming(config, args.streaming_window, args.num_sinks)
     for name in () if args.streaming else ("streaming_window", "num_sinks"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: has an effect with --streaming only; add that, or leave it out")

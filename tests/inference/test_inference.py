@@ -12,14 +12,7 @@ from rigged_model import load_script, run_main_of
 from transformers import AutoModelForCausalLM
 
 from longqlora.inference.batch import partial_path
-from longqlora.inference.generation import (
-    AnswerStream,
-    GenerationOptions,
-    encode_prompt,
-    fit_prompt,
-    generate_text,
-    template_for,
-)  # fmt: skip
+from longqlora.inference.generation import AnswerStream, GenerationOptions, encode_prompt, generate_text, template_for
 
 SCRIPT = "script/inference/inference.py"
 PROMPT = "the quick brown fox"
@@ -166,15 +159,14 @@ def test_stop_strings_at_any_split(size, stop, text, passed):
     assert answer.text == passed and answer.is_stopped == (passed != text)
 
 
-def test_fit_prompt():
-    ids = [1, *range(10, 99)]
-    assert fit_prompt(ids, context_size=91, max_new_tokens=50, truncate=False) == ids
-    with pytest.raises(ValueError, match="90 tokens and the context 90;.*--truncate_prompt"):
-        fit_prompt(ids, context_size=90, max_new_tokens=50, truncate=False)
-    cut = fit_prompt(ids, context_size=40, max_new_tokens=10, truncate=True)
-    assert len(cut) == 30 and cut[0] == 1 and cut[1:] == ids[-29:]
-    assert len(fit_prompt(ids, context_size=40, max_new_tokens=1000, truncate=True)) == 20
-    assert fit_prompt(ids, context_size=1, max_new_tokens=5, truncate=True) == [1]
+def test_a_prompt_that_is_cut_keeps_bos_and_its_end(tiny_tokenizer):
+    whole = encode_prompt(tiny_tokenizer, sentences(80), template="none")
+    given = {"raw": True, "system": None, "input_file": None, "truncate_prompt": True}
+    for size, max_new_tokens, room in ((len(whole) + 1, 50, len(whole)), (40, 10, 30), (40, 1000, 20), (1, 5, 1)):
+        args = SimpleNamespace(**given, max_new_tokens=max_new_tokens)
+        loaded = SimpleNamespace(tokenizer=tiny_tokenizer, context_size=size)
+        [ids] = load_script(SCRIPT).fitted_prompts(args, loaded, [{"prompt": sentences(80)}])
+        assert ids == [whole[0], *whole[len(whole) - room + 1 :]]
 
 
 def test_template_for(tiny_tokenizer, tmp_path):
@@ -263,7 +255,7 @@ def test_batch_is_resumed(script, tmp_path):
         ("--model_name_or_path ./nowhere --prompt x", "no model folder"),
         ("MODEL --prompt_file nothing.txt", "no file"),
         ("MODEL --prompt_file latin.txt", "not UTF-8"),
-        ("MODEL --prompt_file long.txt --max_new_tokens 4", "and the context 64"),
+        ("MODEL --prompt_file long.txt --max_new_tokens 4", "tokens and the context 64; shorten it, raise"),
         ("MODEL --input_file good.jsonl", "go together"),
         ("MODEL --prompt x --output_file y", "go together"),
         ("MODEL --input_file good.jsonl --output_file good.jsonl --overwrite", "overlaps"),

@@ -198,6 +198,6 @@ def test_models_without_llamas_rope_are_refused(config):
 
 def test_block_and_window_fill_the_context():
     for size, window in ((64, 56), (8192, 7168), (32768, 31744)):
-        assert check_streaming(tiny_config(max_position_embeddings=size), None, 4) == window
+        assert check_streaming(tiny_config(max_position_embeddings=size), None, None) == (window, 4)
     model = make_model()
     assert sink_cache(model).block_size == 8 and sink_cache(model, window=63).block_size == 1
