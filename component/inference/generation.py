@@ -198,10 +198,6 @@ def generate_text(
         )  # fmt: skip
     new_ids = output[0, len(prompt_ids) :].tolist()
     stream.put([], is_end=True)
-    if stream.is_stopped:
-        reason = "stop"
-    elif new_ids[-1] in eos_ids:
-        reason = "eos"
-    else:
-        reason = "interrupted" if stop_event.is_set() else "length"
+    ends = {"stop": stream.is_stopped, "eos": new_ids[-1] in eos_ids, "interrupted": stop_event.is_set()}
+    reason = next((name for name, is_true in ends.items() if is_true), "length")
     return Generation(stream.text, len(prompt_ids), len(new_ids), reason, tuple(new_ids))

@@ -99,25 +99,22 @@ class ChatSession:
         self.history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     def prompt(self, question: str) -> Prompt:
-        """The messages that ask `question`, without the oldest turns, then files, where all do not fit.
+        """What asks `question`, without the oldest turns, then files, where all do not fit.
 
-        The system message and the question always stay. Raises ValueError when these two alone are too
-        long; nothing is dropped then.
+        The system message and the question always stay. Raises ValueError when these two alone are too long.
         """
-        num_turns, num_documents = self.num_past_turns, self.num_past_documents
-        while True:
+        all_turns, all_documents = len(self.history) // 2, len(self.documents)
+        without_turns = [(num, self.num_past_documents) for num in range(self.num_past_turns, all_turns + 1)]
+        without_files = [(all_turns, num) for num in range(self.num_past_documents + 1, all_documents + 1)]
+        for num_turns, num_documents in without_turns + without_files:
             ids = self.encode(self.messages(question, self.history[2 * num_turns :], self.documents[num_documents:]))
             if len(ids) <= self.room:
                 break
-            if 2 * num_turns < len(self.history):
-                num_turns += 1
-            elif num_documents < len(self.documents):
-                num_documents += 1
-            else:
-                raise ValueError(
-                    f"the message makes a prompt of {len(ids)} tokens, but {self.room} fit in the context of "
-                    f"{self.context_size} beside an answer; shorten it"
-                )
+        else:
+            raise ValueError(
+                f"the message makes a prompt of {len(ids)} tokens, but {self.room} fit in the context of "
+                f"{self.context_size} beside an answer; shorten it"
+            )
         new = {"turn": num_turns - self.num_past_turns, "file": num_documents - self.num_past_documents}
         dropped = " and ".join(f"{num} oldest {noun}{'s' * (num > 1)}" for noun, num in new.items() if num)
         notice = f"the context of {self.context_size} tokens is full: left out {dropped}" if dropped else None
