@@ -227,7 +227,7 @@ def test_chat_reads_every_format_in_one_wording(library):
     documents = [(str(library / "b.pdf"), "Text of the PDF."), (str(library / "größe.epub"), "First\n\nSecond énd")]
     for path, _ in documents:
         assert "read" in session.run_command(f"/file {path}")
-    content = session.prompt("And now?").messages[0]["content"]
+    content = session.messages("And now?", documents=session.documents)[0]["content"]
     assert content == with_documents("And now?", documents)
     assert content.startswith(f"Below is the text of {library / 'b.pdf'}.\n\nText of the PDF.\n\nBelow is the text of ")
     assert content.endswith("Second énd\n\nThe text ends here.\n\nAnd now?")
