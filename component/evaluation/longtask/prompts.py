@@ -9,8 +9,9 @@ Dimensions: S sequence, V vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
+from typing import Any
 
-from longqlora.data.prompt import CHAT_TEMPLATE, TURN_TEMPLATES, encode_answer, encode_text
+from longqlora.data.prompt import CHAT_TEMPLATE, TURN_TEMPLATES, encode_after, encode_answer, encode_text
 from longqlora.evaluation.longtask.questions import Question
 from longqlora.evaluation.longtask.scores import option_letter
 from longqlora.inference.generation import NO_TEMPLATE, encode_prompt
@@ -20,13 +21,24 @@ QUESTION_LEAD, ANSWER_LEAD = "Question: ", "Answer:"
 
 
 @dataclass(frozen=True)
+class FittedPrompt:
+    """Text and ids of a prompt; lengths in tokens, num_tokens_cut those of the context that were left out."""
+
+    text: str
+    ids: list[int]
+    num_context_tokens: int
+    num_tokens_cut: int
+
+
+@dataclass(frozen=True)
 class PromptForm:
     """How prompts are made. template: of `encode_prompt`; max_new_tokens is kept free in context_size (tokens)."""
 
+    tokenizer: Any
     template: str
     context_size: int
     max_new_tokens: int
-    shots: tuple[Question, ...] = ()
+    shots: Sequence[Question] = ()
     num_shots: int = 0
 
     @property
@@ -39,15 +51,37 @@ class PromptForm:
         others = [shot for shot in self.shots if (shot.context, shot.question) != (task.context, task.question)]
         return others[: self.num_shots]
 
+    def check(self, task: Question) -> None:
+        """Raise ValueError where examples are missing, or the prompt is too long even without its context."""
+        shots = self.shots_for(task)
+        if len(shots) < self.num_shots:
+            raise ValueError(
+                f"--num_shots {self.num_shots}: --shots_file has {len(self.shots)} examples, and none may be the "
+                "question itself; give more or lower --num_shots"
+            )
+        num_tokens = len(encode_prompt(self.tokenizer, prompt_text(task, "", shots), template=self.template))
+        if num_tokens >= self.room:
+            examples = f" and {len(shots)} examples" if shots else ""
+            raise ValueError(
+                f"question {task.id} of {task.task}: question, options{examples} make {num_tokens} tokens, but "
+                f"{self.room} fit in the context of {self.context_size} beside --max_new_tokens {self.max_new_tokens}; "
+                "raise --context_size or lower --num_shots"
+            )
 
-@dataclass(frozen=True)
-class FittedPrompt:
-    """Text and ids of a prompt; lengths in tokens, num_tokens_cut those of the context that were left out."""
-
-    text: str
-    ids: list[int]
-    num_context_tokens: int
-    num_tokens_cut: int
+    def fit(self, task: Question) -> FittedPrompt:
+        """The prompt of `task` with as much of its context as fits. Raises ValueError as `check` does."""
+        self.check(task)
+        shots, context_ids = self.shots_for(task), encode_text(self.tokenizer, task.context)
+        num_kept, context = len(context_ids), task.context
+        while True:
+            text = prompt_text(task, context, shots)
+            ids = encode_prompt(self.tokenizer, text, template=self.template)
+            num_over = len(ids) - self.room
+            if num_over <= 0:
+                return FittedPrompt(text, ids, len(context_ids), len(context_ids) - num_kept)
+            # Tokens at the new seam may split in two, so that one cut may not be enough.
+            num_kept = max(0, num_kept - num_over)
+            context = without_middle(self.tokenizer, context_ids, num_kept)
 
 
 def question_block(task: Question, context: str, *, is_asked: bool) -> str:
@@ -69,37 +103,6 @@ def prompt_text(task: Question, context: str, shots: Sequence[Question]) -> str:
                         question_block(task, context, is_asked=True)])  # fmt: skip
 
 
-def check_fits(tokenizer, task: Question, form: PromptForm) -> None:
-    """Raise ValueError where the prompt is too long even without its context."""
-    shots = form.shots_for(task)
-    num_tokens = len(encode_prompt(tokenizer, prompt_text(task, "", shots), template=form.template))
-    if num_tokens >= form.room:
-        examples = f" and {len(shots)} examples" if shots else ""
-        raise ValueError(
-            f"question {task.id} of {task.task}: question, options{examples} make {num_tokens} tokens, but {form.room} "
-            f"fit in the context of {form.context_size} beside --max_new_tokens {form.max_new_tokens}; raise "
-            "--context_size or lower --num_shots"
-        )
-
-
-def fitted_prompt(tokenizer, task: Question, form: PromptForm) -> FittedPrompt:
-    """The prompt of `task` with as much of its context as fits. Raises ValueError as `check_fits` does."""
-    shots = form.shots_for(task)
-    context_ids = encode_text(tokenizer, task.context)
-    num_kept, context = len(context_ids), task.context
-    while True:
-        text = prompt_text(task, context, shots)
-        ids = encode_prompt(tokenizer, text, template=form.template)
-        num_over = len(ids) - form.room
-        if num_over <= 0:
-            return FittedPrompt(text, ids, len(context_ids), len(context_ids) - num_kept)
-        if num_kept == 0:
-            check_fits(tokenizer, task, form)
-        # Tokens at the new seam may split in two, so that one cut may not be enough.
-        num_kept = max(0, num_kept - num_over)
-        context = without_middle(tokenizer, context_ids, num_kept)
-
-
 def without_middle(tokenizer, ids: Sequence[int], num_kept: int) -> str:
     """Text of the first and last tokens of `ids`, `num_kept` together."""
     num_head = (num_kept + 1) // 2
@@ -111,18 +114,14 @@ def without_middle(tokenizer, ids: Sequence[int], num_kept: int) -> str:
     return head.rstrip("\ufffd") + tail.lstrip("\ufffd")
 
 
-def letter_ids(tokenizer, prompt: FittedPrompt, num_options: int, template: str) -> list[list[int]]:
-    """Ids of each option's letter as it follows the prompt."""
+def letter_ids(tokenizer, num_options: int, template: str) -> list[list[int]]:
+    """Ids of each option's letter as it follows a prompt."""
     letters = [option_letter(index) for index in range(num_options)]
     if template == CHAT_TEMPLATE:
         return [encode_text(tokenizer, letter) for letter in letters]
-    if template != NO_TEMPLATE:
-        return [encode_answer(tokenizer, letter, TURN_TEMPLATES[template]) for letter in letters]
-    whole = [encode_prompt(tokenizer, f"{prompt.text} {letter}", template=template) for letter in letters]
-    num_shared = len(prompt.ids)
-    if all(ids[:num_shared] == prompt.ids and len(ids) > num_shared for ids in whole):
-        return [ids[num_shared:] for ids in whole]
-    return [encode_text(tokenizer, f" {letter}") for letter in letters]
+    if template == NO_TEMPLATE:
+        return [encode_after(tokenizer, ANSWER_LEAD, f" {letter}") for letter in letters]
+    return [encode_answer(tokenizer, letter, TURN_TEMPLATES[template]) for letter in letters]
 
 
 def log_likelihoods(model, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:

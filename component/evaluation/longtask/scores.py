@@ -12,9 +12,9 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import takewhile
-from typing import Any
+from types import SimpleNamespace
 
 from longqlora.cli import require_extra
 
@@ -63,55 +63,35 @@ def f1(prediction: str, reference: str) -> float:
     return 2 * num_common / (len(words) + len(expected))
 
 
-def rouge(prediction: str, reference: str, metric: str, *, use_stemmer: bool = True) -> float:
-    """F-measure of ROUGE-1, -2 or -L (`metric` of `ROUGE_METRICS`), with or without Porter's stemmer.
+@cache
+def rouge(metric: str, *, use_stemmer: bool) -> Callable[[str, str], float]:
+    """(prediction, reference) -> F-measure of ROUGE-1, -2 or -L (`metric` of `ROUGE_METRICS`), by rouge-score.
 
-    Raises ValueError where the package rouge-score is not installed.
+    Words of other scripts, which its own tokenizer drops, count too. use_stemmer: Porter's, for English words. Raises
+    ValueError where the package is not installed.
     """
-    return rouge_scorer(use_stemmer).score(reference, prediction)[metric].fmeasure
-
-
-@lru_cache(maxsize=2)
-def rouge_scorer(use_stemmer: bool) -> Any:
-    require_rouge()
+    require_extra("rouge_score", "rouge-score", extra="eval")
+    from nltk.stem.porter import PorterStemmer
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(list(ROUGE_METRICS), tokenizer=RougeTokenizer(use_stemmer=use_stemmer))
+    stem = PorterStemmer().stem
 
-
-def require_rouge() -> None:
-    """Raise ValueError where the package rouge-score is not installed."""
-    require_extra("rouge_score", "rouge-score", extra="eval")
-
-
-class RougeTokenizer:
-    """The words that ROUGE compares: rouge-score's own for ASCII text, and those of other scripts, which it drops."""
-
-    def __init__(self, *, use_stemmer: bool):
-        self.stem: Callable[[str], str] | None = None
-        if use_stemmer:
-            from nltk.stem.porter import PorterStemmer
-
-            self.stem = PorterStemmer().stem
-
-    def tokenize(self, text: str) -> list[str]:
+    def words(text: str) -> list[str]:
         # Letters, digits and the marks upon them; Python's \w would cut the words of India's scripts at their vowels.
         text = unicodedata.normalize("NFC", text).lower()
         text = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text)
-        words = UNSPACED_CHARACTER.sub(r" \1 ", text).split()
-        return [self.stem(word) if self.stem and STEMMABLE.fullmatch(word) else word for word in words]
+        found = UNSPACED_CHARACTER.sub(r" \1 ", text).split()
+        return [stem(word) if use_stemmer and STEMMABLE.fullmatch(word) else word for word in found]
+
+    scorer = RougeScorer([metric], tokenizer=SimpleNamespace(tokenize=words))
+    return lambda prediction, reference: scorer.score(reference, prediction)[metric].fmeasure
 
 
 def best_score(metric: str, prediction: str, references: Sequence[str], *, use_stemmer: bool = True) -> float:
-    """The best score of `prediction` over `references`, by any of `METRICS` but accuracy, which has `is_choice`."""
-    if not references:
-        raise ValueError("there are no references to score against; give at least one")
-    if metric in ROUGE_METRICS:
-        return max(rouge(prediction, reference, metric, use_stemmer=use_stemmer) for reference in references)
+    """The best score of `prediction` over `references`, by any of `METRICS` but accuracy, which has `parse_choice`."""
     scores = {"exact_match": exact_match, "f1": f1, "exam": exam}
-    if metric not in scores:
-        raise ValueError(f"unknown metric {metric!r}; use one of {', '.join(METRICS[:-1])}")
-    return max(scores[metric](prediction, reference) for reference in references)
+    score = scores.get(metric) or rouge(metric, use_stemmer=use_stemmer)
+    return max(score(prediction, reference) for reference in references)
 
 
 def exam(prediction: str, reference: str) -> float:
@@ -127,12 +107,13 @@ def exam(prediction: str, reference: str) -> float:
             return 1.0 if found == wanted else PART_OF_THE_LETTERS * (found < wanted)
         option = normalize_answer(re.sub(r"^\s*\([A-J]\)", "", reference))
         return float(normalize_answer(prediction) == option)
-    if TRUTH.fullmatch(reference.strip()):
+    reference = reference.strip()
+    if TRUTH.fullmatch(reference):
         found = TRUTH.search(prediction)
-        return float(found is not None and found[0].lower() == reference.strip().lower())
-    if NUMBER.fullmatch(reference.strip()):
+        return float(found is not None and found[0].lower() == reference.lower())
+    if NUMBER.fullmatch(reference):
         return float(last_number(prediction) == last_number(reference))
-    if reference.strip().startswith("[") and (wanted := last_list(reference)):
+    if reference.startswith("[") and (wanted := last_list(reference)):
         return float(last_list(prediction) == wanted)
     wanted, found = ("".join(text.lower().split()) for text in (reference, prediction))
     return float(wanted in found)
@@ -142,9 +123,7 @@ def last_number(text: str) -> float | None:
     """The number after the first "the answer is", else the last number; None where there is none."""
     stated = re.split(r"(?i)\bthe answer is\b", text, maxsplit=1)
     numbers = NUMBER.findall(stated[-1])
-    if not numbers:
-        return None
-    return float(numbers[0 if len(stated) > 1 else -1].replace(",", ""))
+    return float(numbers[0 if len(stated) > 1 else -1].replace(",", "")) if numbers else None
 
 
 def last_list(text: str) -> list[str]:
@@ -181,18 +160,17 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     for pattern in patterns:
         if found := re.search(pattern, stripped):
             return letters.index(next(filter(None, found.groups())).upper())
-    named = set(re.findall(rf"\(\s*({span})\s*\)", stripped))
-    if named:
-        return only({letters.index(letter.upper()) for letter in named})
     words = normalize_answer(stripped)
-    wanted = [normalize_answer(option) for option in options]
-    if words and words in wanted:
-        return only({index for index, option in enumerate(wanted) if option == words})
-    occurring = {index for index, option in enumerate(wanted) if option and f" {option} " in f" {words} "}
-    if occurring:
-        return only(occurring)
-    alone = set(re.findall(rf"(?<![\w'’])([{letters}])(?![\w'’])", stripped)) - {"A", "I"}
-    return only({letters.index(letter) for letter in alone})
+    texts = [(index, normalized) for index, option in enumerate(options) if (normalized := normalize_answer(option))]
+    rules = (
+        {letters.index(letter.upper()) for letter in re.findall(rf"\(\s*({span})\s*\)", stripped)},
+        {index for index, option in texts if option == words},
+        {index for index, option in texts if f" {option} " in f" {words} "},
+        {letters.index(letter) for letter in re.findall(rf"(?<![\w'’])([{letters}])(?![\w'’])", stripped)
+         if letter not in "AI"},
+    )  # fmt: skip
+    named = next(filter(None, rules), set())
+    return named.pop() if len(named) == 1 else None
 
 
 def parse_letters(text: str) -> frozenset[str]:
@@ -211,8 +189,3 @@ def parse_letters(text: str) -> frozenset[str]:
         return frozenset(re.findall(r"[A-J]", found[1]))
     index = parse_choice(text, [""] * 10)
     return frozenset() if index is None else frozenset(option_letter(index))
-
-
-def only(indices: set[int]) -> int | None:
-    """The one element of a set; None where there are none or several."""
-    return next(iter(indices)) if len(indices) == 1 else None

@@ -12,8 +12,6 @@ from longqlora.evaluation.frame import ModelSource, Task, check_at_least
 from longqlora.evaluation.longtask.prompts import (
     QUESTION_LEAD,
     PromptForm,
-    check_fits,
-    fitted_prompt,
     letter_ids,
     log_likelihoods,
 )
@@ -24,7 +22,7 @@ from longqlora.evaluation.longtask.scores import (
     option_letter,
     parse_choice,
     parse_letters,
-    require_rouge,
+    rouge,
 )
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, generate_text
 from longqlora.plot import mark_lengths, new_figure
@@ -64,8 +62,8 @@ class LongTask(Task):
             if self.metric == "accuracy" and not (question.options or question.has_letters):
                 where = f"question {question.id} of {question.task}"
                 raise ValueError(f"--metric accuracy: {where} has no options; choose another metric")
-        if any(metric_of(question, self.metric) in ROUGE_METRICS for question in self.questions):
-            require_rouge()
+        for metric in {metric_of(question, self.metric) for question in self.questions} & set(ROUGE_METRICS):
+            rouge(metric, use_stemmer=self.rouge_stemmer)
 
     def make_trials(self, source: ModelSource) -> list[list[dict]]:
         if self.max_new_tokens >= source.context_size:
@@ -74,26 +72,22 @@ class LongTask(Task):
                 f"{source.context_size} tokens; give fewer"
             )
         template = source.template(self.prompt_template)
-        self.form = PromptForm(template, source.context_size, self.max_new_tokens, tuple(self.shots), self.num_shots)
+        sizes = {"context_size": source.context_size, "max_new_tokens": self.max_new_tokens}
+        self.form = PromptForm(source.tokenizer, template, shots=self.shots, num_shots=self.num_shots, **sizes)
         for question in self.questions:
-            if len(self.form.shots_for(question)) < self.num_shots:
-                raise ValueError(
-                    f"--num_shots {self.num_shots}: --shots_file has {len(self.shots)} examples, and none may be "
-                    "the question itself; give more or lower --num_shots"
-                )
-            check_fits(source.tokenizer, question, self.form)
+            self.form.check(question)
         decisive = {name: getattr(self, name) for name in ("max_new_tokens", "num_shots", "choice_scoring")}
         self.settings = {**decisive, "prompt_template": template, "shots": [asdict(shot) for shot in self.shots]}
         return [[asdict(question) for question in self.questions]]
 
     def ask(self, trial: Mapping) -> dict:
-        question = Question.from_dict(trial)
-        model, tokenizer, template = self.loaded.model, self.loaded.tokenizer, self.form.template
-        prompt = fitted_prompt(tokenizer, question, self.form)
+        question, template = Question(**trial), self.form.template
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        prompt = self.form.fit(question)
         facts = {"num_context_tokens": prompt.num_context_tokens, "num_tokens_cut": prompt.num_tokens_cut}
         facts["num_prompt_tokens"] = len(prompt.ids)
         if question.options and self.choice_scoring == "loglikelihood":
-            letters = letter_ids(tokenizer, prompt, len(question.options), template)
+            letters = letter_ids(tokenizer, len(question.options), template)
             scores = log_likelihoods(model, prompt.ids, letters)
             choice = scores.index(max(scores))
             return {"answer": question.options[choice], "choice": choice, "log_likelihoods": scores, **facts}
