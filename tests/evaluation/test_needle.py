@@ -12,9 +12,9 @@ from longqlora.evaluation.retrieval.needle import (
     NEEDLE,
     QUESTION,
     Needle,
-    NeedlePrompt,
     contains,
     ids_around,
+    needle_prompt,
     word_recall,
 )
 
@@ -44,7 +44,7 @@ def text_of(tokenizer, ids):
 
 
 def make_prompt(tokenizer, needle=NEEDLE, question=QUESTION, template="none"):
-    return NeedlePrompt(tokenizer, Haystack(tokenizer, TEXT), needle, question, template=template)
+    return needle_prompt(Haystack(tokenizer, TEXT), needle, question, template=template)
 
 
 def test_pieces_are_cut_at_sentence_borders_and_lose_nothing():

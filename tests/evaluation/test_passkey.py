@@ -61,24 +61,23 @@ def text_of(tokenizer, ids):
 @pytest.mark.parametrize("depth", [0, 0.25, 0.5, 1])
 def test_prompts_have_the_length_the_words_and_the_depth(tokenizer, depth):
     template = PasskeyTemplate(tokenizer)
-    shortest, num_bos = template.min_length(KEY), int(tokenizer.bos_token_id is not None)
+    prompt, num_bos = template.prompt(KEY), int(tokenizer.bos_token_id is not None)
+    shortest = prompt.min_length
     for length in (shortest, shortest + 1, shortest + 401, 1500):
-        ids = template.build(length=length, depth=depth, key=KEY)
+        ids = prompt.build(length=length, depth=depth)
         text = text_of(tokenizer, ids)
         lines = text.split("\n")
         assert len(ids) == length and len(lines) == 5
         assert (lines[0], lines[2], lines[4]) == (DESCRIPTION, NEEDLE, QUESTION)
         assert all((" ".join([FILLER] * 200)).startswith(lines[place]) for place in (1, 3))
         assert ids[:num_bos] == [tokenizer.bos_token_id] * num_bos
-        start = len(template.opening) + round(depth * (length - shortest)) + len(template.newline)
-        assert ids[start : start + len(template.needle(KEY))] == template.needle(KEY)
-    ids = template.build(length=700, depth=depth, key=KEY)
+        start = len(prompt.before) + round(depth * (length - shortest))
+        assert ids[start : start + len(prompt.needle)] == prompt.needle
+    ids = prompt.build(length=700, depth=depth)
     if depth == 0.5:
         assert ids[num_bos:] == tokenizer(text_of(tokenizer, ids), add_special_tokens=False)["input_ids"]
-    with pytest.raises(
-        ValueError, match=f"length {shortest - 1} is too short.* 5 digits it needs at least {shortest} "
-    ):
-        template.build(length=shortest - 1, depth=depth, key=KEY)
+    with pytest.raises(ValueError, match=f"length {shortest - 1} is too short.* need {shortest} "):
+        prompt.build(length=shortest - 1, depth=depth)
 
 
 def trials(lengths, depths, num_trials, seed=0, **options):
@@ -136,14 +135,14 @@ def test_every_cell_is_counted(tiny_tokenizer):
 
 
 def test_table_has_a_row_for_each_depth_and_means():
-    places = [(64, 0.0, True), (64, 0.0, False), (64, 0.125, True), (1024, 0.125, True)]
+    places = [(64, 0.0, True), (64, 0.0, False), (64, 0.125, True), (1024, 0.0, False), (1024, 0.125, True)]
     cells = accuracy_cells([{"length": a, "depth": b, "is_correct": c} for a, b, c in places])
     assert cells[0] == {"length": 64, "depth": 0.0, "num_trials": 2, "num_correct": 1, "accuracy": 0.5}
     assert grid_table(cells, "accuracy").split("\n") == [
         "depth     64   1024",
-        "   0%   50.0      -",
+        "   0%   50.0    0.0",
         "12.5%  100.0  100.0",
-        " mean   75.0  100.0",
+        " mean   75.0   50.0",
     ]
     assert even_depths(1) == [0.5] and even_depths(2) == [0, 1] and even_depths(4) == [0, 0.3333, 0.6667, 1]
     assert percent(0) == "0%" and percent(0.3333) == "33.33%" and percent(1) == "100%"
@@ -152,16 +151,15 @@ def test_table_has_a_row_for_each_depth_and_means():
 def test_heatmap_draws_values_at_their_places_on_one_scale(tmp_path):
     from matplotlib.figure import Figure
 
-    cells = [{"length": 512, "depth": 1, "score": 0.9}, {"length": 64, "depth": 0, "score": 0.1},
-             {"length": 64, "depth": 1, "score": None}]  # fmt: skip
+    cells = [{"length": length, "depth": depth, "score": score}
+             for length, depth, score in ((512, 1, 0.9), (64, 0, 0.1), (64, 1, 0.3), (512, 0, 0))]  # fmt: skip
     axis = Figure().subplots()
     assert draw_panel(axis, *by_place(cells, "score")).get_clim() == (0, 1)
     drawn = {(text.get_position(), text.get_text(), text.get_color()) for text in axis.texts}
-    assert drawn == {((0, 0), "0.10", "white"), ((1, 1), "0.90", "black")}
-    plot_heatmap({"one $x_$": cells, "two": cells[:1], "three": cells, "four": []}, tmp_path / "map.svg", value="score")
+    assert {((0, 0), "0.10", "white"), ((1, 1), "0.90", "black")} < drawn and len(drawn) == 4
+    panels = {"one $x_$": cells, "two": cells[:1], "three": cells, "four": cells}
+    plot_heatmap(panels, tmp_path / "map.svg", value="score", label="score")
     assert (tmp_path / "map.svg").read_bytes().startswith(b"<?xml")
-    with pytest.raises(ValueError, match="no cells"):
-        plot_heatmap({"title": []}, tmp_path / "none.png")
 
 
 def test_trained_model_solves_its_own_test_by_construction():

@@ -19,18 +19,12 @@ from typing import Any
 
 from longqlora.cli import require_file
 from longqlora.data.jsonl import check_unread, checked_text, error_at, found_keys, read_rows
-from longqlora.evaluation.longtask.scores import (
-    LETTERS_REFERENCE,
-    MAX_OPTIONS,
-    METRICS,
-    normalize_answer,
-    option_letter,
-)
+from longqlora.evaluation.longtask.scores import LETTERS_REFERENCE, METRICS, OPTION_LETTERS, normalize_answer
 
 CONTEXT_KEYS = ("context", "document", "input")
 QUESTION_KEYS = ("question", "instruction", "query")
 ANSWER_KEYS = ("references", "answers", "answer", "outputs", "output")
-OPTION_KEYS = ("options", *(f"choice_{option_letter(index)}" for index in range(MAX_OPTIONS)))
+OPTION_KEYS = ("options", *(f"choice_{letter}" for letter in OPTION_LETTERS))
 TASK_KEYS = ("task", "dataset")
 ID_KEYS = ("id", "_id")
 # ChunkLlama's few-shot rows: examples of their own, between the text and the question.
@@ -48,8 +42,7 @@ MAX_ANSWER_WORDS = 30
 class Question:
     """One question. references: accepted answers; with options, the text of the right one.
 
-    answer_index: of the right option; None without options. metric: what the row asks for, or None. examples: pairs
-    of a question about the same text and its answer.
+    metric: what the row asks for, or None. examples: pairs of a question about the same text and its answer.
     """
 
     id: str
@@ -58,20 +51,23 @@ class Question:
     question: str
     references: tuple[str, ...]
     options: tuple[str, ...] = ()
-    answer_index: int | None = None
     metric: str | None = None
     examples: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def right_letter(self) -> str | None:
+        """Letter of the right option; None without options."""
+        return OPTION_LETTERS[self.options.index(self.references[0])] if self.options else None
 
     @property
     def has_letters(self) -> bool:
         """Whether the answer is letters of options that stand in the question."""
         return not self.options and all(map(LETTERS_REFERENCE.fullmatch, self.references))
 
-    @property
-    def usual_metric(self) -> str:
-        """The metric of `--metric auto`: the row's; accuracy with options; ROUGE-L for long references, else F1."""
-        if self.metric:
-            return self.metric
+    def metric_for(self, asked: str) -> str:
+        """`asked`; for auto the row's metric, or accuracy with options, ROUGE-L for long references, else F1."""
+        if asked != "auto" or self.metric:
+            return asked if asked != "auto" else self.metric
         if self.options:
             return "accuracy"
         num_words = max(len(normalize_answer(reference).split()) for reference in self.references)
@@ -127,8 +123,7 @@ def questions_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_
     check_unread(row, [*read, question_key, answer_key, *OPTION_KEYS])
     one = replace(one, question=text_under(row, question_key))
     if options := options_of_row(row):
-        index = option_index(row[answer_key], options, answer_key)
-        return [replace(one, references=(options[index],), options=options, answer_index=index)]
+        return [replace(one, references=(right_option(row[answer_key], options, answer_key),), options=options)]
     one = replace(one, references=references_of(row[answer_key], answer_key))
     if one.metric == "accuracy" and not one.has_letters:
         raise ValueError('"metric" is accuracy, but there are no "options"; give them or another metric')
@@ -193,26 +188,27 @@ def options_of_row(row: dict) -> tuple[str, ...]:
     # InfiniteBench has an empty list where there is nothing to choose.
     if options in (None, []):
         return ()
-    if not isinstance(options, list) or not 2 <= len(options) <= MAX_OPTIONS:
-        raise ValueError(f'"{key}" is not a list of 2 to {MAX_OPTIONS} options; give one')
+    if not isinstance(options, list) or not 2 <= len(options) <= len(OPTION_LETTERS):
+        raise ValueError(f'"{key}" is not a list of 2 to {len(OPTION_LETTERS)} options; give one')
     options = tuple(answer_text(option, f'"{key}"') for option in options)
     if len(set(options)) < len(options):
         raise ValueError(f'"{key}" has the same option twice; remove one')
     return options
 
 
-def option_index(answer: Any, options: Sequence[str], key: str) -> int:
-    """Index of the right option, given as its text, its letter or its index from 0."""
+def right_option(answer: Any, options: Sequence[str], key: str) -> str:
+    """The right option, given as its text, its letter or its index from 0."""
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     if type(answer) is int and 0 <= answer < len(options):
-        return answer
+        return options[answer]
     if isinstance(answer, str):
-        letters, stripped = [option_letter(index) for index in range(len(options))], answer.strip()
-        for candidates, given in ((list(options), answer), ([option.strip() for option in options], stripped),
-                                  (letters, stripped.strip("()").upper())):  # fmt: skip
-            if given in candidates:
-                return candidates.index(given)
+        texts = {option.strip(): option for option in reversed(options)} | {option: option for option in options}
+        letters = dict(zip(OPTION_LETTERS, options, strict=False))
+        given = answer.strip()
+        # Options may be letters themselves, so that their texts come first.
+        if found := texts.get(answer) or texts.get(given) or letters.get(given.strip("()").upper()):
+            return found
     raise ValueError(f'"{key}" is {str(answer)[:60]!r}, none of the {len(options)} options; give one\'s letter or text')
 
 

@@ -16,9 +16,7 @@ from functools import cache
 from itertools import takewhile
 from types import SimpleNamespace
 
-from longqlora.cli import require_extra
-
-MAX_OPTIONS = 26
+OPTION_LETTERS = string.ascii_uppercase
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
 METRICS = ("exact_match", "f1", *ROUGE_METRICS, "exam", "accuracy")
 # Han, kana: scripts that are written without spaces.
@@ -67,10 +65,8 @@ def f1(prediction: str, reference: str) -> float:
 def rouge(metric: str, *, use_stemmer: bool) -> Callable[[str, str], float]:
     """(prediction, reference) -> F-measure of ROUGE-1, -2 or -L (`metric` of `ROUGE_METRICS`), by rouge-score.
 
-    Words of other scripts, which its own tokenizer drops, count too. use_stemmer: Porter's, for English words. Raises
-    ValueError where the package is not installed.
+    Words of other scripts, which its own tokenizer drops, count too. use_stemmer: Porter's, for English words.
     """
-    require_extra("rouge_score", "rouge-score", extra="eval")
     from nltk.stem.porter import PorterStemmer
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -138,18 +134,14 @@ def last_list(text: str) -> list[str]:
     return []
 
 
-def option_letter(index: int) -> str:
-    return string.ascii_uppercase[index]
-
-
-def parse_choice(text: str, options: Sequence[str]) -> int | None:
-    """Index of the option that an answer names; None where it names none, or more than one.
+def parse_choice(text: str, options: Sequence[str]) -> str | None:
+    """Letter of the option that an answer names; None where it names none, or more than one.
 
     In this order: a letter at the start ("B", "(b)", "B. because"), a letter after "answer is", "answer:", "option" or
     "choice", the only letter in brackets, the whole text of an option, the only option whose text occurs, and the only
     capital letter that stands alone and is no English word.
     """
-    letters = string.ascii_uppercase[: len(options)]
+    letters = OPTION_LETTERS[: len(options)]
     span = f"[{letters}{letters.lower()}]"
     stripped = text.strip()
     patterns = [
@@ -159,16 +151,15 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     ]
     for pattern in patterns:
         if found := re.search(pattern, stripped):
-            return letters.index(next(filter(None, found.groups())).upper())
+            return next(filter(None, found.groups())).upper()
     words = normalize_answer(stripped)
-    texts = [(index, normalized) for index, option in enumerate(options) if (normalized := normalize_answer(option))]
+    texts = [(letter, normalize_answer(option)) for letter, option in zip(letters, options, strict=True)]
     rules = (
-        {letters.index(letter.upper()) for letter in re.findall(rf"\(\s*({span})\s*\)", stripped)},
-        {index for index, option in texts if option == words},
-        {index for index, option in texts if f" {option} " in f" {words} "},
-        {letters.index(letter) for letter in re.findall(rf"(?<![\w'’])([{letters}])(?![\w'’])", stripped)
-         if letter not in "AI"},
-    )  # fmt: skip
+        set(map(str.upper, re.findall(rf"\(\s*({span})\s*\)", stripped))),
+        {letter for letter, option in texts if option and option == words},
+        {letter for letter, option in texts if option and f" {option} " in f" {words} "},
+        set(re.findall(rf"(?<![\w'’])([{letters}])(?![\w'’])", stripped)) - {"A", "I"},
+    )
     named = next(filter(None, rules), set())
     return named.pop() if len(named) == 1 else None
 
@@ -187,5 +178,4 @@ def parse_letters(text: str) -> frozenset[str]:
         return frozenset(found[1] or found[2] for found in takewhile(bool, starts))
     if found := re.search(rf"(?i:\b(?:answers|options|choices)\s+are)\s*:?({LETTERS})\b", text):
         return frozenset(re.findall(r"[A-J]", found[1]))
-    index = parse_choice(text, [""] * 10)
-    return frozenset() if index is None else frozenset(option_letter(index))
+    return frozenset(parse_choice(text, [""] * 10) or "")
