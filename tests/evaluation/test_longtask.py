@@ -3,6 +3,7 @@
 import json
 import re
 from os.path import commonprefix
+from types import SimpleNamespace
 
 import pytest
 from conftest import sentences
@@ -233,16 +234,13 @@ def test_means_by_task_and_length():
     assert bins == [("accuracy", 1024, 2048, 0.0, 1), ("f1", 512, 1024, 0.5, 1), ("f1", 1024, 2048, 1.0, 1)]
 
 
-def test_from_rows_to_scores(evaluate, tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "qa.jsonl", {**OPEN, "context": sentences(900)}, {**OPEN, "metric": "rouge2"}, OPEN)
-    write_rows(tmp_path / "exam.jsonl", CHOICE, {**CHOICE, "answer": "A"})
-    write_rows(tmp_path / "shots.jsonl", {"question": "Who?", "answer": "me"}, CHOICE)
-    model = ["--model_name_or_path", tiny_model_dir, "--context_size", 400, "--max_new_tokens", 6]
-    data = ["--data_path", "qa.jsonl", "exam.jsonl", "--max_rows", 2, "--num_shots", 1, "--shots_file", "shots.jsonl"]
-    code, _, err = evaluate("longtask", *model, *data, "--choice_scoring", "loglikelihood", "--output_file", "r.json")
-    assert code == 0, err
-    result = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+def test_from_rows_to_scores(tiny_model, tiny_tokenizer, tmp_path):
+    qa = write_rows(tmp_path / "qa.jsonl", {**OPEN, "context": sentences(900)}, {**OPEN, "metric": "rouge2"}, OPEN)
+    exam = write_rows(tmp_path / "exam.jsonl", CHOICE, {**CHOICE, "answer": "A"})
+    shots = write_rows(tmp_path / "shots.jsonl", {"question": "Who?", "answer": "me"}, CHOICE)
+    task = LongTask([qa, exam], max_rows=2, num_shots=1, shots_file=shots, choice_scoring="loglikelihood",
+                    max_new_tokens=6, prompt_template="none")  # fmt: skip
+    result = ask_all(task, SimpleNamespace(model=tiny_model, tokenizer=tiny_tokenizer), context_size=400)
     rows = result["rows"]
     assert [(row["task"], row["id"], row["metric"]) for row in rows] == [
         ("qa", "1", "f1"), ("qa", "2", "rouge2"), ("exam", "1", "accuracy"), ("exam", "2", "accuracy"),
@@ -251,7 +249,7 @@ def test_from_rows_to_scores(evaluate, tiny_model_dir, tmp_path, monkeypatch):
     assert all(0 <= row["score"] <= 1 and row["num_prompt_tokens"] > row["num_context_tokens"] for row in rows[1:])
     likely = rows[2]["log_likelihoods"]
     assert rows[2]["choice"] == "ABC"[likely.index(max(likely))] and rows[2]["right_choice"] == "B"
-    assert sum(task["score"] for task in result["tasks"] if task["task"] == "exam") <= 0.5, "one letter for both"
+    assert sum(entry["score"] for entry in result["tasks"] if entry["task"] == "exam") <= 0.5, "one letter for both"
     assert result["settings"]["num_shots"] == 1
 
 

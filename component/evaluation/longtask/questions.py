@@ -124,7 +124,10 @@ def questions_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_
     one = replace(one, question=text_under(row, question_key))
     if options := options_of_row(row):
         return [replace(one, references=(right_option(row[answer_key], options, answer_key),), options=options)]
-    one = replace(one, references=references_of(row[answer_key], answer_key))
+    answers = row[answer_key] if isinstance(row[answer_key], list) else [row[answer_key]]
+    if not answers:
+        raise ValueError(f'"{answer_key}" is empty; give at least one right answer')
+    one = replace(one, references=tuple(answer_text(answer, f'"{answer_key}"') for answer in answers))
     if one.metric == "accuracy" and not one.has_letters:
         raise ValueError('"metric" is accuracy, but there are no "options"; give them or another metric')
     return [one]
@@ -210,13 +213,6 @@ def right_option(answer: Any, options: Sequence[str], key: str) -> str:
         if found := texts.get(answer) or texts.get(given) or letters.get(given.strip("()").upper()):
             return found
     raise ValueError(f'"{key}" is {str(answer)[:60]!r}, none of the {len(options)} options; give one\'s letter or text')
-
-
-def references_of(value: Any, key: str) -> tuple[str, ...]:
-    values = value if isinstance(value, list) else [value]
-    if not values:
-        raise ValueError(f'"{key}" is empty; give at least one right answer')
-    return tuple(answer_text(entry, f'"{key}"') for entry in values)
 
 
 def answer_text(value: Any, name: str) -> str:

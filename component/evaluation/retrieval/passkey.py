@@ -79,12 +79,6 @@ def make_trials(cells: Sequence[Mapping], *, num_trials: int, seed: int, num_dig
     return trials
 
 
-def first_number(text: str) -> str | None:
-    """The first run of digits 0-9 in `text`."""
-    found = re.search(r"[0-9]+", text)
-    return found[0] if found else None
-
-
 def answer_trial(loaded, trial: Mapping) -> dict:
     """Ask the model of `loaded` (longqlora.inference.load.LoadedModel) one trial; adds "answer" and "is_correct"."""
     template = PasskeyTemplate(loaded.tokenizer)
@@ -92,16 +86,16 @@ def answer_trial(loaded, trial: Mapping) -> dict:
     options = GenerationOptions(do_sample=False, max_new_tokens=num_key_tokens + NUM_SPARE_TOKENS)
     prompt = template.prompt(trial["key"]).build(length=trial["length"], depth=trial["depth"])
     answer = generate_text(loaded.model, loaded.tokenizer, prompt, options).text
-    return {**trial, "answer": answer, "is_correct": first_number(answer) == trial["key"]}
+    return {**trial, "answer": answer, "is_correct": re.findall(r"[0-9]+", answer)[:1] == [trial["key"]]}
 
 
 def accuracy_cells(results: Sequence[Mapping]) -> list[dict]:
     """Results of `answer_trial` -> a cell {length, depth, num_trials, num_correct, accuracy} for each pair."""
     cells = []
     for (length, depth), group in grouped(results, "length", "depth").items():
-        counts = {"num_trials": len(group), "num_correct": sum(result["is_correct"] for result in group)}
-        accuracy = counts["num_correct"] / counts["num_trials"]
-        cells.append({"length": length, "depth": depth, **counts, "accuracy": accuracy})
+        num_correct = sum(result["is_correct"] for result in group)
+        counts = {"num_trials": len(group), "num_correct": num_correct, "accuracy": num_correct / len(group)}
+        cells.append({"length": length, "depth": depth, **counts})
     return cells
 
 

@@ -132,8 +132,8 @@ class Ruler(Task):
         return {"protocol": PROTOCOL, "settings": self.told, **means, "results": results}
 
     def table(self, record: Mapping) -> str:
-        pairs = zip((score_table, metric_table), by_source(record["results"]), strict=True)
-        return "\n".join(table(results) for table, results in pairs if results)
+        tables = zip((score_table, metric_table), by_source(record["results"]), strict=True)
+        return "\n".join(table(results) for table, results in tables if results)
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
         plot_scores(by_source(record["results"])[0], path)
