@@ -16,6 +16,7 @@ from longqlora.files import atomic_file
 # From this ratio of the largest to the smallest value on, a linear axis hides the small ones.
 LOG_RATIO = 20
 BINS_PER_DOUBLING = 4
+MAX_COLUMNS = 3
 # Label -> points (window length, perplexity); None and inf are left out.
 PerplexityCurves = Mapping[str, Sequence[tuple[int, float | None]]]
 # Label -> blocks {"start", "end", "loss"} (end exclusive), as evaluation reports them.
@@ -23,19 +24,25 @@ PositionCurves = Mapping[str, Sequence[Mapping]]
 
 
 @contextmanager
-def new_figure(path: str | os.PathLike, num_panels: int = 1) -> Iterator[Sequence]:
-    """The axes of panels side by side, which are saved as `path` once they are drawn; no display is ever opened."""
+def new_figure(
+    path: str | os.PathLike, num_panels: int = 1, *, panel_size: tuple[float, float] = (6.4, 4.2)
+) -> Iterator[Sequence]:
+    """The axes of panels in rows of three, which are saved as `path` once they are drawn; no display is ever opened.
+
+    panel_size: width and height in inches.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4 * num_panels, 4.2), dpi=120, layout="constrained")
-    axes = figure.subplots(1, num_panels, squeeze=False)[0]
-    for axis in axes:
+    num_columns = min(MAX_COLUMNS, num_panels)
+    num_rows = math.ceil(num_panels / num_columns)
+    width, height = panel_size
+    figure = Figure(figsize=(num_columns * width, num_rows * height), dpi=120, layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).flat
+    for axis in axes[:num_panels]:
         axis.grid(alpha=0.3)
-    yield axes
-    save_figure(figure, path)
-
-
-def save_figure(figure, path: str | os.PathLike) -> None:
+    for axis in axes[num_panels:]:
+        axis.set_axis_off()
+    yield axes[:num_panels]
     with atomic_file(path, "wb") as file:
         figure.savefig(file, format=Path(path).suffix.lstrip(".").lower() or "png")
 

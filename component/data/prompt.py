@@ -65,6 +65,12 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
+def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:
+    """Ids of `text` as they follow `before`: without the space that SentencePiece puts before a first word."""
+    first, both = encode_text(tokenizer, before), encode_text(tokenizer, before + text)
+    return both[len(first) :] if first and both[: len(first)] == first else encode_text(tokenizer, text)
+
+
 def bos_ids(tokenizer: Any) -> list[int]:
     """What a document starts with: [BOS], or [] for a tokenizer whose models are pretrained without.
 
@@ -167,11 +173,8 @@ def encode_answer(tokenizer: Any, answer: str, template: TurnTemplate) -> list[i
     """Ids of an answer as they follow the prompt."""
     if template.lead_in_prompt:
         return encode_text(tokenizer, answer)
-    # A SentencePiece tokenizer puts a space before whatever it encodes first: encode after the prompt's last
-    # character, so that " Yes" is the one token that a model writes after "ASSISTANT:".
-    before = encode_text(tokenizer, ":")
-    both = encode_text(tokenizer, f": {answer}")
-    return both[len(before) :] if both[: len(before)] == before else encode_text(tokenizer, f" {answer}")
+    # After the prompt's last character, so that " Yes" is the one token that a model writes after "ASSISTANT:".
+    return encode_after(tokenizer, ":", f" {answer}")
 
 
 def apply_chat_template(tokenizer: Any, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:

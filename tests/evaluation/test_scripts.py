@@ -108,7 +108,7 @@ BAD = {
     ],
     "passkey": [
         ("--model_name_or_path=", "--model_name_or_path: give a model"),
-        ("--lengths 40", "length 40 is too short for a passkey prompt"),
+        ("--lengths 40", "length 40 is too short for needle and question"),
         ("--depths nan", "--depths: must be between 0"),
         ("--num_depths 0", "--num_depths: must be at least 1, got 0"),
         ("--num_trials -1", "--num_trials: must be at least 1"),
@@ -124,7 +124,7 @@ BAD = {
         ("--answer=", "--answer: is empty"),
         ("--needle=", "--needle: is empty"),
         ("--question=", "--question: is empty"),
-        ("--needle \ud800", "--needle: is not valid Unicode"),
+        ("--needle \ud800", "--needle has half of a surrogate pair"),
         ("--needle Needles.", "--question: your own --needle"),
         ("--max_new_tokens 0", "--max_new_tokens: must be at least 1"),
         ("--prompt_template chat_template", "the tokenizer has no chat template"),
