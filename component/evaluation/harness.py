@@ -2,8 +2,8 @@
 
     model = wrap_model(loaded, batch_size=1, max_length=loaded.context_size)
     answers = generate_answers(model, prompts, max_new_tokens=30)
-    tasks = load_tasks(["arc_easy"], include_path=None)
-    metrics = evaluate_tasks(model, tasks["arc_easy"], num_fewshot=0, limit=100, seed=42)
+    tasks = load_tasks(["arc_easy"], include_path=None, metadata={}, max_new_tokens=None, context_size=4096)
+    metrics = evaluate_tasks(model, "arc_easy", tasks["arc_easy"], num_fewshot=0, limit=100, seed=42)
 
 The model keeps its adapter, attention and device; the harness neither loads nor moves anything. It never splits
 work over processes either: every process evaluates whole tasks of its own (component/evaluation/trials.py).
@@ -14,10 +14,9 @@ lm_eval is imported where it is used: it is an extra package, and takes seconds.
 import logging
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import datasets
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-NO_METADATA = MappingProxyType({})
 # HFLM's room for the answers of a task that says nothing.
 DEFAULT_ANSWER_TOKENS = 256
 NUM_BOOTSTRAP = 1000
@@ -98,23 +96,26 @@ def generate_answers(model: "HFLM", prompts: Sequence[str], *, max_new_tokens: i
     )
 
 
-def load_tasks(names: Sequence[str], *, include_path: Path | None, metadata=NO_METADATA) -> dict[str, dict]:
+def load_tasks(
+    names: Sequence[str], *, include_path: Path | None, metadata: Mapping, max_new_tokens: int | None, context_size: int
+) -> dict[str, dict]:
     """Name -> tasks of the harness under it, with their data read; a group or tag has several.
 
     include_path: folder of the user's own task files, which come before the harness' own. metadata: passed to
-    tasks that make their data ("tokenizer", "max_seq_lengths"). Raises ValueError saying which task, what is
-    missing and what to do.
+    tasks that make their data ("tokenizer", "max_seq_lengths"). max_new_tokens: as for `fit_answers`. Raises ValueError
+    saying which task, what is missing and what to do.
     """
     from lm_eval.tasks import TaskManager
 
-    if not names:
-        return {}
     quieten()
     manager = TaskManager(include_path=include_path, include_defaults=False, metadata=dict(metadata))
     if not all(name in manager.all_tasks for name in names):
         # The index of the harness' own thousands of files takes some ten seconds.
         manager = TaskManager(include_path=include_path, metadata=dict(metadata))
-    return {name: load_task(manager, name, include_path) for name in dict.fromkeys(names)}
+    loaded = {name: load_task(manager, name, include_path) for name in dict.fromkeys(names)}
+    for name, tasks in loaded.items():
+        fit_answers(name, tasks, max_new_tokens=max_new_tokens, context_size=context_size)
+    return loaded
 
 
 def load_task(manager: "TaskManager", name: str, include_path: Path | None) -> dict:
@@ -147,10 +148,12 @@ def missing(error: Exception) -> str:
     return f"lm-eval cannot load it ({type(error).__name__}: {text}); fix the task file or its data"
 
 
-def check_fit(name: str, tasks: dict, *, context_size: int) -> None:
-    """Refuse tasks whose answers alone fill the context (in tokens), before the model loads."""
+def fit_answers(name: str, tasks: dict, *, max_new_tokens: int | None, context_size: int) -> None:
+    """Set the room for answers (None: the task's own), and refuse one that alone fills the context; in tokens."""
     for task in tasks["tasks"].values():
         if task.get_config("output_type") == "generate_until":
+            if max_new_tokens is not None:
+                task.set_config(key="generation_kwargs", value={"max_gen_toks": max_new_tokens}, update=True)
             room = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", DEFAULT_ANSWER_TOKENS)
             if room >= context_size:
                 raise ValueError(
@@ -165,12 +168,6 @@ def data_state(tasks: dict) -> dict:
         name: [len(task.eval_docs), str(getattr(task.eval_docs, "_fingerprint", "")), task.OUTPUT_TYPE]
         for name, task in tasks["tasks"].items()
     }
-
-
-def set_answer_tokens(tasks: dict, max_new_tokens: int) -> None:
-    for task in tasks["tasks"].values():
-        if task.get_config("output_type") == "generate_until":
-            task.set_config(key="generation_kwargs", value={"max_gen_toks": max_new_tokens}, update=True)
 
 
 def evaluate_tasks(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import save_tiny_model, tiny_config
 
-from longqlora.evaluation.comparison import Comparison, read_comparison
-from longqlora.evaluation.scoring import TokenScorer
+from longqlora.evaluation.comparison import read_comparison
+from longqlora.evaluation.perplexity_task import TokenScorer
 from longqlora.evaluation.trials import run_trials
 from longqlora.inference.load import load_for_inference, set_context
 from longqlora.model.context import ContextRequest
@@ -48,7 +48,7 @@ def write_yaml(folder, base, data, methods=METHODS, **settings):
 
 def run(path, output_file=None, seen=None):
     """The record of the comparison in a YAML, of the trials that `seen` gets five before it is interrupted."""
-    task = Comparison(read_comparison(str(path), {}))
+    task = read_comparison(str(path), {})
     (trials,) = task.make_trials()
 
     def ask(trial):
@@ -121,7 +121,7 @@ def test_a_comparison_goes_on_with_new_methods(base, data, tmp_path, monkeypatch
 
 
 def test_blocks_need_no_mask_in_any_method(base, data, tmp_path):
-    task = Comparison(read_comparison(str(write_yaml(tmp_path, base, data, prefill_chunk_size=32)), {}))
+    task = read_comparison(str(write_yaml(tmp_path, base, data, prefill_chunk_size=32)), {})
     names = {name: task.model(name, 160).model.config._attn_implementation for name in ("none", "DCA", "YaRN")}
     assert names["none"] == names["YaRN"] == "sdpa_no_mask" and names["DCA"].startswith("dca_")
 
@@ -150,7 +150,7 @@ def test_bad_settings_are_one_line(name, base, data, tmp_path):
     settings, methods, text = BAD[name]
     path = write_yaml(tmp_path, base, data, methods, **settings)
     with pytest.raises(ValueError) as error:
-        Comparison(read_comparison(str(path), {})).make_trials()
+        read_comparison(str(path), {}).make_trials()
     assert text in str(error.value)
 
 

@@ -12,8 +12,7 @@ import torch
 from conftest import tiny_config
 
 from longqlora.data.token_file import open_token_file
-from longqlora.evaluation.perplexity_task import Perplexity, Windows
-from longqlora.evaluation.scoring import TokenScorer, find_split
+from longqlora.evaluation.perplexity_task import Perplexity, TokenScorer, Windows, find_split
 from longqlora.inference.load import load_for_inference
 
 NUM_TOKENS = 203
@@ -80,7 +79,7 @@ def test_loss_and_accuracy_against_float64(
     model, loss_of, protocol, num_windows, num_tokens, block, batch_size, monkeypatch
 ):
     # The logits of a batch are made in several chunks.
-    monkeypatch.setattr("longqlora.evaluation.scoring.CHUNK_FLOATS", 320 * 7)
+    monkeypatch.setattr("longqlora.evaluation.perplexity_task.CHUNK_FLOATS", 320 * 7)
     tokens = make_tokens(70)
     # Half of the tokens follow the model, so that there is something to hit.
     for position in range(1, 70, 2):
@@ -149,7 +148,7 @@ def test_adapter_is_measured_with_all_it_trained(tiny_model_dir, model, tmp_path
 
 
 def test_reading_in_blocks_binds_attention_without_a_mask(tiny_model_dir, data, loss_of):
-    task = Perplexity(Windows(open_token_file(data), 50), prefill_chunk_size=8)
+    task = Perplexity(Windows(open_token_file(data), 50, prefill_chunk_size=8))
     (trials,) = task.make_trials(SimpleNamespace(config=tiny_config(), context_size=32, warn_beyond_context=print))
     task.use(load_for_inference(str(tiny_model_dir)))
     assert task.scorer.model.config._attn_implementation == "sdpa_no_mask"

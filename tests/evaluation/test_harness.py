@@ -83,11 +83,11 @@ def test_own_lm_eval_task(evaluate, own_tasks, tiny_model_dir, tmp_path):
 def test_tasks_that_cannot_be_run_are_told_before_the_model_loads(own_tasks, name, message):
     from lm_eval.tasks import TaskManager
 
-    from longqlora.evaluation.harness import check_fit, load_task
+    from longqlora.evaluation.harness import fit_answers, load_task
 
     manager = TaskManager(include_path=own_tasks, include_defaults=False)
     with pytest.raises(ValueError, match=message) as caught:
-        check_fit(name, load_task(manager, name, own_tasks), context_size=64)
+        fit_answers(name, load_task(manager, name, own_tasks), max_new_tokens=None, context_size=64)
     assert "\n" not in str(caught.value)
 
 

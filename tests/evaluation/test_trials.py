@@ -2,13 +2,11 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from script_process import start_world
 
 from longqlora.evaluation.trials import finish_trials, run_trials
 
@@ -125,20 +123,10 @@ def test_an_error_of_a_trial_is_marked_for_printing(error, message):
 def launch(output_file: Path, *, num_processes: int, die_at: int = -1):
     program = output_file.with_suffix(".py")
     program.write_text(PROGRAM)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    # Environment as a launcher sets it; starting the launcher itself takes longer than the whole test.
-    world = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, str(program), str(output_file), str(die_at)],
-                         env={**os.environ, **world, "RANK": str(rank)}) for rank in range(num_processes)
-    ]  # fmt: skip
-    try:
-        return [process.wait(timeout=60) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    processes = start_world([program, output_file, die_at], [os.devnull] * 3, num_processes=num_processes)
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
 
 
 def test_two_processes_share_what_a_killed_one_left(tmp_path):
