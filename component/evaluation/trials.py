@@ -58,7 +58,7 @@ def run_trials(
     path = _kept_file(output_file) if output_file else Path(os.devnull)
     with path.open("a", encoding="utf-8") as file:
         for key in tqdm(own, desc=desc, unit="trial", disable=not is_main_process()):
-            line = json.dumps({"run": run, "trial": key, "result": _attempt(run_one, by_key[key])})
+            line = json.dumps({"run": run, "trial": key, "result": attempt(run_one, by_key[key])})
             # Read back at once, so that a result is the same whether or not a kill lay between.
             finished[key] = json.loads(line)["result"]
             # The break before the line ends one that a kill cut short.
@@ -110,7 +110,7 @@ def _read_kept(output_file: Path | None, run: str) -> dict[str, dict]:
     return kept
 
 
-def _attempt(run_one: Callable[[Trial], dict], trial: Trial) -> dict:
+def attempt(run_one: Callable[[Trial], dict], trial: Trial) -> dict:
     try:
         return run_one(trial)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
