@@ -3,7 +3,7 @@
 A new evaluation is one file with a `Task`, and a script that makes it from flags:
 
     def main() -> None:
-        evaluate(__doc__, add_arguments, make_task)
+        evaluate(__doc__, add_arguments, make_task, plot="the score by length")
 
 torch is imported after the flags are checked, which keeps --help and bad input fast.
 """
@@ -18,12 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from longqlora.files import write_json
-from longqlora.inference.arguments import (
-    add_model_arguments,
-    check_model_arguments,
-    load_from_arguments,
-    model_sources,
-)
+from longqlora.inference.arguments import add_model_arguments, check_model_arguments, load_from_arguments, model_sources
 from longqlora.inference.generation import template_for
 from longqlora.model.context_request import context_request
 from longqlora.outputs import check_results
@@ -120,7 +115,7 @@ def evaluate(
     add_arguments: Callable[[argparse.ArgumentParser], None],
     make_task: Callable[[argparse.Namespace], Task],
     *,
-    plot: str = "the results by length",
+    plot: str,
 ) -> None:
     """The main of a script that evaluates one model.
 
@@ -172,13 +167,7 @@ def read_source(args: argparse.Namespace) -> ModelSource:
 
 
 def run_task(
-    task: Task,
-    parts: Sequence[Sequence[Mapping]],
-    args: argparse.Namespace,
-    *,
-    name: str,
-    fingerprint: Mapping,
-    facts: Mapping,
+    task: Task, parts: list[list[Mapping]], args: argparse.Namespace, *, name: str, fingerprint: Mapping, facts: Mapping
 ) -> None:
     """Ask all trials, print each part's table, and write --output_file and --plot on rank 0.
 

@@ -12,26 +12,19 @@ lm_eval is imported where it is used: it is an extra package, and takes seconds.
 """
 
 import logging
-import random
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import datasets
-import numpy as np
-import torch
 from jinja2 import TemplateError
-from transformers import GenerationConfig
+from transformers import GenerationConfig, set_seed
 
 from longqlora.distributed import is_main_process, print_main
 from longqlora.inference.generation import end_token_ids
 from longqlora.inference.load import LoadedModel
-
-if TYPE_CHECKING:
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
 # HFLM's room for the answers of a task that says nothing.
 DEFAULT_ANSWER_TOKENS = 256
@@ -55,8 +48,8 @@ def quieten() -> None:
     datasets.disable_progress_bars()
 
 
-def wrap_model(loaded: LoadedModel, *, batch_size: int, max_length: int) -> "HFLM":
-    """`loaded` for the harness. max_length: tokens of prompt and answer; longer prompts lose their start.
+def wrap_model(loaded: LoadedModel, *, batch_size: int, max_length: int) -> Any:
+    """`loaded` as the harness' HFLM. max_length: tokens of prompt and answer; longer prompts lose their start.
 
     The sampling defaults of the model's generation config are set aside: a task says how it decodes, and a
     repetition penalty that came with the weights would change greedy answers.
@@ -86,7 +79,7 @@ def wrap_model(loaded: LoadedModel, *, batch_size: int, max_length: int) -> "HFL
     return model
 
 
-def generate_answers(model: "HFLM", prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+def generate_answers(model: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
     """Greedy answers to `prompts`, raw text that each answer continues, in the given order."""
     from lm_eval.api.instance import Instance
 
@@ -118,7 +111,8 @@ def load_tasks(
     return loaded
 
 
-def load_task(manager: "TaskManager", name: str, include_path: Path | None) -> dict:
+def load_task(manager: Any, name: str, include_path: Path | None) -> dict:
+    """The tasks under one name, by the harness' TaskManager."""
     if name not in manager.all_tasks:
         where = f" or in {str(include_path)!r}" if include_path else "; --include_path FOLDER adds your own"
         raise ValueError(f"--tasks: no task {name!r} here (--list_tasks) or in lm-eval (lm_eval ls tasks){where}")
@@ -171,7 +165,7 @@ def data_state(tasks: dict) -> dict:
 
 
 def evaluate_tasks(
-    model: "HFLM", name: str, tasks: dict, *, num_fewshot: int | None, limit: int | None, seed: int
+    model: Any, name: str, tasks: dict, *, num_fewshot: int | None, limit: int | None, seed: int
 ) -> dict:
     """Metrics of one entry of `load_tasks`, ready for JSON: {"metrics": {task: {metric: value}}, "num_samples": ...}.
 
@@ -180,9 +174,8 @@ def evaluate_tasks(
     """
     from lm_eval.evaluator import evaluate
 
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    # numpy takes no larger one.
+    set_seed(seed % 2**32)
     for task_name, task in tasks["tasks"].items():
         own = task.get_config("num_fewshot")
         if num_fewshot and own == 0:

@@ -6,7 +6,7 @@ logits of a whole window never exist. The protocols are in perplexity.py; a tria
 Dimensions: B batch, S sequence, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,13 +56,15 @@ class TokenScorer:
         module, head = self.split
         size, num_tokens = self.prefill_chunk_size, input_ids.shape[1]
         if not size or num_tokens <= size:
-            return chunked_scores(module(input_ids=input_ids, use_cache=False)[0], input_ids, head)
-        blocks = states_in_blocks(module, input_ids, config=self.model.config, block_size=size)
-        hide = not is_main_process()
-        progress = tqdm(blocks, total=-(-num_tokens // size), desc="blocks", leave=False, disable=hide)
-        # Each block also predicts the first token of the next; the last one has none to predict.
-        pieces = [chunked_scores(states, input_ids[:, first : first + states.shape[1] + 1], head)
-                  for first, states in progress]  # fmt: skip
+            blocks = [(0, module(input_ids=input_ids, use_cache=False)[0])]
+        else:
+            blocks = states_in_blocks(module, input_ids, config=self.model.config, block_size=size)
+            hide = not is_main_process()
+            blocks = tqdm(blocks, total=-(-num_tokens // size), desc="blocks", leave=False, disable=hide)
+        pieces = []
+        for first, states in blocks:
+            # A block also predicts the first token of the next; the last one has none to predict.
+            pieces += chunked_scores(states, input_ids[:, first : first + states.shape[1] + 1], head)
         nll, hits = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
         return nll, hits
 
@@ -84,20 +86,17 @@ def find_split(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.n
 
 def chunked_scores(
     states: torch.Tensor, input_ids: torch.Tensor, head: torch.nn.Module
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next-token losses fp32 and hits bool, [B, S - 1], from `states` [B, S, any].
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield next-token losses fp32 and hits bool, [B, chunk], of `input_ids` [B, S] from `states` [B, S, any].
 
     `head` makes logits [B, chunk, V] of a chunk of the states.
     """
     targets = input_ids[:, 1:].to(states.device)
     step = max(1, CHUNK_FLOATS // (len(targets) * head(states[:, :1]).shape[-1]))
-    pieces = []
     for chunk, wanted in zip(states[:, : targets.shape[1]].split(step, 1), targets.split(step, 1), strict=True):
         logits = head(chunk).float()
         losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
-        pieces.append((losses.view_as(wanted), logits.argmax(-1) == wanted))
-    nll, hits = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
-    return nll, hits
+        yield losses.view_as(wanted), logits.argmax(-1) == wanted
 
 
 @dataclass(frozen=True)
