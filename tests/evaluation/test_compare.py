@@ -92,6 +92,9 @@ def test_a_comparison_goes_on_with_new_methods(base, data, tmp_path, monkeypatch
     found = run(yaml, output, seen)
     assert len(seen) - 1 == 3 * 2 * 4, "no window was scored twice"
     assert found == run(yaml) and len(loads) == 3, "weights are loaded once for all RoPE methods"
+    write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: yarn}")
+    run(yaml, output, seen)
+    assert len(seen) - 1 == 4 * 2 * 4, "a method of other settings is another, whatever its name"
 
 
 def test_blocks_need_no_mask_in_any_method(base, data, tmp_path):
