@@ -21,7 +21,7 @@ from longqlora.attention.binding import bind_inference_attention, unbind_attenti
 from longqlora.attention.dual_chunk import DualChunkSizes
 from longqlora.attention.dual_chunk_binding import dual_chunk_sizes
 from longqlora.attention.model_internals import attention_layers
-from longqlora.evaluation.scoring import TokenScorer
+from longqlora.evaluation.perplexity_task import TokenScorer
 from longqlora.inference.load import load_for_inference
 from longqlora.model.context import ContextRequest, apply_context, context_length
 

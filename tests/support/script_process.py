@@ -11,6 +11,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import patch
 
+from longqlora.distributed import free_port
+
 REPO = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 # What a script imports, once, so that each run of a test starts in a fraction of a second.
@@ -53,6 +55,14 @@ def start_script(words: list, streams: list, environment: dict, *, cwd=None, max
     process = CONTEXT.Process(target=run_main_of_script, args=arguments, daemon=daemon)
     process.start()
     return process
+
+
+def start_world(words: list, streams: list, *, num_processes: int, environment: dict | None = None, **options) -> list:
+    """Start `python WORDS` in the processes of one world, with the variables that a launcher sets."""
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **(environment or {})}
+    world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
+    environments = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    return [start_script(words, streams, environment, **options) for environment in environments]
 
 
 def run_forked(words: list[str], *, cwd, input: str, timeout: float, environment: dict) -> subprocess.CompletedProcess:

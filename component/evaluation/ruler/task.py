@@ -94,19 +94,15 @@ class Ruler(Task):
 
     def read_other_tasks(self, source: ModelSource) -> dict:
         """Name -> loaded tasks of lm-eval."""
-        from longqlora.evaluation.harness import check_fit, load_tasks, set_answer_tokens
+        from longqlora.evaluation.harness import load_tasks
 
         # For those tasks of lm-eval that make their data themselves.
         given: dict[str, Any] = {"tokenizer": source.tokenizer.name_or_path}
         if self.lengths:
             given["max_seq_lengths"] = sorted(set(self.lengths))
         names = [name for name in self.tasks if name not in TASKS]
-        others = load_tasks(names, include_path=self.include_path, metadata=given)
-        for name, tasks in others.items():
-            if self.max_new_tokens is not None:
-                set_answer_tokens(tasks, self.max_new_tokens)
-            check_fit(name, tasks, context_size=source.context_size)
-        return others
+        sizes = {"max_new_tokens": self.max_new_tokens, "context_size": source.context_size}
+        return load_tasks(names, include_path=self.include_path, metadata=given, **sizes)
 
     def use(self, loaded: Any) -> None:
         from longqlora.evaluation.harness import wrap_model
