@@ -31,6 +31,6 @@ def test_help_is_complete(path, tmp_path, monkeypatch, capsys):
             assert flags.get(name) is flags.get(other), "upstream's names and transformers' mean the same"
     for action in parser._actions:
         assert action.help, f"{action.option_strings} has no help"
-        is_told = action.required or action.default in (None, False, [], "") or "default" in action.help
+        is_told = action.required or action.default in (None, False, [], (), "") or "default" in action.help
         assert is_told or argparse.SUPPRESS in (action.help, action.default), f"{action.option_strings}: no default"
     assert capsys.readouterr().out.startswith("usage:")
