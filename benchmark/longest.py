@@ -62,9 +62,8 @@ def predicted_length(args: argparse.Namespace, name: str, cap: int) -> int:
     import torch
     from random_nf4_model import shape_config
 
-    from longqlora.memory.estimate import optimizer_bytes, predict
+    from longqlora.memory.estimate import ModelShape, RunShape, optimizer_bytes, predict
     from longqlora.memory.policy import CHECKPOINTED, POLICIES
-    from longqlora.memory.shapes import ModelShape, RunShape
     from longqlora.settings.config import AttentionConfig
 
     policy = CHECKPOINTED if name == "checkpointing" else POLICIES[name]

@@ -10,10 +10,9 @@ from random_nf4_model import random_nf4_model
 from transformers import LlamaConfig
 
 from longqlora.attention.binding import bind_attention
-from longqlora.memory.estimate import GIB, optimizer_bytes, predict
+from longqlora.memory.estimate import GIB, ModelShape, RunShape, optimizer_bytes, predict
 from longqlora.memory.layer_binding import apply_policy
 from longqlora.memory.policy import CANDIDATES, CHECKPOINTED, STOCK, ActivationPolicy
-from longqlora.memory.shapes import ModelShape, RunShape
 from longqlora.model.adapter import attach_adapter
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.config import AdapterConfig, AttentionConfig

@@ -12,8 +12,8 @@ from conftest import REPO, tiny_config
 from rigged_model import load_script, run_main_of
 
 from longqlora.memory import plan as memory_plan
-from longqlora.memory.plan import CHECKPOINTING_KEY, plan_memory
-from longqlora.memory.policy import BALANCED, CANDIDATES, CHECKPOINTED, FAST, MAX_LENGTH, STOCK
+from longqlora.memory.plan import plan_memory
+from longqlora.memory.policy import BALANCED, CANDIDATES, CHECKPOINTED, CHECKPOINTING_KEY, FAST, MAX_LENGTH, STOCK
 from longqlora.settings.deepspeed import shards
 from longqlora.settings.reader import resolve_settings
 
@@ -156,7 +156,7 @@ def test_what_cannot_fit_is_refused_with_advice_that_fits(planned, values, lengt
         values |= asked(advice.removeprefix("add ").split(" (")[0].split("; "))
     else:
         longest = int(advice.split("max_seq_length: ")[1].split(";")[0])
-        values |= {"max_seq_length": longest, **asked(CANDIDATES[-1].as_settings(CHECKPOINTING_KEY))}
+        values |= {"max_seq_length": longest, **asked(CANDIDATES[-1].as_settings())}
         assert longest > 50_000
     planned(shape=LLAMA_7B, **values)
 
@@ -202,7 +202,7 @@ def test_host_memory_counts(settings_of, monkeypatch):
 
 def test_candidates_are_named_by_settings_that_ask_for_them(planned):
     for candidate in CANDIDATES:
-        values = asked(candidate.as_settings(CHECKPOINTING_KEY))
+        values = asked(candidate.as_settings())
         assert planned(**values)[0].policy == replace(candidate, optim=None)
 
 
