@@ -13,7 +13,7 @@ Dimensions: B batch, T tokens of a tile, C hidden size, F intermediate size, H q
 D head dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -100,17 +100,12 @@ def adapted_linear(module: nn.Module, dtype: torch.dtype) -> AdaptedLinear:
     return AdaptedLinear(weight, bias, *lora, getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0)
 
 
-def reason_unsupported(model: nn.Module) -> str | None:
-    """Why the layers of `model`, adapter attached, cannot be computed like this; None where they can."""
-    linears = [x for x in model.modules() if hasattr(x, "lora_A") and isinstance(base_layer(x), nn.Linear)]
-    is_plain = all(len(x.active_adapters) == 1 and not getattr(x, "lora_variant", None) for x in linears)
-    return reason_unsupported_config(model.config) or (None if is_plain else "its adapter is more than one plain LoRA")
-
-
-def reason_unsupported_config(config) -> str | None:
-    """The same, as far as a transformers config tells."""
+def reason_unsupported(config, modules: Iterable[nn.Module] = ()) -> str | None:
+    """Why layers of a transformers config, with the adapter among a model's `modules`, cannot be computed like this."""
     if config.model_type not in MODEL_TYPES:
         return f"{config.model_type} layers are not among {', '.join(MODEL_TYPES)}"
     if getattr(config, "attention_dropout", 0):
         return "the model drops attention weights (attention_dropout)"
-    return None
+    linears = [x for x in modules if hasattr(x, "lora_A") and isinstance(base_layer(x), nn.Linear)]
+    is_plain = all(len(x.active_adapters) == 1 and not getattr(x, "lora_variant", None) for x in linears)
+    return None if is_plain else "its adapter is more than one plain LoRA"

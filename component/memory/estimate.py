@@ -57,17 +57,14 @@ class ModelShape:
         )
 
     @property
-    def query_width(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def key_width(self) -> int:
-        return self.num_kv_heads * self.head_dim
+    def widths(self) -> tuple[int, int, int, int]:
+        """Hidden size, intermediate size, width of the queries, width of the keys."""
+        return self.hidden, self.intermediate, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of the linear layers of one decoder layer."""
-        c, f, q, k = self.hidden, self.intermediate, self.query_width, self.key_width
+        c, f, q, k = self.widths
         return {
             "q_proj": (c, q), "k_proj": (c, k), "v_proj": (c, k), "o_proj": (q, c),
             "gate_proj": (c, f), "up_proj": (c, f), "down_proj": (f, c),
@@ -175,10 +172,12 @@ def weight_memory(model: ModelShape, run: RunShape) -> tuple[float, float]:
 def layer_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> tuple[float, float]:
     """Bytes of one layer: kept between its passes, and the most beside that in its backward pass."""
     e = run.activation_bytes
-    c, f, q, k = (run.tokens * e * n for n in (model.hidden, model.intermediate, model.query_width, model.key_width))
+    c, f, q, k = (run.tokens * e * width for width in model.widths)
+    # Of a quantised weight, unpacked.
+    dense_bytes = e if run.weights == "nf4" else 0
     if not policy.layer_function:
         peak, saved = (table[e][0] * c + table[e][1] * f + table[e][2] * k for table in (STOCK_PEAK, STOCK_SAVED))
-        weights = dense_bytes(model, run, "up_proj")
+        weights = model.num_linear("up_proj") * dense_bytes
         return (c, peak + c + weights) if policy.gradient_checkpointing else (saved, peak - saved + c + weights)
     lse, level = run.tokens * model.num_heads * 4, KEPT.index(policy.keep_activations)
     has_attention = run.by_kernels and level >= KEPT.index("attention")
@@ -187,8 +186,9 @@ def layer_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> 
     kept += c + 2 * f if policy.keep_activations == "all" else 0
     tile = min(policy.tile_size * run.num_rows, run.tokens) * e
     mlp_tile = tile * (TILE_MLP[e][0] * model.hidden + TILE_MLP[e][1] * model.intermediate)
-    mlp_tile += dense_bytes(model, run, "o_proj", "gate_proj", "up_proj", "down_proj")
-    project_tile = tile * TILE_PROJECT[e] * model.hidden + dense_bytes(model, run, "q_proj", "k_proj", "v_proj")
+    mlp_tile += model.num_linear("o_proj", "gate_proj", "up_proj", "down_proj") * dense_bytes
+    project_tile = tile * TILE_PROJECT[e] * model.hidden
+    project_tile += model.num_linear("q_proj", "k_proj", "v_proj") * dense_bytes
     heads_per_chunk = -(-model.num_kv_heads // policy.num_head_chunks)
     num_chunks = -(-model.num_kv_heads // heads_per_chunk) if run.by_kernels else 1
     attention = (q + 2 * k) / num_chunks
@@ -207,11 +207,6 @@ def layer_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> 
     return kept, c + max(first, second, third, recompute)
 
 
-def dense_bytes(model: ModelShape, run: RunShape, *names: str) -> float:
-    """Quantised weights of these layers, unpacked."""
-    return model.num_linear(*names) * run.activation_bytes if run.weights == "nf4" else 0
-
-
 def loss_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> float:
     """Hidden states behind the last layer and behind the norm, their gradients, and a chunk of logits."""
     c = run.tokens * model.hidden * run.activation_bytes
@@ -226,7 +221,7 @@ def step_work(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> flo
     """FLOPs of a step per token: a frozen layer's products run forward and for the input's gradient."""
     linear = {name: 2 * inputs * outputs for name, (inputs, outputs) in model.linears.items()}
     adapter = 6 * run.lora_rank * sum(map(sum, model.linears.values()))
-    attention = 2 * min(run.attended or run.num_tokens, run.num_tokens) * model.query_width
+    attention = 2 * min(run.attended or run.num_tokens, run.num_tokens) * model.widths[2]
     work = 3 * sum(linear.values()) if run.weights == "trained" else 2 * sum(linear.values()) + adapter
     work += 3.5 * attention
     keep = policy.keep_activations

@@ -51,7 +51,7 @@ def bind_layers(model: nn.Module, policy: ActivationPolicy, *, store: HostOffloa
     store: keeps tensors between forward and backward pass; None for autograd's own keeping.
     Raises ValueError where the model's layers are of another kind.
     """
-    if reason := reason_unsupported(model):
+    if reason := reason_unsupported(model.config, model.modules()):
         raise ValueError(f"layer_function: not available, since {reason}; set layer_function: false")
     for layer in decoder_layers(model):
         layer.gradient_checkpointing = True

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from longqlora.device import GIB, free_host_memory, is_out_of_memory, parse_size
 from longqlora.distributed import world_size
-from longqlora.memory.decoder_layer import reason_unsupported_config
+from longqlora.memory.decoder_layer import reason_unsupported
 from longqlora.memory.estimate import MemoryEstimate, ModelShape, RunShape, optimizer_bytes, predict
 from longqlora.memory.policy import (
     CANDIDATES,
@@ -108,7 +108,7 @@ class MemoryPlan:
     @classmethod
     def of(cls, settings: Settings, config: PretrainedConfig) -> "MemoryPlan":
         deepspeed, model, capacity = settings.training.get("deepspeed"), ModelShape.of(config), math.inf
-        reason = reason_unsupported_config(config)
+        reason = reason_unsupported(config)
         if reason is None and zero_stage(deepspeed) == 3:
             reason = "DeepSpeed ZeRO-3 holds a part of each weight only"
         if settings.memory.gpu_memory:
