@@ -21,7 +21,7 @@ from longqlora.attention.binding import check_model_supports, check_model_suppor
 from longqlora.data.jsonl import check_data_file
 from longqlora.data.prompt import eos_id, prompt_template_for
 from longqlora.distributed import is_main_process, world_size
-from longqlora.memory.shapes import ModelShape
+from longqlora.memory.estimate import ModelShape
 from longqlora.model.adapter import frozen_experts_notice, target_module_names
 from longqlora.model.base import check_vocabulary, routers
 from longqlora.model.context import context_length

@@ -12,6 +12,7 @@ from typing import IO
 import torch
 from transformers import set_seed
 
+from longqlora.device import GIB
 from longqlora.distributed import barrier, is_main_process, set_single_process_environment, world_size
 from longqlora.files import write_json
 from longqlora.plot import plot_loss_curve
@@ -58,7 +59,7 @@ class Run:
         self.log(f"saved {trainer.save_final()}")
         losses = {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}
         runtime = next((entry["train_runtime"] for entry in state.log_history[::-1] if "train_runtime" in entry), None)
-        peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+        peak = torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else None
         result = {
             "global_step": state.global_step,
             "last_loss": list(losses.values())[-1] if losses else None,
