@@ -15,14 +15,17 @@ import pytest
 import step_comparison
 import torch
 from attention_reference import assert_same_with_gradients, dense_attention, random_qkv
+from bitsandbytes.nn import Linear4bit
 from conftest import REPO
 from live_memory import LiveStorages, check_free_memory
+from random_nf4_model import random_nf4_model, shape_config
 from rolled_attention import materialized_attention, rolled_shift_short_attention, sdpa_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import longqlora.model.base
 from longqlora.attention.shift_short import shift_short_attention
 from longqlora.device import cpu_has_bf16, is_out_of_memory
+from longqlora.model.base import load_config, load_model
 
 G = 8
 KIB = 1024
@@ -189,27 +192,21 @@ def test_train_step_of_a_config_file_out_of_memory(run_script, tiny_model_dir):
 
 def test_random_model_is_like_a_loaded_one(tiny_model_dir):
     """Same parameters, dtypes and quantisation as transformers' 4-bit load; a tied head stays one matrix."""
-    from bitsandbytes.nn import Linear4bit
-    from random_nf4_model import random_nf4_model, shape_config
-
-    from longqlora.model.base import load_config, load_model
-
     options = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
     config = shape_config(str(tiny_model_dir / "config.json"))
     ours = random_nf4_model(config, **options)
     loaded = load_model(str(tiny_model_dir), load_config(str(tiny_model_dir)), load_in_4bit=True, **options)
-    facts = [
-        {name: (type(p).__name__, p.shape, p.dtype) for name, p in model.named_parameters()} for model in (ours, loaded)
-    ]
-    assert facts[0] == facts[1]
-    layers = [[m for m in model.modules() if isinstance(m, Linear4bit)] for model in (ours, loaded)]
-    assert len(layers[0]) == 14
-    for mine, theirs in zip(*layers, strict=True):
-        states = mine.weight.quant_state, theirs.weight.quant_state
-        assert len({(s.quant_type, s.nested, s.blocksize, s.dtype, s.shape) for s in states}) == 1
-        assert mine.compute_dtype == theirs.compute_dtype
-    for mine, theirs in zip(ours.buffers(), loaded.buffers(), strict=True):
-        assert torch.equal(mine, theirs)
+
+    def facts(model):
+        layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+        states = [(m.weight.quant_state, m.compute_dtype) for m in layers]
+        return [
+            {name: (type(p).__name__, p.shape, p.dtype) for name, p in model.named_parameters()},
+            [(s.quant_type, s.nested, s.blocksize, s.dtype, s.shape, dtype) for s, dtype in states],
+            [buffer.tolist() for buffer in model.buffers()],
+        ]
+
+    assert facts(ours) == facts(loaded) and len(facts(ours)[1]) == 14
     config.tie_word_embeddings = True
     tied = random_nf4_model(config, **options)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight and not tied.lm_head.weight.is_meta
