@@ -59,7 +59,9 @@ def start_script(words: list, streams: list, environment: dict, *, cwd=None, max
 
 
 def start_world(words: list, streams: list, *, num_processes: int, environment: dict | None = None, **options) -> list:
-    """Start `python WORDS` in the processes of one world, with the variables that a launcher sets."""
+    """Start `python WORDS` in the processes of one world; several get the variables that a launcher sets."""
+    if num_processes == 1:
+        return [start_script(words, streams, environment or {}, **options)]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **(environment or {})}
     world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
     environments = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
