@@ -120,11 +120,9 @@ TEXTS = [
 
 # Words after the YAML, and words that the error must have.
 WORDS = [
-    (["--lora_rnk", "8"], ["lora_rnk", "'8'", "lora_rank"]), (["stray"], ["'stray'", "--key value"]),
-    (["-x", "3"], ["'-x'"]), (["--learning_rate"], ["learning_rate", "'true'"]),
-    (["--train_file"], ["train_file", "'true'"]), (["--"], ["--key value"]),
-    (["--output_dir="], ["output_dir", "missing"]), (["--=3"], ["--=3"]),
-    (["--deepspeed", "{broken"], ["deepspeed", "{broken"]),
+    ("--lora_rnk 8", "lora_rnk", "'8'", "lora_rank"), ("stray", "'stray'", "--key value"), ("-x 3", "'-x'"),
+    ("--learning_rate", "learning_rate", "'true'"), ("--train_file", "train_file", "'true'"), ("--", "--key value"),
+    ("--output_dir=", "output_dir", "missing"), ("--=3", "--=3"), ("--deepspeed {broken", "deepspeed", "{broken"),
 ]  # fmt: skip
 
 
@@ -228,9 +226,10 @@ def test_a_bad_yaml(case, tmp_path, refused):
     refused(path, words_of_error=["run.yaml", *words])
 
 
-@pytest.mark.parametrize("words,expected", WORDS, ids=lambda case: "-".join(case))
-def test_a_bad_word_on_the_command_line(words, expected, write, refused):
-    refused(write({}), *words, words_of_error=expected)
+@pytest.mark.parametrize("case", WORDS, ids=lambda case: case[0])
+def test_a_bad_word_on_the_command_line(case, write, refused):
+    words, *expected = case
+    refused(write({}), *words.split(), words_of_error=expected)
 
 
 @pytest.mark.parametrize("path", ["nowhere.yaml", str(REPO)])
