@@ -17,10 +17,6 @@ from longqlora.files import atomic_file
 LOG_RATIO = 20
 BINS_PER_DOUBLING = 4
 MAX_COLUMNS = 3
-# Label -> points (window length, perplexity); None and inf are left out.
-PerplexityCurves = Mapping[str, Sequence[tuple[int, float | None]]]
-# Label -> blocks {"start", "end", "loss"} (end exclusive), as evaluation reports them.
-PositionCurves = Mapping[str, Sequence[Mapping]]
 
 
 @contextmanager
@@ -54,7 +50,8 @@ def mark_lengths(axis, lengths: Sequence[int]) -> None:
     axis.minorticks_off()
 
 
-def draw_perplexity(axis, curves: PerplexityCurves) -> None:
+def draw_perplexity(axis, curves: Mapping[str, Sequence[tuple[int, float | None]]]) -> None:
+    """curves: label -> points (window length, perplexity); None and inf are left out."""
     drawn = []
     for label, points in curves.items():
         finite = sorted((length, value) for length, value in points if value is not None and math.isfinite(value))
@@ -67,7 +64,8 @@ def draw_perplexity(axis, curves: PerplexityCurves) -> None:
     axis.legend()
 
 
-def draw_loss_by_position(axis, curves: PositionCurves) -> None:
+def draw_loss_by_position(axis, curves: Mapping[str, Sequence[Mapping]]) -> None:
+    """curves: label -> blocks {"start", "end", "loss"} (end exclusive), as evaluation reports them."""
     for label, blocks in curves.items():
         finite = [block for block in blocks if block["loss"] is not None and math.isfinite(block["loss"])]
         centers = [(block["start"] + block["end"] - 1) / 2 for block in finite]

@@ -4,8 +4,6 @@ import copy
 import functools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -162,30 +160,12 @@ def write_yaml(write_yaml_in, tmp_path):
     return functools.partial(write_yaml_in, tmp_path)
 
 
-def run_script(script: str, *args, cwd=None, input="", timeout=120, env=None, check=False):
-    """Run a script of the repository in a process of its own, quietly, on one thread.
+@pytest.fixture(scope="session")
+def run_script():
+    """`script_process.run_script`: a script to its end in a process of its own."""
+    import script_process
 
-    The process is forked, unless `env` asks for variables that imports may read, or there is a GPU.
-    """
-    import torch
-    from script_process import run_forked
-
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    words = [str(REPO / script), *map(str, args)]
-    options = {"cwd": cwd, "input": input, "timeout": timeout}
-    if env or torch.cuda.is_available():
-        options |= {"capture_output": True, "text": True, "env": {**os.environ, **quiet, **(env or {})}}
-        outcome = subprocess.run([sys.executable, *words], **options)
-    else:
-        outcome = run_forked(words, **options, environment={**os.environ, **quiet})
-    said = f"{outcome.stdout[-3000:]}\n{outcome.stderr[-3000:]}"
-    assert not check or outcome.returncode == 0, f"{script} ended with {outcome.returncode}\n{said}"
-    return outcome
-
-
-@pytest.fixture(scope="session", name="run_script")
-def run_script_fixture():
-    return run_script
+    return script_process.run_script
 
 
 @pytest.fixture

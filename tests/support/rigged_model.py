@@ -55,15 +55,12 @@ def run_main_of(module, arguments, monkeypatch, capsys) -> tuple[int, str, str]:
     return (code, *capsys.readouterr())
 
 
-def ask_all(task, loaded, output_file=None, *, context_size=64) -> dict:
-    """The record of an evaluation's task on a `rigged` model, resumable beside `output_file`."""
+def ask_all(task, loaded, *, context_size=64) -> dict:
+    """The record of an evaluation's task on a `rigged` model."""
     source = ModelSource(loaded.tokenizer, None, "base", None, context_size, context_size)
-    parts = task.make_trials(source)
+    parts, options = task.make_trials(source), {"output_file": None, "desc": "", "fingerprint": task.settings}
     task.use(loaded)
-    options = {"output_file": output_file, "desc": ""}
-    return task.score(
-        [result for part in parts for result in run_trials(part, task.ask, fingerprint=task.settings, **options)]
-    )
+    return task.score([result for part in parts for result in run_trials(part, task.ask, **options)])
 
 
 def save_parrot(folder, tokenizer):
