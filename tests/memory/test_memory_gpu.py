@@ -40,6 +40,7 @@ def test_equals_the_plain_layers(store, inputs, attention, dtype, tolerance, is_
     expected = loss_and_gradients(model, inputs)
     for place in (None, store, store):
         assert_layers_give(expected, model, inputs, tolerance=tolerance, store=place)
+    assert store.is_pinned
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -52,20 +53,6 @@ def test_16_bit_is_near_fp32(store, inputs, dtype):
     with torch.autocast("cuda", dtype):
         loss, _ = loss_and_gradients(model, inputs)
     assert loss == pytest.approx(expected[0], rel=0.01)
-
-
-def test_what_is_put_comes_back_and_host_memory_is_used_again(store):
-    """Also after a step that was given up."""
-    tensors = [[torch.randn(1000 + 7 * i, 33, device="cuda") for _ in range(2)] for i in range(4)]
-    for num_got in (4, 1, 4):
-        handles = [store.put([x.clone() for x in group]) for group in tensors]
-        for group, handle in list(zip(tensors[::-1], handles[::-1], strict=True))[:num_got]:
-            assert all(torch.equal(x, y) for x, y in zip(group, store.get(handle), strict=True))
-        del handles, handle
-    torch.cuda.synchronize()
-    num_bytes = sum(block.nbytes for blocks in store.blocks.values() for block in blocks)
-    assert num_bytes == sum(x.nbytes for group in tensors for x in group), "exact sizes, one set for all steps"
-    assert store.is_pinned
 
 
 def test_device_memory_is_that_of_two_layers_however_far_the_cpu_runs_ahead(store):
@@ -84,19 +71,19 @@ def test_device_memory_is_that_of_two_layers_however_far_the_cpu_runs_ahead(stor
     assert torch.cuda.max_memory_allocated() - before <= 2.1 * size
 
 
-@pytest.mark.parametrize(
-    ("words", "policy"),
-    [
-        ([], CHECKPOINTED),
-        (["--memory", "balanced"], BALANCED),
-        (["--memory", "balanced", "--offload_activations"], replace(BALANCED, offload_activations=True)),
-        (["--memory", "max_length"], MAX_LENGTH),
-    ],
-)
+POLICIES = {
+    "": CHECKPOINTED,
+    "--memory balanced": BALANCED,
+    "--memory balanced --offload_activations": replace(BALANCED, offload_activations=True),
+    "--memory max_length": MAX_LENGTH,
+}
+
+
+@pytest.mark.parametrize("words,policy", POLICIES.items())
 def test_prediction_is_within_a_tenth_of_what_is_reserved(run_script, tmp_path, words, policy):
     """A step of the 7B shape at 16,384 tokens; the CUDA context is not the allocator's."""
     file, length = tmp_path / "step.json", 16384
-    flags = ["--shape", "llama2-7b", "--seq_len", length, "--steps", 1, "--optim", "paged_adamw_8bit", *words]
+    flags = ["--shape", "llama2-7b", "--seq_len", length, "--steps", 1, "--optim", "paged_adamw_8bit", *words.split()]
     run_script("benchmark/train_step.py", *flags, "--output_file", file, check=True, timeout=600)
     reserved = json.loads(file.read_text())["peak_reserved_bytes"]
     run = RunShape(length, attended=length // 4, optimizer_bytes=0)
