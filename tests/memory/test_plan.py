@@ -127,10 +127,10 @@ def test_auto_leaves_room_where_a_named_policy_does_not(planned):
         assert planned(memory=word, gpu_memory=size, fp16=True)[0].policy == expected
 
 
-@pytest.mark.parametrize(
-    ("values", "length"),
-    [({"gradient_checkpointing": True}, 65536), ({"memory": "fast"}, 65536), ({"memory": "max_length"}, 400_000)],
-)
+TOO_LONG = [({"gradient_checkpointing": True}, 65536), ({"memory": "fast"}, 65536), ({"memory": "max_length"}, 400_000)]
+
+
+@pytest.mark.parametrize("values,length", TOO_LONG)
 def test_what_cannot_fit_is_refused_with_advice_that_fits(planned, values, length):
     values = {"gpu_memory": "16GiB", "max_seq_length": length, "fp16": True, **values}
     refusal = r"is predicted to take [\d.]+ GiB of the 16.0 GiB available; [^\n]*$"
@@ -209,7 +209,7 @@ def plan_script(write, tmp_path, monkeypatch, capsys):
 
 
 def test_script_prints_the_table_from_config_and_yaml_alone(plan_script):
-    code, out, _, table = plan_script("--gpu_memory", "32GiB", "--seq", 8192, 100000, "--attention", "full")
+    code, out, _, table = plan_script(*"--gpu_memory 32GiB --seq 8192 100000 --attention full".split())
     assert code == 0 and len(table["sets"]) == 2 + len(CANDIDATES)
     assert table["fastest"]["8192"] == ["memory: fast", "keep_activations: projections"]
     assert table["fastest"]["100000"] == ["memory: balanced", "offload_activations: true"]
@@ -233,16 +233,14 @@ def test_zero_3_is_planned_for_the_gpus_that_share_the_weights(plan_script):
     assert peaks[0] > 17 > 10 > peaks[1]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--num_gpus", "0"], "--num_gpus: must be at least 1"),
-        (["--gpu_memory", "big"], "--gpu_memory: 'big' is not a size"),
-        (["--seq", "1"], "--seq: must be at least 2"),
-        (["--output_file", "/proc/no/plan.json"], "/proc/no"),
-        (["--model_name_or_path", "/no/model"], "model_name_or_path"),
-    ],
-)
+REFUSED_WORDS = {
+    "--num_gpus 0": "--num_gpus: must be at least 1", "--gpu_memory big": "--gpu_memory: 'big' is not a size",
+    "--seq 1": "--seq: must be at least 2", "--output_file /proc/no/plan.json": "/proc/no",
+    "--model_name_or_path /no/model": "model_name_or_path",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words,message", REFUSED_WORDS.items())
 def test_script_refuses_in_one_line(plan_script, words, message):
-    code, _, error, table = plan_script(*words)
+    code, _, error, table = plan_script(*words.split())
     assert code == 2 and message in error and error.count("\n") == 1 and table is None, error
