@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longqlora.attention.binding import attention_pattern, call_attention
-from longqlora.attention.proof import prove_training
+from longqlora.attention.proof import check_equal, outputs_and_gradients, refusing, tiny_copy, trial_inputs
 from longqlora.memory.decoder_layer import DecoderLayer, reason_unsupported
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.layer_function import LayerCall, LayerFunction
@@ -103,9 +103,14 @@ def prove_layers(model: PreTrainedModel | PeftModel, policy: ActivationPolicy) -
 
     Trained are all weights, or, where `model` has an adapter, norms and the random LoRA matrices of another.
     """
-    base, prepare = (model.get_base_model(), attach_random_adapter) if isinstance(model, PeftModel) else (model, None)
-    bind, fix = partial(bind_layers, policy=policy), "set layer_function: false"
-    small = prove_training(base, "layer_function", bind, fix=fix, prepare=prepare)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    small, inputs, fix = tiny_copy(base, num_layers=2), trial_inputs(), "set layer_function: false"
+    small.set_attn_implementation("sdpa")
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), refusing(base, "layer_function", fix):
+        small = (small if base is model else attach_random_adapter(small)).train()
+        expected = outputs_and_gradients(small, **inputs)
+        bind_layers(small, policy)
+        check_equal(zip(outputs_and_gradients(small, **inputs), expected, strict=True))
     if not all(layer._gradient_checkpointing_func.was_called for layer in decoder_layers(small)):
         raise ValueError(
             f"layer_function: transformers {transformers.__version__} does not call its layers' checkpointing "
