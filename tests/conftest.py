@@ -38,6 +38,18 @@ def sentences(num_words: int, seed: int = 0) -> str:
     return " ".join(out)
 
 
+def pytest_runtest_setup(item) -> None:
+    import torch
+
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch.cuda.is_available() is false")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     return REPO

@@ -144,7 +144,7 @@ def chunk_rotation(
     targets = torch.full_like(positions, sizes.inter_position)
     if keys == "previous":
         targets = (positions + sizes.stride).clamp_max(sizes.chunk_size)
-    return query_rotation(targets - positions, inv_freq.detach(), layout, dtype)
+    return query_rotation(targets - positions, inv_freq.detach(), dtype, layout)
 
 
 def attention_mscale(num_tokens: int, pretraining_length: int) -> float:

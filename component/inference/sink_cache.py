@@ -24,7 +24,8 @@ from longqlora.attention.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
 from longqlora.attention.dual_chunk_binding import rotary_layouts
 from longqlora.attention.model_internals import rotary_embedding
 from longqlora.attention.proof import refusing, tiny_copy
-from longqlora.attention.rotation import LLAMA_LAYOUT, rotate
+from longqlora.attention.rotation import LLAMA_LAYOUT, query_rotation
+from longqlora.attention.sdpa import sum_dtype
 from longqlora.model.context import context_length
 
 DEFAULT_NUM_SINKS = 4
@@ -84,7 +85,8 @@ class SinkLayer(DynamicLayer):
             self.num_seen = self.window
 
     def _rotated(self, keys: torch.Tensor, num_positions: int) -> torch.Tensor:
-        return rotate(keys, self.inv_freq.new_full((1,), num_positions), self.inv_freq)
+        positions = self.inv_freq.new_full((1,), num_positions)
+        return query_rotation(positions, self.inv_freq, sum_dtype(keys)).rotate(keys)
 
     def _kept(self, states: torch.Tensor) -> list[torch.Tensor]:
         """Sinks and latest tokens, [B, K, S, D] each, of the states after the last forward pass."""

@@ -8,16 +8,10 @@ import math
 import os
 from pathlib import Path
 
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
-from longqlora.attention.binding import check_model_supports, check_model_supports_shift_short, flash_kernel
+from longqlora.attention.binding import check_attention, flash_kernel
 from longqlora.data.jsonl import check_data_file
 from longqlora.data.prompt import eos_id, prompt_template_for
 from longqlora.distributed import is_main_process, world_size
@@ -27,6 +21,7 @@ from longqlora.model.base import check_vocabulary, routers
 from longqlora.model.context import context_length
 from longqlora.model.weight_files import check_base, weight_file
 from longqlora.settings.config import Notice, Settings, warning
+from longqlora.training.arguments import RunArguments
 from longqlora.training.checkpoint import FINAL, list_checkpoints
 
 
@@ -113,27 +108,16 @@ def check_model(
     if getattr(config, "quantization_config", None):
         raise ValueError(f"model_name_or_path: {name!r} is already quantised; give the model it was made from")
     model = check_base(name, config, trust_remote_code=trust, needs_weights=needs_weights)
-    check_attention(settings, model)
+    if not model._supports_sdpa:
+        text = f"{name!r} is a {config.model_type}, whose attention torch's SDPA cannot compute"
+        raise ValueError(f"model_name_or_path: {text}; give a model of another type")
+    attention, size = settings.attention, settings.parallel.sequence_parallel_size
+    check_sequence_parallel(size, config, attention=attention.attention, num_processes=world_size())
+    check_attention(model, attention, length, size)
     notices = check_adapter(settings, model)
     if Path(name).is_dir() and not weight_file(Path(name)):
         notices.append(Notice(f"model_name_or_path: {name!r} has no weights: a run would end here"))
     return model, notices
-
-
-def check_attention(settings: Settings, model: PreTrainedModel) -> None:
-    """Refuse an attention that is not defined for `model`."""
-    name, size = settings.model.model_name_or_path, settings.parallel.sequence_parallel_size
-    attention = settings.attention.attention
-    if not model._supports_sdpa:
-        text = f"{name!r} is a {model.config.model_type}, whose attention torch's SDPA cannot compute"
-        raise ValueError(f"model_name_or_path: {text}; give a model of another type")
-    check_sequence_parallel(size, model.config, attention=attention, num_processes=world_size())
-    if attention == "dca":
-        check_model_supports(model, "dual chunk attention")
-    if attention == "full" and size > 1:
-        check_model_supports(model, "sequence parallelism", fix="leave out sequence_parallel_size")
-    if attention == "s2":
-        check_model_supports_shift_short(model, settings.attention.group_size(settings.data.max_seq_length))
 
 
 def check_sequence_parallel(size: int, config: PretrainedConfig, *, attention: str, num_processes: int) -> None:
@@ -183,7 +167,7 @@ def check_data(settings: Settings, config: PretrainedConfig, tokenizer: PreTrain
 
 
 def check_num_rows(
-    arguments: TrainingArguments, num_rows: int, num_eval_rows: int | None, *, processes_per_row: int
+    arguments: RunArguments, num_rows: int, num_eval_rows: int | None, *, processes_per_row: int
 ) -> None:
     """Refuse rows that do not make one batch of all processes, where dataloader_drop_last leaves out a part of one."""
     if not arguments.dataloader_drop_last:

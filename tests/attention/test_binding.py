@@ -63,10 +63,7 @@ POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in (11, 20, 9)]), torc
 # Inputs, and the segments that the reference's mask keeps apart.
 ROWS = {
     "right padding": ({"attention_mask": RIGHT}, 1 - RIGHT),
-    "left padding": (
-        {"attention_mask": LEFT, "position_ids": COUNTED},
-        1 - LEFT,
-    ),
+    "left padding": ({"attention_mask": LEFT, "position_ids": COUNTED}, 1 - LEFT),
     "a hole": ({"attention_mask": HOLE}, 1 - HOLE),
     "packed": ({"position_ids": POSITIONS}, DOCUMENTS),
 }

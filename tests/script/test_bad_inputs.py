@@ -34,7 +34,7 @@ VALUES = [
     ("max_steps", 0, "-1"), ("max_steps", -5, "positive"), ("gradient_accumulation_steps", 0, "at least 1"),
     ("seed", -1, "2**32"), ("seed", 2**70, "2**32"), ("warmup_ratio", 3, "[0, 1)"), ("max_seq_length", 1, "at least 2"),
     ("group_size_ratio", 0, "(0, 1]"), ("group_size_ratio", 2, "(0, 1]"),
-    ("sequence_parallel_size", 0, "at least 1"), ("tile_size", 0, "at least 1"),
+    ("sequence_parallel_size", 0, "at least 1"), ("tile_size", 0, "at least 1"), ("num_head_chunks", -1, "at least 1"),
     # None of the choices.
     ("finetuning_type", "dora", "qlora"), ("attention", "none-such", "s2, full"), ("rope_type", "spiral", "linear"),
     ("train_embedding", "output", "true, false or input"), ("memory", "small", "balanced"), ("debug", "everything"),
