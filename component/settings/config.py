@@ -56,6 +56,14 @@ LIMITS = {name: limit for names, limit in {
 }.items() for name in names.split()}  # fmt: skip
 
 
+# Keys that a resumed run may change without a warning: no loss depends on them.
+CHANGES_NO_LOSS = {
+    "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "save_strategy",
+    "logging_steps", "logging_dir", "disable_tqdm", "report_to", "dataloader_num_workers", "dataloader_pin_memory",
+    "local_rank", "gpu_memory", "data_cache_dir", "preprocessing_num_workers",
+}  # fmt: skip
+
+
 def check_limit(name: str, value: Any, limit: Limit | None) -> None:
     """Raise ValueError naming the key and the value where it is beyond the limit. None never is."""
     if limit and value is not None and not limit[1](value):

@@ -22,7 +22,7 @@ from longqlora.model.context import context_length
 from longqlora.model.weight_files import check_base, weight_file
 from longqlora.settings.config import Notice, Settings, warning
 from longqlora.training.arguments import RunArguments
-from longqlora.training.checkpoint import FINAL, list_checkpoints
+from longqlora.training.resume import FINAL, list_checkpoints
 
 
 def check_settings(settings: Settings) -> list[Notice]:
@@ -71,22 +71,22 @@ def settings_without_effect(settings: Settings) -> list[Notice]:
     schedule = training.get("lr_scheduler_type", "linear")
     own_optimizer = (training.get("deepspeed") or {}).get("optimizer")
     lora = ["lora_rank", "lora_alpha", "lora_dropout", "target_modules", "train_embedding", "train_norm"]
-    groups = {
-        f"attention: {attention}": (attention != "s2", ["group_size_ratio"]),
-        "attention: dca": (attention == "dca", ["use_flash_attn"]),
-        "finetuning_type: full": (settings.adapter.finetuning_type == "full", lora),
-        "sft: false": (not settings.data.sft, ["prompt_template"]),
-        "no model_max_length": (settings.context.model_max_length is None, ["rope_type", "rope_theta"]),
-        "no evaluation (eval_strategy)": (not evaluates(training), ["eval_file", "eval_steps"]),
-        f"lr_scheduler_type: {schedule}": (schedule == "constant", ["warmup_steps"]),
-        "max_steps": (training.get("max_steps", -1) > 0, ["num_train_epochs"]),
-        "save_strategy: no": (training.get("save_strategy") == "no", ["save_steps", "save_total_limit"]),
-        "an optimizer in the DeepSpeed file": (bool(own_optimizer), ["optim"]),
-        "training that stops at the first loss that is not finite": (True, ["logging_nan_inf_filter"]),
-    }
+    groups = [
+        (f"attention: {attention}", attention != "s2", ["group_size_ratio"]),
+        ("attention: dca", attention == "dca", ["use_flash_attn"]),
+        ("finetuning_type: full", settings.adapter.finetuning_type == "full", lora),
+        ("sft: false", not settings.data.sft, ["prompt_template"]),
+        ("no model_max_length", settings.context.model_max_length is None, ["rope_type", "rope_theta"]),
+        ("no evaluation (eval_strategy)", not evaluates(training), ["eval_file", "eval_steps"]),
+        (f"lr_scheduler_type: {schedule}", schedule == "constant", ["warmup_steps"]),
+        ("max_steps", training.get("max_steps", -1) > 0, ["num_train_epochs"]),
+        ("save_strategy: no", training.get("save_strategy") == "no", ["save_steps", "save_total_limit"]),
+        ("an optimizer in the DeepSpeed file", bool(own_optimizer), ["optim"]),
+        ("training that stops at the first loss that is not finite", True, ["logging_nan_inf_filter"]),
+    ]
     return [
         warning(f"{key} has no effect with {cause}")
-        for cause, (holds, keys) in groups.items()
+        for cause, holds, keys in groups
         for key in keys
         if holds and settings.given.get(key) not in (None, False)
     ]

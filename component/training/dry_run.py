@@ -16,7 +16,7 @@ from longqlora.model.adapter import attach_adapter, trainable_table
 from longqlora.model.base import linear_layers, training_dtype
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.config import Notice, Settings
-from longqlora.training.checkpoint import resume_point
+from longqlora.training.resume import resume_point
 
 
 def dry_run(

@@ -19,7 +19,7 @@ from longqlora.plot import plot_loss_curve
 from longqlora.run_record import RECORD_NAME, make_run_record, read_run_record
 from longqlora.settings.config import Notice, Settings
 from longqlora.training.arguments import RunArguments
-from longqlora.training.checkpoint import FINAL, choose_start, data_hashes, load_without_code, resume_point
+from longqlora.training.resume import FINAL, choose_start, data_hashes, load_without_code, resume_point
 from longqlora.training.run_folder import LOG_NAME, RunFolder, check_unlocked, lock_output_dir
 from longqlora.training.termination import end_on_sigterm
 from longqlora.training.trainer import LongContextTrainer

@@ -16,7 +16,7 @@ from longqlora.distributed import gather_objects, is_main_process
 from longqlora.files import partial_name, remove, replace_folder
 from longqlora.run_record import RECORD_NAME
 from longqlora.settings.config import Notice
-from longqlora.training.checkpoint import FINAL, list_checkpoints
+from longqlora.training.resume import FINAL, list_checkpoints
 
 LOG_NAME, LOCK_NAME = "train.log", ".lock"
 STAGING = ".saving"

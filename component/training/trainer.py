@@ -31,7 +31,7 @@ from longqlora.files import atomic_folder, remove, write_json
 from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.saved_folder import save_config, save_tokenizer
 from longqlora.run_record import RECORD_NAME
-from longqlora.training.checkpoint import FINAL, TRAINER_STATE
+from longqlora.training.resume import FINAL, TRAINER_STATE
 from longqlora.training.run_folder import RunFolder
 
 logger = logging.getLogger("longqlora")

@@ -12,7 +12,7 @@ from peft import PeftModel
 from training_process import contents, history_of, losses_of, same_weights, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longqlora.training.checkpoint import list_checkpoints
+from longqlora.training.resume import list_checkpoints
 
 RESUME = ("--resume_from_checkpoint", "true")
 

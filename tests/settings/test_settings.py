@@ -246,6 +246,7 @@ def test_large_gradient_buckets_are_named(read, zero, gib):
     ("changes", "key", "cause"),
     [
         ({"attention": "full", "group_size_ratio": 0.5}, "group_size_ratio", "attention: full"),
+        ({"attention": "dca", "group_size_ratio": 0.5}, "group_size_ratio", "attention: dca"),
         ({"finetuning_type": "full", "lora_rank": 8}, "lora_rank", "finetuning_type: full"),
         ({"prompt_template": "vicuna_v1.1"}, "prompt_template", "sft: false"),
         ({"rope_type": "linear"}, "rope_type", "model_max_length"),

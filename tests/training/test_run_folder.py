@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from training_process import contents, fail, same_weights, start_ranks, train, wait_for
 
 from longqlora.files import atomic_folder, write_json
-from longqlora.training.checkpoint import list_checkpoints
+from longqlora.training.resume import list_checkpoints
 from longqlora.training.run_folder import lock_output_dir
 
 RESUME, OVERWRITE = ("--resume_from_checkpoint", "true"), ("--overwrite_output_dir", "true")

@@ -13,8 +13,8 @@ from conftest import ZERO2, sentences
 from training_process import fail, history_of, same_weights, train, weights_of
 from transformers import Trainer
 
-from longqlora.training.checkpoint import list_checkpoints
 from longqlora.training.checks import check_num_rows
+from longqlora.training.resume import list_checkpoints
 from longqlora.training.trainer import MAX_SKIPPED_STEPS, DivergenceWatch, LongContextTrainer, all_finite
 
 NAN, INF = math.nan, math.inf

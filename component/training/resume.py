@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import safe_globals
 from longqlora.distributed import is_main_process, world_size
 from longqlora.files import file_sha256
 from longqlora.run_record import read_run_record
-from longqlora.settings.config import DataConfig, Notice, Settings, warning
+from longqlora.settings.config import CHANGES_NO_LOSS, DataConfig, Notice, Settings, warning
 from longqlora.settings.deepspeed import zero_stage
 
 FINAL = "final"
@@ -32,12 +32,6 @@ DEEPSPEED_CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-# Settings that may differ between a run and its continuation without changing a loss.
-HARMLESS = {
-    "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "save_strategy",
-    "logging_steps", "logging_dir", "disable_tqdm", "report_to", "dataloader_num_workers", "dataloader_pin_memory",
-    "local_rank", "gpu_memory", "data_cache_dir", "preprocessing_num_workers",
-}  # fmt: skip
 FLAG, FIX = "resume_from_checkpoint", "resume from another checkpoint, or start from the beginning"
 
 
@@ -110,7 +104,7 @@ def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, data_
     old["number of processes"], new["number of processes"] = before, world_size
     return [
         f"{key} was {old.get(key)!r} and is now {new.get(key)!r}: the losses will differ"
-        for key in sorted((old.keys() | new.keys()) - HARMLESS)
+        for key in sorted((old.keys() | new.keys()) - CHANGES_NO_LOSS)
         if old.get(key) != new.get(key)
     ]
 

@@ -11,7 +11,7 @@ import yaml
 from conftest import ZERO2
 from training_process import contents, fail, losses_of, same_weights, train
 
-from longqlora.training.checkpoint import check_contents, check_file, check_resumable, load_without_code
+from longqlora.training.resume import check_contents, check_file, check_resumable, load_without_code
 
 DEEPSPEED = {"plain": None, "zero2": ZERO2}
 OPTIM = "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt"
