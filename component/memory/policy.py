@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 from transformers import TrainingArguments
 
-from longqlora.settings.config import MemoryConfig
+from longqlora.settings.config import MEMORY_POLICIES, MemoryConfig
 
 # transformers 5 renamed it.
 CHECKPOINTING_KEY = next(
@@ -62,7 +62,8 @@ MAX_LENGTH = ActivationPolicy(
     keep_activations="attention", offload_activations=True, tile_size=1024, num_head_chunks=4, optim="paged_adamw_8bit"
 )
 POLICIES = {"fast": FAST, "balanced": BALANCED, "max_length": MAX_LENGTH}
-# From the fastest to the one that reaches furthest.
+assert ("auto", *POLICIES) == MEMORY_POLICIES, "name each policy in settings/config.py"
+# What `auto` chooses from, each leaner than the one before it.
 CANDIDATES = (
     FAST,
     replace(FAST, keep_activations="projections"),
