@@ -1,10 +1,9 @@
 """Chat: history and commands without a model, then the script through a pipe and under Ctrl-C."""
 
-import builtins
 import json
 import os
-import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from live_script import LiveScript
@@ -123,35 +122,26 @@ def test_commands_answer_in_one_line_and_mistakes_change_nothing(tmp_path):
 
 
 def test_ctrl_c_at_the_prompt_leaves_at_the_second(monkeypatch, capsys):
-    keys = iter([KeyboardInterrupt, "hello", KeyboardInterrupt, KeyboardInterrupt, "never read"])
-
-    def fake_input(prompt):
-        key = next(keys)
-        if isinstance(key, str):
-            return key
-        raise key
-
-    monkeypatch.setattr(builtins, "input", fake_input)
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    keys = Mock(side_effect=[KeyboardInterrupt, "hello", KeyboardInterrupt, KeyboardInterrupt, "never read"])
+    monkeypatch.setattr("builtins.input", keys)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     assert list(load_script(CHAT).read_lines()) == ["hello"]
     assert "again" in capsys.readouterr().err
 
 
-def test_chat_through_a_pipe(tiny_tokenizer, tmp_path, run_script):
+def test_chat_through_a_pipe(tiny_tokenizer, tmp_path, run_in_process, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = save_parrot(tmp_path / "model", tiny_tokenizer)
     (tmp_path / "paper.txt").write_text("wizards box")
     lines = [
         "hello", "/nonsense", "/file paper.txt", "/file missing.txt", "", "what does it say?", "/save full.json",
         "/clear", "/save empty.json", "/help", "long " * 600, " /not a command",
     ]  # fmt: skip
-    outcome = run_script(
-        CHAT, "--model_name_or_path", model, "--context_size", 512, "--max_new_tokens", 3, "--no-do_sample",
-        "--system", "für ü", cwd=tmp_path, input="\n".join(lines), check=True,
-    )  # fmt: skip
-    assert outcome.stdout == "the the the\n" * 3
+    flags = ["--context_size", 512, "--max_new_tokens", 3, "--no-do_sample", "--system", "für ü"]
+    code, out, errors = run_in_process(CHAT, "--model_name_or_path", model, *flags, input="\n".join(lines))
+    assert (code, out) == (0, "the the the\n" * 3)
     for message in ("unknown command '/nonsense'", "read paper.txt", "no file at 'missing.txt'", "cleared", "shorten"):
-        assert outcome.stderr.count(message) == 1, message
-    assert "Traceback" not in outcome.stderr
+        assert errors.count(message) == 1, message
     saved = json.loads((tmp_path / "full.json").read_text(encoding="utf-8"))
     assert [tuple(message.values()) for message in saved["messages"]] == [
         ("system", "für ü"), ("user", "hello"), ("assistant", "the the the"), ("user", "what does it say?"),

@@ -114,7 +114,8 @@ def test_the_history_of_gradio_becomes_a_conversation(tiny_tokenizer, tmp_path):
 def page(tiny_tokenizer):
     """The page of a model with a context of 600 tokens."""
     config = SimpleNamespace(rope_parameters={"rope_type": "linear"})
-    loaded = LoadedModel(None, tiny_tokenizer, config, "<base>", None, 600, "dense", torch.float32, False)
+    facts = {"model": None, "attention": "dense", "dtype": torch.float32, "load_in_4bit": False}
+    loaded = LoadedModel(tiny_tokenizer, config, "<base>", None, 600, **facts)
     return build_page(loaded, template="vicuna_v1.1", options=GenerationOptions(max_new_tokens=9), system=None)
 
 

@@ -25,7 +25,7 @@ def test_a_missing_package_is_one_line(module, extra, script, arguments, tmp_pat
         (tmp_path / name).write_text(text)
     original = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == module else original(name, *a))
-    monkeypatch.setattr("longqlora.inference.load.load_for_inference", lambda *a, **k: pytest.fail("it was loaded"))
+    monkeypatch.setattr("longqlora.inference.load.load_weights", lambda *a, **k: pytest.fail("it was loaded"))
     monkeypatch.chdir(tmp_path)
     words = [str(tiny_model_dir) if word == "MODEL" else word for word in arguments]
     code, _, errors = run_main_of(load_script(f"script/{script}"), words, monkeypatch, capsys)

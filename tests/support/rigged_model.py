@@ -7,8 +7,8 @@ import torch
 from conftest import REPO, save_tiny_model
 
 from longqlora.cli import run_main
-from longqlora.evaluation.frame import ModelSource
 from longqlora.evaluation.trials import run_trials
+from longqlora.inference.source import ModelSource
 
 
 class RiggedModel:
@@ -57,7 +57,7 @@ def run_main_of(module, arguments, monkeypatch, capsys) -> tuple[int, str, str]:
 
 def ask_all(task, loaded, output_file=None, *, context_size=64) -> dict:
     """The record of an evaluation's task on a `rigged` model, resumable beside `output_file`."""
-    source = ModelSource(loaded.tokenizer, None, "base", None, context_size, context_size)
+    source = ModelSource(loaded.tokenizer, None, "base", None, context_size)
     parts = task.make_trials(source)
     task.use(loaded)
     options = {"output_file": output_file, "desc": ""}
