@@ -57,35 +57,22 @@ def test_window_is_as_large_as_fits():
 
 def test_files_outlast_turns_and_the_system_message_outlasts_files(tmp_path):
     session = make_session(context_size=60, system="be brief")
-    path = tmp_path / "a.txt"
+    path = tmp_path / "my file.txt"
     path.write_text("material " * 20)
-    session.add_document(str(path))
+    assert session.run_command(f'/file "{path}"').startswith(f"read {path}: ")
     session.add_turn("old " * 5, "answer")
     for num_words, has_file, left_out in ((10, True, "1 oldest turn"), (40, False, "1 oldest file")):
         prompt = session.prompt("new " * num_words)
         assert roles(prompt) == "s u" and ("material" in prompt.ids) == has_file and prompt.ids[-1] == "new"
         assert prompt.notice.endswith(f"left out {left_out}")
     path.write_text("matter")
-    session.add_document(str(path))
-    assert "matter" in session.prompt("and now?").ids and len(session.documents) == 1
+    session.run_command(f"/file {path}")
+    assert "matter" in session.prompt("and now?").ids and session.documents == [(str(path), "matter")], "read again"
     assert session.run_command("/clear") == "cleared"
     session.add_turn("one", "two")
     with pytest.raises(ValueError, match="50 fit in the context of 60 .* shorten it"):
         session.prompt("new " * 60)
     assert roles(session.prompt("three")) == "s u a u", "nothing was dropped"
-
-
-def test_file_command(tmp_path):
-    session = make_session(context_size=100)
-    path = tmp_path / "my file.txt"
-    path.write_bytes(b"\xef\xbb\xbfthe text\r\n")
-    assert session.run_command(f'/file "{path}"').startswith(f"read {path}: ")
-    assert session.documents == [(str(path), "the text")]
-    path.write_text("other text")
-    session.run_command(f"/file {path}")
-    assert session.documents == [(str(path), "other text")], "read again: replaced"
-    words = session.prompt("and now?").ids
-    assert "other" in words and words[-2:] == ["and", "now?"]
 
 
 def test_commands_answer_in_one_line_and_mistakes_change_nothing(tmp_path):

@@ -31,13 +31,9 @@ def tiny_model(tiny_model_dir):
 
 
 @pytest.fixture
-def prompt_ids(tiny_tokenizer):
-    return encode_prompt(tiny_tokenizer, PROMPT, template="none")
-
-
-@pytest.fixture
-def generate(tiny_model, tiny_tokenizer, prompt_ids):
+def generate(tiny_model, tiny_tokenizer):
     """Continue PROMPT, greedily unless `options` say otherwise."""
+    prompt_ids = encode_prompt(tiny_tokenizer, PROMPT, template="none")
 
     def run(on_text=None, stop_event=None, **options):
         options = GenerationOptions(**{"do_sample": False, "max_new_tokens": 24, **options})
@@ -56,21 +52,15 @@ def script(tiny_model_dir, run_in_process, monkeypatch, tmp_path):
     return lambda words, **given: run_in_process(SCRIPT, *words.replace("MODEL", model).split(), **given)
 
 
-def reference(model, ids, num_tokens):
-    input_ids = torch.tensor([ids])
-    mask = torch.ones_like(input_ids)
-    output = model.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=num_tokens)
-    return output[0, len(ids) :].tolist()
-
-
-def test_greedy_equals_generate_and_the_stream_equals_the_text(tiny_model, tiny_tokenizer, prompt_ids, generate):
+def test_greedy_equals_generate_and_the_stream_equals_the_text(tiny_model, tiny_tokenizer, generate):
+    prompt_ids = encode_prompt(tiny_tokenizer, PROMPT, template="none")
     assert prompt_ids[0] == tiny_tokenizer.bos_token_id and prompt_ids[1] != tiny_tokenizer.bos_token_id
     pieces = []
     answer = generate(on_text=pieces.append)
-    expected = reference(tiny_model, prompt_ids, 24)
-    whole = tiny_tokenizer.decode(prompt_ids + expected, skip_special_tokens=True)
-    assert PROMPT + answer.text == whole and "".join(pieces) == answer.text and len(pieces) > 1
-    assert (answer.num_prompt_tokens, answer.num_new_tokens) == (len(prompt_ids), len(expected))
+    [whole] = tiny_model.generate(torch.tensor([prompt_ids]), do_sample=False, max_new_tokens=24)
+    assert PROMPT + answer.text == tiny_tokenizer.decode(whole, skip_special_tokens=True)
+    assert "".join(pieces) == answer.text and len(pieces) > 1
+    assert (answer.num_prompt_tokens, answer.num_new_tokens) == (len(prompt_ids), len(whole) - len(prompt_ids))
     with pytest.raises(ValueError, match="empty"):
         generate_text(tiny_model, tiny_tokenizer, [], GenerationOptions())
 
@@ -84,7 +74,7 @@ def test_options_and_seed_alone_decide_an_answer(tiny_model, generate, monkeypat
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_finish_reasons(tiny_model, prompt_ids, generate, monkeypatch):
+def test_finish_reasons(tiny_model, generate, monkeypatch):
     threads, event = set(threading.enumerate()), threading.Event()
     answer = generate()
     assert answer.finish_reason == "length"
@@ -94,7 +84,7 @@ def test_finish_reasons(tiny_model, prompt_ids, generate, monkeypatch):
     interrupted = generate(on_text=lambda _: event.set(), stop_event=event)
     assert interrupted.finish_reason == "interrupted" and answer.text.startswith(interrupted.text) and interrupted.text
     assert max(stopped.num_new_tokens, interrupted.num_new_tokens) < 24
-    ends = [tiny_model.generation_config.eos_token_id, *reference(tiny_model, prompt_ids, 1)]
+    ends = [tiny_model.generation_config.eos_token_id, answer.new_ids[0]]
     monkeypatch.setattr(tiny_model.generation_config, "eos_token_id", ends)
     ended = generate()
     assert ended.finish_reason == "eos" and ended.num_new_tokens == 1

@@ -1,7 +1,6 @@
 """The endless chat: what it reads, that nothing can put its ids and its cache at odds, and its flags."""
 
 import contextlib
-import copy
 import json
 import logging
 import threading
@@ -160,22 +159,18 @@ def test_ctrl_c_ends_reading_at_once_and_an_answer_after_a_token(session):
     assert ask(session, "more", event)[0] and session.cache.get_seq_length() == len(session.ids) - 1
 
 
-def templated(tokenizer, template):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def test_next_turn_of_a_chat_template(tiny_tokenizer):
-    session = make_session(templated(tiny_tokenizer, CHATML), template="chat_template", system="be brief")
-    expected = tiny_tokenizer.encode("</s>\n<|user|>what now?\n<|assistant|>", add_special_tokens=False)
+def test_next_turn_of_a_chat_template(tokenizer):
+    tokenizer.chat_template = CHATML
+    session = make_session(tokenizer, template="chat_template", system="be brief")
+    expected = tokenizer.encode("</s>\n<|user|>what now?\n<|assistant|>", add_special_tokens=False)
     assert session.next_turn_ids("what now?") == expected
     for template, reason in (
         (CHATML.replace("</s>", ""), "does not end an answer with a token of its own"),
         ("{{ messages | length }}" + CHATML, "rewrites earlier turns"),
     ):
+        tokenizer.chat_template = template
         with pytest.raises(ValueError, match=f"--streaming: .*{reason}.*--prompt_template vicuna_v1.1"):
-            make_session(templated(tiny_tokenizer, template), template="chat_template")
+            make_session(tokenizer, template="chat_template")
 
 
 def test_chat_through_a_pipe_beyond_the_context(tiny_model_dir, tmp_path, monkeypatch, run_in_process):
