@@ -47,6 +47,8 @@ def load_script(script: str):
 def run_main_of(module, arguments, monkeypatch, capsys) -> tuple[int, str, str]:
     """Run a script's main in this process: exit code, stdout, stderr."""
     monkeypatch.setattr("sys.argv", ["script.py", *map(str, arguments)])
+    # What the test itself made a library print.
+    capsys.readouterr()
     try:
         run_main(module.main)
         code = 0
