@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import json
 import os
 from pathlib import Path
@@ -185,7 +186,11 @@ def run_in_process(monkeypatch, capsys):
     """run_in_process("script/x.py", *arguments): the script's main in this process: exit code, stdout, stderr."""
     from rigged_model import load_script, run_main_of
 
-    return lambda script, *arguments: run_main_of(load_script(script), arguments, monkeypatch, capsys)
+    def run(script, *arguments, input=""):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
+        return run_main_of(load_script(script), arguments, monkeypatch, capsys)
+
+    return run
 
 
 @pytest.fixture

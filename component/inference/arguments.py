@@ -9,27 +9,46 @@ from dataclasses import fields
 
 from longqlora.cli import DTYPES, dtype_of
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions
+from longqlora.inference.source import ModelSource, read_source
 from longqlora.model.context_request import add_context_arguments, context_request
 from longqlora.settings.config import PROMPT_TEMPLATES
 
 
 def parse(
-    description: str, add_arguments: Callable[[argparse.ArgumentParser], None], *, template: str, epilog: str = ""
-) -> tuple[argparse.Namespace, GenerationOptions]:
-    """The checked command line of a script that generates.
+    description: str, *add_arguments: Callable[[argparse.ArgumentParser], None], epilog: str = ""
+) -> argparse.Namespace:
+    """The command line of a script that loads a model; each of `add_arguments` declares flags beside the model's.
 
-    add_arguments: declares the script's own flags. template: as for `add_template_argument`.
+    Refuses, before anything heavy is imported, what the model's flags cannot mean.
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=raw)
-    add_model_arguments(parser)
-    add_template_argument(parser, template)
-    parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
-    add_arguments(parser)
-    add_generation_arguments(parser)
+    for add in (add_model_arguments, *add_arguments):
+        add(parser)
     args = parser.parse_args()
-    check_model_arguments(args)
-    return args, GenerationOptions(**{item.name: getattr(args, item.name) for item in fields(GenerationOptions)})
+    if not args.model_name_or_path and not args.adapter_name_or_path:
+        raise ValueError("--model_name_or_path: give a model, or --adapter_name_or_path with an adapter that names one")
+    if args.context_size == -1:
+        # So upstream's commands write the model's own context.
+        args.context_size = None
+    context_request(args)
+    return args
+
+
+def parse_generation(
+    description: str, add_arguments: Callable[[argparse.ArgumentParser], None], *, template: str, epilog: str = ""
+) -> tuple[argparse.Namespace, GenerationOptions]:
+    """`parse` for a script that generates; template: as for `add_template_argument`."""
+
+    def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+        add_template_argument(parser, template)
+        parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
+
+    args = parse(description, add_prompt_arguments, add_arguments, add_generation_arguments, epilog=epilog)
+    try:
+        return args, GenerationOptions(**{item.name: getattr(args, item.name) for item in fields(GenerationOptions)})
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +85,6 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{item.name}", default=item.default, help=item.metadata["help"], **kind)
 
 
-def check_model_arguments(args: argparse.Namespace) -> None:
-    """Refuse, before anything heavy is imported, what `add_model_arguments` cannot mean."""
-    if not args.model_name_or_path and not args.adapter_name_or_path:
-        raise ValueError("--model_name_or_path: give a model, or --adapter_name_or_path with an adapter that names one")
-    context_request(args)
-
-
 def model_sources(args: argparse.Namespace) -> dict[str, str | None]:
     """What loading the model reads, for `longqlora.outputs`: the base that an adapter names is one of them."""
     base, adapter = args.model_name_or_path, args.adapter_name_or_path
@@ -83,15 +95,14 @@ def model_sources(args: argparse.Namespace) -> dict[str, str | None]:
     return {"--model_name_or_path": base, "--adapter_name_or_path": adapter}
 
 
-def load_from_arguments(args: argparse.Namespace):
-    """The longqlora.inference.load.LoadedModel that `add_model_arguments` parsed."""
-    from longqlora.inference.load import load_for_inference
+def source_from_arguments(args: argparse.Namespace) -> ModelSource:
+    """The model that `add_model_arguments` parsed, without its weights."""
+    base, adapter, trust_remote_code = args.model_name_or_path, args.adapter_name_or_path, args.trust_remote_code
+    return read_source(base, adapter, context_request(args), trust_remote_code=trust_remote_code)
 
-    return load_for_inference(
-        args.model_name_or_path,
-        adapter_name_or_path=args.adapter_name_or_path,
-        context=context_request(args),
-        load_in_4bit=args.load_in_4bit,
-        dtype=dtype_of(args.dtype),
-        trust_remote_code=args.trust_remote_code,
-    )
+
+def load_from_arguments(args: argparse.Namespace, source: ModelSource):
+    """The longqlora.inference.load.LoadedModel of what `source_from_arguments` gave."""
+    from longqlora.inference.load import load_weights
+
+    return load_weights(source, load_in_4bit=args.load_in_4bit, dtype=dtype_of(args.dtype))

@@ -22,10 +22,9 @@ from functools import partial
 
 from longqlora.cli import one_line, run_main
 from longqlora.data.documents import FORMAT_LIST, read_document
-from longqlora.inference.arguments import load_from_arguments, parse
+from longqlora.inference.arguments import load_from_arguments, parse_generation, source_from_arguments
 from longqlora.inference.chat.session import HELP, ChatSession
-from longqlora.inference.generation import GenerationOptions, template_for
-from longqlora.model.context_request import context_request
+from longqlora.inference.generation import GenerationOptions
 from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE
 
 
@@ -39,20 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "the rest of the context, at most 1024 tokens, is the block in which long inputs are read "
                        "(default: 7/8 of the context, from 8192 tokens on all but 1024)")  # fmt: skip
     group.add_argument("--num_sinks", type=int, metavar="N", help="first tokens to keep for good (default: 4)")
-
-
-def check_streaming_arguments(args: argparse.Namespace) -> None:
-    """Refuse what the streaming flags cannot mean, by the config of the model and before its weights are read."""
-    if args.streaming:
-        from longqlora.inference.sink_cache import check_streaming
-        from longqlora.model.context import resolve_config
-
-        base, adapter, trusts = args.model_name_or_path, args.adapter_name_or_path, args.trust_remote_code
-        _, config = resolve_config(base, adapter, context_request(args), trust_remote_code=trusts)
-        check_streaming(config, args.streaming_window, args.num_sinks)
-    for name in () if args.streaming else ("streaming_window", "num_sinks"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name}: has an effect with --streaming only; add that, or leave it out")
 
 
 @contextlib.contextmanager
@@ -115,16 +100,21 @@ def answer(session: ChatSession, question: str) -> None:
 
 
 def make_session(args: argparse.Namespace, options: GenerationOptions) -> ChatSession:
-    """Load the model and say what it is."""
-    check_streaming_arguments(args)
+    """Load the model and say what it is; what flags and files cannot mean is refused before the weights are read."""
+    for name in () if args.streaming else ("streaming_window", "num_sinks"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: has an effect with --streaming only; add that, or leave it out")
     for path in args.file:
         read_document(path, flag="--file")
-    loaded = load_from_arguments(args)
-    template = template_for(args.prompt_template, loaded, default=DEFAULT_PROMPT_TEMPLATE)
+    source = source_from_arguments(args)
     if args.streaming:
         from longqlora.inference.chat.streaming import StreamingSession
-        from longqlora.inference.sink_cache import sink_cache
+        from longqlora.inference.sink_cache import check_streaming, sink_cache
 
+        check_streaming(source.config, args.streaming_window, args.num_sinks)
+    loaded = load_from_arguments(args, source)
+    template = loaded.template(args.prompt_template, default=DEFAULT_PROMPT_TEMPLATE)
+    if args.streaming:
         cache = sink_cache(loaded.model, window=args.streaming_window, num_sinks=args.num_sinks)
         session = StreamingSession(loaded, template, options, args.system, cache=cache)
         size = f"streaming with a window of {cache.window} tokens"
@@ -140,7 +130,7 @@ def make_session(args: argparse.Namespace, options: GenerationOptions) -> ChatSe
 
 def main() -> None:
     session = make_session(
-        *parse(__doc__, add_arguments, template=DEFAULT_PROMPT_TEMPLATE, epilog=f"commands:\n{HELP}")
+        *parse_generation(__doc__, add_arguments, template=DEFAULT_PROMPT_TEMPLATE, epilog=f"commands:\n{HELP}")
     )
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     sys.stdout.reconfigure(errors="replace")

@@ -23,8 +23,7 @@ import tempfile
 import threading
 
 from longqlora.cli import require_extra, run_main
-from longqlora.inference.arguments import load_from_arguments, parse
-from longqlora.inference.generation import template_for
+from longqlora.inference.arguments import load_from_arguments, parse_generation, source_from_arguments
 from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE
 
 
@@ -64,7 +63,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args, options = parse(__doc__, add_arguments, template=DEFAULT_PROMPT_TEMPLATE)
+    args, options = parse_generation(__doc__, add_arguments, template=DEFAULT_PROMPT_TEMPLATE)
     require_extra("gradio", "gradio", extra="web")
     check_arguments(args)
     with tempfile.TemporaryDirectory(prefix="longqlora-web-", ignore_cleanup_errors=True) as upload_folder:
@@ -74,12 +73,10 @@ def main() -> None:
         os.environ["no_proxy"] = hosts
         from longqlora.inference.chat.web import build_page, serve
 
-        loaded = load_from_arguments(args)
-        template = template_for(args.prompt_template, loaded, default=DEFAULT_PROMPT_TEMPLATE)
+        loaded = load_from_arguments(args, source_from_arguments(args))
+        template = loaded.template(args.prompt_template, default=DEFAULT_PROMPT_TEMPLATE)
         page = build_page(loaded, template=template, options=options, system=args.system)
-        flags = ("host", "port", "share", "allowed_hosts", "max_upload_mb", "max_total_upload_mb")
-        url = serve(page, **{flag: getattr(args, flag) for flag in flags})
-        print(f"chat page at {url} (Ctrl-C ends it)", flush=True)
+        print(f"chat page at {serve(page, args)} (Ctrl-C ends it)", flush=True)
         # SIGTERM ends it as Ctrl-C does.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,20 +259,17 @@ def test_inference_puts_files_before_the_prompt(library, run_in_process, tiny_mo
 def test_bad_files_are_refused_before_the_model_loads(
     script, args, words, library, run_in_process, tiny_model_dir, monkeypatch
 ):
-    for place in ("arguments.load_from_arguments", "load.load_for_inference"):
+    for place in ("arguments.load_from_arguments", "load.load_weights"):
         monkeypatch.setattr(f"longqlora.inference.{place}", lambda *args, **kwargs: pytest.fail("loaded"))
     code, _, err = run_in_process(script, "--model_name_or_path", tiny_model_dir, *args)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and all(word in err for word in words), err
 
 
-def test_chat_begins_with_its_files(library, run_in_process, tiny_model_dir, tmp_path, monkeypatch):
-    saved, script = tmp_path / "chat.json", tmp_path / "lines"
-    script.write_text(f"/save {saved}\n")
-    # A real file, since the chat sets the encoding of its input.
-    with script.open() as lines:
-        monkeypatch.setattr(sys, "stdin", lines)
-        args = ["--model_name_or_path", tiny_model_dir, "--context_size", 512, "--max_new_tokens", 8]
-        code, _, err = run_in_process(CHAT, *args, "--file", library / "a.md", "--file", library / "b.pdf")
+def test_chat_begins_with_its_files(library, run_in_process, tiny_model_dir, tmp_path):
+    saved = tmp_path / "chat.json"
+    args = ["--model_name_or_path", tiny_model_dir, "--context_size", 512, "--max_new_tokens", 8]
+    args += ["--file", library / "a.md", "--file", library / "b.pdf"]
+    code, _, err = run_in_process(CHAT, *args, input=f"/save {saved}\n")
     assert code == 0 and f"read {library / 'b.pdf'}: " in err
     texts = [document["text"] for document in json.loads(saved.read_text())["documents"]]
     assert texts == ["# Text of the notes", "Text of the PDF."]

@@ -60,7 +60,7 @@ def test_a_missing_package_is_one_line(module, fix, command, tmp_path, tiny_mode
         (tmp_path / name).write_text(text)
     original = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == module else original(name, *a))
-    monkeypatch.setattr("longqlora.inference.load.load_for_inference", lambda *a, **k: pytest.fail("it was loaded"))
+    monkeypatch.setattr("longqlora.inference.load.load_weights", lambda *a, **k: pytest.fail("it was loaded"))
     monkeypatch.chdir(tmp_path)
     code, _, errors = run_in_process(*command.replace("MODEL", str(tiny_model_dir)).split())
     assert code == 2 and f"pip install {fix}" in errors and "Traceback" not in errors, errors
