@@ -14,13 +14,11 @@ import yaml
 from conftest import REPO
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-import longqlora.settings.machine
 import longqlora.settings.reader
 from longqlora.device import cpu_has_bf16
 from longqlora.model.base import is_slow_on_cpu
 from longqlora.settings.config import SECTIONS
-from longqlora.settings.reader import read_overrides, rename, resolve_settings
-from longqlora.settings.values import coerce
+from longqlora.settings.reader import coerce, read_overrides, rename, resolve_settings
 from longqlora.training.arguments import build_arguments
 from longqlora.training.checks import check_settings
 
@@ -174,7 +172,7 @@ def test_an_optimizer_of_the_gpu_without_one(gpu, offload, optim, expected, read
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_bf16_on_a_cpu(has_bf16, read, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(longqlora.settings.machine, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(longqlora.settings.reader, "cpu_has_bf16", lambda: has_bf16)
     settings, notices = read({"bf16": True, "bf16_full_eval": True})
     arguments = build_arguments(settings)
     assert arguments.bf16 == arguments.bf16_full_eval == has_bf16 and not settings.training["dataloader_pin_memory"]
