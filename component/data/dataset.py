@@ -79,9 +79,7 @@ def build_datasets(
     return built["train_file"], built.get("eval_file")
 
 
-def build_dataset(
-    tokenizer: Any, config: DataConfig, *, flag: str = "train_file"
-) -> tuple[datasets.Dataset, DataReport]:
+def build_dataset(tokenizer: Any, config: DataConfig, flag: str = "train_file") -> tuple[datasets.Dataset, DataReport]:
     """Rows of the file of key `flag`: columns input_ids, labels and, where `config.pack`, position_ids (int32 lists).
 
     The first process of each node tokenises; the others wait for its cache. A damaged cache is built again, with a
@@ -139,9 +137,7 @@ def build_rows(
         cached=(folder / REPORT_NAME).exists(),
     )
     if not len(lengths):
-        raise ValueError(
-            f"{flag}: no row is left to train on ({report.summary()}); raise max_seq_length or correct the file"
-        )
+        raise ValueError(f"{flag}: no row is left ({report.summary()}); raise max_seq_length or correct the file")
     if config.pack:
         # In one process: it only copies, and others would have to be sent all ids.
         rows = cached_map(
