@@ -16,9 +16,9 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig
 
+from longqlora.distributed import local_device
 from longqlora.files import atomic_folder, write_json
-from longqlora.model.adapter_folder import adapter_vocabulary, grown
-from longqlora.model.adapter_updates import merged_weight, read_updates
+from longqlora.model.adapter_folder import AdapterUpdates, adapter_vocabulary, grown, read_updates
 from longqlora.model.base import (
     check_vocabulary,
     embedding_names,
@@ -135,6 +135,41 @@ def merge(
         }
         write_json(output / MERGE_RECORD, record)
     return record
+
+
+def merged_weight(
+    name: str, weight: torch.Tensor, updates: AdapterUpdates, *, dtype: torch.dtype, in_nf4: bool = False
+) -> torch.Tensor:
+    """The weight `name` after the merge, in `dtype`; `weight` [out, in] is the base's."""
+    lora, is_replaced = updates.lora.get(name), name in updates.replacements
+    if is_replaced:
+        weight = updates.replacements[name]
+    if not weight.is_floating_point():
+        return weight
+    if in_nf4 and not is_replaced:
+        weight = through_nf4(weight.to(dtype))
+    if lora is not None:
+        weight = weight.float() + lora.scale * (lora.b.float() @ lora.a.float())
+    result = weight.to(dtype)
+    if not result.isfinite().all():
+        kind = "overflows" if weight.isfinite().all() else "holds values that are not finite"
+        raise ValueError(f"{name!r} {kind} in {str(dtype).removeprefix('torch.')}; try --dtype bf16 or fp32")
+    return result
+
+
+def through_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` quantised as a 4-bit base is when loaded (blocks of 64, double quantisation), and dequantised to its
+    dtype, which is the one that the model is loaded in."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    data, state = quantize_4bit(
+        weight.contiguous().to(local_device()),
+        blocksize=64,
+        compress_statistics=True,
+        quant_type="nf4",
+        quant_storage=torch.uint8,
+    )
+    return dequantize_4bit(data, state).cpu()
 
 
 def base_folder(base: str) -> Path:
