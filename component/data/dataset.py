@@ -262,12 +262,7 @@ def cache_folder(path: Path, tokenizer: Any, config: DataConfig) -> Path:
     }
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:24]
     root = Path(os.path.expanduser(config.data_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "longqlora"))
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"data_cache_dir: no folder can be made at {str(root)!r} ({error.strerror}); give one that can be written"
-        ) from None
+    root.mkdir(parents=True, exist_ok=True)
     return root / f"{path.stem[:80]}-{key}"
 
 
