@@ -118,24 +118,17 @@ def add_embeddings(model: PreTrainedModel, num_embeddings: int) -> None:
         module.weight.data.copy_(grown(module.weight.data[:num_own], num_embeddings))
 
 
-def load_extra_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
-    """Copy `weights` over the base model's of the same names and shapes; others are an error."""
-    try:
-        strange = model.load_state_dict(weights, strict=False).unexpected_keys
-        fault = f"{strange[0]!r} is no weight of {model.config.model_type}" if strange else None
-    except RuntimeError as error:
-        fault = str(error)
-    if fault:
-        raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {fault}; wrong base model?")
-
-
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """Put the adapter of `folder` on `model`, in the model's dtype.
 
     Raises ValueError naming the first weight that is missing from the folder or has no place in the model.
     """
     saved = read_adapter_weights(folder, device="meta").keys()
-    load_extra_weights(model, read_extra_weights(folder))
+    own, extra = model.state_dict(), read_extra_weights(folder)
+    for name, weight in extra.items():
+        if name not in own or own[name].shape != weight.shape:
+            raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {name!r} has no place in the base model; wrong base model?")
+    model.load_state_dict(extra, strict=False)
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
     except (RuntimeError, KeyError, TypeError) as error:
