@@ -1,4 +1,4 @@
-"""Save an adapter folder, and read one strictly: every weight in it finds its place, or the load fails.
+"""Save an adapter folder, and read one strictly, to load or to merge it: every weight finds its place, or it fails.
 
 Ours is a PEFT folder that holds everything trained (LoRA matrices and, as `modules_to_save`, the
 embedding and norm weights) with the extended config.json and the tokenizer beside it. Folders of
@@ -25,7 +25,7 @@ from longqlora.model.weight_files import read_weights
 UPSTREAM_EXTRA_WEIGHTS = "trainable_params.bin"
 FLAG = "adapter_name_or_path"
 PEFT_PREFIX = "base_model.model."
-# A value other than the one here changes what the adapter computes in a way that this merge does not reproduce.
+# A value other than the one here changes what the adapter computes in a way that merge.py does not reproduce.
 PLAIN_LORA = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False,
     "use_qalora": False, "alora_invocation_tokens": None, "trainable_token_indices": None, "layer_replication": None,
@@ -178,10 +178,8 @@ class AdapterUpdates:
 
 
 def read_updates(folder: str | Path, names: dict[str, str]) -> AdapterUpdates:
-    """All that the adapter in `folder` changes, under the name that `names` maps a weight's to, or its own.
-
-    Raises ValueError for a kind of adapter this cannot merge.
-    """
+    """All that the adapter in `folder` changes, under the name that `names` maps a weight's to, or its own; ValueError
+    for a kind of adapter that merge.py cannot merge."""
     config = read_adapter_config(folder)
     check_plain_lora(config)
     extra = read_extra_weights(folder)

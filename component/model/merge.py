@@ -58,26 +58,24 @@ def merge(
 ) -> dict:
     """Merge and save to the folder `save_path`; returns the record written there as merge.json.
 
-    context: for an adapter folder without config.json. dtype: of the saved weights, None
-    for the base's. load_in_4bit: merge into the NF4 weights. max_shard_size: in bytes. Nothing that stood
-    at `save_path` is touched before the merge is complete. Raises ValueError for whatever does not fit.
+    context: for an adapter folder without config.json. dtype: of the saved weights, None for the base's. load_in_4bit:
+    merge into the NF4 weights. max_shard_size: in bytes. What stood at `save_path` stays until the merge is complete.
+    Raises ValueError for whatever does not fit.
     """
     save_path, adapter = Path(os.path.expanduser(save_path)), Path(adapter_name_or_path)
-    base, config = resolve_config(
-        model_name_or_path, adapter_name_or_path, context, trust_remote_code=trust_remote_code
-    )
+    trust = {"trust_remote_code": trust_remote_code}
+    base, config = resolve_config(model_name_or_path, adapter_name_or_path, context, **trust)
     if (context is None or context.context_size is None) and not (adapter / "config.json").is_file():
         raise ValueError(f"--context_size: {str(adapter)!r} has no config.json; give the context of its training")
     sources = {"model_name_or_path": base, "adapter_name_or_path": adapter}
     check_outputs({"--save_path": OutputFolder(save_path, MERGE_RECORD, overwrite=overwrite)}, sources)
-    if getattr(load_config(base, trust_remote_code=trust_remote_code), "quantization_config", None):
+    if getattr(load_config(base, **trust), "quantization_config", None):
         raise ValueError(f"model_name_or_path: {base!r} is saved quantised; give the 16-bit base model")
-    model = empty_model(config, name=base, trust_remote_code=trust_remote_code)
+    model = empty_model(config, name=base, **trust)
     num_embeddings = adapter_vocabulary(adapter, model)
     tokenizer = tokenizer_source(base, adapter_name_or_path)
     if (Path(tokenizer) / "tokenizer_config.json").is_file():
-        loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-        check_vocabulary(loaded, num_embeddings, tokenizer)
+        check_vocabulary(load_tokenizer(tokenizer, **trust), num_embeddings, tokenizer)
     folder = base_folder(base)
     weights = check_weights(folder, model, config)
     in_files = names_in_files(model, set(weights.file_of))
