@@ -65,9 +65,9 @@ def read_run_record(folder: str | Path) -> dict | None:
     return None
 
 
-def has_form_of_record(record: object) -> bool:
+def has_form_of_record(record: dict) -> bool:
     """Whether `record` holds what its readers take for granted: settings by section, hashes by key, a count."""
-    arguments = record.get("arguments") if isinstance(record, dict) else None
+    arguments = record.get("arguments")
     if not isinstance(arguments, dict):
         return False
     num_processes = record.get("world_size", 1)

@@ -54,9 +54,7 @@ def prompt_template_for(tokenizer: Any, requested: str | None) -> str:
     if requested not in PROMPT_TEMPLATES:
         raise ValueError(f"prompt_template: unknown template {requested!r}; use one of {', '.join(PROMPT_TEMPLATES)}")
     if requested == CHAT_TEMPLATE and not has_chat_template:
-        raise ValueError(
-            f"prompt_template: the tokenizer has no chat template of its own; use {DEFAULT_PROMPT_TEMPLATE!r}"
-        )
+        raise ValueError(f"prompt_template: the tokenizer has no chat template; use {DEFAULT_PROMPT_TEMPLATE!r}")
     return requested
 
 
@@ -117,9 +115,7 @@ def check_messages(messages: Any, *, last_role: str) -> None:
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or turns != [("user", "assistant")[position % 2] for position in range(len(turns))]:
-        raise ValueError(
-            f"the roles are {', '.join(roles)}; give an optional system message, then user and assistant in turn"
-        )
+        raise ValueError(f"the roles are {', '.join(roles)}; give user and assistant in turn, after at most one system")
     if roles[-1] != last_role:
         fix = "add the answer or remove the last message" if last_role == "assistant" else "remove the last message"
         raise ValueError(f"the conversation ends with {roles[-1]!r}, not {last_role!r}; {fix}")

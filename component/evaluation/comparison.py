@@ -28,8 +28,7 @@ from longqlora.inference.load import LoadedModel, folder_state, load_for_inferen
 from longqlora.model.context import context_length, resolve_config
 from longqlora.model.context_request import ATTENTIONS, ContextRequest
 from longqlora.plot import draw_perplexity, new_figure
-from longqlora.settings.reader import input_path, read_yaml
-from longqlora.settings.values import coerce
+from longqlora.settings.reader import coerce, input_path, read_yaml
 from longqlora.table import grouped, text_table
 
 MEASURES = ("perplexity", "passkey")

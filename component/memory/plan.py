@@ -26,7 +26,7 @@ from longqlora.memory.policy import (
     own_settings,
 )
 from longqlora.settings.config import INPUT, Notice, Settings, warning
-from longqlora.settings.deepspeed import gradient_buffers, offloads_optimizer, shards, zero_stage
+from longqlora.settings.deepspeed import gradient_buffers, offloads, shards, zero_stage
 
 # `memory: auto` plans for this part of the memory: the prediction was held to 10% of counted bytes, on a CPU.
 AUTO_SHARE = 0.92
@@ -119,7 +119,7 @@ class MemoryPlan:
         run = run_shape(settings, model, is_gpu=math.isfinite(capacity))
         candidates = STOCK_CANDIDATES if reason else CANDIDATES
         # A policy brings its optimizer where nobody else chose one, and to a GPU, where its state lives.
-        is_taken = settings.given.get("optim") or "optimizer" in (deepspeed or {}) or offloads_optimizer(deepspeed)
+        is_taken = settings.given.get("optim") or "optimizer" in (deepspeed or {}) or offloads(deepspeed, "optimizer")
         if is_taken or not run.is_gpu:
             candidates = tuple(replace(policy, optim=None) for policy in candidates)
         return cls(model, run, candidates, reason, capacity, host_capacity)
@@ -225,7 +225,7 @@ def run_shape(settings: Settings, model: ModelShape, *, is_gpu: bool) -> RunShap
         num_trained_embeddings={True: 2, INPUT: 1}.get(adapter.train_embedding, 0),
         attended=attention.group_size(length) if attention.attention == "s2" else length,
         by_kernels=attention.attention in ("s2", "full") and not attention.use_flash_attn and row_shards == 1,
-        optimizer_bytes=0 if offloads_optimizer(deepspeed) else optimizer_bytes(training.get("optim", "")),
+        optimizer_bytes=0 if offloads(deepspeed, "optimizer") else optimizer_bytes(training.get("optim", "")),
         buffers=gradient_buffers(deepspeed, element_bytes=2 if is_16_bit else 4),
         row_shards=row_shards,
         weight_shards=weight_shards,

@@ -92,9 +92,7 @@ def frozen_experts_notice(model: PreTrainedModel) -> list[str]:
         return []
     names = sorted({name.split(".")[-1] for name in linear_layers(model)} - {*target_module_names(model, None)})
     also = f", as do linear layers named {', '.join(names)}, which PEFT takes for them" if names else ""
-    return [
-        f"finetuning_type: the experts of {model.config.model_type} are no linear layers and stay as they are{also}"
-    ]
+    return [f"finetuning_type: experts of {model.config.model_type} are no linear layers and stay as they are{also}"]
 
 
 def trained_module_names(model: PreTrainedModel, *, embedding: bool | str, norm: bool) -> list[str]:

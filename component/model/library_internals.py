@@ -7,9 +7,6 @@ names what another version changed. loss_binding.py holds the one method of tran
   nothing public reads them, or drops them from a config that a file filled in.
 - `revert_weight_conversion`: transformers renames and fuses weights when it loads them, and offers the way back in
   save_pretrained only, which needs the weights.
-- `convert_peft_config_for_transformers`: which targets PEFT takes for fused experts.
-- `get_pattern_key`: how PEFT reads `alpha_pattern`.
-- `support_avx512bf16_for_cpu` of bitsandbytes' Linear4bit.
 """
 
 from peft import LoraConfig
