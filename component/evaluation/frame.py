@@ -19,7 +19,6 @@ from typing import Any
 
 from longqlora.files import write_json
 from longqlora.inference.arguments import add_model_arguments, check_model_arguments, load_from_arguments, model_sources
-from longqlora.inference.generation import template_for
 from longqlora.model.context_request import context_request
 from longqlora.outputs import check_results
 
@@ -34,10 +33,6 @@ class ModelSource:
     adapter_name_or_path: str | None
     context_size: int
     longest_input: float
-
-    def template(self, requested: str) -> str:
-        """The prompt template that --prompt_template means; raw text where auto finds none."""
-        return template_for(requested, self)
 
     def warn_beyond_context(self, lengths: Sequence[int]) -> None:
         from longqlora.distributed import print_main
@@ -92,16 +87,12 @@ def add_result_arguments(parser: argparse.ArgumentParser, plot: str) -> None:
 
 
 def check_at_least(given: object, **least: int) -> None:
-    """Raise ValueError for an attribute of `given`, named as its flag, that is below its least value and not None."""
+    """Raise ValueError for an attribute of `given`, named as its flag, that is or holds less than its least value."""
     for name, minimum in least.items():
         value = getattr(given, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"--{name}: must be at least {minimum}, got {value}")
-
-
-def check_lengths(lengths: Sequence[int]) -> None:
-    if lengths and min(lengths) < 1:
-        raise ValueError(f"--lengths: must be at least 1 token, got {min(lengths)}")
+        for number in value if isinstance(value, Sequence) else [value]:
+            if number is not None and number < minimum:
+                raise ValueError(f"--{name}: must be at least {minimum}, got {number}")
 
 
 def from_flags(kind: type, args: argparse.Namespace, **others: object) -> Any:

@@ -13,14 +13,13 @@ from longqlora.evaluation.retrieval.grid import (
     by_place,
     draw_panel,
     even_depths,
-    grid_cells,
     grid_table,
     percent,
     plot_heatmap,
 )
 from longqlora.evaluation.retrieval.haystack import MAX_PIECE_CHARACTERS, Haystack, pieces, read_haystack
 from longqlora.evaluation.retrieval.needle import Needle, contains, ids_around, needle_prompt, word_recall
-from longqlora.evaluation.retrieval.passkey import Passkey, PasskeyTemplate, accuracy_cells, answer_trial, make_trials
+from longqlora.evaluation.retrieval.passkey import Passkey, PasskeyTemplate, accuracy_cells
 
 KEY = "40817"
 # Sentences of different lengths, with numbers that tell where they are.
@@ -94,7 +93,7 @@ def test_passkey_prompts_have_the_length_the_words_and_the_depth(tokenizer, dept
 
 
 def trials(lengths, depths, num_trials, seed=0, **options):
-    return make_trials(grid_cells(lengths, depths), num_trials=num_trials, seed=seed, **options)
+    return Passkey(lengths, depths, num_trials=num_trials, seed=seed, **options).trials()
 
 
 def test_trials_are_seeded_and_independent_of_each_other():
@@ -115,8 +114,9 @@ def test_trials_are_seeded_and_independent_of_each_other():
 )  # fmt: skip
 def test_an_answer_counts_if_its_first_number_is_the_key(tiny_tokenizer, reply, is_correct):
     loaded = rigged(tiny_tokenizer, lambda prompt: " " + reply.format(key_in(prompt)))
-    trial = {"length": 600, "depth": 0.9, "key": KEY}
-    result = answer_trial(loaded, trial)
+    task, trial = Passkey([600], [0.9]), {"length": 600, "depth": 0.9, "key": KEY}
+    task.use(loaded)
+    result = task.ask(trial)
     assert result["is_correct"] is is_correct and {name: result[name] for name in trial} == trial
     assert loaded.model.lengths == [600]
 

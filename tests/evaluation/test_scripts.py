@@ -134,8 +134,9 @@ BAD = {
         ("--data_path nowhere.jsonl", "--data_path: no file at 'nowhere.jsonl'"),
         ("--data_path {folder}/blank.jsonl", "holds no rows"),
         ("--data_path {folder}/qa.jsonl {folder}/binary.txt", "binary.txt line 1: not UTF-8"),
-        ("--metric accuracy", "--metric accuracy: question 1 of qa has no options"),
-        ("--max_new_tokens 64", "--max_new_tokens: 64 leave no room"),
+        ("--metric accuracy", "--metric: question 1 of qa has no options for accuracy"),
+        ("--data_path {folder}/accurate.jsonl", "--metric: question 1 of accurate has no options for accuracy"),
+        ("--max_new_tokens 64", "question 1 of qa: ... 0 fit in the context of 64 beside --max_new_tokens 64"),
         ("--max_new_tokens 56", "question 1 of qa: "),
         ("--shots_file {folder}/qa.jsonl", "--num_shots and --shots_file go together"),
         ("--max_new_tokens 4 --num_shots 1 --shots_file {folder}/qa.jsonl", "--num_shots 1: --shots_file has 1 "),
@@ -154,7 +155,8 @@ def folder(tmp_path_factory, tiny_model_dir):
     (folder / "blank.jsonl").write_text("\n")
     for name, rows in (("qa", [QUESTION]), ("exam", [CHOICE, {**CHOICE, "answer": "A"}, QUESTION, CHOICE]),
                        ("shots", [{"question": "Who are you?", "answer": "me"}]),
-                       ("others", [{"question": "Who are you?", "answer": "you"}])):  # fmt: skip
+                       ("others", [{"question": "Who are you?", "answer": "you"}]),
+                       ("accurate", [{**QUESTION, "metric": "accuracy"}])):  # fmt: skip
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     np.random.default_rng(0).integers(4, 320, 203).astype("<u2").tofile(folder / "ids.bin")
     np.array([1, 2, 3, 320] + [5] * 40, dtype="<u2").tofile(folder / "high.bin")

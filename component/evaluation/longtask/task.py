@@ -19,7 +19,7 @@ from longqlora.evaluation.longtask.scores import (
     parse_choice,
     parse_letters,
 )
-from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, generate_text
+from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, generate_text, template_for
 from longqlora.plot import mark_lengths, new_figure
 from longqlora.table import grouped, text_table
 
@@ -54,19 +54,14 @@ class LongTask(Task):
         shots = [self.shots_file] if self.shots_file else []
         self.shots = read_questions(shots, "--shots_file", needs_context=False)
         for question in self.questions:
-            if self.metric == "accuracy" and not (question.options or question.has_letters):
+            if question.metric_for(self.metric) == "accuracy" and not (question.options or question.has_letters):
                 where = f"question {question.id} of {question.task}"
-                raise ValueError(f"--metric accuracy: {where} has no options; choose another metric")
+                raise ValueError(f"--metric: {where} has no options for accuracy; give them or another metric")
         if any(question.metric_for(self.metric) in ROUGE_METRICS for question in self.questions):
             require_extra("rouge_score", "rouge-score", extra="eval")
 
     def make_trials(self, source: ModelSource) -> list[list[dict]]:
-        if self.max_new_tokens >= source.context_size:
-            raise ValueError(
-                f"--max_new_tokens: {self.max_new_tokens} leave no room for a prompt in the context of "
-                f"{source.context_size} tokens; give fewer"
-            )
-        template = source.template(self.prompt_template)
+        template = template_for(self.prompt_template, source)
         sizes = {"context_size": source.context_size, "max_new_tokens": self.max_new_tokens}
         self.form = PromptForm(source.tokenizer, template, shots=self.shots, num_shots=self.num_shots, **sizes)
         for question in self.questions:

@@ -21,7 +21,13 @@ from longqlora.data.prompt import encode_after
 from longqlora.evaluation.frame import ModelSource
 from longqlora.evaluation.retrieval.grid import GridTask
 from longqlora.evaluation.retrieval.haystack import Haystack, NeedlePrompt, read_haystack
-from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, encode_prompt, generate_text
+from longqlora.inference.generation import (
+    NO_TEMPLATE,
+    GenerationOptions,
+    encode_prompt,
+    generate_text,
+    template_for,
+)
 
 NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
 QUESTION = "What is the best thing to do in San Francisco?"
@@ -104,7 +110,7 @@ class Needle(GridTask):
     def make_trials(self, source: ModelSource) -> list[list[dict]]:
         from longqlora.distributed import print_main
 
-        template = source.template(self.prompt_template)
+        template = template_for(self.prompt_template, source)
         self.endless_text = Haystack(source.tokenizer, self.text)
         self.prompt = needle_prompt(self.endless_text, self.needle, self.question, template=template)
         self.settings = {
@@ -117,7 +123,8 @@ class Needle(GridTask):
             "haystack_sha256": hashlib.sha256(self.text.encode()).hexdigest(),
             "haystack_characters": len(self.text),
         }
-        trials = self.cells_for(source)
+        self.set_lengths(source)
+        trials = self.cells()
         for trial in trials:
             self.prompt.num_haystack_tokens(trial["length"])
         if contains(self.answer, self.text):
