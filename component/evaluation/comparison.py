@@ -32,8 +32,9 @@ from longqlora.settings.reader import input_path, read_yaml
 from longqlora.settings.values import coerce
 from longqlora.table import grouped, text_table
 
-MEASURES = ("perplexity", "passkey")
-CHOICES = {"measure": MEASURES, "protocol": PROTOCOLS, "dtype": ("auto", *DTYPES), "attention": ATTENTIONS}
+CHOICES = {
+    "measure": ("perplexity", "passkey"), "protocol": PROTOCOLS, "dtype": ("auto", *DTYPES), "attention": ATTENTIONS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,8 @@ def load_tasks(
     """Name -> tasks of the harness under it, with their data read; a group or tag has several.
 
     include_path: folder of the user's own task files, which come before the harness' own. lengths: of samples in
-    tokens, for tasks that make their data. max_new_tokens: as for `fit_answers`. Raises ValueError saying which task,
-    what is missing and what to do.
+    tokens, for tasks that make their data. max_new_tokens: room for answers; None for the task's own. Raises
+    ValueError saying which task, what is missing and what to do.
     """
     from lm_eval.tasks import TaskManager
 
@@ -114,17 +114,15 @@ def load_tasks(
     if not all(name in manager.all_tasks for name in names):
         # The index of the harness' own thousands of files takes some ten seconds.
         manager = TaskManager(include_path=include_path, metadata=given)
-    loaded = {name: load_task(manager, name, include_path) for name in names}
-    for name, tasks in loaded.items():
-        fit_answers(name, tasks, max_new_tokens=max_new_tokens, context_size=source.context_size)
-    return loaded
+    sizes = {"max_new_tokens": max_new_tokens, "context_size": source.context_size}
+    return {name: load_task(manager, name, **sizes) for name in names}
 
 
-def load_task(manager: Any, name: str, include_path: Path | None) -> dict:
-    """The tasks under one name, by the harness' TaskManager."""
+def load_task(manager: Any, name: str, *, max_new_tokens: int | None, context_size: int) -> dict:
+    """The tasks under one name, by the harness' TaskManager, with the room for their answers set; in tokens."""
     if name not in manager.all_tasks:
-        where = f" or in {str(include_path)!r}" if include_path else "; --include_path FOLDER adds your own"
-        raise ValueError(f"--tasks: no task {name!r} here (--list_tasks) or in lm-eval (lm_eval ls tasks){where}")
+        where = "here (--list_tasks), in lm-eval (lm_eval ls tasks) or in your own --include_path FOLDER"
+        raise ValueError(f"--tasks: no task {name!r} {where}")
     try:
         loaded = manager.load([name])
     except Exception as error:  # Whatever a task file, its code or its data set raises is the user's to know.
@@ -134,6 +132,15 @@ def load_task(manager: Any, name: str, include_path: Path | None) -> dict:
                             ("MULTIMODAL", "needs images or sound, which these models cannot read")):  # fmt: skip
             if getattr(task, trait, False):
                 raise ValueError(f"--tasks {name}: it {what}; leave it out")
+        if task.get_config("output_type") == "generate_until":
+            if max_new_tokens is not None:
+                task.set_config(key="generation_kwargs", value={"max_gen_toks": max_new_tokens}, update=True)
+            room = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", DEFAULT_ANSWER_TOKENS)
+            if room >= context_size:
+                raise ValueError(
+                    f"--tasks {name}: answers of {room} tokens do not fit a context of {context_size}; give "
+                    "--max_new_tokens or a longer --context_size"
+                )
     return loaded
 
 
@@ -149,20 +156,6 @@ def missing(error: Exception) -> str:
             "network (HF_HOME holds the data), or give a task with local data through --include_path"
         )
     return f"lm-eval cannot load it ({type(error).__name__}: {text}); fix the task file or its data"
-
-
-def fit_answers(name: str, tasks: dict, *, max_new_tokens: int | None, context_size: int) -> None:
-    """Set the room for answers (None: the task's own), and refuse one that alone fills the context; in tokens."""
-    for task in tasks["tasks"].values():
-        if task.get_config("output_type") == "generate_until":
-            if max_new_tokens is not None:
-                task.set_config(key="generation_kwargs", value={"max_gen_toks": max_new_tokens}, update=True)
-            room = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", DEFAULT_ANSWER_TOKENS)
-            if room >= context_size:
-                raise ValueError(
-                    f"--tasks {name}: answers of {room} tokens do not fit a context of {context_size}; give "
-                    "--max_new_tokens or a longer --context_size"
-                )
 
 
 def data_state(tasks: dict) -> dict:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import save_tiny_model, tiny_config
 
+import longqlora.evaluation.comparison as module
 from longqlora.evaluation.comparison import read_comparison
 from longqlora.evaluation.trials import run_trials
 from longqlora.model.context_request import ContextRequest
@@ -44,21 +45,6 @@ def write_yaml(folder, base, data, methods=METHODS, **settings):
     return path
 
 
-def run(path, output_file=None, seen=None):
-    """The record of the comparison in a YAML, of the trials that `seen` gets five before it is interrupted."""
-    task = read_comparison(str(path), {})
-    (trials,) = task.make_trials()
-
-    def ask(trial):
-        if seen is not None:
-            seen.append(trial)
-            if len(seen) == 6:
-                raise KeyboardInterrupt
-        return task.ask(trial)
-
-    return task.score(run_trials(trials, ask, output_file=output_file, fingerprint=task.settings, desc=""))
-
-
 def test_every_cell_equals_evaluate(base, data, tmp_path, evaluate):
     """A context that was changed in place, through the methods in both orders, is that of a fresh load."""
     task = read_comparison(str(write_yaml(tmp_path, base, data)), {})
@@ -81,20 +67,25 @@ def test_every_cell_equals_evaluate(base, data, tmp_path, evaluate):
 
 
 def test_a_comparison_goes_on_with_new_methods(base, data, tmp_path, monkeypatch):
-    import longqlora.evaluation.comparison as module
-
-    loads, load, seen = [], module.load_for_inference, []
+    loads, load = [], module.load_for_inference
     monkeypatch.setattr(module, "load_for_inference", lambda *a, **k: loads.append(1) or load(*a, **k))
-    yaml, output = write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: linear}"), tmp_path / "out.json"
-    with pytest.raises(KeyboardInterrupt):
-        run(yaml, output, seen)
-    write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: linear}\n  NTK: {rope_type: ntk}")
-    found = run(yaml, output, seen)
-    assert len(seen) - 1 == 3 * 2 * 4, "no window was scored twice"
-    assert found == run(yaml) and len(loads) == 3, "weights are loaded once for all RoPE methods"
-    write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: yarn}")
-    run(yaml, output, seen)
-    assert len(seen) - 1 == 4 * 2 * 4, "a method of other settings is another, whatever its name"
+
+    def run(methods: str) -> tuple[dict, list[str]]:
+        """The record, and the method of each trial that was asked."""
+        task, asked = read_comparison(str(write_yaml(tmp_path, base, data, methods)), {}), []
+        options = {"output_file": tmp_path / "out.json", "fingerprint": task.settings, "desc": ""}
+
+        def ask(trial):
+            asked.append(trial["method"])
+            return task.ask(trial)
+
+        return task.score(run_trials(task.make_trials()[0], ask, **options)), asked
+
+    first, asked = run("\n  none: {}\n  PI: {rope_type: linear}")
+    assert asked == ["none"] * 8 + ["PI"] * 8 and len(loads) == 1, "weights are loaded once for all RoPE methods"
+    more, asked = run("\n  none: {}\n  PI: {rope_type: linear}\n  NTK: {rope_type: ntk}")
+    assert asked == ["NTK"] * 8 and more["results"].items() > first["results"].items()
+    assert run("\n  none: {}\n  PI: {rope_type: yarn}")[1] == ["PI"] * 8, "another method, whatever its name"
 
 
 def test_blocks_need_no_mask_in_any_method(base, data, tmp_path):

@@ -11,7 +11,7 @@ from rigged_model import ask_all
 from test_ruler import solve
 
 from longqlora.cli import go_offline_unless_reachable
-from longqlora.evaluation.harness import fit_answers, load_task, wrap_model
+from longqlora.evaluation.harness import load_task, wrap_model
 from longqlora.evaluation.ruler.task import Ruler
 from longqlora.evaluation.ruler.tasks import TASKS
 from longqlora.inference.load import load_for_inference
@@ -80,7 +80,7 @@ def test_own_lm_eval_task(evaluate, own_tasks, tiny_model_dir, tmp_path):
         ("hub_task", r"hub_task: its data is not on this machine .*cais/mmlu.*run it once where"),
         ("broken", r"broken: lm-eval cannot load it \(UndefinedError: .*no_such_field"),
         ("long_answers", r"long_answers: answers of 256 tokens do not fit a context of 64"),
-        ("nowhere", r"no task 'nowhere' here .* or in lm-eval"),
+        ("nowhere", r"no task 'nowhere' here .* in lm-eval"),
     ],
 )
 def test_tasks_that_cannot_be_run_are_told_before_the_model_loads(own_tasks, name, message):
@@ -88,7 +88,7 @@ def test_tasks_that_cannot_be_run_are_told_before_the_model_loads(own_tasks, nam
 
     manager = TaskManager(include_path=own_tasks, include_defaults=False)
     with pytest.raises(ValueError, match=message) as caught:
-        fit_answers(name, load_task(manager, name, own_tasks), max_new_tokens=None, context_size=64)
+        load_task(manager, name, max_new_tokens=None, context_size=64)
     assert "\n" not in str(caught.value)
 
 
