@@ -156,12 +156,11 @@ def summarize_lengths(rows: Sequence[Mapping]) -> list[dict]:
 
     max_tokens is exclusive.
     """
-    floors = [2 ** math.floor(math.log2(max(1, row["num_context_tokens"]))) for row in rows]
-    groups = grouped([{**row, "floor": floor} for row, floor in zip(rows, floors, strict=True)], "metric", "floor")
+    rows = [{**row, "floor": 2 ** math.floor(math.log2(max(1, row["num_context_tokens"])))} for row in rows]
     return [
         {"metric": metric, "min_tokens": floor, "max_tokens": 2 * floor,
          "score": fmean(row["score"] for row in group), "num_rows": len(group)}
-        for (metric, floor), group in sorted(groups.items())
+        for (metric, floor), group in sorted(grouped(rows, "metric", "floor").items())
     ]  # fmt: skip
 
 

@@ -4,8 +4,6 @@ The wording is that of Landmark Attention (arXiv 2305.16300), which LongLoRA's p
 passkey/test_passkey.py share. They fix the length in characters and place the number at random; here length (tokens)
 and depth are exact. Prompts are raw text behind BOS, answers greedy, and a trial is passed if the first number of the
 answer is the key.
-
-Pure Python on a tokenizer; torch is imported by what generates.
 """
 
 import random
