@@ -181,9 +181,8 @@ class Comparison(Task):
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
         if self.windows:
-            curves = {name: self.curve(cells).items() for name, cells in record["results"].items()}
             with new_figure(path) as (axis,):
-                draw_perplexity(axis, {name: sorted(curve) for name, curve in curves.items()})
+                draw_perplexity(axis, {name: self.curve(cells).items() for name, cells in record["results"].items()})
         else:
             plot_heatmap(record["results"], path, label="passkey accuracy")
 

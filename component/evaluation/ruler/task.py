@@ -121,8 +121,7 @@ class Ruler(Task):
 
 def by_source(results: Sequence[Mapping]) -> tuple[list[Mapping], list[Mapping]]:
     """Results of RULER's tasks, and of lm-eval's, which have no length."""
-    of_ruler, of_lm_eval = ([r for r in results if ("length" in r) is has_length] for has_length in (True, False))
-    return of_ruler, of_lm_eval
+    return [r for r in results if "length" in r], [r for r in results if "length" not in r]
 
 
 @dataclass
