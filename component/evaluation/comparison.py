@@ -22,8 +22,8 @@ from longqlora.data.token_file import open_token_file, sidecar_path
 from longqlora.evaluation.frame import Task, from_flags
 from longqlora.evaluation.perplexity import PROTOCOLS
 from longqlora.evaluation.perplexity_task import TokenScorer, Windows
-from longqlora.evaluation.retrieval.grid import even_depths, grid_cells, plot_heatmap
-from longqlora.evaluation.retrieval.passkey import accuracy_cells, answer_trial, make_trials
+from longqlora.evaluation.retrieval.grid import plot_heatmap
+from longqlora.evaluation.retrieval.passkey import Passkey, accuracy_cells
 from longqlora.inference.load import LoadedModel, folder_state, load_for_inference, set_context
 from longqlora.model.context import context_length, resolve_config
 from longqlora.model.context_request import ATTENTIONS, ContextRequest
@@ -31,8 +31,9 @@ from longqlora.plot import draw_perplexity, new_figure
 from longqlora.settings.reader import coerce, input_path, read_yaml
 from longqlora.table import grouped, text_table
 
-MEASURES = ("perplexity", "passkey")
-CHOICES = {"measure": MEASURES, "protocol": PROTOCOLS, "dtype": ("auto", *DTYPES), "attention": ATTENTIONS}
+CHOICES = {
+    "measure": ("perplexity", "passkey"), "protocol": PROTOCOLS, "dtype": ("auto", *DTYPES), "attention": ATTENTIONS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ class Comparison(Task):
             self.windows = from_flags(Windows, self, data=open_token_file(self.data_path, flag="data_path"))
             trials = [trial for length in self.lengths for trial in self.windows.trials(length)]
         else:
-            options = {"num_trials": self.num_trials, "num_digits": self.num_digits, "seed": self.seed}
-            trials = make_trials(grid_cells(self.lengths, even_depths(self.num_depths)), **options)
+            self.passkey = from_flags(Passkey, self, depths=None)
+            trials = self.passkey.trials()
         self.models = {name: {length: self.describe(name, length) for length in self.lengths} for name in self.methods}
         common = {name: str(value) for name, value in asdict(self).items() if name not in ("lengths", "methods")}
         self.settings = {"settings": common, "base_model": folder_state(self.base_model), "torch": torch.__version__}
@@ -130,7 +131,10 @@ class Comparison(Task):
     def ask(self, trial: Mapping) -> dict:
         trial = {name: value for name, value in trial.items() if name != "settings"}
         loaded = self.model(trial["method"], trial["length"])
-        return self.windows.ask(self.scorer, trial) if self.windows else answer_trial(loaded, trial)
+        if self.windows:
+            return self.windows.ask(self.scorer, trial)
+        self.passkey.use(loaded)
+        return self.passkey.ask(trial)
 
     def model(self, name: str, length: int) -> LoadedModel:
         """The model of the method `name`, set up for `length` tokens; loads weights only for another adapter."""
@@ -176,9 +180,8 @@ class Comparison(Task):
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
         if self.windows:
-            curves = {name: self.curve(cells).items() for name, cells in record["results"].items()}
             with new_figure(path) as (axis,):
-                draw_perplexity(axis, {name: sorted(curve) for name, curve in curves.items()})
+                draw_perplexity(axis, {name: self.curve(cells).items() for name, cells in record["results"].items()})
         else:
             plot_heatmap(record["results"], path, label="passkey accuracy")
 

@@ -68,16 +68,12 @@ def add_result_arguments(parser: argparse.ArgumentParser, plot: str) -> None:
 
 
 def check_at_least(given: object, **least: int) -> None:
-    """Raise ValueError for an attribute of `given`, named as its flag, that is below its least value and not None."""
+    """Raise ValueError for an attribute of `given`, named as its flag, that is or holds less than its least value."""
     for name, minimum in least.items():
         value = getattr(given, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"--{name}: must be at least {minimum}, got {value}")
-
-
-def check_lengths(lengths: Sequence[int]) -> None:
-    if lengths and min(lengths) < 1:
-        raise ValueError(f"--lengths: must be at least 1 token, got {min(lengths)}")
+        for number in value if isinstance(value, Sequence) else [value]:
+            if number is not None and number < minimum:
+                raise ValueError(f"--{name}: must be at least {minimum}, got {number}")
 
 
 def from_flags(kind: type, args: argparse.Namespace, **others: object) -> Any:

@@ -30,6 +30,7 @@ CHUNK_FLOATS = 2**24
 PROBE_TOKENS = 16
 
 
+@dataclass
 class TokenScorer:
     """Gives the negative log-likelihood of every token of a window under `model`, and whether it is the likeliest.
 
@@ -39,10 +40,9 @@ class TokenScorer:
     chunk; a model that does more (soft-capping, scaling, prompts) is asked for its own logits.
     """
 
-    def __init__(self, model: torch.nn.Module, *, prefill_chunk_size: int | None = None):
-        self.model = model
-        self.prefill_chunk_size = prefill_chunk_size
-        self.split: tuple[torch.nn.Module, torch.nn.Module] | None = None
+    model: torch.nn.Module
+    prefill_chunk_size: int | None = None
+    split: tuple[torch.nn.Module, torch.nn.Module] | None = None
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,11 +199,8 @@ class Perplexity(Task):
     def table(self, record: Mapping) -> str:
         lines = []
         for result in record["results"]:
-            plan = self.windows.plan(result["seq_len"])
             lines += [
                 f"protocol: {result['protocol']}",
-                f"left out: {plan.num_windows_left_out} windows; {plan.num_uncovered_tokens} tokens of the file are in "
-                "no window",
                 f"seq_len {result['seq_len']}: perplexity {result['perplexity']:.4f}, loss {result['loss']:.6f}, "
                 f"accuracy {result['accuracy']:.6f} ({result['num_windows']} windows, {result['num_tokens']} tokens "
                 "scored)",

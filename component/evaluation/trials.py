@@ -55,7 +55,10 @@ def run_trials(
         print_main(f"resuming: {len(done)} of {len(by_key)} trials already done")
     own = [key for key in by_key if key not in done][rank() :: world_size()]
     finished: dict[str, dict] = {}
-    path = _kept_file(output_file) if output_file else Path(os.devnull)
+    path = Path(os.devnull)
+    if output_file:
+        output_file.parent.mkdir(parents=True, exist_ok=True)
+        path = output_file.with_name(f".{output_file.name}.trials-{rank()}.jsonl")
     with path.open("a", encoding="utf-8") as file:
         for key in tqdm(own, desc=desc, unit="trial", disable=not is_main_process()):
             line = json.dumps({"run": run, "trial": key, "result": attempt(run_one, by_key[key])})
@@ -79,11 +82,6 @@ def finish_trials(output_file: Path | None) -> None:
 
 def _digest(value: Mapping) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _kept_file(output_file: Path) -> Path:
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    return output_file.with_name(f".{output_file.name}.trials-{rank()}.jsonl")
 
 
 def _kept_files(output_file: Path | None) -> list[Path]:

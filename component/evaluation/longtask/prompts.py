@@ -56,15 +56,11 @@ class PromptForm:
             raise ValueError(
                 f"question {task.id} of {task.task}: question, options{examples} make {num_tokens} tokens, but "
                 f"{self.room} fit in the context of {self.context_size} beside --max_new_tokens {self.max_new_tokens}; "
-                "raise --context_size or lower --num_shots"
+                "raise --context_size, or lower --max_new_tokens or --num_shots"
             )
 
     def fit(self, task: Question) -> tuple[list[int], int, int]:
-        """Ids of the prompt with as much of the context as fits; tokens of the whole context, and how many were cut.
-
-        Raises ValueError as `check` does.
-        """
-        self.check(task)
+        """Ids of a checked question with the context that fits; tokens of the whole context, and how many were cut."""
         shots, context_ids = self.shots_for(task), encode_text(self.tokenizer, task.context)
         num_kept, context = len(context_ids), task.context
         while True:

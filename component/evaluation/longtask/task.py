@@ -54,18 +54,13 @@ class LongTask(Task):
         shots = [self.shots_file] if self.shots_file else []
         self.shots = read_questions(shots, "--shots_file", needs_context=False)
         for question in self.questions:
-            if self.metric == "accuracy" and not (question.options or question.has_letters):
+            if question.metric_for(self.metric) == "accuracy" and not (question.options or question.has_letters):
                 where = f"question {question.id} of {question.task}"
-                raise ValueError(f"--metric accuracy: {where} has no options; choose another metric")
+                raise ValueError(f"--metric: {where} has no options for accuracy; give them or another metric")
         if any(question.metric_for(self.metric) in ROUGE_METRICS for question in self.questions):
             require_extra("rouge_score", "rouge-score", extra="eval")
 
     def make_trials(self, source: ModelSource) -> list[list[dict]]:
-        if self.max_new_tokens >= source.context_size:
-            raise ValueError(
-                f"--max_new_tokens: {self.max_new_tokens} leave no room for a prompt in the context of "
-                f"{source.context_size} tokens; give fewer"
-            )
         template = source.template(self.prompt_template)
         sizes = {"context_size": source.context_size, "max_new_tokens": self.max_new_tokens}
         self.form = PromptForm(source.tokenizer, template, shots=self.shots, num_shots=self.num_shots, **sizes)
@@ -161,12 +156,11 @@ def summarize_lengths(rows: Sequence[Mapping]) -> list[dict]:
 
     max_tokens is exclusive.
     """
-    floors = [2 ** math.floor(math.log2(max(1, row["num_context_tokens"]))) for row in rows]
-    groups = grouped([{**row, "floor": floor} for row, floor in zip(rows, floors, strict=True)], "metric", "floor")
+    rows = [{**row, "floor": 2 ** math.floor(math.log2(max(1, row["num_context_tokens"])))} for row in rows]
     return [
         {"metric": metric, "min_tokens": floor, "max_tokens": 2 * floor,
          "score": fmean(row["score"] for row in group), "num_rows": len(group)}
-        for (metric, floor), group in sorted(groups.items())
+        for (metric, floor), group in sorted(grouped(rows, "metric", "floor").items())
     ]  # fmt: skip
 
 
