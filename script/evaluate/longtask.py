@@ -33,9 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_shots", type=int, default=0, metavar="N",
                         help="examples with answers before each question (default: %(default)s)")  # fmt: skip
     parser.add_argument("--shots_file", metavar="PATH", help="jsonl file of the examples; the context may be missing")
-    parser.add_argument("--choice_scoring", choices=("generation", "loglikelihood"), default="generation",
-                        help="take the option that the answer names, or the one whose letter is most likely "
-                        "(default: generation)")  # fmt: skip
     add_template_argument(parser)
 
 

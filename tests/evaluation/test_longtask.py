@@ -6,12 +6,11 @@ from dataclasses import replace
 from os.path import commonprefix
 
 import pytest
-import torch
 from conftest import sentences
 from rigged_model import ask_all, rigged
 
 from longqlora.data.prompt import encode_text
-from longqlora.evaluation.longtask.prompts import PromptForm, letter_ids, log_likelihoods, prompt_text
+from longqlora.evaluation.longtask.prompts import PromptForm, prompt_text
 from longqlora.evaluation.longtask.questions import IN_THE_STORY, Question, read_questions
 from longqlora.evaluation.longtask.scores import (
     best_score,
@@ -24,7 +23,6 @@ from longqlora.evaluation.longtask.scores import (
 )
 from longqlora.evaluation.longtask.task import LongTask, score_answer, summarize_lengths, summarize_tasks
 from longqlora.inference.generation import encode_prompt
-from longqlora.inference.load import load_for_inference
 
 ASKED = {"context": "the quick brown fox", "question": "What is quick?"}
 CHOICE = {**ASKED, "options": ["dog", "fox", "box"], "answer": "B"}
@@ -158,30 +156,6 @@ def test_a_long_context_loses_its_middle(template, text, tiny_tokenizer):
         PromptForm(tiny_tokenizer, template, 56, 32).check(Question("1", "t", text, "Why? " * 20, ("x",)))
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_model_dir):
-    return load_for_inference(str(tiny_model_dir))
-
-
-@pytest.mark.parametrize("continuations", [[[7], [9]], [[5, 7], [5, 9], [5, 8]], [[5, 7], [6, 7, 9]]])
-def test_log_likelihoods_equal_whole_passes(continuations, loaded):
-    prompt = [1, 20, 30, 40]
-    expected = []
-    for ids in continuations:
-        logits = loaded.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
-        expected.append(sum(logits[len(prompt) - 1 + n, token].item() for n, token in enumerate(ids)))
-    found = log_likelihoods(loaded.model, prompt, continuations)
-    assert [a - found[0] for a in found] == pytest.approx([a - expected[0] for a in expected], abs=1e-4)
-
-
-@pytest.mark.parametrize("template", ["none", "vicuna_v1.1", "vicuna_v1.1_fastchat"])
-def test_letters_follow_the_prompt_as_answers_do(template, tiny_tokenizer):
-    task = Question("1", "t", "Text.", "Why?", ("a",), ("a", "b"))
-    prompt, _, _ = PromptForm(tiny_tokenizer, template, 1000, 5).fit(task)
-    letters = letter_ids(tiny_tokenizer, 2, template)
-    assert [tiny_tokenizer.decode([*prompt, *ids])[-3:] for ids in letters] == [": A", ": B"]
-
-
 def test_means_by_task_and_length():
     names = ("task", "metric", "score", "num_context_tokens", "num_tokens_cut")
     rows = [("b", "f1", 0.5, 1023, 0), ("a", "accuracy", 0.0, 1024, 0), ("b", "f1", 1.0, 2047, 3)]
@@ -192,13 +166,6 @@ def test_means_by_task_and_length():
     assert (second["score"], second["num_rows_without_choice"], second["mean_context_tokens"]) == (0.0, 1, 1024)
     bins = [tuple(entry.values()) for entry in summarize_lengths(rows)]
     assert bins == [("accuracy", 1024, 2048, 0.0, 1), ("f1", 512, 1024, 0.5, 1), ("f1", 1024, 2048, 1.0, 1)]
-
-
-def test_the_likeliest_letter_is_the_choice(loaded, tmp_path):
-    task = LongTask([write_rows(tmp_path / "exam.jsonl", CHOICE)], choice_scoring="loglikelihood")
-    (row,) = ask_all(task, loaded, context_size=400)["rows"]
-    likely = row["log_likelihoods"]
-    assert row["choice"] == "ABC"[likely.index(max(likely))] and row["right_choice"] == "B"
 
 
 @pytest.mark.parametrize(("template", "answer"), [("none", "fox"), ("vicuna_v1.1", "fox\nQuestion: What?")])
@@ -293,7 +260,6 @@ LETTERS = Question("1", "t", "c", "q", ("BC",), metric="exam")
     ("question", "metric", "result", "expected"),
     [
         (FOX, "auto", {"answer": "(B)"}, {"score": 1, "metric": "accuracy", "choice": "B", "right_choice": "B"}),
-        (FOX, "auto", {"answer": "B", "choice": "A"}, {"score": 0, "choice": "A"}),  # the likelihoods chose
         (FOX, "auto", {"answer": "who knows"}, {"score": 0, "choice": None, "right_choice": "B"}),
         (FOX, "f1", {"answer": "the fox"}, {"score": 1, "metric": "f1"}),
         (LETTERS, "auto", {"answer": "C, B"}, {"score": 1, "metric": "exam", "choice": "BC"}),
@@ -304,7 +270,7 @@ LETTERS = Question("1", "t", "c", "q", ("BC",), metric="exam")
         (replace(LETTERS, references=("b", "word " * 31), metric=None), "auto", {"answer": "b"}, {"metric": "rougeL"}),
     ],
 )
-def test_an_answer_is_scored_by_letter_by_likelihood_or_by_text(question, metric, result, expected):
+def test_an_answer_is_scored_by_letter_or_by_text(question, metric, result, expected):
     row = score_answer(question, result, metric, use_stemmer=True)
     assert {name: row[name] for name in expected} == expected
 

@@ -63,12 +63,12 @@ RUNS = {
         {"tasks.1.num_rows": 2, "by_length.0.score": ..., "rows.1.right_choice": "B", "settings.metric": "auto",
          "settings.prompt_template": "none", "versions.torch": ..., "context_size": 400, "rope_parameters": ...},
     ),
-    "longtask, by likelihood": (
-        "--data_path {folder}/qa.jsonl {folder}/exam.jsonl --max_rows 2 --choice_scoring loglikelihood "
-        "--context_size 120 --max_new_tokens 6 --num_shots 1 --shots_file {folder}/shots.jsonl",
+    "longtask, with an example": (
+        "--data_path {folder}/qa.jsonl {folder}/exam.jsonl --max_rows 2 --context_size 120 "
+        "--max_new_tokens 6 --num_shots 1 --shots_file {folder}/shots.jsonl",
         ["task  metric     score  rows  cut", "exam  accuracy"],
-        {"rows.0.task": "qa", "rows.0.metric": "f1", "rows.0.num_new_tokens": 6, "rows.1.log_likelihoods.1": ...,
-         "rows.1.choice": ..., "rows.1.id": "1", "settings.num_shots": 1, "settings.choice_scoring": "loglikelihood"},
+        {"rows.0.task": "qa", "rows.0.metric": "f1", "rows.0.num_new_tokens": 6, "rows.1.choice": ...,
+         "rows.1.id": "1", "settings.num_shots": 1},
     ),
     "compare": (
         "--max_windows 3",

@@ -10,10 +10,9 @@ from statistics import fmean
 
 from longqlora.cli import require_extra
 from longqlora.evaluation.frame import ModelSource, Task, check_at_least
-from longqlora.evaluation.longtask.prompts import QUESTION_LEAD, PromptForm, letter_ids, log_likelihoods
+from longqlora.evaluation.longtask.prompts import QUESTION_LEAD, PromptForm
 from longqlora.evaluation.longtask.questions import Question, read_questions
 from longqlora.evaluation.longtask.scores import (
-    OPTION_LETTERS,
     ROUGE_METRICS,
     best_score,
     parse_choice,
@@ -40,7 +39,6 @@ class LongTask(Task):
     max_new_tokens: int = 128
     num_shots: int = 0
     shots_file: str | None = None
-    choice_scoring: str = "generation"
     prompt_template: str = "auto"
     name = "long tasks"
 
@@ -66,34 +64,26 @@ class LongTask(Task):
         self.form = PromptForm(source.tokenizer, template, shots=self.shots, num_shots=self.num_shots, **sizes)
         for question in self.questions:
             self.form.check(question)
-        self.told = {name: getattr(self, name) for name in ("max_new_tokens", "num_shots", "choice_scoring")}
+        self.told = {name: getattr(self, name) for name in ("max_new_tokens", "num_shots")}
         self.told["prompt_template"] = template
         self.settings = {**self.told, "shots": [asdict(shot) for shot in self.shots]}
         return [[asdict(question) for question in self.questions]]
 
     def ask(self, trial: Mapping) -> dict:
-        question, template = Question(**trial), self.form.template
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        ids, num_context, num_cut = self.form.fit(question)
+        ids, num_context, num_cut = self.form.fit(Question(**trial))
         facts = {"num_context_tokens": num_context, "num_tokens_cut": num_cut, "num_prompt_tokens": len(ids)}
-        if question.options and self.choice_scoring == "loglikelihood":
-            scores = log_likelihoods(model, ids, letter_ids(tokenizer, len(question.options), template))
-            best = scores.index(max(scores))
-            choice = {"answer": question.options[best], "choice": OPTION_LETTERS[best]}
-            return {**choice, "log_likelihoods": scores, **facts}
         # Raw text goes on with the next question after an answer, in our own layout.
-        stop = (f"\n{QUESTION_LEAD.strip()}",) if template == NO_TEMPLATE else ()
+        stop = (f"\n{QUESTION_LEAD.strip()}",) if self.form.template == NO_TEMPLATE else ()
         options = GenerationOptions(do_sample=False, max_new_tokens=self.max_new_tokens, stop=stop)
-        generated = generate_text(model, tokenizer, ids, options)
+        generated = generate_text(self.loaded.model, self.loaded.tokenizer, ids, options)
         facts |= {"num_new_tokens": generated.num_new_tokens, "finish_reason": generated.finish_reason}
         return {"answer": generated.text.strip(), **facts}
 
     def score(self, results: Sequence[dict]) -> dict:
         rows = [score_answer(question, result, self.metric, use_stemmer=self.rouge_stemmer)
                 for question, result in zip(self.questions, results, strict=True)]  # fmt: skip
-        likeliest = ", most likely option letter" if self.choice_scoring == "loglikelihood" else ""
         protocol = (
-            f"greedy answers{likeliest}, {self.num_shots} examples of --shots_file, contexts cut in the middle to "
+            f"greedy answers, {self.num_shots} examples of --shots_file, contexts cut in the middle to "
             f"{self.form.context_size} tokens with prompt"
         )
         scoring = {name: getattr(self, name) for name in ("metric", "rouge_stemmer", "max_rows")}
@@ -120,13 +110,13 @@ class LongTask(Task):
 def score_answer(question: Question, result: Mapping, metric: str, *, use_stemmer: bool) -> dict:
     """One row of the result file: `result` of generating, with metric, score and references.
 
-    result: has "answer", and "choice" (a letter) where the likelihoods chose. metric: as in `Question.metric_for`.
+    metric: as in `Question.metric_for`.
     """
     metric, answer = question.metric_for(metric), result["answer"]
     row = {**result, "num_examples": len(question.examples), "id": question.id, "task": question.task}
     row |= {"metric": metric, "references": list(question.references)}
     if metric in ("accuracy", "exam") and question.options:
-        choice, right = result.get("choice") or parse_choice(answer, question.options), question.right_letter
+        choice, right = parse_choice(answer, question.options), question.right_letter
         return {**row, "choice": choice, "right_choice": right, "score": float(choice == right)}
     by = "exam" if metric == "accuracy" else metric
     score = best_score(by, answer, question.references, use_stemmer=use_stemmer)
