@@ -117,12 +117,10 @@ def make_session(args: argparse.Namespace, options: GenerationOptions) -> ChatSe
     if args.streaming:
         cache = sink_cache(loaded.model, window=args.streaming_window, num_sinks=args.num_sinks)
         session = StreamingSession(loaded, template, options, args.system, cache=cache)
-        size = f"streaming with a window of {cache.window} tokens"
     else:
         session = ChatSession(loaded, template, options, args.system)
-        size = f"context of {loaded.context_size} tokens"
     if sys.stdin.isatty():
-        note(f"template {template}, {size}; /help lists the commands")
+        note(session.greeting)
     for path in args.file:
         note(f"read {path}: {session.add_document(path, flag='--file')} tokens")
     return session

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from rigged_model import ask_all
 
 from longqlora.cli import go_offline_unless_reachable
-from longqlora.evaluation.harness import load_task, wrap_model
+from longqlora.evaluation.lm_eval_harness import load_task, wrap_model
 from longqlora.evaluation.ruler.task import (
     FittedTask,
     Ruler,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from longqlora.evaluation.frame import ModelSource, Task
-from longqlora.evaluation.harness import data_state, evaluate_tasks, generate_answers, load_tasks, wrap_model
+from longqlora.evaluation.lm_eval_harness import data_state, evaluate_tasks, generate_answers, load_tasks, wrap_model
 from longqlora.evaluation.retrieval.haystack import read_haystack
 from longqlora.evaluation.ruler.tasks import TASKS, Sample, TextHaystack
 from longqlora.plot import mark_lengths, new_figure

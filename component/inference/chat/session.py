@@ -60,6 +60,11 @@ class ChatSession:
         """Most tokens that a prompt may have: max_new_tokens are kept for an answer, at most half of the context."""
         return self.context_size - min(self.options.max_new_tokens, self.context_size // 2)
 
+    @property
+    def greeting(self) -> str:
+        """The first line of a chat."""
+        return f"template {self.template}, context of {self.context_size} tokens; /help lists the commands"
+
     def encode(self, messages: Messages) -> list[int]:
         """Ids of a prompt that ends where the answer begins."""
         return encode_conversation(self.loaded.tokenizer, messages, template=self.template)

@@ -42,6 +42,12 @@ class StreamingSession(ChatSession):
         # It warns where the stream outgrows the model's context, which no distance in the cache does.
         logging.getLogger("transformers.generation.stopping_criteria").setLevel(logging.ERROR)
 
+    @property
+    def greeting(self) -> str:
+        return (
+            f"template {self.template}, streaming with a window of {self.cache.window} tokens; /help lists the commands"
+        )
+
     def clear(self) -> None:
         super().clear()
         self.cache.reset()
