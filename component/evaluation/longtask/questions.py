@@ -2,10 +2,7 @@
 
     questions = read_questions(["qasper.jsonl"], "--data_path")
 
-A row is one question: a text under "context" (or "document", "input"), a question under "question" (or "instruction",
-"query", "input" beside a context), and answers under "references" (or "answers", "answer", "outputs", "output"), or
-"options" with the right one under "answer" (its letter, its text, or its index from 0). L-Eval's rows hold several:
-"instructions" and "outputs" are lists of equal length. data/README.md lists all keys; text under another is refused.
+A row is one question; L-Eval's rows hold several. data/README.md lists all keys; text under another is refused.
 """
 
 import math

@@ -116,7 +116,15 @@ class Ruler(Task):
         return "\n".join(table(results) for table, results in tables if results)
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
-        plot_scores(by_source(record["results"])[0], path)
+        """Score in percent against length in tokens: a line per task, and the mean of several."""
+        results, _ = by_source(record["results"])
+        with new_figure(path) as (axis,):
+            for task, row in rows_by_task(results).items():
+                style = {"marker": "s", "color": "black", "linewidth": 2.5} if task == MEAN else {"marker": "o"}
+                axis.plot(*zip(*sorted(row.items()), strict=True), label=task, **style)
+            mark_lengths(axis, list(mean_by_length(results)))
+            axis.set(xlabel="length (tokens)", ylabel="RULER score (%)", ylim=(-3, 103))
+            axis.legend(fontsize="small")
 
 
 def by_source(results: Sequence[Mapping]) -> tuple[list[Mapping], list[Mapping]]:
@@ -255,14 +263,3 @@ def metric_table(results: Sequence[Mapping]) -> str:
             if not name.endswith("_stderr"):
                 rows.append((task, metric, float(value), metrics.get(f"{name}_stderr,{kind}")))
     return text_table(("task", "metric", "value", "stderr"), rows, digits=4, num_left=2)
-
-
-def plot_scores(results: Sequence[Mapping], path: str) -> None:
-    """Score in percent against length in tokens: a line per task, and the mean of several."""
-    with new_figure(path) as (axis,):
-        for name, row in rows_by_task(results).items():
-            style = {"marker": "s", "color": "black", "linewidth": 2.5} if name == MEAN else {"marker": "o"}
-            axis.plot(*zip(*sorted(row.items()), strict=True), label=name, **style)
-        mark_lengths(axis, list(mean_by_length(results)))
-        axis.set(xlabel="length (tokens)", ylabel="RULER score (%)", ylim=(-3, 103))
-        axis.legend(fontsize="small")
