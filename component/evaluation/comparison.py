@@ -1,8 +1,5 @@
 """Compare context methods on one base model: every method at every length, by perplexity or passkey accuracy.
 
-    comparison = read_comparison("script/evaluate/compare.yaml", {})
-    run_task(comparison, comparison.make_trials(), args, name="", fingerprint={}, facts={})
-
 A method is a few settings: how RoPE is scaled, which attention reads, or which adapter was trained. The base model is
 loaded once; RoPE and attention are changed in place. A trial is a batch of windows or a passkey prompt of one method,
 so a comparison that was killed goes on within a cell, and torchrun splits it.
@@ -54,10 +51,7 @@ class Method(ContextRequest):
 
 @dataclass
 class Comparison(Task):
-    """Every method at every length; the fields are the keys of the YAML, with lengths, strides and windows in tokens.
-
-    One model is in memory at a time; its context is changed in place.
-    """
+    """Every method at every length; the fields are the keys of the YAML; lengths, strides and windows in tokens."""
 
     base_model: str
     lengths: list

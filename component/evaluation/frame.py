@@ -89,11 +89,7 @@ def evaluate(
     *,
     plot: str,
 ) -> None:
-    """The main of a script that evaluates one model.
-
-    add_arguments: declares the task's own flags. make_task: makes it from what was parsed; raises ValueError. plot:
-    what --plot draws.
-    """
+    """The main of a script that evaluates one model; make_task may raise ValueError, `plot` says what --plot draws."""
     args = parse(description, add_arguments, partial(add_result_arguments, plot=plot))
     task = make_task(args)
     check_results(args, {**task.inputs, **model_sources(args)})

@@ -40,9 +40,7 @@ def run_trials(
     run_one: gives the JSON-ready result of one trial. Unfinished trials are dealt out to the ranks in turn.
     output_file: finished trials are kept beside it for a later run with the same fingerprint, whatever its number of
     processes and whatever trials were added or left out; None keeps nothing.
-    fingerprint: JSON-ready facts that decide a result and are not in the trials (model, dtype, protocol), as rank 0
-    has them.
-    desc: label of the progress bar.
+    fingerprint: JSON-ready facts that decide a result beside the trials (model, dtype, protocol), as rank 0 has them.
 
     A `ValueError` or `OSError` of `run_one` and a GPU out of memory end the run with one line on any rank.
     """
@@ -116,9 +114,8 @@ def attempt(run_one: Callable[[Trial], dict], trial: Trial) -> dict:
             # The numbers of a trial say its size; its texts may be long.
             numbers = [f"{name} {value}" for name, value in trial.items() if isinstance(value, (int, float))]
             where = ", ".join(numbers) or "one trial"
-            error = ValueError(
-                f"out of GPU memory at {where}; lower the length or --batch_size, or pass --load_in_4bit"
-            )
+            advice = "lower the length or --batch_size, or pass --load_in_4bit"
+            error = ValueError(f"out of GPU memory at {where}; {advice}")
         # Only this rank meets it, so that this rank has to say it.
         error.from_one_rank = True
         raise error from error.__cause__

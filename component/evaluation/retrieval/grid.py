@@ -97,10 +97,7 @@ def grid_table(cells: Sequence[Mapping], value: str) -> str:
 def plot_heatmap(
     panels: Mapping[str, Sequence[Mapping]], path: str | os.PathLike, *, value: str = "accuracy", label: str
 ) -> None:
-    """Draw a panel for each title -> cells {"length", "depth", `value`}: length on x, depth downwards on y.
-
-    value: name of what a cell shows, between 0 and 1. label: of the colour bar.
-    """
+    """Draw a panel for each title -> cells {"length", "depth", `value` (0 .. 1)}: length on x, depth downwards on y."""
     grids = {title: by_place(cells, value) for title, cells in panels.items()}
     widest = max(len(lengths) for lengths, _, _ in grids.values())
     highest = max(len(depths) for _, depths, _ in grids.values())

@@ -19,12 +19,7 @@ from longqlora.data.prompt import encode_after
 from longqlora.evaluation.frame import ModelSource
 from longqlora.evaluation.retrieval.grid import GridTask
 from longqlora.evaluation.retrieval.haystack import Haystack, NeedlePrompt, read_haystack
-from longqlora.inference.generation import (
-    NO_TEMPLATE,
-    GenerationOptions,
-    encode_prompt,
-    generate_text,
-)
+from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, encode_prompt, generate_text
 
 NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
 QUESTION = "What is the best thing to do in San Francisco?"
