@@ -6,6 +6,7 @@ torch is imported where it is used, which keeps --help and bad input fast.
 import argparse
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 
 from longqlora.cli import DTYPES, dtype_of
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions
@@ -17,10 +18,7 @@ from longqlora.settings.config import PROMPT_TEMPLATES
 def parse(
     description: str, *add_arguments: Callable[[argparse.ArgumentParser], None], epilog: str = ""
 ) -> argparse.Namespace:
-    """The command line of a script that loads a model; each of `add_arguments` declares flags beside the model's.
-
-    Refuses, before anything heavy is imported, what the model's flags cannot mean.
-    """
+    """The command line of a script that loads a model; each of `add_arguments` declares flags beside the model's."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=raw)
     for add in (add_model_arguments, *add_arguments):
@@ -39,12 +37,8 @@ def parse_generation(
     description: str, add_arguments: Callable[[argparse.ArgumentParser], None], *, template: str, epilog: str = ""
 ) -> tuple[argparse.Namespace, GenerationOptions]:
     """`parse` for a script that generates; template: as for `add_template_argument`."""
-
-    def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-        add_template_argument(parser, template)
-        parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
-
-    args = parse(description, add_prompt_arguments, add_arguments, add_generation_arguments, epilog=epilog)
+    add_template = partial(add_template_argument, template=template)
+    args = parse(description, add_template, add_arguments, add_generation_arguments, epilog=epilog)
     try:
         return args, GenerationOptions(**{item.name: getattr(args, item.name) for item in fields(GenerationOptions)})
     except ValueError as error:
@@ -59,8 +53,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter_name_or_path", "--peft_model", help="folder of a trained adapter")
     group.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
                        help="quantise the base to NF4, as in training (default: no)")  # fmt: skip
-    group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                       help="dtype of the weights (default: auto)")  # fmt: skip
+    group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="that of the weights (default: auto)")
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add_context_arguments(parser)
 
@@ -76,7 +69,8 @@ def add_template_argument(parser: argparse.ArgumentParser, template: str = NO_TE
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """One argument for each field of `GenerationOptions`."""
+    """--system, and one argument for each field of `GenerationOptions`."""
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
     group = parser.add_argument_group("generation")
     kinds = {"do_sample": {"action": argparse.BooleanOptionalAction}, "seed": {"type": int},
              "stop": {"nargs": "+", "metavar": "TEXT"}}  # fmt: skip

@@ -1,12 +1,9 @@
 """Generate text: the options, the prompt as ids, and a streaming `generate_text`.
 
-Streaming runs in the calling thread: a stopping criterion sees every new token, turns it into text,
-looks for stop strings and asks whether it was told to stop. So there is no thread to leave behind,
-and what was streamed is exactly what is returned.
+Streaming runs in the calling thread, as a stopping criterion that sees every new token. So there is no thread to leave
+behind, and what was streamed is exactly what is returned.
 
 torch is imported where it is used, which keeps --help and bad input fast.
-
-Dimensions: B batch (always 1), S sequence.
 """
 
 import math
@@ -91,10 +88,10 @@ class AnswerStream:
         self.text, self.num_given_out, self.is_stopped = "", 0, False
 
     def __call__(self, input_ids, scores, **kwargs):
-        """input_ids [B, S] int64; returns [B] bool, True to end."""
+        """input_ids [1, num_tokens] int64; returns [1] bool, True to end."""
         self.put(input_ids[0, self.num_seen :].tolist())
         self.num_seen = input_ids.shape[1]
-        return input_ids.new_full((input_ids.shape[0],), self.is_stopped or self.stop_event.is_set(), dtype=bool)
+        return input_ids.new_full((1,), self.is_stopped or self.stop_event.is_set(), dtype=bool)
 
     def put(self, new_ids: Sequence[int], *, is_end: bool = False) -> None:
         """Take the next ids and give out the text that is certain now, at the end all of it."""
@@ -113,8 +110,7 @@ class AnswerStream:
             self.text, self.is_stopped = self.text[: min(found)], True
         beginnings = [] if is_end or found else [stop[:size] for stop in self.stop for size in range(1, len(stop))]
         num_held = max((len(start) for start in beginnings if self.text.endswith(start)), default=0)
-        piece = self.text[self.num_given_out : len(self.text) - num_held]
-        if piece:
+        if piece := self.text[self.num_given_out : len(self.text) - num_held]:
             self.num_given_out += len(piece)
             self.on_text(piece)
 
@@ -138,9 +134,7 @@ def generate_text(
 ) -> Generation:
     """Continue `prompt_ids`; `on_text` gets each piece of the text as soon as it is certain.
 
-    Setting `stop_event`, from a signal handler or another thread, ends the answer after the current
-    token; the text so far is returned. Raises ValueError for an empty prompt.
-
+    Setting `stop_event`, from a signal handler or another thread, ends the answer after the current token.
     past_key_values: a transformers Cache that has seen the beginning of `prompt_ids`, not all of them. It then holds
     all of `prompt_ids` and the new ids but the last.
     """

@@ -48,8 +48,7 @@ def load_weights(source: ModelSource, *, load_in_4bit: bool = False, dtype: torc
     source.tokenizer.model_max_length = source.context_size
     dtype, device = dtype or default_dtype(), local_device()
     if device.type == "cpu" and is_slow_on_cpu(dtype):
-        name = str(dtype).removeprefix("torch.")
-        print_notice(f"this CPU has no {name} arithmetic; fp32 is many times faster")
+        print_notice(f"this CPU has no {str(dtype).removeprefix('torch.')} arithmetic; fp32 is many times faster")
     model = load_model(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device, **trust)
     attention = bind_inference_attention(model)
     if adapter:
@@ -60,10 +59,8 @@ def load_weights(source: ModelSource, *, load_in_4bit: bool = False, dtype: torc
 
 
 def set_context(loaded: LoadedModel, context: ContextRequest, *, is_chunked: bool = False) -> None:
-    """Give a loaded model another context, RoPE or attention, as if it had been loaded with `context`.
-
-    is_chunked: as for `bind_inference_attention`.
-    """
+    """Give a loaded model another context, RoPE or attention, as if it had been loaded with `context`; is_chunked: as
+    for `bind_inference_attention`."""
     model = loaded.model
     names = loaded.base_model_name_or_path, loaded.adapter_name_or_path
     _, config = resolve_config(*names, context, trust_remote_code=loaded.trust_remote_code)

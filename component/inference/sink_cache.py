@@ -155,10 +155,7 @@ def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int
 def sink_cache(
     model: PreTrainedModel | PeftModel, *, window: int | None = None, num_sinks: int | None = None
 ) -> SinkCache:
-    """An empty cache for `model`; None is the default of `check_streaming`.
-
-    Raises ValueError as `check_streaming` does, and for a model without RoPE in Llama's layout in every layer.
-    """
+    """An empty cache for `model`. Raises ValueError as `check_streaming`, and where a layer lacks Llama's RoPE."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     window, num_sinks = check_streaming(model.config, window, num_sinks)
     num_layers = model.config.get_text_config().num_hidden_layers

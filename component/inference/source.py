@@ -3,7 +3,6 @@
 torch is imported where it is used, which keeps --help and bad input fast.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,16 +25,12 @@ class ModelSource:
     context_size: int
     trust_remote_code: bool = False
 
-    @property
-    def longest_input(self) -> float:
-        """Tokens that the model is meant to read: its context, or any number with dual chunk attention."""
+    def warn_beyond_context(self, lengths: Sequence[int]) -> None:
+        """Name the lengths that the model is not meant to read; with dual chunk attention there are none."""
         from longqlora.attention.dual_chunk_binding import dual_chunk_sizes
 
-        return self.context_size if dual_chunk_sizes(self.config) is None else math.inf
-
-    def warn_beyond_context(self, lengths: Sequence[int]) -> None:
         for length in lengths:
-            if length > self.longest_input:
+            if length > self.context_size and dual_chunk_sizes(self.config) is None:
                 print_main(f"warning: length {length} is beyond the model's context of {self.context_size} tokens")
 
     def template(self, requested: str, *, default: str = NO_TEMPLATE) -> str:

@@ -8,9 +8,8 @@ The whole conversation is sent each time, in the template the model was tuned wi
 full the oldest turns are left out, which is said. Answers go to stdout, everything else to stderr.
 Ctrl-C ends an answer; at the prompt, twice, the chat.
 
-With --streaming the model reads every token once, and memory does not grow however long conversation and
-files are (StreamingLLM, arXiv 2309.17453): it keeps the first tokens and the latest ones and forgets what
-lies between. That is no longer context, but a chat that never has to leave turns out.
+With --streaming memory does not grow however long conversation and files are (StreamingLLM, arXiv 2309.17453):
+the model keeps the first tokens and the latest ones and forgets what lies between.
 """
 
 import argparse
@@ -32,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", metavar="PATH", action="append", default=[], help="document to begin with, as /file "
                         f"reads it ({FORMAT_LIST}); may be given several times")  # fmt: skip
     group = parser.add_argument_group("streaming")
-    group.add_argument("--streaming", action="store_true", help="endless chat in constant memory: keep the first and "
-                       "the latest tokens only (default: no)")  # fmt: skip
+    group.add_argument("--streaming", action="store_true", help="endless chat in constant memory (default: no)")
     group.add_argument("--streaming_window", type=int, metavar="N", help="tokens to keep, with --num_sinks among them; "
                        "the rest of the context, at most 1024 tokens, is the block in which long inputs are read "
                        "(default: 7/8 of the context, from 8192 tokens on all but 1024)")  # fmt: skip

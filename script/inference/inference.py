@@ -6,13 +6,12 @@
     python script/inference/inference.py --model_name_or_path output/merged \\
         --input_file prompts.jsonl --output_file answers.jsonl
 
-A prompt is continued as raw text behind the BOS token, as in pretraining, or put as one user message
-into the template that the model was tuned with (--prompt_template). Text goes to stdout, everything
-else to stderr.
+A prompt is continued as raw text behind the BOS token, as in pretraining, or put as one user message into
+the template that the model was tuned with (--prompt_template). Text goes to stdout, everything else to stderr.
 
---input_file holds one JSON object with "prompt" per line; each line of --output_file is that object
-with "output", "finish_reason", "num_prompt_tokens" and "num_new_tokens" added. An interrupted run
-leaves OUTPUT_FILE.partial and is continued by the same command.
+--input_file holds one JSON object with "prompt" per line; each line of --output_file is that object with
+"output", "finish_reason", "num_prompt_tokens" and "num_new_tokens" added. An interrupted run leaves
+OUTPUT_FILE.partial and is continued by the same command.
 """
 
 import argparse
@@ -40,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_file", metavar="PATH", help="jsonl file for the answers to --input_file")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output_file that is there")
     parser.add_argument("--raw", action="store_true", help="short for --prompt_template none")
-    parser.add_argument("--truncate_prompt", action="store_true",
-                        help="keep the end of a prompt longer than the context, instead of refusing it")  # fmt: skip
+    parser.add_argument("--truncate_prompt", action="store_true", help="keep the end of a prompt that is too long")
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True,
                         help="print the text as it is generated (default: yes)")  # fmt: skip
 

@@ -29,16 +29,12 @@ from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1",
-                       help="address to listen at; 0.0.0.0 lets the network in (default: %(default)s)")  # fmt: skip
-    group.add_argument("--port", type=int, default=7860, help="port to listen at, 0 for a free one (default: "
-                       "%(default)s)")  # fmt: skip
-    group.add_argument("--share", action="store_true",
-                       help="also give the page a public address through gradio's servers (default: no)")  # fmt: skip
+    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the network in (default: %(default)s)")
+    group.add_argument("--port", type=int, default=7860, help="port, 0 for a free one (default: %(default)s)")
+    group.add_argument("--share", action="store_true", help="a public address through gradio's servers (default: no)")
     group.add_argument("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="further names of this server, "
                        "as behind a proxy (default: its own alone)")  # fmt: skip
-    group.add_argument("--max_upload_mb", type=int, default=50,
-                       help="largest file that is accepted, in MiB (default: %(default)s)")  # fmt: skip
+    group.add_argument("--max_upload_mb", type=int, default=50, help="largest file, in MiB (default: %(default)s)")
     group.add_argument("--max_total_upload_mb", type=int, default=500, help="most that is kept of files until they are "
                        "read, in MiB (default: %(default)s)")  # fmt: skip
 

@@ -165,10 +165,7 @@ class ChatSession:
         write_json(target, {"messages": self.messages("", self.history)[:-1], "documents": documents})
 
     def run_command(self, line: str) -> str | None:
-        """Carry out a line that begins with "/"; returns what to show, None to leave.
-
-        Mistakes come back as text, so that the chat goes on.
-        """
+        """Carry out a line that begins with "/"; returns what to show, mistakes too, or None to leave."""
         name, _, argument = line.strip().partition(" ")
         argument = argument.strip().strip("\"'")
         try:

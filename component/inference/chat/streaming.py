@@ -81,10 +81,7 @@ class StreamingSession(ChatSession):
         return is_kept
 
     def next_turn_ids(self, question: str) -> list[int]:
-        """Ids from the end of an answer to the start of the next, in which `question` is asked.
-
-        Told from a stand-in conversation of one short turn, of which nothing is fed.
-        """
+        """Ids from the end of an answer to the start of the next, told from a stand-in conversation of one turn."""
         before = self.messages("a")
         prompt = self.encode(before)
         ids = self.encode([*before, {"role": "assistant", "content": "b"}, {"role": "user", "content": question}])
@@ -101,10 +98,7 @@ class StreamingSession(ChatSession):
     @torch.inference_mode()
     def _read(self, ids: list[int], stop_event: threading.Event) -> list[int] | None:
         """Feed all of `ids` that the cache has not seen but the last block; returns the ids to generate from, `ids` or
-        what a cache that counted from 0 again keeps of them.
-
-        None where `stop_event` ended it.
-        """
+        what a cache that counted from 0 again keeps of them, and None where `stop_event` ended it."""
         cache, model = self.cache, self.loaded.model
         num_unread = len(ids) - cache.get_seq_length()
         with tqdm(total=num_unread, desc="reading", unit="token", delay=PROGRESS_DELAY, leave=False) as progress:

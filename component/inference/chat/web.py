@@ -213,10 +213,7 @@ class OwnPageOnly:
 
 
 def serve(page, args: argparse.Namespace) -> str:
-    """Start the server of `page` in a thread, as the flags of web.py say; returns its URL, or the public one.
-
-    Uploads are kept in GRADIO_TEMP_DIR.
-    """
+    """Start the server of `page` in a thread, as the flags of web.py say; returns its URL, or the public one."""
     import gradio as gr
 
     names, host = {"localhost", args.host.lower()}, args.host
