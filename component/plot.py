@@ -1,7 +1,4 @@
-"""Plots written to image files, without a display: perplexity, loss by position, training loss, lengths.
-
-matplotlib is imported when the first is drawn.
-"""
+"""Plots written to image files, without a display; matplotlib is imported when the first is drawn."""
 
 import math
 import os
@@ -23,10 +20,7 @@ MAX_COLUMNS = 3
 def new_figure(
     path: str | os.PathLike, num_panels: int = 1, *, panel_size: tuple[float, float] = (6.4, 4.2)
 ) -> Iterator[Sequence]:
-    """The axes of panels in rows of three, which are saved as `path` once they are drawn; no display is ever opened.
-
-    panel_size: width and height in inches.
-    """
+    """The axes of panels in rows of three, saved as `path` once they are drawn; `panel_size` is in inches."""
     from matplotlib.figure import Figure
 
     num_columns = min(MAX_COLUMNS, num_panels)

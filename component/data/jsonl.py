@@ -1,7 +1,5 @@
 """The rows of jsonl files: every error names the key, the file, the line, and the fix.
 
-    for number, row in read_rows(file, path, flag="--data_path"): ...
-
 A row is read whole or refused: a key that carries text and is not read ends the run (`check_unread`).
 """
 

@@ -1,13 +1,12 @@
 """Prompt templates: the one place that turns a conversation into token ids, for training and inference.
 
-A prompt and the answer to it are always encoded apart, so the ids that a model sees before its first
-answer token are the same ids in a training row and at inference, whatever the answer is.
+A prompt and the answer to it are always encoded apart, so the ids that a model sees before its first answer token are
+the same ids in a training row and at inference, whatever the answer is.
 """
 
 import inspect
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
@@ -21,8 +20,7 @@ DEFAULT_SYSTEM = (
 )
 
 
-@dataclass(frozen=True)
-class TurnTemplate:
+class TurnTemplate(NamedTuple):
     """A template of plain text: `{system}{separator}USER: {user}{separator}ASSISTANT: {answer}</s>USER: ...`.
 
     lead_in_prompt: whether the space before the answer belongs to the prompt or to the answer.
@@ -160,17 +158,13 @@ def encode_turns(tokenizer: Any, messages: list[dict], template: TurnTemplate) -
             prompt = encode_text(tokenizer, f"{opening}USER: {content}{assistant}")
             ids, labels, opening = ids + prompt, labels + [IGNORE_INDEX] * len(prompt), ""
         elif message["role"] == "assistant":
-            answer = [*encode_answer(tokenizer, content, template), eos]
-            ids, labels = ids + answer, labels + answer
+            if template.lead_in_prompt:
+                answer = encode_text(tokenizer, content)
+            else:
+                # After the prompt's last character, so that " Yes" is the one token a model writes after "ASSISTANT:".
+                answer = encode_after(tokenizer, ":", f" {content}")
+            ids, labels = [*ids, *answer, eos], [*labels, *answer, eos]
     return ids, labels
-
-
-def encode_answer(tokenizer: Any, answer: str, template: TurnTemplate) -> list[int]:
-    """Ids of an answer as they follow the prompt."""
-    if template.lead_in_prompt:
-        return encode_text(tokenizer, answer)
-    # After the prompt's last character, so that " Yes" is the one token that a model writes after "ASSISTANT:".
-    return encode_after(tokenizer, ":", f" {answer}")
 
 
 def apply_chat_template(tokenizer: Any, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:

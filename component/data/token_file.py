@@ -81,9 +81,8 @@ def open_token_file(path: str | os.PathLike, *, dtype: str | None = None, flag: 
     if num_bytes % id_bytes:
         raise ValueError(f"{place} has {num_bytes} bytes, no multiple of {id_bytes}: not a {name} file, or cut off")
     tokens = np.memmap(path, dtype=ID_DTYPES[name], mode="r")
-    num_tokens = sidecar.get("num_tokens") if sidecar else len(tokens)
-    if len(tokens) != num_tokens:
-        found = f"holds {len(tokens)} {name} tokens, but its sidecar says {num_tokens!r}"
+    if sidecar and len(tokens) != sidecar.get("num_tokens"):
+        found = f"holds {len(tokens)} {name} tokens, but its sidecar says {sidecar.get('num_tokens')!r}"
         raise ValueError(f"{place} {found}; the file is cut off or not the one that was described")
     if sidecar is None and dtype is None:
         probe = tokens[1::2][:DTYPE_PROBE_TOKENS]
