@@ -9,8 +9,7 @@ Llama, Mistral, Qwen2 and Qwen3 layers differ only in biases and in norms on que
 Norms and activations are the layer's own modules; linear layers, quantised or not, with LoRA or without, are
 read into `AdaptedLinear`. Nothing here looks beyond the tile.
 
-Dimensions: B batch, T tokens of a tile, C hidden size, F intermediate size, H query heads, K key/value heads,
-D head dim.
+Dimensions: B batch, T tokens of a tile, C hidden size, F intermediate size, H query and K key/value heads, D head dim.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -9,9 +9,6 @@ be done: what was put stays until the next put, what is fetched waits for the wo
 holds the tensors of two layers, however far the CPU runs ahead, and nothing waits on the CPU.
 (torch's `save_on_cpu` copies on the computing stream, which waits.)
 
-Host blocks are pinned at their exact size (torch's own pinned allocator rounds each up to a power of two) and
-used again by the next step.
-
 Pure maths: knows nothing of Hugging Face.
 """
 
@@ -108,7 +105,8 @@ class HostOffload:
     def host_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Host memory of the shape and dtype of `tensor`: a free block of exactly this size, or a new one, pinned.
 
-        Where CUDA refuses to pin, memory is pageable from then on, with a warning.
+        torch's own pinned allocator rounds sizes up to powers of two. Where CUDA refuses to pin, memory is pageable
+        from then on, with a warning.
         """
         if self.blocks[tensor.nbytes]:
             block = self.blocks[tensor.nbytes].pop()

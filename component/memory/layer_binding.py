@@ -27,9 +27,6 @@ from longqlora.memory.policy import ActivationPolicy
 from longqlora.model.adapter import attach_adapter
 from longqlora.settings.config import AdapterConfig
 
-# Several tiles, the last one shorter, in the few tokens of a proof.
-PROOF_TILE_SIZE = 5
-
 
 def apply_policy(model: nn.Module, policy: ActivationPolicy, device: torch.device) -> None:
     """Bind the layer function as the memory plan says; gradient checkpointing is the trainer's to switch on.
@@ -37,7 +34,8 @@ def apply_policy(model: nn.Module, policy: ActivationPolicy, device: torch.devic
     Raises ValueError where the function's outputs or gradients are not those of the model's layers.
     """
     if policy.layer_function:
-        prove_layers(model, replace(policy, tile_size=PROOF_TILE_SIZE))
+        # Several tiles, the last one shorter, in the few tokens of a proof.
+        prove_layers(model, replace(policy, tile_size=5))
         # On a CPU, host memory is where tensors are anyway.
         is_offloaded = policy.offload_activations and device.type == "cuda"
         bind_layers(model, policy, store=HostOffload(device) if is_offloaded else None)
@@ -112,10 +110,8 @@ def prove_layers(model: PreTrainedModel | PeftModel, policy: ActivationPolicy) -
         bind_layers(small, policy)
         check_equal(zip(outputs_and_gradients(small, **inputs), expected, strict=True))
     if not all(layer._gradient_checkpointing_func.was_called for layer in decoder_layers(small)):
-        raise ValueError(
-            f"layer_function: transformers {transformers.__version__} does not call its layers' checkpointing "
-            f"function; {fix}"
-        )
+        cause = f"transformers {transformers.__version__} does not call its layers' checkpointing function"
+        raise ValueError(f"layer_function: {cause}; {fix}")
 
 
 def attach_random_adapter(model: PreTrainedModel) -> PeftModel:

@@ -6,9 +6,7 @@ Forward and backward pass walk over tiles of the sequence; only attention sees i
 is chosen (KEPT); the rest is recomputed, each dropout mask from its seed. Products whose values no gradient needs
 (the down projection; queries, keys and values, where they were kept) are not recomputed.
 
-In units of one [B, S, C] tensor, the backward pass of a layer with as many key/value heads as query heads
-holds: input, incoming and outgoing gradient, attention output and its gradient, queries, keys, values (in
-whose memory their gradients are written) = 8, 3/4 for the attention kernel at work, and one tile.
+docs/memory.md counts what the backward pass of a layer holds.
 
 Dimensions: B batch, S sequence, T tokens of a tile, C hidden size, H query heads, K key/value heads, D head dim.
 """

@@ -55,7 +55,6 @@ LIMITS = {name: limit for names, limit in {
     **{key: (f"supported; leave it out ({fix})", lambda value: not value) for key, fix in UNSUPPORTED.items()},
 }.items() for name in names.split()}  # fmt: skip
 
-
 # Keys that a resumed run may change without a warning: no loss depends on them.
 CHANGES_NO_LOSS = {
     "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "save_strategy",
@@ -166,6 +165,12 @@ class MemoryConfig(Section):
     num_head_chunks: int | None = key(None, "layer_function: parts of attention and its projections", at_least(1))
     offload_activations: bool | None = key(None, "layer_function: keep activations in host memory until backward")
     gpu_memory: str | None = key(None, "memory to plan for, such as 32GiB; default: that of this machine's GPU")
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts of an activation policy that are set by their own key."""
+        own = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("memory", "gpu_memory")}
+        return {name: value for name, value in own.items() if value is not None}
 
 
 @dataclass(frozen=True)

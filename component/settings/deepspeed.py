@@ -12,9 +12,6 @@ from longqlora.device import GIB
 from longqlora.files import read_json
 from longqlora.settings.config import Notice, Settings
 
-LARGE_BUFFERS = 0.5 * GIB
-OBJECTS = ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler")
-
 
 def complete_deepspeed(settings: Settings) -> tuple[Settings, list[Notice]]:
     """Settings with the content of the DeepSpeed file, completed by what upstream's leaves out.
@@ -27,7 +24,7 @@ def complete_deepspeed(settings: Settings) -> tuple[Settings, list[Notice]]:
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("deepspeed: the package is not installed; pip install deepspeed, or leave the key out")
     config = value if isinstance(value, dict) else read_json(require_file(value, "deepspeed"), "deepspeed")
-    for key in OBJECTS:
+    for key in ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler"):
         if not isinstance(config.get(key, {}), dict):
             raise ValueError(f"deepspeed: {key} is {config[key]!r} in {value!r}; give a JSON object")
     offload, stage = zero_section(config).get("offload_optimizer") or {}, zero_stage(config)
@@ -45,7 +42,7 @@ def complete_deepspeed(settings: Settings) -> tuple[Settings, list[Notice]]:
         config["gradient_clipping"] = "auto"
         notices.append(Notice("deepspeed: added gradient_clipping, without which max_grad_norm is ignored"))
     held = gradient_buffers(config, element_bytes=2)
-    if held > LARGE_BUFFERS:
+    if held > 0.5 * GIB:
         text = f"reduce_bucket_size holds {held / GIB:.1f} GiB of buffers in 16 bit; 2e7 is enough for adapters"
         notices.append(Notice(f"deepspeed: {text}"))
     if offloads(config, "optimizer") and "optimizer" not in config:

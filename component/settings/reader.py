@@ -1,7 +1,6 @@
 """The settings of a run: defaults < training YAML < `--key value` < what this machine forces, resolved once.
 
-A key nobody owns, a value of the wrong type or a file that is not there is a ValueError that names the key, the value
-and the fix.
+A key nobody owns, a value of a wrong type or a missing file is a ValueError that names the key, the value and the fix.
 """
 
 import dataclasses
@@ -218,11 +217,9 @@ def convert(value: Any, kind: Any) -> Any:
     try:
         if kind is bool:
             return value if isinstance(value, bool) else BOOLEANS.get(str(value).lower())
-        if kind in (dict, list):
-            parsed = yaml.safe_load(value) if isinstance(value, str) else value
+        if kind in (str, dict, list):
+            parsed = yaml.safe_load(value) if isinstance(value, str) and kind is not str else value
             return parsed if isinstance(parsed, kind) else None
-        if kind is str:
-            return value if isinstance(value, str) else None
         if kind not in (int, float) or not isinstance(value, (int, float, str)) or isinstance(value, bool):
             return None
         if kind is int and isinstance(value, int):
