@@ -195,10 +195,8 @@ def check_model_supports(model: PreTrainedModel, method: str, *, fix: str = "use
 
 
 def has_sliding_window(config: PretrainedConfig) -> bool:
-    layer_types = getattr(config, "layer_types", None) or []
-    return any("sliding" in kind for kind in layer_types) or (
-        not layer_types and getattr(config, "sliding_window", None) is not None
-    )
+    kinds = getattr(config, "layer_types", None)
+    return any("sliding" in kind for kind in kinds) if kinds else getattr(config, "sliding_window", None) is not None
 
 
 def flash_kernel() -> AttentionKernel:

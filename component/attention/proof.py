@@ -153,9 +153,7 @@ def shrink(config: PretrainedConfig) -> None:
         config.mamba_n_heads = config.mamba_expand * config.hidden_size // config.mamba_d_head
     for name, largest in LARGEST.items():
         value = getattr(config, name, None)
-        if isinstance(value, int) and value > largest:
-            setattr(config, name, largest)
-        elif isinstance(value, list) and name.endswith("_token_id"):
+        if (isinstance(value, int) and value > largest) or (isinstance(value, list) and name.endswith("_token_id")):
             setattr(config, name, largest)
 
 

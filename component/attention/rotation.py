@@ -1,8 +1,7 @@
 """Rotation of queries by further positions, after RoPE has rotated them; RoPE's pairs may lie in any known layout.
 
-Dimensions: Q queries, D head dim, R frequencies (2 R <= D; dimensions in no pair pass through).
-
-Pure maths: knows nothing of Hugging Face.
+Pure maths: knows nothing of Hugging Face. Dimensions: Q queries, D head dim, R frequencies (2 R <= D; the rest of a
+head passes through).
 """
 
 from dataclasses import dataclass
