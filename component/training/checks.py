@@ -55,8 +55,7 @@ def check_paths(settings: Settings) -> None:
     folders = {"output_dir": output_dir, "logging_dir": settings.output.logging_dir, "data_cache_dir": cache}
     for key, value in folders.items():
         path = Path(value or ".")
-        file = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
-        if file:
+        if file := next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None):
             raise ValueError(f"{key}: {value!r} cannot be a folder, since {str(file)!r} is a file; give another")
     for key, value in {"model_name_or_path": settings.model.model_name_or_path, **settings.data.files}.items():
         for place in (Path(output_dir, FINAL), *list_checkpoints(output_dir)):
@@ -144,12 +143,10 @@ def check_adapter(settings: Settings, model: PreTrainedModel) -> list[Notice]:
     kind, targets = settings.adapter.finetuning_type, settings.adapter.target_modules
     if kind == "full":
         return []
-    more_than_linear = next(iter(routers(model).values()), None)
-    if kind == "qlora" and more_than_linear is not None:
-        layers = f"linear layers with more to them ({type(more_than_linear).__name__})"
-        raise ValueError(
-            f"finetuning_type: {model.config.model_type} has {layers}, which a 4-bit base would replace; use lora"
-        )
+    if kind == "qlora" and (more_than_linear := routers(model)):
+        name = type(next(iter(more_than_linear.values()))).__name__
+        layers = f"{model.config.model_type} has linear layers with more to them ({name})"
+        raise ValueError(f"finetuning_type: {layers}, which a 4-bit base would replace; use lora")
     if not target_module_names(model, targets):
         raise ValueError(f"target_modules: {targets!r} names no layer; leave it out for all")
     return [Notice(text) for text in frozen_experts_notice(model)]
@@ -172,10 +169,9 @@ def check_num_rows(
     """Refuse rows that do not make one batch of all processes, where dataloader_drop_last leaves out a part of one."""
     if not arguments.dataloader_drop_last:
         return
-    num_processes = arguments.world_size
     for key, rows, together in (
-        ("train", num_rows, arguments.train_batch_size * num_processes // processes_per_row),
-        ("eval", num_eval_rows, arguments.eval_batch_size * num_processes),
+        ("train", num_rows, arguments.train_batch_size * arguments.world_size // processes_per_row),
+        ("eval", num_eval_rows, arguments.eval_batch_size * arguments.world_size),
     ):
         if rows is not None and rows < together:
             text = f"{key}_file makes {rows} rows, a batch of all processes takes {together}"

@@ -123,10 +123,8 @@ def check_contents(checkpoint: Path, settings: dict, *, num_processes: int) -> N
         raise ValueError(f"{FLAG}: {checkpoint / TRAINER_STATE} is damaged; {FIX}")
     missing = [name for name in needed_files(checkpoint, settings, num_processes) if not any(checkpoint.glob(name))]
     if missing:
-        raise ValueError(
-            f"{FLAG}: {checkpoint} lacks {', '.join(name.replace('*', '') for name in missing)}, "
-            f"without which the losses would differ; {FIX} (deepspeed and save_only_model must be as they were)"
-        )
+        lack = f"{checkpoint} lacks {', '.join(missing).replace('*', '')}, without which the losses would differ"
+        raise ValueError(f"{FLAG}: {lack}; {FIX} (deepspeed and save_only_model must be as they were)")
     for file in sorted(checkpoint.rglob("*")):
         if file.suffix == ".safetensors" or (file.suffix in PICKLES and file.name != NEVER_READ):
             check_file(file)
@@ -145,12 +143,9 @@ def needed_files(checkpoint: Path, settings: dict, num_processes: int) -> list[s
     tag_file = checkpoint / DEEPSPEED_TAG
     folder = tag_file.read_text(errors="replace").strip() if tag_file.is_file() else ""
     if not folder or Path(folder).name != folder or not (checkpoint / folder).is_dir():
-        raise ValueError(
-            f"{FLAG}: {tag_file} names no folder of DeepSpeed's states in it; {FIX} (or without deepspeed, if it was "
-            "written so)"
-        )
-    stage = zero_stage(deepspeed)
-    shards = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in ranks]
+        text = f"{tag_file} names no folder of DeepSpeed's states in it"
+        raise ValueError(f"{FLAG}: {text}; {FIX} (or without deepspeed, if it was written so)")
+    stage, shards = zero_stage(deepspeed), [f"zero_pp_rank_{rank}_mp_rank_00" for rank in ranks]
     models = shards if stage == 3 else ["mp_rank_00"]
     return [
         *names,

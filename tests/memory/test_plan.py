@@ -234,7 +234,7 @@ def test_zero_3_is_planned_for_the_gpus_that_share_the_weights(plan_script):
 
 
 REFUSED_WORDS = {
-    "--num_gpus 0": "--num_gpus: must be at least 1", "--gpu_memory big": "--gpu_memory: 'big' is not a size",
+    "--num_gpus 0": "--num_gpus: must be at least 1", "--gpu_memory big": "gpu_memory: 'big' is not a size",
     "--seq 1": "--seq: must be at least 2", "--output_file /proc/no/plan.json": "/proc/no",
     "--model_name_or_path /no/model": "model_name_or_path",
 }  # fmt: skip
