@@ -39,10 +39,8 @@ def context_length(config: PretrainedConfig) -> int:
 
 
 def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
-    """Set RoPE and dual chunk attention in `config`; returns a one-line description for the log.
-
-    Twice is the same as once. Raises ValueError, naming the setting, for what the model cannot be given.
-    """
+    """Set RoPE and dual chunk attention in `config`; returns a one-line description for the log. Twice is the same as
+    once. Raises ValueError, naming the setting, for what the model cannot be given."""
     check_lengths_of(config)
     complete_lengths(config)
     is_dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) is not None
