@@ -24,7 +24,7 @@ HELP = {
 @dataclass(frozen=True)
 class ContextRequest:
     """None and "auto" leave a thing to what the model's config says. context_size: tokens to read. The rest is named as
-    in a training YAML. With dca RoPE reaches `pretraining_length`, if rope_type is given, and chunks reach the rest."""
+    in a training YAML. With dca, a rope_type scales RoPE to `pretraining_length` only; chunks reach the rest."""
 
     context_size: int | None = None
     rope_type: str | None = None

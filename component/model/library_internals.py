@@ -68,8 +68,8 @@ def lora_scale(config: dict, module: str, rank: int) -> float:
 
 
 def keep_4bit_weights_trainable(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in place on CPUs with avx512_bf16, as at the first evaluation
-    without gradient: gradients through repacked weights are then silently lost (nn/modules.py, Linear4bit.forward)."""
+    """Stop bitsandbytes repacking 4-bit weights in place on CPUs with avx512_bf16, as it does at the first evaluation
+    without gradient: gradients through repacked weights are silently lost (nn/modules.py, Linear4bit.forward)."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
