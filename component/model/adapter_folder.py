@@ -1,9 +1,8 @@
 """Save an adapter folder, and read one strictly, to load or to merge it: every weight finds its place, or it fails.
 
-Ours is a PEFT folder that holds everything trained (LoRA matrices and, as `modules_to_save`, the
-embedding and norm weights) with the extended config.json and the tokenizer beside it. Folders of
-LongQLoRA and LongLoRA keep the embedding and norm weights in trainable_params.bin instead, under
-the base model's names with or without PEFT's prefix.
+Ours is a PEFT folder that holds everything trained (LoRA matrices and, as `modules_to_save`, the embedding and norm
+weights) with the extended config.json and the tokenizer beside it. Folders of LongQLoRA and LongLoRA keep embedding
+and norm weights in trainable_params.bin instead, under the base model's names with or without PEFT's prefix.
 """
 
 import re
@@ -34,7 +33,7 @@ PLAIN_LORA = {
 }  # fmt: skip
 # Initialisations that also change the base weights, so that the adapter does not fit the base as it is stored.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# LongLoRA adds [PAD] and whichever of EOS, BOS and UNK a tokenizer lacks.
+# LongLoRA adds [PAD] and whichever of EOS, BOS and UNK a tokenizer lacks; its released checkpoints have 32001.
 MOST_ADDED_TOKENS = 4
 
 
@@ -83,10 +82,7 @@ def base_weight_name(key: str) -> str:
 
 def adapter_vocabulary(folder: str | Path, model: PreTrainedModel) -> int:
     """Embeddings that the adapter in `folder` was trained with, on a base like `model`, which needs no weights.
-
-    LongLoRA adds [PAD], and whichever special tokens a tokenizer lacks, and grows the embeddings by them: the
-    checkpoints it released have 32001. Raises ValueError where the adapter has fewer than the base, or many more.
-    """
+    LongLoRA grows them by tokens it adds. Raises ValueError where the adapter has fewer than the base, or many more."""
     own, path = model.config.vocab_size, Path(folder) / "config.json"
     weights = read_adapter_weights(folder, device="meta") | read_extra_weights(folder, device="meta")
     rows = {n: weight.shape[0] for n, weight in weights.items() if base_weight_name(n) in embedding_names(model)}
@@ -119,10 +115,8 @@ def add_embeddings(model: PreTrainedModel, num_embeddings: int) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Put the adapter of `folder` on `model`, in the model's dtype.
-
-    Raises ValueError naming the first weight that is missing from the folder or has no place in the model.
-    """
+    """Put the adapter of `folder` on `model`, in the model's dtype. Raises ValueError naming the first weight that is
+    missing from the folder or has no place in the model."""
     saved = read_adapter_weights(folder, device="meta").keys()
     own, extra = model.state_dict(), read_extra_weights(folder)
     for name, weight in extra.items():

@@ -148,11 +148,8 @@ def load_model(
 
 
 def check_loaded(info: dict, model: PreTrainedModel, name: str, *, hint: str = "; is it whole?") -> None:
-    """Raise ValueError for the first weight in which `info`, transformers' report on loading, finds a fault.
-
-    A weight that the model has no place for is one where it belongs to a decoder layer: such models compute
-    something else without it.
-    """
+    """Raise ValueError for the first weight in which `info`, transformers' report on loading, finds a fault. A surplus
+    weight is one where it belongs to a decoder layer: such models compute something else without it."""
     layers = next((n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)), "layers")
     in_layers = re.compile(rf"(^|\.){layers.rpartition('.')[2]}\.\d+\.")
     faults = [f"lacks {weight!r}" for weight in sorted(info["missing_keys"])]

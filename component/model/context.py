@@ -39,10 +39,8 @@ def context_length(config: PretrainedConfig) -> int:
 
 
 def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
-    """Set RoPE and dual chunk attention in `config`; returns a one-line description for the log.
-
-    Twice is the same as once. Raises ValueError, naming the setting, for what the model cannot be given.
-    """
+    """Set RoPE and dual chunk attention in `config`; returns a one-line description for the log. Twice is the same as
+    once. Raises ValueError, naming the setting, for what the model cannot be given."""
     check_lengths_of(config)
     complete_lengths(config)
     is_dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) is not None
@@ -83,11 +81,9 @@ def complete_lengths(config: PretrainedConfig) -> None:
         config.max_position_embeddings = known["original_max_position_embeddings"]
     parameters, length = rope.rope_parameters, config.max_position_embeddings
     says_original = "original_max_position_embeddings" in (*parameters, *config.to_dict())
-    if parameters.get("rope_type") != "linear" or says_original:
-        return
     factor = parameters.get("factor") or 1
     original = int(length / factor)
-    if original >= SHORTEST_PRETRAINING:
+    if parameters.get("rope_type") == "linear" and not says_original and original >= SHORTEST_PRETRAINING:
         print_notice(
             f"config.json says {length} tokens and linear RoPE x{factor:g}, read as {rope_of(config).context_length} "
             f"tokens; if {length} is what it reaches, add original_max_position_embeddings: {original} to it"

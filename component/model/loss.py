@@ -4,9 +4,7 @@ At 8192 tokens and 32000 words fp32 logits, their shifted copy and their gradien
 chunk of tokens at a time is projected, reduced and turned into gradients. torch >= 2.13 has the
 operation for full precision; `ChunkedLinearCrossEntropy` does the same elsewhere and in 16 bit.
 
-Dimensions: B batch, S sequence, T tokens, C hidden size, V vocabulary.
-
-Pure maths: knows nothing of Hugging Face.
+Pure maths: knows nothing of Hugging Face. Dimensions: B batch, S sequence, T tokens, C hidden size, V vocabulary.
 """
 
 import torch

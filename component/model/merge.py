@@ -1,11 +1,9 @@
 """Merge an adapter into its base model, shard by shard, and save a model that stock transformers loads.
 
-W' = W + scale * B @ A in fp32, rounded once; scale = alpha / r, or alpha / sqrt(r) with rsLoRA
-(arXiv 2106.09685 section 4.1, arXiv 2312.03732). Optionally W is first taken through NF4 with double
-quantisation, so that the adapter meets exactly the weights it was trained against.
-
-Every weight of the adapter is used exactly once, or the merge fails with its name. Tied embeddings
-stay tied where input and output embedding end up equal, and are untied where they do not.
+W' = W + scale * B @ A in fp32, rounded once; scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2106.09685,
+section 4.1, arXiv 2312.03732). Optionally W is first taken through NF4 with double quantisation, so that the adapter
+meets exactly the weights it was trained against. Every weight of the adapter is used exactly once, or the merge fails
+with its name. Tied embeddings are untied where input and output embedding end up different.
 """
 
 import os
@@ -160,13 +158,8 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
     dtype, which is the one that the model is loaded in."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    data, state = quantize_4bit(
-        weight.contiguous().to(local_device()),
-        blocksize=64,
-        compress_statistics=True,
-        quant_type="nf4",
-        quant_storage=torch.uint8,
-    )
+    weight = weight.contiguous().to(local_device())
+    data, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     return dequantize_4bit(data, state).cpu()
 
 

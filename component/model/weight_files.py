@@ -102,11 +102,7 @@ def save_in_shards(
 
 
 def check_base(
-    name_or_path: str,
-    config: PretrainedConfig,
-    *,
-    trust_remote_code: bool = False,
-    needs_weights: bool = True,
+    name_or_path: str, config: PretrainedConfig, *, trust_remote_code: bool = False, needs_weights: bool = True
 ) -> PreTrainedModel:
     """Check the weights in a model folder against `config`; returns the model without weights.
 
