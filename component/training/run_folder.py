@@ -18,7 +18,7 @@ from longqlora.run_record import RECORD_NAME
 from longqlora.settings.config import Notice
 from longqlora.training.resume import FINAL, list_checkpoints
 
-LOG_NAME, LOCK_NAME = "train.log", ".lock"
+LOG_NAME, LOCK_NAME, RESULTS_NAME = "train.log", ".lock", "train_results.json"
 STAGING = ".saving"
 
 

@@ -32,7 +32,7 @@ from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.saved_folder import save_config, save_tokenizer
 from longqlora.run_record import RECORD_NAME
 from longqlora.training.resume import FINAL, TRAINER_STATE
-from longqlora.training.run_folder import RunFolder
+from longqlora.training.run_folder import RESULTS_NAME, RunFolder
 
 logger = logging.getLogger("longqlora")
 
@@ -188,6 +188,8 @@ class LongContextTrainer(Trainer, TrainerCallback):
                 with atomic_folder(target) as partial:
                     self.save_model(str(partial))
                     self.folder.set_earlier_aside()
+                    # Those of an earlier run, which must not pass for those of this one after a kill.
+                    remove(self.folder.path / RESULTS_NAME)
                 self.folder.replace_earlier()
             else:
                 self.save_model()

@@ -195,3 +195,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_then_stays_as_it_is(interr
     assert "WARNING train_file was" in log and "the losses will differ" in log
     after = contents(output)
     assert {name for name in before if after.get(name) != before[name]} <= {"train.log", "run_record.json"}
+    # A kill between the last two files that a run writes.
+    (output / "train_results.json").unlink()
+    train(path, *RESUME)
+    assert losses_of(output) == losses_of(whole[kind]) and same_weights(output / "final", whole[kind] / "final")
