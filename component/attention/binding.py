@@ -77,17 +77,21 @@ def set_attention(
     model: PreTrainedModel, name: str, function: Callable, mask_function: Callable = segment_mask_function
 ) -> None:
     """Let `model` call these two under `name`, which must say what they do: it is one for all models."""
-    dca.remove_chunk_positions(model)
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
+    use_attention(model, name)
+
+
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the attention registered under `name`, by us or by transformers, in place of what was bound before."""
+    dca.remove_chunk_positions(model)
     model.set_attn_implementation(name)
 
 
 def bind_full_attention(model: PreTrainedModel, *, is_packed: bool, use_flash_attn: bool) -> None:
     """Stock full attention; ours for packed rows, whose documents SDPA would be told by a mask [B, 1, S, S]."""
     if use_flash_attn:
-        model.set_attn_implementation("flash_attention_2")
-        return
+        return use_attention(model, "flash_attention_2")
     is_ours = is_packed and uses_attention_interface(model) and not has_sliding_window(model.config)
     bind = set_dense_attention if is_ours else unbind_attention
     if is_packed:
@@ -138,8 +142,7 @@ def describe_inference_attention(config: PretrainedConfig) -> str:
 
 def unbind_attention(model: PreTrainedModel) -> None:
     """Give the model stock dense attention back."""
-    dca.remove_chunk_positions(model)
-    model.set_attn_implementation(STOCK)
+    use_attention(model, STOCK)
 
 
 def set_dense_attention(model: PreTrainedModel) -> None:
