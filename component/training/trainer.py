@@ -10,18 +10,20 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from longqlora.cli import one_line
@@ -60,20 +62,28 @@ class LongContextTrainer(Trainer, TrainerCallback):
         self.add_callback(self)
 
     def get_train_dataloader(self) -> DataLoader:
-        size, whole_rows = self.sequence_parallel_size, self.data_collator
+        size, args = self.sequence_parallel_size, self.args
         if size == 1:
             return super().get_train_dataloader()
         # In training the processes of a group take the same rows, and a part of each; in evaluation rows of their own.
-        self.data_collator = PartCollator(whole_rows, size)
-        loader = super().get_train_dataloader()
-        self.data_collator = whole_rows
-        shard, strategy = loader.batch_sampler, self.args.train_sampling_strategy
-        if strategy == "batch_rebalance" or not isinstance(shard, BatchSamplerShard):
-            raise ValueError(f"train_sampling_strategy: {strategy!r} excludes sequence_parallel_size; leave it out")
-        shard.num_processes, shard.process_index = shard.num_processes // size, shard.process_index // size
-        # A group on its own ends an epoch with the rows that are left, as a single process does.
-        shard.even_batches = shard.even_batches and shard.num_processes > 1
-        return loader
+        by_length = partial(LengthGroupedSampler, args.train_batch_size * args.gradient_accumulation_steps)
+        samplers = {"random": RandomSampler, "sequential": SequentialSampler, "group_by_length": by_length}
+        strategy = args.train_sampling_strategy
+        if strategy not in samplers:
+            raise ValueError(
+                f"train_sampling_strategy: {strategy!r} does not go with sequence_parallel_size; choose from "
+                f"{', '.join(samplers)}"
+            )
+        options = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "drop_last")
+        loader = DataLoader(
+            self.train_dataset,
+            args.train_batch_size,
+            sampler=samplers[strategy](self.train_dataset),
+            collate_fn=PartCollator(self.data_collator, size),
+            **{name: getattr(args, f"dataloader_{name}") for name in options},
+        )
+        places = {"num_processes": args.world_size // size, "process_index": args.process_index // size}
+        return prepare_data_loader(loader, **places, use_seedable_sampler=True, data_seed=args.data_seed)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return super().get_total_train_batch_size(args) // self.sequence_parallel_size
@@ -185,8 +195,8 @@ class LongContextTrainer(Trainer, TrainerCallback):
         target, self.unwritten = self.folder.path / FINAL, FINAL
         with self.failed_writes_explained():
             if is_main_process():
-                with atomic_folder(target) as partial:
-                    self.save_model(str(partial))
+                with atomic_folder(target) as unfinished:
+                    self.save_model(str(unfinished))
                     self.folder.set_earlier_aside()
                     # Those of an earlier run, which must not pass for those of this one after a kill.
                     remove(self.folder.path / RESULTS_NAME)
