@@ -39,6 +39,7 @@ def main() -> None:
     from longqlora.attention.binding import bind_attention
     from longqlora.data.collator import DataCollator
     from longqlora.data.dataset import build_datasets
+    from longqlora.device import GIB
     from longqlora.memory.layer_binding import apply_policy
     from longqlora.memory.plan import plan_memory
     from longqlora.model.adapter import attach_adapter, trainable_table
@@ -98,9 +99,9 @@ def main() -> None:
         folder=run.folder,
         sequence_parallel_size=size,
     )
-    with plan.advice_on_out_of_memory():
+    with plan.advice_on_out_of_memory(), trainer.failed_writes_explained():
         trainer.train(resume_from_checkpoint=run.checkpoint)
-    run.finish(trainer, predicted_gib=plan.estimate.peak / 2**30)
+    run.finish(trainer, predicted_gib=plan.estimate.peak / GIB)
 
 
 if __name__ == "__main__":

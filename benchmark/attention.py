@@ -18,14 +18,14 @@ attention allows. Inputs and results are as in a model: projections [B, S, H*D],
 
 import argparse
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 
-from longqlora.cli import run_main
+from attention_layer import add_layer_arguments, check_layer, now, open_device
+
+from longqlora.cli import dtype_of, run_main
 from longqlora.outputs import check_results
 
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PACKED_METHODS = ("s2_packed", "s2_masked", "full_packed", "full_masked")
 METHODS = ("s2", "materialized", "rolled_sdpa", "full_sdpa", *PACKED_METHODS)
 MIB = 2**20
@@ -37,18 +37,10 @@ PANELS = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="tokens (default: 4096)")
-    parser.add_argument("--batch", type=int, default=1, help="rows (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="query heads, even (default: %(default)s)")
-    parser.add_argument("--kv_heads", type=int, help="key/value heads (default: as many as query heads)")
-    parser.add_argument("--head_dim", type=int, default=64, help="numbers per head (default: %(default)s)")
+    add_layer_arguments(parser, lengths=[4096], repeats=10)
     parser.add_argument("--group_size_ratio", type=float, default=0.25, help="group size as a part of the length "
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--document_length", type=int, help="tokens of each document of a row (default: the whole row)")
-    parser.add_argument("--dtype", choices=list(DTYPE_NAMES), default="fp32", help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--repeats", type=int, default=10, help="measured turns of each method (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; ratios are to s2")
     parser.add_argument("--output_file", type=Path, help="JSON file for the results")
     parser.add_argument("--plot", help="image (.png, .pdf or .svg) of time and memory by length")
@@ -57,17 +49,9 @@ def parse_args() -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before torch is imported."""
-    args.kv_heads = args.heads if args.kv_heads is None else args.kv_heads
-    for name in ("batch", "heads", "kv_heads", "head_dim", "document_length", "repeats", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}: must be at least 1, got {value}")
-    if args.heads % args.kv_heads:
-        raise ValueError(f"--kv_heads: {args.kv_heads} does not divide --heads {args.heads}")
+    check_layer(args, "document_length")
     if not 0 < args.group_size_ratio <= 1:
         raise ValueError(f"--group_size_ratio: must lie in (0, 1], got {args.group_size_ratio}")
-    if args.device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device: must be cpu or cuda, got {args.device!r}")
     if args.methods is None:
         args.methods = [name for name in METHODS if args.document_length or name not in PACKED_METHODS]
     packed = [name for name in PACKED_METHODS if name in args.methods]
@@ -112,7 +96,7 @@ def make_inputs(args: argparse.Namespace, length: int, device) -> tuple[list, ob
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    options = {"dtype": getattr(torch, DTYPE_NAMES[args.dtype]), "device": device}
+    options = {"dtype": dtype_of(args.dtype), "device": device}
     widths = [args.heads, args.kv_heads, args.kv_heads, args.heads]
     tensors = [torch.randn(args.batch, length, w * args.head_dim, generator=generator).to(**options) for w in widths]
     return [x.requires_grad_() for x in tensors[:3]], tensors[3]
@@ -163,14 +147,6 @@ def measure(args: argparse.Namespace, length: int, device) -> dict[str, dict]:
     return results
 
 
-def now(device) -> float:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def table(length: int, group_size: int, results: dict[str, dict]) -> str:
     """Figures of each method, and how many times those of s2 they are."""
     own = results.get("s2", {})
@@ -194,18 +170,12 @@ def main() -> None:
     check_args(args)
     check_results(args, {})
 
-    import torch
     from length_plot import plot_by_length
-    from machine import check_dtype, describe_machine, machine_lines
+    from machine import describe_machine, machine_lines
 
     from longqlora.files import write_json
 
-    device = torch.device(args.device)
-    check_dtype(args.dtype, device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: torch sees no CUDA device; use cpu")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = open_device(args)
     machine = describe_machine(device)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     print(machine_lines(machine))

@@ -18,10 +18,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-from longqlora.cli import run_main
+from attention_layer import add_layer_arguments, check_layer, now, open_device
+
+from longqlora.cli import dtype_of, run_main
 from longqlora.outputs import check_results
 
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 METHODS = ("dca", "full_sdpa")
 MIB = 2**20
 LABELS = {
@@ -33,18 +34,10 @@ LABELS = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384], help="tokens (default: 8192 16384)")
-    parser.add_argument("--batch", type=int, default=1, help="rows (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
-    parser.add_argument("--kv_heads", type=int, help="key/value heads (default: as many as query heads)")
-    parser.add_argument("--head_dim", type=int, default=64, help="numbers per head, even (default: %(default)s)")
+    add_layer_arguments(parser, lengths=[8192, 16384], repeats=3)
     parser.add_argument("--pretraining_length", type=int, default=4096, help="tokens (default: %(default)s)")
     parser.add_argument("--chunk_size", type=int, help="tokens (default: 3/4 of --pretraining_length)")
     parser.add_argument("--local_window", type=int, help="tokens (default: 1/8 of --pretraining_length)")
-    parser.add_argument("--dtype", choices=list(DTYPE_NAMES), default="fp32", help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--repeats", type=int, default=3, help="measured turns of each method (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: both")
     parser.add_argument("--output_file", type=Path, help="JSON file for the results")
     parser.add_argument("--plot", help="image (.png, .pdf or .svg) of time and memory by length")
@@ -53,19 +46,11 @@ def parse_args() -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before torch is imported."""
-    args.kv_heads = args.heads if args.kv_heads is None else args.kv_heads
-    for name in ("batch", "heads", "kv_heads", "head_dim", "repeats", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}: must be at least 1, got {value}")
+    check_layer(args)
     if min(args.lengths) < 1:
         raise ValueError(f"--lengths: must be at least 1, got {min(args.lengths)}")
-    if args.heads % args.kv_heads:
-        raise ValueError(f"--kv_heads: {args.kv_heads} does not divide --heads {args.heads}")
     if args.head_dim % 2:
         raise ValueError(f"--head_dim: RoPE rotates pairs, so it must be even, got {args.head_dim}")
-    if args.device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device: must be cpu or cuda, got {args.device!r}")
 
 
 def make_methods(args: argparse.Namespace, sizes, device) -> dict:
@@ -84,7 +69,7 @@ def make_inputs(args: argparse.Namespace, length: int, device) -> list:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    options = {"dtype": getattr(torch, DTYPE_NAMES[args.dtype]), "device": device}
+    options = {"dtype": dtype_of(args.dtype), "device": device}
     shapes = [(args.batch, length, heads, args.head_dim) for heads in (args.heads, args.kv_heads, args.kv_heads)]
     return [torch.randn(shape, generator=generator).to(**options).transpose(1, 2) for shape in shapes]
 
@@ -131,14 +116,6 @@ def measure(args: argparse.Namespace, length: int, sizes, device) -> dict:
     return {**facts, "methods": figures}
 
 
-def now(device) -> float:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def table(length: int, result: dict, *, key: str) -> str:
     """Figures of each method; ratios are of the time on the CPU, or of wall time on a GPU."""
     own = result["methods"].get("dca", {})
@@ -167,18 +144,13 @@ def main() -> None:
 
     import torch
     from length_plot import plot_by_length
-    from machine import check_dtype, describe_machine, machine_lines
+    from machine import describe_machine, machine_lines
 
     from longqlora.attention.dual_chunk import DualChunkSizes
     from longqlora.files import write_json
 
     sizes = DualChunkSizes(args.pretraining_length, args.chunk_size, args.local_window)
-    device = torch.device(args.device)
-    check_dtype(args.dtype, device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: torch sees no CUDA device; use cpu")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = open_device(args)
     machine = describe_machine(device)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings |= {"chunk_size": sizes.chunk_size, "local_window": sizes.local_window}

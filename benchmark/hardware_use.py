@@ -6,9 +6,8 @@ import time
 import torch
 from random_nf4_model import shape_config
 
-from longqlora.memory.estimate import step_work
+from longqlora.memory.estimate import ModelShape, RunShape, step_work
 from longqlora.memory.policy import ActivationPolicy
-from longqlora.memory.shapes import ModelShape, RunShape
 from longqlora.settings.config import AttentionConfig
 
 

@@ -106,6 +106,5 @@ class PeakMemory:
 
 def check_free_memory(num_bytes: int, device: torch.device) -> None:
     """Raise MemoryError where a CPU has less free memory than `num_bytes`; a GPU refuses by itself."""
-    free = free_host_memory() if device.type == "cpu" else None
-    if free is not None and num_bytes > free:
+    if device.type == "cpu" and num_bytes > free_host_memory():
         raise MemoryError(f"{num_bytes} bytes are more than is free")

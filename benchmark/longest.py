@@ -16,9 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from train_step import DTYPE_NAMES
-
-from longqlora.cli import run_main
+from longqlora.cli import DTYPES, dtype_of, run_main
 from longqlora.device import parse_size
 from longqlora.outputs import check_results
 
@@ -33,7 +31,7 @@ def parse_args() -> argparse.Namespace:
                         "for the layers of transformers (default: all)")  # fmt: skip
     parser.add_argument("--shape", default="llama-4l", help="as for train_step.py (default: %(default)s)")
     parser.add_argument("--attention", choices=["s2", "full"], default="s2", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=list(DTYPE_NAMES), help="default: what the device computes fast")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: what the device computes fast")
     parser.add_argument("--lora_rank", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--optim", choices=["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit"],
                         help="default: paged_adamw_32bit on a GPU, adamw_torch on a CPU")  # fmt: skip
@@ -62,15 +60,14 @@ def predicted_length(args: argparse.Namespace, name: str, cap: int) -> int:
     import torch
     from random_nf4_model import shape_config
 
-    from longqlora.memory.estimate import optimizer_bytes, predict
+    from longqlora.memory.estimate import ModelShape, RunShape, optimizer_bytes, predict
     from longqlora.memory.policy import CHECKPOINTED, POLICIES
-    from longqlora.memory.shapes import ModelShape, RunShape
     from longqlora.settings.config import AttentionConfig
 
     policy = CHECKPOINTED if name == "checkpointing" else POLICIES[name]
     shape = ModelShape.of(shape_config(args.shape))
     is_gpu = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
-    activation_bytes = getattr(torch, DTYPE_NAMES[args.dtype or ("bf16" if is_gpu else "fp32")]).itemsize
+    activation_bytes = dtype_of(args.dtype or ("bf16" if is_gpu else "fp32")).itemsize
     optim = args.optim or ("paged_adamw_32bit" if is_gpu else "adamw_torch")
 
     def fits(length: int) -> bool:

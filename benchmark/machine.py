@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from longqlora.cli import dtype_of
+from longqlora.device import GIB
 from longqlora.model.base import is_slow_on_cpu
 from longqlora.run_record import software_versions
 
@@ -19,7 +20,7 @@ def describe_machine(device: torch.device) -> dict:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts["gpu"] = properties.name
-        facts["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        facts["gpu_memory_gib"] = round(properties.total_memory / GIB, 1)
         facts["cuda"] = torch.version.cuda
     return {**facts, "versions": software_versions()}
 

@@ -16,9 +16,9 @@ import argparse
 import time
 from pathlib import Path
 
-from train_step import DTYPE_NAMES, MIB, limit_memory, use_v100_kernels
+from train_step import MIB, choose_device, limit_memory, use_v100_kernels
 
-from longqlora.cli import run_main
+from longqlora.cli import DTYPES, dtype_of, run_main
 from longqlora.device import parse_size
 from longqlora.outputs import check_results
 
@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prefill_chunk_size", type=int, default=2048, help="tokens of a block (default: %(default)s)")
     parser.add_argument("--pretraining_length", type=int, help="tokens; for dca (default: what the shape reads)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    parser.add_argument("--dtype", choices=list(DTYPE_NAMES), help="precision of the products (default: what the "
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the products (default: what the "
                         "device computes fast; fp16 with --v100)")  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--memory_cap", help="most memory to use, such as 32GiB; a method that needs more says so "
@@ -52,25 +52,6 @@ def check_args(args: argparse.Namespace) -> int | None:
     if args.v100 and args.dtype not in (None, "fp16"):
         raise ValueError(f"--v100 computes in fp16; leave out --dtype {args.dtype}")
     return parse_size(args.memory_cap, "--memory_cap") if args.memory_cap is not None else None
-
-
-def choose_device(args: argparse.Namespace):
-    """The device; settles --dtype where it was left to it."""
-    import torch
-    from machine import check_dtype
-
-    from longqlora.model.base import default_dtype
-
-    is_gpu = torch.cuda.is_available() if args.device is None else args.device == "cuda"
-    if is_gpu and not torch.cuda.is_available():
-        raise ValueError("--device: torch sees no CUDA device; use cpu")
-    if args.v100 and not is_gpu:
-        raise ValueError("--v100 needs a CUDA device; leave it out on a CPU")
-    names = {getattr(torch, value): name for name, value in DTYPE_NAMES.items()}
-    args.dtype = args.dtype or ("fp16" if args.v100 else names[default_dtype()] if is_gpu else "fp32")
-    device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
-    check_dtype(args.dtype, device)
-    return device
 
 
 def bind(model, method: str, args: argparse.Namespace) -> str:
@@ -156,7 +137,7 @@ def main() -> None:
     if cap:
         limit_memory(cap, device)
     torch.manual_seed(0)
-    model = random_nf4_model(config, dtype=getattr(torch, DTYPE_NAMES[args.dtype]), device=device).eval()
+    model = random_nf4_model(config, dtype=dtype_of(args.dtype), device=device).eval()
     input_ids = torch.randint(config.vocab_size, (1, args.num_tokens), device=device)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     results = {}

@@ -66,7 +66,7 @@ class RowMaker:
         texts = [f"{sentence}." for sentence in FILLER.rstrip(".").split(". ")] + OTHER_SENTENCES
         self.sentences = [self.template.encode(f" {text}") for text in texts]
         self.digits = [self.template.encode(str(digit))[0] for digit in range(10)]
-        self.min_length = self.template.min_length("12345") + len(self.answer("12345"))
+        self.min_length = self.template.prompt("12345").min_length + len(self.answer("12345"))
 
     def answer(self, key: str) -> list[int]:
         return [*self.template.encode(f" {key}."), self.tokenizer.eos_token_id]
@@ -82,19 +82,15 @@ class RowMaker:
         """Ids and weights of one row of `length` tokens."""
         random = self.generator
         key = "".join(map(str, [random.integers(1, 10), *random.integers(0, 10, 4)]))
-        answer, parts = self.answer(key), self.template
-        needle = parts.needle(key)
-        num_filler = length - parts.min_length(key) - len(answer)
+        answer, prompt = self.answer(key), self.template.prompt(key)
+        num_filler = length - prompt.min_length - len(answer)
         num_before = int(random.integers(0, num_filler + 1))
-        filler = parts.filler if random.random() < 0.5 else self.filler
-        lines = [
-            *(parts.opening, filler(num_before), parts.newline, needle, parts.newline),
-            *(filler(num_filler - num_before), parts.newline, parts.question, answer),
-        ]
-        ids = [token for line in lines for token in line]
+        filler = self.template.filler if random.random() < 0.5 else self.filler
+        before, after = filler(num_before), filler(num_filler - num_before)
+        ids = [*prompt.before, *before, *prompt.needle, *after, *prompt.after, *answer]
         weights = [TEXT_WEIGHT] * len(ids)
-        start = len(parts.opening) + num_before + len(parts.newline)
-        places = [start + index for index, token in enumerate(needle) if token in self.digits]
+        start = len(prompt.before) + num_before
+        places = [start + index for index, token in enumerate(prompt.needle) if token in self.digits]
         for place in places:
             weights[place] = 0.0 if place in places[: len(key)] else COPY_WEIGHT
         for place in range(length - len(answer), length):

@@ -18,7 +18,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from longqlora.cli import run_main
+from longqlora.cli import DTYPES, dtype_of, run_main
 from longqlora.device import is_out_of_memory, parse_size
 from longqlora.outputs import check_results
 
@@ -27,7 +27,6 @@ PEERS = {
     "transformers": ("transformers", False), "trl": ("trl", False), "liger": ("liger_kernel", True),
     "unsloth": ("unsloth", True),
 }  # fmt: skip
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MIB = 2**20
 
 
@@ -41,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--attention", choices=["s2", "full"], default="s2", help="default: %(default)s")
     parser.add_argument("--group_size_ratio", type=float, default=0.25, help="S2-Attn group size as a part of seq_len "
                         "(default: %(default)s)")  # fmt: skip
-    parser.add_argument("--dtype", choices=list(DTYPE_NAMES), help="precision of the products (default: what the "
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the products (default: what the "
                         "device computes fast; fp16 with --v100)")  # fmt: skip
     parser.add_argument("--lora_rank", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--train_embedding", action=boolean, default=False, help="train the embeddings (default: no)")
@@ -92,7 +91,7 @@ def check_args(args: argparse.Namespace) -> int | None:
 
 
 def choose_device(args: argparse.Namespace):
-    """The device; settles --dtype and --optim where they were left to it."""
+    """The device; settles --dtype where it was left to it."""
     import torch
     from machine import check_dtype
 
@@ -103,11 +102,8 @@ def choose_device(args: argparse.Namespace):
         raise ValueError("--device: torch sees no CUDA device; use cpu")
     if args.v100 and not is_gpu:
         raise ValueError("--v100 needs a CUDA device; leave it out on a CPU")
-    names = {getattr(torch, value): name for name, value in DTYPE_NAMES.items()}
+    names = {dtype_of(name): name for name in DTYPES}
     args.dtype = args.dtype or ("fp16" if args.v100 else names[default_dtype()] if is_gpu else "fp32")
-    args.optim = args.optim or ("paged_adamw_32bit" if is_gpu else "adamw_torch")
-    if args.optim.startswith("paged") and not is_gpu:
-        raise ValueError(f"--optim: {args.optim} pages GPU memory; use adamw_torch on a CPU")
     device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
     check_dtype(args.dtype, device)
     return device
@@ -152,6 +148,9 @@ def main() -> None:
     from longqlora.files import write_json
 
     device = choose_device(args)
+    args.optim = args.optim or ("paged_adamw_32bit" if device.type == "cuda" else "adamw_torch")
+    if args.optim.startswith("paged") and device.type == "cpu":
+        raise ValueError(f"--optim: {args.optim} pages GPU memory; use adamw_torch on a CPU")
     machine = describe_machine(device)
     print(machine_lines(machine), flush=True)
     if args.v100:
@@ -160,7 +159,7 @@ def main() -> None:
         limit_memory(cap, device)
     torch.manual_seed(0)
     try:
-        result = measure(args, getattr(torch, DTYPE_NAMES[args.dtype]), device)
+        result = measure(args, dtype_of(args.dtype), device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

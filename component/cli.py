@@ -28,7 +28,9 @@ def run_main(main: Callable[[], None]) -> None:
     except USER_ERRORS as error:
         if os.environ.get("LONGQLORA_TRACEBACK") == "1":
             raise
-        end_progress_bars()
+        # Open progress bars are closed, so that the error begins on a line of its own.
+        for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", [])):
+            bar.close()
         if os.environ.get("RANK", "0") == "0" or getattr(error, "from_one_rank", False):
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         # A plain sys.exit would wait for the other ranks in a collective that will never come.
@@ -39,17 +41,9 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def end_progress_bars() -> None:
-    """Close open progress bars, so that the error begins on a line of its own."""
-    if "tqdm" in sys.modules:
-        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", [])):
-            bar.close()
-
-
 def one_line(error: BaseException) -> str:
     """The message of `error` on one line; an `OSError` with its path."""
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def require_file(path: str | os.PathLike, flag: str) -> Path:

@@ -1,9 +1,9 @@
-"""Sizes of memory: written by people, at hand on the device, and found missing."""
+"""Memory and arithmetic of a machine: sizes as people write them, free memory, missing memory, bf16."""
 
 import platform
 import re
-from pathlib import Path
 
+import psutil
 import torch
 
 GIB = 2**30
@@ -30,13 +30,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
-def free_host_memory() -> int | None:
-    """Bytes of RAM that a process can still take; None where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+def free_host_memory() -> int:
+    """Bytes of RAM that a process can still take."""
+    return psutil.virtual_memory().available
 
 
 def cpu_has_bf16() -> bool:

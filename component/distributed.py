@@ -1,17 +1,13 @@
 """Processes: rank, world size and the few collectives that scripts need, with or without a launcher.
 
-Joining, waiting and gathering are accelerate's. Rank and world size are the launcher's variables: who prints and who
-writes is asked before the processes have joined, and making accelerate's PartialState would join them.
+Joining and gathering are accelerate's, imported where they happen. Rank and world size are the launcher's variables:
+who prints and who writes is asked before the processes join, which making accelerate's PartialState would do.
 """
 
 import functools
 import os
 import socket
 import sys
-
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 
 
 def rank() -> int:
@@ -42,8 +38,10 @@ def print_notice(text: str) -> None:
     print_main(f"notice: {text}", file=sys.stderr)
 
 
-def local_device() -> torch.device:
-    """The device of this process: its GPU, or the CPU where there is none."""
+def local_device():
+    """The torch.device of this process: its GPU, or the CPU where there is none."""
+    import torch
+
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -63,16 +61,20 @@ def set_single_process_environment() -> None:
 def init_process_group() -> None:
     """Join the process group that torchrun or deepspeed announced, where nobody has; a no-op in a world of one."""
     if world_size() > 1:
-        PartialState(cpu=not torch.cuda.is_available())
+        from accelerate import PartialState
+
+        PartialState(cpu=local_device().type == "cpu")
 
 
 def barrier() -> None:
-    if world_size() > 1:
-        init_process_group()
-        PartialState().wait_for_everyone()
+    gather_objects(None)
 
 
 def gather_objects(value: object) -> list[object]:
     """`value` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
     init_process_group()
-    return gather_object([value]) if world_size() > 1 else [value]
+    return gather_object([value])

@@ -93,7 +93,8 @@ def decode_utf8(data: bytes, flag: str, path: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{flag}: {path!r} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{flag}: {path!r} is not UTF-8 text ({where}); save it as UTF-8") from None
 
 
 def file_sha256(path: str | os.PathLike) -> str:

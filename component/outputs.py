@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from longqlora.files import partial_name
-from longqlora.plot import require_matplotlib
 
 Place = str | os.PathLike
+IMAGE_FORMATS = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ def check_outputs(
         folder = output if isinstance(output, OutputFolder) else None
         path = Path(folder.path if folder else output)
         fault = fault_of_place(path, is_folder=folder is not None)
+        if not fault and name == "--plot" and path.suffix.lower() not in IMAGE_FORMATS:
+            fault = f"must end in one of {', '.join(IMAGE_FORMATS)}"
         for other_name, other, verb in taken:
             if not fault and (overlaps(path, other) or (verb == "writes" and overlaps(other, path))):
                 fault = f"overlaps {str(other)!r}, which {other_name} {verb}; choose another place"
@@ -65,11 +67,8 @@ def check_outputs(
 
 
 def check_results(args: argparse.Namespace, inputs: Mapping[str, Place | Sequence[Place] | None]) -> None:
-    """`check_outputs` for --output_file and, where the script has it, --plot, which needs matplotlib too."""
-    plot = getattr(args, "plot", None)
-    if plot:
-        require_matplotlib(plot)
-    check_outputs({"--output_file": args.output_file, "--plot": plot}, inputs)
+    """`check_outputs` for --output_file and, where the script has it, --plot."""
+    check_outputs({"--output_file": args.output_file, "--plot": getattr(args, "plot", None)}, inputs)
 
 
 def listed(given: Mapping) -> list[tuple[str, Output]]:

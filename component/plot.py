@@ -1,9 +1,8 @@
 """Plots written to image files, without a display: perplexity, loss by position, training loss, lengths.
 
-matplotlib is needed only here; `require_matplotlib` tells so before long work begins.
+matplotlib is imported when the first is drawn.
 """
 
-import importlib.util
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,40 +13,36 @@ import numpy as np
 
 from longqlora.files import atomic_file
 
-FORMATS = (".png", ".pdf", ".svg")
 # From this ratio of the largest to the smallest value on, a linear axis hides the small ones.
 LOG_RATIO = 20
 BINS_PER_DOUBLING = 4
+MAX_COLUMNS = 3
 # Label -> points (window length, perplexity); None and inf are left out.
 PerplexityCurves = Mapping[str, Sequence[tuple[int, float | None]]]
 # Label -> blocks {"start", "end", "loss"} (end exclusive), as evaluation reports them.
 PositionCurves = Mapping[str, Sequence[Mapping]]
 
 
-def require_matplotlib(path: str | os.PathLike, flag: str = "--plot") -> Path:
-    """Return `path` if a plot can be written there; `ValueError` with the fix otherwise."""
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{flag}: {str(path)!r} must end in one of {', '.join(FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"{flag} needs matplotlib: pip install matplotlib")
-    return path
-
-
 @contextmanager
-def new_figure(path: str | os.PathLike, num_panels: int = 1) -> Iterator[Sequence]:
-    """The axes of panels side by side, which are saved as `path` once they are drawn; no display is ever opened."""
+def new_figure(
+    path: str | os.PathLike, num_panels: int = 1, *, panel_size: tuple[float, float] = (6.4, 4.2)
+) -> Iterator[Sequence]:
+    """The axes of panels in rows of three, which are saved as `path` once they are drawn; no display is ever opened.
+
+    panel_size: width and height in inches.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4 * num_panels, 4.2), dpi=120, layout="constrained")
-    axes = figure.subplots(1, num_panels, squeeze=False)[0]
-    for axis in axes:
+    num_columns = min(MAX_COLUMNS, num_panels)
+    num_rows = math.ceil(num_panels / num_columns)
+    width, height = panel_size
+    figure = Figure(figsize=(num_columns * width, num_rows * height), dpi=120, layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).flat
+    for axis in axes[:num_panels]:
         axis.grid(alpha=0.3)
-    yield axes
-    save_figure(figure, path)
-
-
-def save_figure(figure, path: str | os.PathLike) -> None:
+    for axis in axes[num_panels:]:
+        axis.set_axis_off()
+    yield axes[:num_panels]
     with atomic_file(path, "wb") as file:
         figure.savefig(file, format=Path(path).suffix.lstrip(".").lower() or "png")
 
@@ -79,16 +74,6 @@ def draw_loss_by_position(axis, curves: PositionCurves) -> None:
         axis.plot(centers, [block["loss"] for block in finite], marker=".", label=label)
     axis.set(xlabel="position in the window (tokens)", ylabel="loss (nats per token)")
     axis.legend()
-
-
-def plot_perplexity(curves: PerplexityCurves, path: str | os.PathLike) -> None:
-    with new_figure(path) as (axis,):
-        draw_perplexity(axis, curves)
-
-
-def plot_loss_by_position(curves: PositionCurves, path: str | os.PathLike) -> None:
-    with new_figure(path) as (axis,):
-        draw_loss_by_position(axis, curves)
 
 
 def plot_evaluation(results: Sequence[Mapping], label: str, path: str | os.PathLike) -> None:

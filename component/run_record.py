@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from longqlora.files import read_json, write_json
+from longqlora.files import read_json
 
 RECORD_NAME = "run_record.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "datasets", "tokenizers")
@@ -29,13 +29,13 @@ def software_versions() -> dict[str, str]:
 
 def commit() -> str:
     """Commit of the checkout this file is in, "+dirty" with uncommitted changes, or "unknown"."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    # No tag is looked for, so the commit itself is the description.
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+dirty"]
+    git = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("+dirty" if changed.stdout.strip() else "")
 
 
 def make_run_record(arguments: dict, **facts) -> dict:
@@ -49,10 +49,6 @@ def command_line() -> list[str]:
         "(left out)" if re.fullmatch(r"--hub[_-]token", before) else re.sub(r"(hub[_-]token=).*", r"\1(left out)", word)
         for before, word in zip(["", *sys.argv], sys.argv, strict=False)
     ]
-
-
-def save_run_record(folder: str | Path, record: dict) -> None:
-    write_json(Path(folder) / RECORD_NAME, record)
 
 
 def read_run_record(folder: str | Path) -> dict | None:

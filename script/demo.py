@@ -23,7 +23,7 @@ from longqlora.cli import run_main
 from longqlora.distributed import free_port
 from longqlora.files import read_json, write_json
 from longqlora.outputs import OutputFolder, check_outputs
-from longqlora.plot import plot_loss_by_position, plot_perplexity
+from longqlora.plot import draw_loss_by_position, draw_perplexity, new_figure
 
 REPO = Path(__file__).resolve().parents[1]
 BASE = REPO / "data" / "tiny-llama"
@@ -164,9 +164,11 @@ def main() -> None:
         "total_seconds": round(time.monotonic() - started, 1),
     }
     write_json(out / "report.json", report)
-    curves = {name: list(zip(LENGTHS, row.values(), strict=True)) for name, row in report["perplexity"].items()}
-    plot_perplexity(curves, out / "perplexity.png")
-    plot_loss_by_position({name: result["loss_by_position"] for name, result in longest.items()}, out / "position.png")
+    with new_figure(out / "perplexity.png") as (axis,):
+        rows = report["perplexity"].items()
+        draw_perplexity(axis, {name: list(zip(LENGTHS, row.values(), strict=True)) for name, row in rows})
+    with new_figure(out / "position.png") as (axis,):
+        draw_loss_by_position(axis, {name: result["loss_by_position"] for name, result in longest.items()})
 
     print(f"\n{table(report)}\n\n{longest['adapter']['protocol']}\n")
     print(f"merging changed the loss by {report['merge_difference_nf4']:.1e} (NF4 weights) and "

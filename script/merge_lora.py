@@ -13,11 +13,7 @@ adapter was trained against; then give as --dtype the dtype that training loaded
 import argparse
 
 from longqlora.cli import DTYPES, dtype_of, require_folder, run_main
-from longqlora.model.context_request import (
-    add_context_arguments,
-    check_context_arguments,
-    context_request,
-)
+from longqlora.model.context_request import add_context_arguments, context_request
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     require_folder(args.adapter_name_or_path, "--adapter_name_or_path")
-    check_context_arguments(args)
+    context = context_request(args)
 
     from longqlora.device import parse_size
     from longqlora.model.merge import merge
@@ -47,7 +43,7 @@ def main() -> None:
         args.model_name_or_path,
         args.adapter_name_or_path,
         args.save_path,
-        context=context_request(args),
+        context=context,
         dtype=dtype_of(args.dtype),
         load_in_4bit=args.load_in_4bit,
         max_shard_size=parse_size(args.max_shard_size, "--max_shard_size"),

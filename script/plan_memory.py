@@ -49,14 +49,13 @@ def main() -> None:
     from longqlora.files import write_json
     from longqlora.memory.plan import MemoryPlan
     from longqlora.model.base import load_config
-    from longqlora.outputs import check_outputs
+    from longqlora.outputs import check_results
     from longqlora.settings.reader import resolve_settings
 
     settings, _ = resolve_settings(args.train_args_file, overrides, for_this_machine=False)
     model, data = settings.model, settings.data
-    inputs = {"model_name_or_path": model.model_name_or_path, "train_file": data.train_file}
-    inputs |= {"eval_file": data.eval_file, "--train_args_file": args.train_args_file}
-    check_outputs({"--output_file": args.output_file}, inputs)
+    inputs = {"model_name_or_path": model.model_name_or_path, "--train_args_file": args.train_args_file}
+    check_results(args, inputs | data.files)
     if args.gpu_memory:
         parse_size(args.gpu_memory, "--gpu_memory")
     default = str(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else DEFAULT_MEMORY
@@ -76,17 +75,12 @@ def format_table(table: dict) -> str:
     from tabulate import tabulate
 
     head = ["settings", *table["fastest"], "longest", "host GiB", "time"]
+    formats = ["", *[".1f"] * len(table["fastest"]), "", ".1f", ".2f"]
     rows = [
-        ["; ".join(row["settings"]), *(f"{gib:.1f}" for gib in row["peak_gib"].values()), row["longest"],
-         f"{row['host_gib']:.1f}", f"{row['relative_time']:.2f}"]
+        ["; ".join(row["settings"]), *row["peak_gib"].values(), row["longest"], row["host_gib"], row["relative_time"]]
         for row in table["sets"]
-    ]  # fmt: skip
-    widths = [48, *[None] * (len(head) - 1)]
-    lines = [
-        tabulate(
-            rows, head, disable_numparse=True, maxcolwidths=widths, colalign=("left", *["right"] * len(widths[1:]))
-        )
     ]
+    lines = [tabulate(rows, head, floatfmt=formats, numalign="right", maxcolwidths=[48, *[None] * len(formats[1:])])]
     if table["reason"]:
         lines.append(f"the layer function is not available, since {table['reason']}")
     fastest = {length: "; ".join(asked or ["nothing fits"]) for length, asked in table["fastest"].items()}

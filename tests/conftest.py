@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a tiny tokenizer and model made here, and a runner for the scripts."""
 
+import copy
 import functools
 import json
 import os
@@ -54,25 +55,22 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([sentences(2000)], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    options = {"vocab_size": 320, "min_frequency": 0, "show_progress": False}
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([sentences(2000)], special_tokens=list(special.values()), **options)
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), **special)
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer):
+    """A copy that a test may change."""
+    return copy.deepcopy(tiny_tokenizer)
 
 
 # What single model types need beside the sizes that all have.
@@ -118,8 +116,7 @@ def save_tiny_model(folder: Path, tokenizer, config=None, seed: int = 0) -> Path
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config or tiny_config())
-    model.save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config or tiny_config()).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -192,11 +189,14 @@ def run_script_fixture():
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """evaluate("passkey", *arguments): script/evaluate/passkey.py in this process: exit code, stdout, stderr."""
+def run_in_process(monkeypatch, capsys):
+    """run_in_process("script/x.py", *arguments): the script's main in this process: exit code, stdout, stderr."""
     from rigged_model import load_script, run_main_of
 
-    def run(name: str, *arguments) -> tuple[int, str, str]:
-        return run_main_of(load_script(f"script/evaluate/{name}.py"), arguments, monkeypatch, capsys)
+    return lambda script, *arguments: run_main_of(load_script(script), arguments, monkeypatch, capsys)
 
-    return run
+
+@pytest.fixture
+def evaluate(run_in_process):
+    """evaluate("passkey", *arguments) runs script/evaluate/passkey.py in this process."""
+    return lambda name, *arguments: run_in_process(f"script/evaluate/{name}.py", *arguments)

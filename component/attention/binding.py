@@ -3,11 +3,6 @@
 transformers calls the function registered under the name that `set_attn_implementation` sets, in every attention layer
 of every model type that uses its AttentionInterface, and makes the mask with the function of that name in
 AttentionMaskInterface. A name carries the method's sizes; no forward method is copied or replaced.
-
-`bind_attention` is for training: S2-Attn, full, or dual chunk attention. `bind_inference_attention` is
-for use afterwards: dense, or dual chunk attention where the config names it. `unbind_attention` undoes both.
-
-Dimensions: B batch, S sequence, H query heads, D head dim.
 """
 
 import importlib.util
@@ -21,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 
 from longqlora.attention import dual_chunk_binding as dca
 from longqlora.attention.dual_chunk import DualChunkSizes
-from longqlora.attention.lse_kernels import CausalPattern
+from longqlora.attention.inplace_attention import CausalPattern
 from longqlora.attention.model_internals import attention_name, uses_attention_interface
 from longqlora.attention.proof import NUM_TOKENS, prove_attention, refusing, tiny_copy
 from longqlora.attention.rotation import RotaryLayout
@@ -53,18 +48,17 @@ def bind_attention(
     Raises ValueError, naming the model type and what is wrong, where the method is not defined for the model
     (sliding-window layers, an odd number of heads, a model that bypasses AttentionInterface) or differs from it.
     """
-    size, is_full = sequence_parallel_size, config.attention == "full"
+    size, group_size, description = sequence_parallel_size, None, "full causal attention"
     if config.attention == "dca":
         return bind_inference_attention(model, is_packed=is_packed)
     kernel, package = (flash_kernel(), "flash-attn") if config.use_flash_attn else (causal_attention, "SDPA")
-    if is_full and size == 1:
+    if config.attention == "full" and size == 1:
         bind_full_attention(model, is_packed=is_packed, use_flash_attn=config.use_flash_attn)
-        return f"full causal attention ({package})"
-    group_size = None if is_full else config.group_size(max_seq_length)
-    if is_full:
+        return f"{description} ({package})"
+    if config.attention == "full":
         check_model_supports(model, "sequence parallelism", fix="leave out sequence_parallel_size")
-        description = "full causal attention"
     else:
+        group_size = config.group_size(max_seq_length)
         check_model_supports_shift_short(model, group_size)
         description = f"S2-Attn, groups of {group_size} tokens, no wrap-around"
     # How groups are cut and rows shared by processes is the same for every model type, and not tried.
@@ -106,6 +100,7 @@ def set_attention(
     model: PreTrainedModel, name: str, function: Callable, mask_function: Callable = segment_mask_function
 ) -> None:
     """Let `model` call these two under `name`, which must say what they do: it is one for all models."""
+    dca.remove_chunk_positions(model)
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
     model.set_attn_implementation(name)
@@ -133,11 +128,10 @@ def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     sizes = dca.dual_chunk_sizes(model.config)
     if sizes is None:
-        unbind_attention(model)
+        bind = set_dense_attention if is_chunked else unbind_attention
         if is_chunked:
-            fix = "leave prefill_chunk_size out"
-            prove_attention(model, "prefill_chunk_size", set_dense_attention, fix=fix, reads_blocks=True)
-            set_dense_attention(model)
+            prove_attention(model, "prefill_chunk_size", bind, fix="leave prefill_chunk_size out", reads_blocks=True)
+        bind(model)
     else:
         check_model_supports(model, "dual chunk attention")
         with torch.no_grad(), refusing(model, "attention: dca", DCA_FIX):
@@ -151,9 +145,9 @@ def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False
 def bind_dual_chunk(
     model: PreTrainedModel, *, sizes: DualChunkSizes, layouts: dict[int, RotaryLayout | None], mscale: float = 1.0
 ) -> None:
-    dca.add_chunk_positions(model, sizes, layouts)
     name = f"dca_c{sizes.chunk_size}_w{sizes.local_window}{f'_m{mscale:.6f}' if mscale != 1 else ''}"
     set_attention(model, name, partial(dca.dual_chunk_forward, mscale=mscale), dca.dual_chunk_mask_function)
+    dca.add_chunk_positions(model, sizes, layouts)
 
 
 def describe_inference_attention(config: PretrainedConfig) -> str:
@@ -176,21 +170,20 @@ def set_dense_attention(model: PreTrainedModel) -> None:
 
 
 def attention_pattern(module: torch.nn.Module, attention_mask: torch.Tensor | None) -> CausalPattern | None:
-    """What lse_kernels.py computes in place of the attention bound to `module`, in training.
+    """What inplace_attention.py computes in place of the attention bound to `module`, in training without dropout.
 
-    None where it is something else: a mask, a dropout, another attention or kernel package.
+    None where it is something else: a mask, another attention or kernel package.
     """
-    name, num_heads, lengths = attention_name(module.config), module.config.num_attention_heads, None
-    group_size = name.removeprefix(SHIFT_SHORT_PREFIX)
-    is_sparse = group_size != name
-    if attention_mask is not None and attention_mask.ndim == 2 and (is_sparse or name == DENSE):
-        lengths = segment_lengths(attention_mask)
-    if (attention_mask is not None and lengths is None) or getattr(module, "attention_dropout", 0):
+    name, lengths = attention_name(module.config), None
+    is_sparse = name.startswith(SHIFT_SHORT_PREFIX)
+    is_ours = is_sparse or name == DENSE
+    if attention_mask is not None:
+        lengths = segment_lengths(attention_mask) if is_ours and attention_mask.ndim == 2 else None
+    is_causal = is_ours or (name == STOCK and not has_sliding_window(module.config))
+    if not is_causal or (attention_mask is not None and lengths is None):
         return None
-    if is_sparse:
-        return CausalPattern(int(group_size), num_heads, lengths)
-    is_dense = name == DENSE or (name == STOCK and not has_sliding_window(module.config))
-    return CausalPattern(None, num_heads, lengths) if is_dense else None
+    group_size = int(name.removeprefix(SHIFT_SHORT_PREFIX)) if is_sparse else None
+    return CausalPattern(group_size, module.config.num_attention_heads, lengths)
 
 
 def call_attention(module: torch.nn.Module, attention_mask, query, key, value, **kwargs) -> torch.Tensor:

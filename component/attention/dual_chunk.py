@@ -82,14 +82,9 @@ def dual_chunk_attention(
     segment_ids: int [B, S], for padded batches and packed rows: each run of equal ids in a row is a sequence that
         starts at position 0; negative ids are padding, whose output is zero and has no gradient.
     Returns [B, H, Q, D] in the dtype of query, laid out in memory as [B, Q, H, D].
-    Raises ValueError for more queries than keys, or where inv_freq or segment_ids do not fit.
     """
-    merged.check_lengths(query, key)
-    if inv_freq.ndim != 1 or 2 * len(inv_freq) > query.shape[-1]:
-        raise ValueError(f"inv_freq: shape {list(inv_freq.shape)} does not fit a head dim of {query.shape[-1]}")
-    if segment_ids is not None and segment_ids.shape != (key.shape[0], key.shape[2]):
-        raise ValueError(f"segment_ids: must be {[key.shape[0], key.shape[2]]}, got {list(segment_ids.shape)}")
     num_keys, past, inv_freq = key.shape[2], key.shape[2] - query.shape[2], inv_freq.to(query.device)
+    assert past >= 0, "more queries than keys"
     # Tells the cache of rotations that frequencies were changed in place; inference tensors do not count changes.
     version = None if inv_freq.is_inference() else inv_freq._version
     rotation = partial(chunk_rotation, sizes, inv_freq, version, layout, sum_dtype(query))

@@ -1,9 +1,8 @@
 """What dual chunk attention (DCA) needs of a transformers model: positions within the chunk, and its attention call.
 
-RoPE must rotate a token at position p as if it stood at p modulo the stride s of the chunks. Two forward
-pre-hooks do that, on the decoder (position ids of padded batches) and on its rotary embedding (the
-modulo). Where in a head RoPE's pairs lie, and in which layers, is read off the queries (`rotary_layouts`).
-binding.py registers `dual_chunk_forward` and `dual_chunk_mask_function` with transformers.
+RoPE must rotate a token at position p as if it stood at p modulo the stride of the chunks. Two forward pre-hooks do
+that, on the decoder (position ids of padded batches) and on its rotary embedding (the modulo). Where in a head RoPE's
+pairs lie, and in which layers, is read off the queries (`rotary_layouts`).
 
 Dimensions: B batch, H query heads, K key/value heads, Q queries, S keys, D head dim.
 """
@@ -31,7 +30,7 @@ ONE_CHUNK = DualChunkSizes(2**62)
 
 @dataclass
 class DualChunkRotary:
-    """The rotary embedding of a model, for an attention layer; plain, so that no layer owns it as a submodule."""
+    """The rotary embedding of a model, for an attention layer, which must not own it as a submodule."""
 
     module: torch.nn.Module
     sizes: DualChunkSizes
@@ -53,13 +52,12 @@ def logit_scale(config: PretrainedConfig) -> float:
     values = getattr(config, CONFIG_KEY, None) or {}
     if not values.get("mscale"):
         return 1.0
-    pretraining = values.get("original_max_position_embeddings") or config.max_position_embeddings
-    return attention_mscale(values.get("max_position_embeddings") or config.max_position_embeddings, pretraining)
+    num_tokens = values.get("max_position_embeddings") or config.max_position_embeddings
+    return attention_mscale(num_tokens, dual_chunk_sizes(config).pretraining_length)
 
 
 def add_chunk_positions(model: PreTrainedModel, sizes: DualChunkSizes, layouts: dict[int, RotaryLayout | None]) -> None:
     """Let RoPE of `model` rotate by positions within the chunk; layouts: by layer index, None without RoPE."""
-    remove_chunk_positions(model)
     rotary = rotary_embedding(model)
     handles = [
         model.get_decoder().register_forward_pre_hook(number_real_tokens, with_kwargs=True),
@@ -97,8 +95,7 @@ def modulo_positions(module: torch.nn.Module, args: tuple, kwargs: dict, *, stri
     """Pre-hook of a rotary embedding: position ids [B, Q] become position ids modulo `stride`."""
     if "position_ids" in kwargs:
         return args, {**kwargs, "position_ids": kwargs["position_ids"] % stride}
-    states, position_ids, *rest = args
-    return (states, position_ids % stride, *rest), kwargs
+    return (args[0], args[1] % stride, *args[2:]), kwargs
 
 
 def rotary_layouts(model: PreTrainedModel, set_attention: Callable) -> dict[int, RotaryLayout | None]:

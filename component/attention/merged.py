@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch.autograd.function import once_differentiable
 
 from longqlora.attention.rotation import QueryRotation
-from longqlora.attention.sdpa import attend, attend_backward, causal_attention, sum_dtype
+from longqlora.attention.sdpa import attend, attend_backward, causal_attention, fold_groups, sum_dtype, unfold_groups
 
 ALL = slice(None)
 
@@ -51,21 +50,14 @@ class QueryBlock(NamedTuple):
 
 def causal_attention_with_past(query, key, value, *, scaling: float | None = None) -> torch.Tensor:
     """Dense causal attention of query [B, H, Q, D], the last Q of S positions, to key and value [B, K, S, D]."""
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    check_lengths(query, key)
-    if num_queries == num_keys:
+    past = key.shape[2] - query.shape[2]
+    assert past >= 0, "more queries than keys"
+    if past == 0:
         return causal_attention(query, key, value, scaling=scaling)
-    rows, past = slice(0, num_queries), num_keys - num_queries
-    key_ranges = [KeyRange(rows, slice(past, num_keys), is_causal=True), KeyRange(rows, slice(0, past))]
-    if num_queries == 1:
-        key_ranges = [KeyRange(rows, slice(0, num_keys))]
-    return merged_attention(query, key, value, [QueryBlock(ALL, rows, key_ranges)], scaling=scaling)
-
-
-def check_lengths(query: torch.Tensor, key: torch.Tensor) -> None:
-    """Raise ValueError where the queries cannot be the last positions of the keys."""
-    if query.shape[2] > key.shape[2]:
-        raise ValueError(f"{query.shape[2]} queries cannot be the last of {key.shape[2]} key positions")
+    key_ranges = [KeyRange(ALL, slice(past, None), is_causal=True), KeyRange(ALL, slice(0, past))]
+    if query.shape[2] == 1:
+        key_ranges = [KeyRange(ALL, ALL)]
+    return merged_attention(query, key, value, [QueryBlock(ALL, ALL, key_ranges)], scaling=scaling)
 
 
 def merged_attention(query, key, value, blocks: Sequence[QueryBlock], *, scaling: float | None = None) -> torch.Tensor:
@@ -110,7 +102,7 @@ class MergedAttention(torch.autograd.Function):
                 place = batch, ALL, rows
                 sums = torch.zeros_like(query[place], dtype=sum_dtype(query)), grad_key[batch], grad_value[batch]
                 for keys in key_ranges:
-                    whole = [fold_chunks(x[place][:, :, keys.rows], keys.num_chunks) for x in (gradient, output, lse)]
+                    whole = [fold_groups(x[place][:, :, keys.rows], keys.num_chunks) for x in (gradient, output, lse)]
                     inputs = range_inputs(query[place], key[batch], value[batch], keys)
                     grads = attend_backward(
                         whole[0], *inputs, *whole[1:], is_causal=keys.is_causal, scaling=ctx.scaling
@@ -118,7 +110,7 @@ class MergedAttention(torch.autograd.Function):
                     if keys.rotation is not None:
                         grads = keys.rotation.rotate(grads[0], is_back=True), *grads[1:]
                     for total, grad, span in zip(sums, grads, (keys.rows, keys.keys, keys.keys), strict=True):
-                        total[:, :, span] += unfold_chunks(grad, keys.num_chunks)
+                        total[:, :, span] += unfold_groups(grad, keys.num_chunks)
                 grad_query[place] = sums[0]
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
@@ -128,33 +120,20 @@ def block_forward(query, key, value, key_ranges: Sequence[KeyRange], scaling: fl
     merged: list[torch.Tensor] = []
     for keys in key_ranges:
         results = attend(*range_inputs(query, key, value, keys), is_causal=keys.is_causal, scaling=scaling)
-        results = [unfold_chunks(x, keys.num_chunks) for x in results]
-        if merged:
-            merge_into(*(x[:, :, keys.rows] for x in merged), *results)
-        else:
-            merged = results if len(key_ranges) == 1 else [x.to(results[1].dtype) for x in results]
+        more, more_lse = (unfold_groups(x, keys.num_chunks) for x in results)
+        if not merged:
+            merged = [more if len(key_ranges) == 1 else more.to(more_lse.dtype), more_lse]
+            continue
+        output, lse = (x[:, :, keys.rows] for x in merged)
+        total = torch.logaddexp(lse, more_lse)
+        # No exponent is positive.
+        output.mul_((lse - total).exp_()[..., None]).addcmul_(more, (more_lse - total).exp_()[..., None])
+        lse.copy_(total)
     return merged
-
-
-def merge_into(merged: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
-    """Let merged [B, H, Q, D] and lse [B, H, Q] be those over both sets of keys; no exponent is positive."""
-    total = torch.logaddexp(lse, more_lse)
-    merged.mul_((lse - total).exp_()[..., None]).addcmul_(more, (more_lse - total).exp_()[..., None])
-    lse.copy_(total)
 
 
 def range_inputs(query, key, value, keys: KeyRange) -> tuple[torch.Tensor, ...]:
     """What the kernel reads: [B * N, H, Q / N, D] and twice [B * N, K, S / N, D], queries rotated."""
-    query = fold_chunks(query[:, :, keys.rows], keys.num_chunks)
-    key, value = (fold_chunks(x[:, :, keys.keys], keys.num_chunks) for x in (key, value))
+    query = fold_groups(query[:, :, keys.rows], keys.num_chunks)
+    key, value = (fold_groups(x[:, :, keys.keys], keys.num_chunks) for x in (key, value))
     return query if keys.rotation is None else keys.rotation.rotate(query), key, value
-
-
-def fold_chunks(x: torch.Tensor, num_chunks: int) -> torch.Tensor:
-    """Chunks as rows of the batch; a view for one batch row."""
-    return x if num_chunks == 1 else rearrange(x, "b h (n s) ... -> (b n) h s ...", n=num_chunks)
-
-
-def unfold_chunks(x: torch.Tensor, num_chunks: int) -> torch.Tensor:
-    """A view on what the kernels write, which is [B * N, S, H, ...] in memory."""
-    return x if num_chunks == 1 else rearrange(x, "(b n) h s ... -> b h (n s) ...", n=num_chunks)

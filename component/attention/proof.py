@@ -68,19 +68,20 @@ def prove_attention(
 
 
 def prove_training(
-    model: PreTrainedModel, method: str, bind: Bind, *, fix: str, prepare: Callable = lambda small: small
-) -> None:
-    """Raise ValueError unless a copy of the first two layers has the stock logits and gradients after `bind(copy)`.
+    model: PreTrainedModel, method: str, bind: Bind, *, fix: str, prepare: Callable | None
+) -> torch.nn.Module:
+    """A copy of the first two layers, bound; raises ValueError unless its logits and gradients are the stock ones.
 
     prepare: makes of the copy what is trained (attaches an adapter, say); method and fix as in `prove_attention`.
     """
     small, inputs = tiny_copy(model, num_layers=2), trial_inputs()
     small.set_attn_implementation("sdpa")
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), refusing(model, method, fix):
-        small = prepare(small).train()
+        small = (prepare(small) if prepare else small).train()
         expected = outputs_and_gradients(small, **inputs)
         bind(small)
         check_equal(zip(outputs_and_gradients(small, **inputs), expected, strict=True))
+    return small
 
 
 @contextmanager

@@ -15,6 +15,7 @@ Pure maths: knows nothing of Hugging Face.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -68,8 +69,8 @@ def has_ampere(x: torch.Tensor) -> bool:
 
 
 class Kernel(NamedTuple):
-    """forward(query, key, value, ...) -> output [B, H, Q, D], lse [B, H, Q]; backward(gradient, query, key, value,
-    output, lse, ...) -> gradients of query, key and value; both take is_causal and scaling."""
+    """forward(query, key, value, ...) -> output [B, H, Q, D], lse [B, H, Q or more], ...; backward(gradient, query,
+    key, value, output, lse, ...) -> gradients of query, key and value; both take is_causal and scale."""
 
     forward: Callable
     backward: Callable
@@ -89,8 +90,8 @@ def attend(query, key, value, *, is_causal: bool, scaling: float) -> tuple[torch
         query = rearrange(query, FOLD, k=key.shape[1])
     if layout == "repeat":
         key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
-    inputs = fit_kernel(kernel, query, key, value)
-    output, lse = kernel.forward(*inputs, is_causal=is_causal, scaling=scaling)
+    output, lse, *_ = kernel.forward(*fit_kernel(kernel, query, key, value), is_causal=is_causal, scale=scaling)
+    lse = lse[..., : query.shape[2]]
     if layout == "fold":
         output, lse = (rearrange(x, UNFOLD, q=num_queries) for x in (output, lse))
     return output[..., :head_dim], lse
@@ -110,7 +111,7 @@ def attend_backward(
     if layout == "repeat":
         key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
     inputs = fit_kernel(kernel, gradient, query, key, value, output)
-    grads = kernel.backward(*inputs, lse, is_causal=is_causal, scaling=scaling)
+    grads = kernel.backward(*inputs, lse, is_causal=is_causal, scale=scaling)
     grad_query, *grads = (x[..., :head_dim] for x, head_dim in zip(grads, head_dims, strict=True))
     if layout == "fold":
         grad_query = rearrange(grad_query, UNFOLD, q=num_queries)
@@ -142,6 +143,16 @@ def repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     return x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
+def fold_groups(x: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """[B, H, N * G, ...] -> [B * N, H, G, ...], equal groups as rows of the batch; a view for one batch row."""
+    return x if num_groups == 1 else rearrange(x, "b h (n g) ... -> (b n) h g ...", n=num_groups)
+
+
+def unfold_groups(x: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """[B * N, H, G, ...] -> [B, H, N * G, ...]; a view on what the kernels write, [B * N, G, H, ...] in memory."""
+    return x if num_groups == 1 else rearrange(x, "(b n) h g ... -> b h (n g) ...", n=num_groups)
+
+
 def choose_kernel(query: torch.Tensor, value: torch.Tensor) -> Kernel:
     """The fastest kernel for these tensors; torch's switches (`sdpa_kernel`, `enable_flash_sdp`) are obeyed."""
     switches, dtype = torch.backends.cuda, query.dtype
@@ -158,81 +169,59 @@ def choose_kernel(query: torch.Tensor, value: torch.Tensor) -> Kernel:
     return PLAIN
 
 
-def cpu_flash_forward(query, key, value, *, is_causal, scaling):
-    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scaling)
-
-
-def cpu_flash_backward(gradient, query, key, value, output, lse, *, is_causal, scaling):
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        gradient, query, key, value, output, lse, 0.0, is_causal, scale=scaling
-    )
-
-
-def cuda_flash_forward(query, key, value, *, is_causal, scaling):
-    output, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scaling)
-    return output, lse[..., : query.shape[2]]
-
-
-def cuda_flash_backward(gradient, query, key, value, output, lse, *, is_causal, scaling):
+def cuda_flash_backward(gradient, query, key, value, output, lse, *, is_causal, scale):
     # Random state and cumulated lengths are for dropout and nested tensors; there are none.
     no_state, none = (torch.empty(size, dtype=torch.uint64, device=query.device) for size in (2, 0))
     return aten._scaled_dot_product_flash_attention_backward(
         gradient, query, key, value, output, lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, is_causal,
-        no_state, none, scale=scaling,
+        no_state, none, scale=scale,
     )  # fmt: skip
 
 
-def cuda_efficient_forward(query, key, value, *, is_causal, scaling):
-    output, lse, *_ = aten._scaled_dot_product_efficient_attention(
-        query, key, value, None, True, 0.0, is_causal, scale=scaling
-    )
-    return output, lse[..., : query.shape[2]]
-
-
-def cuda_efficient_backward(gradient, query, key, value, output, lse, *, is_causal, scaling):
+def cuda_efficient_backward(gradient, query, key, value, output, lse, *, is_causal, scale):
     # As the forward kernel leaves it: rows that are not there have an infinite lse, hence probability 0.
     lse = F.pad(lse, (0, -lse.shape[2] % EFFICIENT_LSE_MULTIPLE), value=math.inf).contiguous()
     no_state = torch.zeros((), dtype=torch.int64, device=query.device)
     return aten._scaled_dot_product_efficient_attention_backward(
         gradient, query, key, value, None, output, lse, no_state, no_state, 0.0, [True, True, True, False], is_causal,
-        scale=scaling,
+        scale=scale,
     )[:3]  # fmt: skip
 
 
-def plain_forward(query, key, value, *, is_causal, scaling):
+def plain_forward(query, key, value, *, is_causal, scale):
     key, value = (x.to(sum_dtype(x)) for x in (key, value))
     batch, num_heads, num_queries, _ = query.shape
     output = query.new_empty(batch, num_queries, num_heads, value.shape[-1]).transpose(1, 2)
     lse = key.new_empty(batch, num_heads, num_queries)
-    for rows, scores in plain_scores(query, key, is_causal=is_causal, scaling=scaling):
+    for rows, scores in plain_scores(query, key, is_causal=is_causal, scale=scale):
         lse[:, :, rows] = scores.logsumexp(dim=-1)
         output[:, :, rows] = scores.sub_(lse[:, :, rows, None]).exp_() @ value
     return output, lse
 
 
-def plain_backward(gradient, query, key, value, output, lse, *, is_causal, scaling):
+def plain_backward(gradient, query, key, value, output, lse, *, is_causal, scale):
     dtypes = query.dtype, key.dtype, value.dtype
     key, value = (x.to(sum_dtype(x)) for x in (key, value))
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    for rows, scores in plain_scores(query, key, is_causal=is_causal, scaling=scaling):
+    for rows, scores in plain_scores(query, key, is_causal=is_causal, scale=scale):
         own_gradient, own_query = gradient[:, :, rows].to(value.dtype), query[:, :, rows].to(key.dtype)
         probabilities = scores.sub_(lse[:, :, rows, None]).exp_()
         grad_value += probabilities.transpose(-1, -2) @ own_gradient
         mean = (own_gradient * output[:, :, rows]).sum(dim=-1, keepdim=True)
-        grad_scores = (own_gradient @ value.transpose(-1, -2)).sub_(mean).mul_(probabilities).mul_(scaling)
+        grad_scores = (own_gradient @ value.transpose(-1, -2)).sub_(mean).mul_(probabilities).mul_(scale)
         grad_query[:, :, rows] = (grad_scores @ key).to(query.dtype)
         grad_key += grad_scores.transpose(-1, -2) @ own_query
     return tuple(x.to(dtype) for x, dtype in zip((grad_query, grad_key, grad_value), dtypes, strict=True))
 
 
-def plain_scores(query, key, *, is_causal: bool, scaling: float) -> Iterator[tuple[slice, torch.Tensor]]:
+def plain_scores(query, key, *, is_causal: bool, scale: float) -> Iterator[tuple[slice, torch.Tensor]]:
     """Blocks of rows, and their scaled scores [B, H, rows, S] in the dtype of key, -inf in the future if causal."""
     batch, num_heads, num_queries, _ = query.shape
     size = max(1, PLAIN_SCORES_PER_BLOCK // (batch * num_heads * key.shape[2]))
     positions = torch.arange(num_queries, device=query.device)
     for start in range(0, num_queries, size):
         rows = slice(start, min(start + size, num_queries))
-        scores = (query[:, :, rows].to(key.dtype) @ key.transpose(-1, -2)).mul_(scaling)
+        scores = (query[:, :, rows].to(key.dtype) @ key.transpose(-1, -2)).mul_(scale)
         yield rows, scores.masked_fill_(positions > positions[rows, None], -math.inf) if is_causal else scores
 
 
@@ -241,8 +230,15 @@ def sum_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-CPU_FLASH = Kernel(cpu_flash_forward, cpu_flash_backward, has_gqa=True)
+CPU_FLASH = Kernel(
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    partial(aten._scaled_dot_product_flash_attention_for_cpu_backward, dropout_p=0.0),
+    has_gqa=True,
+)
 # Both CUDA kernels read rows of whole 16-byte words.
-CUDA_FLASH = Kernel(cuda_flash_forward, cuda_flash_backward, has_gqa=True, head_dim_multiple=8)
-CUDA_EFFICIENT = Kernel(cuda_efficient_forward, cuda_efficient_backward, has_gqa=False, head_dim_multiple=8)
+CUDA_FLASH = Kernel(aten._scaled_dot_product_flash_attention, cuda_flash_backward, has_gqa=True, head_dim_multiple=8)
+CUDA_EFFICIENT = Kernel(
+    partial(aten._scaled_dot_product_efficient_attention, attn_bias=None, compute_log_sumexp=True),
+    cuda_efficient_backward, has_gqa=False, head_dim_multiple=8,
+)  # fmt: skip
 PLAIN = Kernel(plain_forward, plain_backward, has_gqa=False)

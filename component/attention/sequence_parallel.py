@@ -45,8 +45,8 @@ def shared_forward(
 
 @cache
 def all_to_all_heads(attend: Callable, size: int, batch_size: int, num_heads: int, num_kv_heads: int, head_dim: int):
-    """DeepSpeed's exchange, for one batch size: from all heads of this process's tokens to all tokens of some heads,
-    for which it calls attend(module, query, key, value, mask, **kwargs), and back to [B, S / size, all heads * D]."""
+    """DeepSpeed's exchange: from all heads of this process's tokens to all tokens of some heads, `attend` on those, and
+    back to [B, S / size, all heads * D]."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     return UlyssesSPAttentionHF(
@@ -84,7 +84,6 @@ def heads_forward(
     if group_size is None:
         return grouped_attention(query, key, value, [query.shape[2]], **options), None
     num_heads = query.shape[1]
-    first = rank() % size * num_heads
-    num_shifted = min(max(first + num_heads - size * num_heads // 2, 0), num_heads)
+    num_shifted = min(max((rank() % size + 1) * num_heads - size * num_heads // 2, 0), num_heads)
     output = shift_short_attention(query, key, value, group_size, num_shifted=num_shifted, **options)
     return output.transpose(1, 2), None

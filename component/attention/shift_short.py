@@ -1,13 +1,12 @@
 """Shift-short attention (S2-Attn): causal attention inside groups, half of the heads shifted by half a group.
 
-LongLoRA (arXiv 2309.12307, section 3.2). The first half of the heads attends within groups
-[0, G), [G, 2G), ...; the second half within [0, G/2), [G/2, 3G/2), ... so that information crosses
-group borders. There is no wrap-around: both ends of the shifted half are shorter groups, so no
-token ever sees a later one (the roll of LongLoRA's published code lets the first tokens see the last).
+LongLoRA (arXiv 2309.12307, section 3.2). The first half of the heads attends within groups [0, G), [G, 2G), ...; the
+second half within [0, G/2), [G/2, 3G/2), ... so that information crosses group borders. There is no wrap-around: both
+ends of the shifted half are shorter groups, so no token ever sees a later one (the roll of LongLoRA's published code
+lets the first tokens see the last).
 
-Neither a roll nor a mask is needed: every group is plain causal attention on a view. The views come from `split`,
-whose backward is one concatenation; slices would each fill a gradient of full length. Packed documents end groups
-early, and need no mask either.
+Every group is plain causal attention on a view, without a mask; packed documents end groups early. The views come from
+`split`, whose backward is one concatenation; slices would each fill a gradient of full length.
 
 Dimensions: B batch, H query heads, K key/value heads (K divides H), S sequence, D head dim, G group size, N groups.
 
@@ -18,9 +17,8 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate, groupby, pairwise
 
 import torch
-from einops import rearrange
 
-from longqlora.attention.sdpa import AttentionKernel, causal_attention, repeat_heads
+from longqlora.attention.sdpa import AttentionKernel, causal_attention, fold_groups, repeat_heads, unfold_groups
 from longqlora.attention.segments import segment_lengths, segment_mask
 
 
@@ -30,7 +28,7 @@ def shift_short_attention(
     """Shift-short attention over any sequence length.
 
     query [B, H, S, D]; key and value [B, K, S, D]; any float dtype.
-    group_size: tokens per group, even. S need not be a multiple of it: the last group is shorter.
+    group_size: tokens per group, even; the last group may be shorter.
     num_shifted: how many heads, the last ones, have shifted groups; None for half of them. Other numbers are
         for calls with some of a layer's heads.
     segment_ids and options (kernel, scaling, dropout): as in `grouped_attention`.
@@ -69,10 +67,7 @@ def check_shift_short(num_heads: int, group_size: int) -> None:
 
 
 def group_sizes(length: int, group_size: int | None, *, shifted: bool) -> list[int]:
-    """Sizes of the consecutive groups that cover `length` tokens; shifted ones begin with half a group.
-
-    group_size None: full attention, one group.
-    """
+    """Sizes of the groups that cover `length` tokens, one for group_size None; shifted ones begin with half a group."""
     if group_size is None:
         return [length]
     lead = min(group_size // 2, length) if shifted else 0
@@ -102,30 +97,20 @@ def grouped_attention(
     inputs = zip(*(x.split(spans, dim=2) for x in (query, key, value)), strict=True)
     ids = [None] * len(runs) if segment_ids is None else segment_ids.split(spans, dim=1)
     outputs = []
-    for (_, size), tensors, own_ids in zip(runs, inputs, ids, strict=True):
-        mask = None if own_ids is None else segment_mask(rearrange(own_ids, "b (n g) -> (b n) g", g=size))
-        output = kernel(*(fold_groups(x, size) for x in tensors), mask=mask, **options)
-        outputs.append(unfold_groups(output, len(query)))
+    for (_, num_groups), tensors, own_ids in zip(runs, inputs, ids, strict=True):
+        mask = None if own_ids is None else segment_mask(own_ids.reshape(len(query) * num_groups, -1))
+        output = kernel(*(fold_groups(x, num_groups) for x in tensors), mask=mask, **options)
+        outputs.append(unfold_groups(output, num_groups).transpose(1, 2))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def fold_groups(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Groups as rows of the batch; a view unless B > 1 on a part of the sequence."""
-    return x if size == x.shape[2] else rearrange(x, "b h (n g) d -> (b n) h g d", g=size)
-
-
-def unfold_groups(x: torch.Tensor, batch: int) -> torch.Tensor:
-    """[B, S, H, D]: a view, since that is how the kernels lay it out in memory."""
-    return x.transpose(1, 2) if len(x) == batch else rearrange(x, "(b n) h g d -> b (n g) h d", b=batch)
-
-
 def runs_of(sizes: list[int]) -> Iterator[tuple[slice, int]]:
-    """Rows of consecutive groups of one size, and that size: a run is one kernel call."""
+    """Rows of consecutive groups of one size, and the number of groups: a run is one kernel call."""
     start = 0
     for size, run in groupby(sizes):
-        stop = start + size * len(list(run))
-        yield slice(start, stop), size
-        start = stop
+        num_groups = len(list(run))
+        yield slice(start, start + size * num_groups), num_groups
+        start += size * num_groups
 
 
 def cut(sizes: Iterable[int], lengths: Iterable[int]) -> list[int]:

@@ -1,7 +1,7 @@
 """S2-Attn, and dense attention without a mask [S, S], as transformers' interfaces call them.
 
-binding.py registers these functions. S2-Attn is sparse while `module.training` and dense otherwise (LongLoRA section
-3.2). transformers' own dense attention would hold a mask for packed rows, and for blocks against a key/value cache.
+S2-Attn is sparse while `module.training` and dense otherwise (LongLoRA, section 3.2). transformers' own dense attention
+would hold a mask for packed rows, and for blocks against a key/value cache.
 
 Dimensions: B batch, H query heads, K key/value heads, Q queries (the last of S positions), S keys, D head dim.
 """
@@ -48,8 +48,6 @@ def dense_forward(
     if attention_mask is not None and attention_mask.ndim == 2:
         return grouped_attention(query, key, value, [query.shape[2]], segment_ids=attention_mask, **options), None
     if attention_mask is None and query.shape[2] < key.shape[2]:
-        if dropout > 0:
-            raise ValueError("attention_dropout: has no effect on blocks read against a cache; use evaluation mode")
         return causal_attention_with_past(query, key, value, scaling=scaling).transpose(1, 2), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from longqlora.data.prompt import IGNORE_INDEX
 from longqlora.distributed import rank
+from longqlora.settings.config import IGNORE_INDEX
 
 
 class DataCollator:

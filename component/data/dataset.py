@@ -21,12 +21,13 @@ import transformers
 
 from longqlora.cli import require_file
 from longqlora.data import jsonl, prompt
-from longqlora.data.jsonl import error_at, index_rows, messages_of_row, parse_line, text_of_row
-from longqlora.data.prompt import IGNORE_INDEX, bos_ids, encode_for_training, encode_text, eos_id, prompt_template_for
-from longqlora.distributed import is_main_process, local_rank
-from longqlora.files import file_sha256, write_json
-from longqlora.settings.config import DataConfig
+from longqlora.data.jsonl import index_rows, messages_of_row, read_rows, text_of_row
+from longqlora.data.prompt import bos_ids, encode_for_training, encode_text, eos_id
+from longqlora.distributed import is_main_process, local_rank, print_notice
+from longqlora.files import file_sha256, partial_name, remove, write_json
+from longqlora.settings.config import IGNORE_INDEX, DataConfig
 
+REPORT_NAME = "report.json"
 ROWS_PER_WRITE = 32
 IDS, COUNT = datasets.List(datasets.Value("int32")), datasets.Value("int64")
 
@@ -69,36 +70,49 @@ def build_datasets(
     tokenizer: Any, config: DataConfig, *, log: Callable[[str], None]
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """The training and, where `eval_file` is given, the evaluation rows; reports both through `log`."""
-    built = {"train_file": None, "eval_file": None}
-    for flag in built:
-        if path := getattr(config, flag):
-            dataset, report = build_dataset(path, tokenizer, config, flag=flag)
-            log(f"{flag}: {report.summary()}")
-            # A list of 100,000 numbers takes 40 ms to become a tensor, an array 1 ms.
-            built[flag] = dataset.with_format("numpy")
-    return built["train_file"], built["eval_file"]
+    built = {}
+    for flag in config.files:
+        dataset, report = build_dataset(tokenizer, config, flag=flag)
+        log(f"{flag}: {report.summary()}")
+        # A list of 100,000 numbers takes 40 ms to become a tensor, an array 1 ms.
+        built[flag] = dataset.with_format("numpy")
+    return built["train_file"], built.get("eval_file")
 
 
 def build_dataset(
-    path: str | os.PathLike, tokenizer: Any, config: DataConfig, *, flag: str = "train_file"
+    tokenizer: Any, config: DataConfig, *, flag: str = "train_file"
 ) -> tuple[datasets.Dataset, DataReport]:
-    """Rows of `path` as columns input_ids, labels and, where `config.pack`, position_ids (lists of int32).
+    """Rows of the file of key `flag`: columns input_ids, labels and, where `config.pack`, position_ids (int32 lists).
 
-    The first process of each node tokenises; the others wait for its cache. No random state is touched. flag: the YAML
-    key that gave the path. Raises ValueError with file and line for a bad row, and where no row is left.
+    The first process of each node tokenises; the others wait for its cache. A damaged cache is built again, with a
+    notice. No random state is touched. Raises ValueError with file and line for a bad row, and where no row is left.
     """
-    path = require_file(path, flag)
-    eos_id(tokenizer)
-    if config.sft:
-        prompt_template_for(tokenizer, config.prompt_template)
+    path = require_file(config.files[flag], flag)
     folder = cache_folder(path, tokenizer, config)
-    # Written last, so that it tells the other processes that all else is there.
-    report_file = folder / "report.json"
-    # Not a collective: tokenising may take longer than the process group's timeout.
-    while local_rank() != 0 and not report_file.exists():
-        time.sleep(0.2)
     if not is_main_process():
         datasets.disable_progress_bars()
+    while True:
+        # Written last, so it tells that all else is there. No collective: tokenising may outlast its timeout.
+        while local_rank() != 0 and not (folder / REPORT_NAME).exists():
+            time.sleep(0.2)
+        is_known = folder.exists()
+        try:
+            return build_rows(path, folder, tokenizer, config, flag=flag)
+        except (pa.ArrowException, FileNotFoundError) as error:
+            if local_rank() != 0:
+                continue
+            if not is_known:
+                raise
+            print_notice(f"data_cache_dir: {str(folder)!r} is damaged ({error}); tokenising again")
+            # Gone at once, so that no other process finds a part of it.
+            remove(partial_name(folder))
+            remove(folder.rename(partial_name(folder)))
+
+
+def build_rows(
+    path: Path, folder: Path, tokenizer: Any, config: DataConfig, *, flag: str
+) -> tuple[datasets.Dataset, DataReport]:
+    """`build_dataset` in one process, by way of the cache in `folder`."""
     source = datasets.Dataset.from_dict(index_rows(path, sft=config.sft, flag=flag))
     rows = cached_map(
         source,
@@ -122,7 +136,7 @@ def build_dataset(
         num_empty_rows=int((num_tokens == 0).sum()),
         num_unanswered_rows=int(((0 == kept) & (kept < num_tokens)).sum()),
         num_dropped_tokens=int(num_tokens.sum() - lengths.sum()),
-        cached=report_file.exists(),
+        cached=(folder / REPORT_NAME).exists(),
     )
     if not len(lengths):
         raise ValueError(
@@ -145,8 +159,8 @@ def build_dataset(
     elif not kept.all():
         rows = rows.select(np.flatnonzero(kept))
     report.num_predicted_tokens = int(np.asarray(rows.data["num_predicted"]).sum())
-    if not report.cached:
-        write_json(report_file, asdict(report))
+    if local_rank() == 0:
+        write_json(folder / REPORT_NAME, asdict(report))
     return rows.select_columns(["input_ids", "labels", *(["position_ids"] if config.pack else [])]), report
 
 
@@ -154,21 +168,18 @@ def cached_map(
     rows: datasets.Dataset, function: Callable, file: Path, more: dict[str, Any], *, num_workers: int = 1, desc: str
 ) -> datasets.Dataset:
     """`rows.map(function)` to ids, labels and `more` columns, kept in `file`, or in one for each worker beside it."""
-    try:
-        return rows.map(
-            function,
-            remove_columns=rows.column_names,
-            features=datasets.Features({"input_ids": IDS, "labels": IDS, "num_predicted": COUNT, **more}),
-            cache_file_name=str(file),
-            load_from_cache_file=True,
-            # The name of the folder tells all that decides the rows, so the function itself need not be hashed.
-            new_fingerprint=hashlib.sha256(str(file).encode()).hexdigest()[:32],
-            num_proc=num_workers if num_workers > 1 else None,
-            writer_batch_size=ROWS_PER_WRITE,
-            desc=desc,
-        )
-    except pa.ArrowException as error:
-        raise ValueError(f"data_cache_dir: {str(file.parent)!r} is damaged ({error}); delete it") from None
+    return rows.map(
+        function,
+        remove_columns=rows.column_names,
+        features=datasets.Features({"input_ids": IDS, "labels": IDS, "num_predicted": COUNT, **more}),
+        cache_file_name=str(file),
+        load_from_cache_file=True,
+        # The name of the folder tells all that decides the rows, so the function itself need not be hashed.
+        new_fingerprint=hashlib.sha256(str(file).encode()).hexdigest()[:32],
+        num_proc=num_workers if num_workers > 1 else None,
+        writer_batch_size=ROWS_PER_WRITE,
+        desc=desc,
+    )
 
 
 def encode_row(row: dict[str, int], *, path: Path, tokenizer: Any, config: DataConfig, flag: str) -> dict[str, Any]:
@@ -178,11 +189,10 @@ def encode_row(row: dict[str, int], *, path: Path, tokenizer: Any, config: DataC
     """
     with path.open("rb") as file:
         file.seek(row["offset"])
-        line = file.readline()
-    try:
-        ids, labels = (np.array(column, dtype=np.int32) for column in encode(parse_line(line), tokenizer, config))
-    except ValueError as error:
-        raise error_at(path, row["line"], error, flag=flag) from None
+        lines = [file.readline()]
+    parse = partial(encode, tokenizer=tokenizer, config=config)
+    [(_, columns)] = read_rows(lines, path, flag=flag, parse=parse, first=row["line"])
+    ids, labels = (np.array(column, dtype=np.int32) for column in columns)
     num_tokens = len(ids)
     # A document that is packed goes on in the next row, a conversation does not. Nothing predicts a first label.
     if config.sft or not config.pack:

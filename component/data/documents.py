@@ -1,7 +1,6 @@
 """A document as text: PDF by PDFium, EPUB and HTML by markitdown's converters, Markdown and other text as it stands.
 
-    document = read_document("paper.pdf")
-    document.title, document.text
+    text = read_document("paper.pdf")
 
 Nothing is fetched: a converter gets the bytes of the file, and links and images are left out of the text. The packages
 are optional (`pip install -e .[web]`) and imported only when such a file is read.
@@ -15,7 +14,6 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -32,16 +30,8 @@ ENCRYPTED_CHAPTER = re.compile(rb"""URI=["'][^"']+\.x?html?["']""", re.I)
 INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060\ufeff\ufffe]")
 
 
-@dataclass(frozen=True)
-class Document:
-    """title: as the file names it, or its file name."""
-
-    title: str
-    text: str
-
-
-def read_document(path: str | os.PathLike, *, flag: str = "document") -> Document:
-    """Read the document at `path`; `flag` names what gave the path, for the errors.
+def read_document(path: str | os.PathLike, *, flag: str = "document") -> str:
+    """The text of the document at `path`; `flag` names what gave the path, for the errors.
 
     The suffix decides how it is read; a file of another suffix is taken for text. Raises ValueError with the fix for
     what is missing, empty, damaged, encrypted, too large, without text or not text at all.
@@ -51,34 +41,33 @@ def read_document(path: str | os.PathLike, *, flag: str = "document") -> Documen
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES // 2**20} MiB; split it")
         data = path.read_bytes()
-        title, text = READERS.get(path.suffix.lower(), read_text)(data) if data else (None, "")
-        text = clean_text(text)
+        text = clean_text(READERS.get(path.suffix.lower(), read_text)(data) if data else "")
         if not text:
             raise ValueError("it is empty; give a file with text")
     except ValueError as error:
         raise ValueError(f"{flag}: {str(path)!r}: {error}") from None
-    return Document(" ".join((title or "").split()) or path.stem, text)
+    return text
 
 
-def read_pdf(data: bytes) -> tuple[str | None, str]:
-    """Title and text of a PDF, pages one blank line apart."""
+def read_pdf(data: bytes) -> str:
+    """The text of a PDF, pages one blank line apart."""
     require_extra("pypdfium2", "pypdfium2", extra="web")
     import pypdfium2
 
     try:
         with pypdfium2.PdfDocument(data) as pdf:
-            title, pages = pdf.get_metadata_value("Title"), [page.get_textpage().get_text_bounded() for page in pdf]
+            pages = [page.get_textpage().get_text_bounded() for page in pdf]
     except pypdfium2.PdfiumError as error:
         if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
             raise ValueError("encrypted; save it without a password") from None
         raise ValueError(f"damaged or no PDF ({error}); get it again or print it to a new PDF") from None
     if not any(map(str.strip, pages)):
         raise ValueError("no text in it, probably scanned pages; run OCR on it first (ocrmypdf, for example)")
-    return title, "\n\n".join(pages)
+    return "\n\n".join(pages)
 
 
-def read_epub(data: bytes) -> tuple[str | None, str]:
-    """Title and text of an EPUB, as Markdown, in its reading order."""
+def read_epub(data: bytes) -> str:
+    """The text of an EPUB, as Markdown, in its reading order."""
     try:
         with zipfile.ZipFile(BytesIO(data)) as archive:
             members = archive.infolist()
@@ -90,13 +79,12 @@ def read_epub(data: bytes) -> tuple[str | None, str]:
                 raise ValueError("encrypted or copy-protected (DRM); use an open copy")
     except (zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"damaged or no EPUB ({error}); get it again") from None
-    title, text = read_markup(data, "EpubConverter")
     # The first paragraph lists the metadata.
-    return title, text.partition("\n\n")[2]
+    return read_markup(data, "EpubConverter").partition("\n\n")[2]
 
 
-def read_markup(data: bytes, converter: str = "HtmlConverter") -> tuple[str | None, str]:
-    """Title and text, as Markdown, by a converter of markitdown."""
+def read_markup(data: bytes, converter: str = "HtmlConverter") -> str:
+    """The text of HTML, as Markdown, by a converter of markitdown."""
     require_extra("markitdown", "markitdown", extra="web")
     from markitdown import StreamInfo, converters
 
@@ -104,16 +92,15 @@ def read_markup(data: bytes, converter: str = "HtmlConverter") -> tuple[str | No
         # That XHTML is read with the HTML parser, and that a text too deeply nested for Markdown is left plain.
         warnings.simplefilter("ignore")
         try:
-            result = getattr(converters, converter)().convert(BytesIO(data), StreamInfo(), **PLAIN_MARKDOWN)
+            return getattr(converters, converter)().convert(BytesIO(data), StreamInfo(), **PLAIN_MARKDOWN).markdown
         # Its parsers meet a damaged file with exceptions of many kinds.
         except Exception as error:
             what = " ".join(f"{type(error).__name__}: {error}".split())[:120]
             raise ValueError(f"damaged ({what}); get it again") from None
-    return result.title, result.markdown
 
 
-def read_text(data: bytes) -> tuple[None, str]:
-    """No title, and the text of a UTF-8 file, or of a UTF-16 one with a byte order mark."""
+def read_text(data: bytes) -> str:
+    """The text of a UTF-8 file, or of a UTF-16 one with a byte order mark."""
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
     try:
         text = data.decode(encoding)
@@ -122,7 +109,7 @@ def read_text(data: bytes) -> tuple[None, str]:
         raise ValueError(f"not {what}; save it as UTF-8, or give one of {FORMAT_LIST}") from None
     if "\0" in text:
         raise ValueError(f"not a text file; give one of {FORMAT_LIST}")
-    return None, text
+    return text
 
 
 def clean_text(text: str) -> str:
@@ -140,9 +127,9 @@ def with_documents(question: str, documents: Iterable[tuple[str, str]]) -> str:
 
 
 def find_files(
-    paths: Sequence[str | os.PathLike], suffixes: Iterable[str], *, is_recursive: bool, flag: str = "--input"
+    paths: Sequence[str | os.PathLike], suffixes: Iterable[str], *, is_recursive: bool
 ) -> list[tuple[str, Path]]:
-    """(name, path) of every file that `paths` names, each once: files as given, those of folders sorted.
+    """(name, path) of every file that --input names, each once: files as given, those of folders sorted.
 
     A file's name is its own; files in a folder are named by their path below it, and count if they end in one of
     `suffixes` and are not hidden. Raises ValueError for a path that is not there, and where no file is found.
@@ -152,7 +139,7 @@ def find_files(
         if given.is_file():
             found.setdefault(given.resolve(), given.name)
         elif not given.is_dir():
-            raise ValueError(f"{flag}: nothing at {str(given)!r}; give existing files or folders")
+            raise ValueError(f"--input: nothing at {str(given)!r}; give existing files or folders")
         for path in sorted(given.rglob("*") if is_recursive else given.glob("*")) if given.is_dir() else ():
             below = path.relative_to(given)
             is_hidden = any(part.startswith(".") for part in below.parts)
@@ -160,7 +147,7 @@ def find_files(
                 found.setdefault(path.resolve(), below.as_posix())
     if not found:
         hint = "" if is_recursive else ", or pass --recursive"
-        raise ValueError(f"{flag}: no file found; give files or folders with {', '.join(suffixes)}{hint}")
+        raise ValueError(f"--input: no file found; give files or folders with {', '.join(suffixes)}{hint}")
     # A name that is not UTF-8 could not be written.
     return [(os.fsencode(name).decode("utf-8", "replace"), path) for path, name in found.items()]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from longqlora.cli import require_file
-from longqlora.data.prompt import check_messages
+from longqlora.data.prompt import check_messages, checked_text
 
 T = TypeVar("T")
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -32,14 +32,14 @@ METADATA_WORDS = frozenset(
 
 
 def read_rows(
-    lines: Iterable[bytes], path: str | os.PathLike, *, flag: str, parse: Callable[[dict], T] = dict
+    lines: Iterable[bytes], path: str | os.PathLike, *, flag: str, parse: Callable[[dict], T] = dict, first: int = 1
 ) -> Iterator[tuple[int, T]]:
     """(line number, parsed object) of the lines of the file `path`; blank lines and byte order marks are passed over.
 
     Raises ValueError "<flag>: <path> line 17: <what>; <fix>" for a line that is no JSON object, or that `parse` refuses
-    with a ValueError. flag: the option or YAML key that gave the path.
+    with a ValueError. flag: the option or YAML key that gave the path; first: number of the first line.
     """
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first):
         if not is_blank(line):
             try:
                 row = parse(parse_line(line))
@@ -171,13 +171,11 @@ def messages_of_conversation(row: dict[str, Any], *, key: str) -> list[dict[str,
         raise ValueError(f'"{key}" is of type {type(conversation).__name__}; give a list of messages')
     keys = ("human", "assistant")
     if conversation and all(isinstance(turn, dict) and set(keys) <= turn.keys() for turn in conversation):
-        pairs = [tuple(turn[name] for name in keys) for turn in conversation]
-        messages = [m for n, pair in enumerate(pairs, 1) for m in messages_of_pairs([pair], f"a text of turn {n}")]
+        pairs = enumerate(([turn["human"], turn["assistant"]] for turn in conversation), start=1)
+        messages = [m for number, pair in pairs for m in messages_of_pairs([pair], f"a text of turn {number}")]
     else:
         keys = ("role", "content")
         check_messages(conversation, last_role="assistant")
-        for number, message in enumerate(conversation, start=1):
-            checked_text(message["content"], f"the content of message {number}")
         messages = [{name: message[name] for name in keys} for message in conversation]
     for number, turn in enumerate(conversation, start=1):
         check_unread(turn, keys, where=f'turn {number} of "{key}": ')
@@ -188,18 +186,6 @@ def messages_of_pairs(pairs: Iterable[Sequence[Any]], name: str) -> list[dict[st
     """The messages of (question, answer) pairs; `name` is where they come from, for the ValueError."""
     turns = [turn for pair in pairs for turn in zip(("user", "assistant"), pair, strict=True)]
     return [{"role": role, "content": checked_text(text, name)} for role, text in turns]
-
-
-def checked_text(value: Any, name: str) -> str:
-    """`value` if it is text that can be encoded. Raises ValueError otherwise."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is of type {type(value).__name__}; give a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = f"\\u{ord(value[error.start]):04x}"
-        raise ValueError(f"{name} has half of a surrogate pair ({code}); write the whole character") from None
-    return value
 
 
 def check_unread(row: dict[str, Any], read: Collection[str], *, where: str = "") -> None:
@@ -228,15 +214,12 @@ def check_unread(row: dict[str, Any], read: Collection[str], *, where: str = "")
         )
 
 
-def is_metadata(key: str, value: Any) -> bool:
+def is_metadata(key: str, value: Any = None) -> bool:
     """Whether `key` names a description, or `value` is an object of nothing but such keys (WildChat's "header")."""
-    inner = value.items() if isinstance(value, dict) else ()
-    return is_metadata_name(key) or (bool(inner) and all(is_metadata_name(k) for k, v in inner if any(texts_in(v))))
-
-
-def is_metadata_name(key: str) -> bool:
-    words = re.findall(r"[a-z]+|[A-Z]+[a-z]*", key)
-    return key.lower() in METADATA_WORDS or (bool(words) and words[-1].lower() in METADATA_WORDS)
+    last_word = re.findall(r"[a-z]+|[A-Z]+[a-z]*", key)[-1:]
+    if any(name.lower() in METADATA_WORDS for name in (key, *last_word)):
+        return True
+    return isinstance(value, dict) and all(is_metadata(name) for name, inner in value.items() if any(texts_in(inner)))
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -11,9 +11,8 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE, PROMPT_TEMPLATES
+from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE, IGNORE_INDEX, PROMPT_TEMPLATES
 
-IGNORE_INDEX = -100
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = "chat_template"
 DEFAULT_SYSTEM = (
@@ -66,6 +65,12 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
+def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:
+    """Ids of `text` as they follow `before`: without the space that SentencePiece puts before a first word."""
+    first, both = encode_text(tokenizer, before), encode_text(tokenizer, before + text)
+    return both[len(first) :] if first and both[: len(first)] == first else encode_text(tokenizer, text)
+
+
 def bos_ids(tokenizer: Any) -> list[int]:
     """What a document starts with: [BOS], or [] for a tokenizer whose models are pretrained without.
 
@@ -87,11 +92,20 @@ def eos_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-def check_messages(messages: Any, *, last_role: str | None = None) -> None:
-    """Raise ValueError unless `messages` is [system,] user, assistant, user, ... with text contents.
+def checked_text(value: Any, name: str) -> str:
+    """`value` if it is text that can be encoded. Raises ValueError otherwise."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is of type {type(value).__name__}; give a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(value[error.start]):04x}"
+        raise ValueError(f"{name} has half of a surrogate pair ({code}); write the whole character") from None
+    return value
 
-    last_role: the role of the last message; None accepts user and assistant.
-    """
+
+def check_messages(messages: Any, *, last_role: str) -> None:
+    """Raise ValueError unless `messages` is [system,] user, assistant, user, ... `last_role` with text contents."""
     if not isinstance(messages, list) or not messages:
         raise ValueError('the conversation is empty; give a list of {"role": ..., "content": ...}')
     for number, message in enumerate(messages, start=1):
@@ -99,34 +113,28 @@ def check_messages(messages: Any, *, last_role: str | None = None) -> None:
             raise ValueError(f'message {number} has no "role" and "content" (found {message!r:.60}); give both')
         if message["role"] not in ROLES:
             raise ValueError(f"message {number} has the unknown role {message['role']!r}; use {', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            raise ValueError(
-                f"the content of message {number} is of type {type(message['content']).__name__}; give text"
-            )
+        checked_text(message["content"], f"the content of message {number}")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or turns != [("user", "assistant")[position % 2] for position in range(len(turns))]:
         raise ValueError(
             f"the roles are {', '.join(roles)}; give an optional system message, then user and assistant in turn"
         )
-    if last_role is not None and roles[-1] != last_role:
+    if roles[-1] != last_role:
         fix = "add the answer or remove the last message" if last_role == "assistant" else "remove the last message"
         raise ValueError(f"the conversation ends with {roles[-1]!r}, not {last_role!r}; {fix}")
 
 
-def encode_conversation(
-    tokenizer: Any, messages: list[dict], *, template: str = DEFAULT_PROMPT_TEMPLATE, add_generation_prompt: bool
-) -> list[int]:
-    """Ids of a conversation, starting with BOS where the tokenizer has one.
+def encode_conversation(tokenizer: Any, messages: list[dict], *, template: str = DEFAULT_PROMPT_TEMPLATE) -> list[int]:
+    """Ids of a conversation up to where the assistant's answer starts, behind BOS where the tokenizer has one.
 
-    messages: [{"role": "system" | "user" | "assistant", "content": str}, ...].
-    add_generation_prompt: end where the assistant's answer starts; the last message must then be the user's.
+    messages: [{"role": "system" | "user" | "assistant", "content": str}, ...], the last of them the user's.
     Raises ValueError for messages or a template that do not fit.
     """
-    check_messages(messages, last_role="user" if add_generation_prompt else None)
+    check_messages(messages, last_role="user")
     if prompt_template_for(tokenizer, template) == CHAT_TEMPLATE:
-        return apply_chat_template(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-    return encode_turns(tokenizer, messages, TURN_TEMPLATES[template], add_generation_prompt=add_generation_prompt)[0]
+        return apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+    return encode_turns(tokenizer, messages, TURN_TEMPLATES[template])[0]
 
 
 def encode_for_training(
@@ -139,32 +147,25 @@ def encode_for_training(
     check_messages(messages, last_role="assistant")
     if prompt_template_for(tokenizer, template) == CHAT_TEMPLATE:
         return encode_chat_template_for_training(tokenizer, messages)
-    return encode_turns(tokenizer, messages, TURN_TEMPLATES[template], add_generation_prompt=False)
+    return encode_turns(tokenizer, messages, TURN_TEMPLATES[template])
 
 
-def encode_turns(
-    tokenizer: Any, messages: list[dict], template: TurnTemplate, *, add_generation_prompt: bool
-) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation in a template of plain text."""
+def encode_turns(tokenizer: Any, messages: list[dict], template: TurnTemplate) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation in a template of plain text, up to its last answer or where the next starts."""
     eos = eos_id(tokenizer)
     ids = bos_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(ids)
     assistant = f"{template.separator}ASSISTANT:{' ' if template.lead_in_prompt else ''}"
     system = messages[0]["content"].strip() if messages[0]["role"] == "system" else DEFAULT_SYSTEM
-    pending = system + template.separator if system else ""
+    opening = system + template.separator if system else ""
     for message in messages:
         content = message["content"].strip()
         if message["role"] == "user":
-            pending += f"USER: {content}"
+            prompt = encode_text(tokenizer, f"{opening}USER: {content}{assistant}")
+            ids, labels, opening = ids + prompt, labels + [IGNORE_INDEX] * len(prompt), ""
         elif message["role"] == "assistant":
-            prompt = encode_text(tokenizer, pending + assistant)
             answer = [*encode_answer(tokenizer, content, template), eos]
-            ids += prompt + answer
-            labels += [IGNORE_INDEX] * len(prompt) + answer
-            pending = ""
-    if messages[-1]["role"] != "assistant":
-        ids += encode_text(tokenizer, pending + (assistant if add_generation_prompt else ""))
-        labels += [IGNORE_INDEX] * (len(ids) - len(labels))
+            ids, labels = ids + answer, labels + answer
     return ids, labels
 
 
@@ -172,11 +173,8 @@ def encode_answer(tokenizer: Any, answer: str, template: TurnTemplate) -> list[i
     """Ids of an answer as they follow the prompt."""
     if template.lead_in_prompt:
         return encode_text(tokenizer, answer)
-    # A SentencePiece tokenizer puts a space before whatever it encodes first: encode after the prompt's last
-    # character, so that " Yes" is the one token that a model writes after "ASSISTANT:".
-    before = encode_text(tokenizer, ":")
-    both = encode_text(tokenizer, f": {answer}")
-    return both[len(before) :] if both[: len(before)] == before else encode_text(tokenizer, f" {answer}")
+    # After the prompt's last character, so that " Yes" is the one token that a model writes after "ASSISTANT:".
+    return encode_after(tokenizer, ":", f" {answer}")
 
 
 def apply_chat_template(tokenizer: Any, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:

@@ -19,7 +19,6 @@ from longqlora.cli import require_file
 from longqlora.files import atomic_file, file_sha256, read_json, write_json
 
 ID_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-FORMAT = "token ids, little-endian, no header"
 SCAN_TOKENS = 2**22
 # Enough ids that a real uint16 text cannot have a zero at every second place.
 DTYPE_PROBE_TOKENS = 64
@@ -42,7 +41,6 @@ class TokenFile:
 
     path: Path
     tokens: np.memmap
-    dtype: str
     sidecar: dict[str, Any] | None
 
     @property
@@ -68,7 +66,7 @@ class TokenFile:
                 offset = int(np.argmax(block >= vocab_size))
                 raise ValueError(
                     f"{str(self.path)!r}: id {int(block[offset])} at position {start + offset} is outside the "
-                    f"vocabulary of {vocab_size}; the file was made with another tokenizer or is not {self.dtype}"
+                    f"vocabulary of {vocab_size}; the file was made with another tokenizer or dtype than {block.dtype}"
                 )
 
 
@@ -80,8 +78,6 @@ def open_token_file(path: str | os.PathLike, *, dtype: str | None = None, flag: 
     or at odds with its sidecar.
     """
     path = require_file(path, flag)
-    if dtype is not None and dtype not in ID_DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(ID_DTYPES)}")
     sidecar = read_sidecar(path)
     if sidecar and dtype and dtype != sidecar["dtype"]:
         raise ValueError(f"{str(path)!r} is {sidecar['dtype']} by its sidecar, but {dtype} was asked for")
@@ -101,7 +97,7 @@ def open_token_file(path: str | os.PathLike, *, dtype: str | None = None, flag: 
         probe = tokens[1::2][:DTYPE_PROBE_TOKENS]
         if len(probe) == DTYPE_PROBE_TOKENS and not probe.any() and tokens[0::2][:DTYPE_PROBE_TOKENS].any():
             raise ValueError(f"{place} has no sidecar and looks like uint32, not uint16; give the dtype")
-    return TokenFile(path, tokens, name, sidecar)
+    return TokenFile(path, tokens, sidecar)
 
 
 def read_sidecar(path: Path) -> dict[str, Any] | None:
@@ -115,7 +111,7 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     dtype, num_tokens = sidecar.get("dtype"), sidecar.get("num_tokens")
     if dtype not in ID_DTYPES:
         raise ValueError(f"sidecar {str(location)!r}: dtype {dtype!r} is not one of {', '.join(ID_DTYPES)}")
-    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
+    if type(num_tokens) is not int:
         raise ValueError(f"sidecar {str(location)!r}: num_tokens {num_tokens!r} is not a whole number")
     return sidecar
 
@@ -143,13 +139,10 @@ def write_token_file(
             row = np.asarray([*prefix, *ids, *suffix], dtype=np.int64)
             if len(row) == 0:
                 continue
-            bad = (row < 0) | (row >= vocab_size)
-            if bad.any():
-                position = int(np.argmax(bad))
-                raise ValueError(
-                    f"document {len(lengths)}: id {row[position]} at position {position} is outside the vocabulary of "
-                    f"{vocab_size}"
-                )
+            bad = np.flatnonzero((row < 0) | (row >= vocab_size))
+            if len(bad):
+                place = f"document {len(lengths)}: id {row[bad[0]]} at position {bad[0]}"
+                raise ValueError(f"{place} is outside the vocabulary of {vocab_size}")
             data = row.astype(ID_DTYPES[dtype]).tobytes()
             file.write(data)
             digest.update(data)
@@ -157,7 +150,7 @@ def write_token_file(
         if not lengths:
             raise ValueError(f"no tokens to write to {str(path)!r}: every document was empty or dropped")
     sidecar = {
-        "format": FORMAT,
+        "format": "token ids, little-endian, no header",
         "tokenizer": tokenizer_name,
         "vocab_size": vocab_size,
         "dtype": dtype,

@@ -3,31 +3,25 @@
 A new evaluation is one file with a `Task`, and a script that makes it from flags:
 
     def main() -> None:
-        evaluate(__doc__, add_arguments, make_task)
+        evaluate(__doc__, add_arguments, make_task, plot="the score by length")
 
 torch is imported after the flags are checked, which keeps --help and bad input fast.
 """
 
 import argparse
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from longqlora.files import write_json
-from longqlora.inference.arguments import (
-    add_model_arguments,
-    check_model_arguments,
-    load_from_arguments,
-    model_sources,
-)
+from longqlora.inference.arguments import add_model_arguments, check_model_arguments, load_from_arguments, model_sources
 from longqlora.inference.generation import template_for
 from longqlora.model.context_request import context_request
 from longqlora.outputs import check_results
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ def check_lengths(lengths: Sequence[int]) -> None:
         raise ValueError(f"--lengths: must be at least 1 token, got {min(lengths)}")
 
 
-def from_flags(kind: type[T], args: argparse.Namespace, **others: object) -> T:
+def from_flags(kind: type, args: argparse.Namespace, **others: object) -> Any:
     """The dataclass `kind` of the flags with the names of its fields, and of `others`."""
     names = [field.name for field in fields(kind) if field.name not in others]
     return kind(**{name: getattr(args, name) for name in names}, **others)
@@ -121,7 +115,7 @@ def evaluate(
     add_arguments: Callable[[argparse.ArgumentParser], None],
     make_task: Callable[[argparse.Namespace], Task],
     *,
-    plot: str = "the results by length",
+    plot: str,
 ) -> None:
     """The main of a script that evaluates one model.
 
@@ -173,13 +167,7 @@ def read_source(args: argparse.Namespace) -> ModelSource:
 
 
 def run_task(
-    task: Task,
-    parts: Sequence[Sequence[Mapping]],
-    args: argparse.Namespace,
-    *,
-    name: str,
-    fingerprint: Mapping,
-    facts: Mapping,
+    task: Task, parts: list[list[Mapping]], args: argparse.Namespace, *, name: str, fingerprint: Mapping, facts: Mapping
 ) -> None:
     """Ask all trials, print each part's table, and write --output_file and --plot on rank 0.
 
@@ -210,12 +198,6 @@ def run_task(
         torch.distributed.destroy_process_group()
 
 
-def json_safe(value):
-    """Replace numbers that JSON cannot hold (inf, nan) by None, at any depth."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: json_safe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_safe(item) for item in value]
-    return value
+def json_safe(value: Any) -> Any:
+    """`value` as JSON gives it back, with None for the numbers that it cannot hold (inf, nan)."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)

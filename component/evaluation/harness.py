@@ -2,8 +2,8 @@
 
     model = wrap_model(loaded, batch_size=1, max_length=loaded.context_size)
     answers = generate_answers(model, prompts, max_new_tokens=30)
-    tasks = load_tasks(["arc_easy"], include_path=None)
-    metrics = evaluate_tasks(model, tasks["arc_easy"], num_fewshot=0, limit=100, seed=42)
+    tasks = load_tasks(["arc_easy"], include_path=None, metadata={}, max_new_tokens=None, context_size=4096)
+    metrics = evaluate_tasks(model, "arc_easy", tasks["arc_easy"], num_fewshot=0, limit=100, seed=42)
 
 The model keeps its adapter, attention and device; the harness neither loads nor moves anything. It never splits
 work over processes either: every process evaluates whole tasks of its own (component/evaluation/trials.py).
@@ -12,29 +12,20 @@ lm_eval is imported where it is used: it is an extra package, and takes seconds.
 """
 
 import logging
-import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import datasets
-import numpy as np
-import torch
 from jinja2 import TemplateError
-from transformers import GenerationConfig
+from transformers import GenerationConfig, set_seed
 
 from longqlora.distributed import is_main_process, print_main
 from longqlora.inference.generation import end_token_ids
 from longqlora.inference.load import LoadedModel
 
-if TYPE_CHECKING:
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-NO_METADATA = MappingProxyType({})
 # HFLM's room for the answers of a task that says nothing.
 DEFAULT_ANSWER_TOKENS = 256
 NUM_BOOTSTRAP = 1000
@@ -57,8 +48,8 @@ def quieten() -> None:
     datasets.disable_progress_bars()
 
 
-def wrap_model(loaded: LoadedModel, *, batch_size: int, max_length: int) -> "HFLM":
-    """`loaded` for the harness. max_length: tokens of prompt and answer; longer prompts lose their start.
+def wrap_model(loaded: LoadedModel, *, batch_size: int, max_length: int) -> Any:
+    """`loaded` as the harness' HFLM. max_length: tokens of prompt and answer; longer prompts lose their start.
 
     The sampling defaults of the model's generation config are set aside: a task says how it decodes, and a
     repetition penalty that came with the weights would change greedy answers.
@@ -88,7 +79,7 @@ def wrap_model(loaded: LoadedModel, *, batch_size: int, max_length: int) -> "HFL
     return model
 
 
-def generate_answers(model: "HFLM", prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+def generate_answers(model: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
     """Greedy answers to `prompts`, raw text that each answer continues, in the given order."""
     from lm_eval.api.instance import Instance
 
@@ -98,26 +89,30 @@ def generate_answers(model: "HFLM", prompts: Sequence[str], *, max_new_tokens: i
     )
 
 
-def load_tasks(names: Sequence[str], *, include_path: Path | None, metadata=NO_METADATA) -> dict[str, dict]:
+def load_tasks(
+    names: Sequence[str], *, include_path: Path | None, metadata: Mapping, max_new_tokens: int | None, context_size: int
+) -> dict[str, dict]:
     """Name -> tasks of the harness under it, with their data read; a group or tag has several.
 
     include_path: folder of the user's own task files, which come before the harness' own. metadata: passed to
-    tasks that make their data ("tokenizer", "max_seq_lengths"). Raises ValueError saying which task, what is
-    missing and what to do.
+    tasks that make their data ("tokenizer", "max_seq_lengths"). max_new_tokens: as for `fit_answers`. Raises ValueError
+    saying which task, what is missing and what to do.
     """
     from lm_eval.tasks import TaskManager
 
-    if not names:
-        return {}
     quieten()
     manager = TaskManager(include_path=include_path, include_defaults=False, metadata=dict(metadata))
     if not all(name in manager.all_tasks for name in names):
         # The index of the harness' own thousands of files takes some ten seconds.
         manager = TaskManager(include_path=include_path, metadata=dict(metadata))
-    return {name: load_task(manager, name, include_path) for name in dict.fromkeys(names)}
+    loaded = {name: load_task(manager, name, include_path) for name in dict.fromkeys(names)}
+    for name, tasks in loaded.items():
+        fit_answers(name, tasks, max_new_tokens=max_new_tokens, context_size=context_size)
+    return loaded
 
 
-def load_task(manager: "TaskManager", name: str, include_path: Path | None) -> dict:
+def load_task(manager: Any, name: str, include_path: Path | None) -> dict:
+    """The tasks under one name, by the harness' TaskManager."""
     if name not in manager.all_tasks:
         where = f" or in {str(include_path)!r}" if include_path else "; --include_path FOLDER adds your own"
         raise ValueError(f"--tasks: no task {name!r} here (--list_tasks) or in lm-eval (lm_eval ls tasks){where}")
@@ -147,10 +142,12 @@ def missing(error: Exception) -> str:
     return f"lm-eval cannot load it ({type(error).__name__}: {text}); fix the task file or its data"
 
 
-def check_fit(name: str, tasks: dict, *, context_size: int) -> None:
-    """Refuse tasks whose answers alone fill the context (in tokens), before the model loads."""
+def fit_answers(name: str, tasks: dict, *, max_new_tokens: int | None, context_size: int) -> None:
+    """Set the room for answers (None: the task's own), and refuse one that alone fills the context; in tokens."""
     for task in tasks["tasks"].values():
         if task.get_config("output_type") == "generate_until":
+            if max_new_tokens is not None:
+                task.set_config(key="generation_kwargs", value={"max_gen_toks": max_new_tokens}, update=True)
             room = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", DEFAULT_ANSWER_TOKENS)
             if room >= context_size:
                 raise ValueError(
@@ -167,14 +164,8 @@ def data_state(tasks: dict) -> dict:
     }
 
 
-def set_answer_tokens(tasks: dict, max_new_tokens: int) -> None:
-    for task in tasks["tasks"].values():
-        if task.get_config("output_type") == "generate_until":
-            task.set_config(key="generation_kwargs", value={"max_gen_toks": max_new_tokens}, update=True)
-
-
 def evaluate_tasks(
-    model: "HFLM", name: str, tasks: dict, *, num_fewshot: int | None, limit: int | None, seed: int
+    model: Any, name: str, tasks: dict, *, num_fewshot: int | None, limit: int | None, seed: int
 ) -> dict:
     """Metrics of one entry of `load_tasks`, ready for JSON: {"metrics": {task: {metric: value}}, "num_samples": ...}.
 
@@ -183,9 +174,8 @@ def evaluate_tasks(
     """
     from lm_eval.evaluator import evaluate
 
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    # numpy takes no larger one.
+    set_seed(seed % 2**32)
     for task_name, task in tasks["tasks"].items():
         own = task.get_config("num_fewshot")
         if num_fewshot and own == 0:

@@ -15,10 +15,11 @@ val_acc also counts the token after each window, so that it is a mean over L tok
 Pure maths: plain numbers, no model, no files; knows nothing of Hugging Face.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 PROTOCOLS = ("longlora", "stride")
 MAX_BLOCKS = 64
@@ -46,8 +47,12 @@ class WindowPlan:
     stride: int
     num_file_tokens: int
     windows: tuple[Window, ...]
-    num_windows_dropped: int
     num_windows_skipped: int
+
+    @property
+    def num_windows_left_out(self) -> int:
+        """With the last one, which the longlora protocol drops."""
+        return self.num_windows_skipped + (self.protocol == "longlora")
 
     @property
     def num_scored_tokens(self) -> int:
@@ -75,20 +80,17 @@ class WindowPlan:
         )
 
 
+@functools.cache
 def plan_windows(
     num_tokens: int, *, seq_len: int, stride: int, protocol: str = "longlora", max_windows: int | None = None
 ) -> WindowPlan:
-    """Lay the windows of `protocol` over a file of `num_tokens` tokens.
+    """Lay the windows of `protocol`, one of PROTOCOLS, over a file of `num_tokens` tokens.
 
     `max_windows` keeps an evenly spread subset. Raises `ValueError` for values that give no window; the
     message says how many tokens are needed.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
-    least = (("seq_len", seq_len, 2), ("the stride (sliding_window)", stride, 1), ("max_windows", max_windows, 1))
-    for name, value, minimum in least:
-        if value is not None and value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, not {value}")
+    if seq_len < 2:
+        raise ValueError(f"seq_len must be at least 2, not {seq_len}")
     if protocol == "longlora":
         windows = [Window(start, seq_len) for start in range(0, num_tokens - seq_len, stride)][:-1]
         if not windows:
@@ -112,93 +114,64 @@ def plan_windows(
         windows = [Window(start, end - start, seen - start)
                    for start, end, seen in zip(starts, ends, known, strict=True)]  # fmt: skip
     kept = spread(windows, max_windows)
-    num_dropped = int(protocol == "longlora")
-    return WindowPlan(protocol, seq_len, stride, num_tokens, tuple(kept), num_dropped, len(windows) - len(kept))
+    return WindowPlan(protocol, seq_len, stride, num_tokens, tuple(kept), len(windows) - len(kept))
 
 
 def spread(items: Sequence, limit: int | None) -> list:
     """At most `limit` of `items`, evenly spread, first and last included when limit > 1."""
     if limit is None or limit >= len(items):
         return list(items)
-    if limit == 1:
-        return [items[0]]
-    return [items[round(index * (len(items) - 1) / (limit - 1))] for index in range(limit)]
+    return [items[round(index * (len(items) - 1) / max(1, limit - 1))] for index in range(limit)]
 
 
 def batches(windows: Sequence[Window], batch_size: int) -> list[list[int]]:
     """Indices of `windows` in batches of equal window length, in order; nothing is ever padded."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    groups: list[list[int]] = []
-    for index, window in enumerate(windows):
-        last = windows[groups[-1][0]] if groups else None
-        if last and last.length == window.length and len(groups[-1]) < batch_size:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+    groups = [list(group) for _, group in groupby(range(len(windows)), lambda index: windows[index].length)]
+    return [group[first : first + batch_size] for group in groups for first in range(0, len(group), batch_size)]
 
 
-def position_blocks(seq_len: int, max_blocks: int = MAX_BLOCKS) -> list[int]:
-    """Edges of at most `max_blocks` nearly equal blocks of the positions 1 .. seq_len - 1, the scored ones."""
-    num_blocks = min(max_blocks, seq_len - 1)
+def position_blocks(seq_len: int) -> list[int]:
+    """Edges of at most MAX_BLOCKS nearly equal blocks of the positions 1 .. seq_len - 1, the scored ones."""
+    num_blocks = min(MAX_BLOCKS, seq_len - 1)
     return [1 + (seq_len - 1) * block // num_blocks for block in range(num_blocks + 1)]
 
 
-@dataclass(frozen=True)
-class WindowLoss:
-    """What one window gave: summed negative log-likelihoods (nats), whole and by position block, and right tokens."""
+def summarize(plan: WindowPlan, losses: Sequence[Mapping]) -> dict:
+    """Reduce the losses of windows, in the order of `plan.windows`, to the reported numbers.
 
-    total: float
-    block_totals: Sequence[float]
-    num_correct: int
-
-
-def summarize(plan: WindowPlan, losses: Sequence[WindowLoss]) -> dict:
-    """Reduce window losses, in the order of `plan.windows`, to the reported numbers.
-
-    Sums are exactly rounded, so neither batching nor the number of processes can enter through their
-    order. loss in nats a token; perplexity is exp(loss), `inf` where that overflows; accuracy between 0 and 1.
+    Each holds "total" and "block_totals" (by position block), summed negative log-likelihoods in nats, and
+    "num_correct", the tokens that were held most likely. Sums are exactly rounded, so neither batching nor the number
+    of processes can enter through their order. loss in nats a token; perplexity is exp(loss), `inf` where that
+    overflows; accuracy between 0 and 1.
     """
+    # A mean over windows of their means, or a mean over tokens.
+    counts, num_parts = [1] * len(plan.windows), plan.num_scored_tokens
     if plan.protocol == "longlora":
-        counts = [window.num_scored for window in plan.windows]
-        loss, accuracy = (
-            exact_sum([value / count for value, count in zip(values, counts, strict=True)]) / len(counts)
-            for values in ([loss.total for loss in losses], [loss.num_correct for loss in losses])
-        )
-    else:
-        loss = exact_sum([loss.total for loss in losses]) / plan.num_scored_tokens
-        accuracy = sum(loss.num_correct for loss in losses) / plan.num_scored_tokens
+        counts, num_parts = [window.num_scored for window in plan.windows], len(plan.windows)
+    loss, accuracy = (
+        math.fsum(value / count for value, count in zip(values, counts, strict=True)) / num_parts
+        for values in ([loss[name] for loss in losses] for name in ("total", "num_correct"))
+    )
     return {
         "perplexity": perplexity(loss),
         "loss": loss,
         "accuracy": accuracy,
         "num_windows": len(plan.windows),
         "num_tokens": plan.num_scored_tokens,
-        "num_windows_nonfinite": sum(not math.isfinite(loss.total) for loss in losses),
-        "loss_by_position": _loss_by_position(plan, losses),
+        "num_windows_nonfinite": sum(not math.isfinite(loss["total"]) for loss in losses),
+        "loss_by_position": loss_by_position(plan, losses),
     }
 
 
-def _loss_by_position(plan: WindowPlan, losses: Sequence[WindowLoss]) -> list[dict]:
-    edges = position_blocks(plan.seq_len)
-    counts = [0] * (len(edges) - 1)
-    for window in plan.windows:
-        for block, (first, end) in enumerate(pairwise(edges)):
-            counts[block] += max(0, min(end, window.length) - max(first, window.score_from))
-    sums = [exact_sum(totals) for totals in zip(*(loss.block_totals for loss in losses), strict=True)]
-    return [
-        {"start": first, "end": end, "num_tokens": count, "loss": total / count}
-        for (first, end), count, total in zip(pairwise(edges), counts, sums, strict=True)
-        if count
-    ]
-
-
-def exact_sum(values: Sequence[float]) -> float:
-    """Sum rounded once; nan or inf where a value is, rather than an error."""
-    if all(math.isfinite(value) for value in values):
-        return math.fsum(values)
-    return sum(values)
+def loss_by_position(plan: WindowPlan, losses: Sequence[Mapping]) -> list[dict]:
+    """Mean loss of each block of positions in a window, `end` exclusive."""
+    blocks = []
+    totals = zip(*(loss["block_totals"] for loss in losses), strict=True)
+    for (start, end), of_block in zip(pairwise(position_blocks(plan.seq_len)), totals, strict=True):
+        count = sum(max(0, min(end, window.length) - max(start, window.score_from)) for window in plan.windows)
+        if count:
+            blocks.append({"start": start, "end": end, "num_tokens": count, "loss": math.fsum(of_block) / count})
+    return blocks
 
 
 def perplexity(loss: float) -> float:

@@ -14,6 +14,7 @@ belongs to; a line that a kill cut short is ignored.
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -46,39 +47,34 @@ def run_trials(
     A `ValueError` or `OSError` of `run_one` and a GPU out of memory end the run with one line on any rank.
     """
     run = _digest(fingerprint)
-    kept = _read_kept(output_file, run) if output_file and is_main_process() else {}
-    run, kept = gather_objects((run, kept))[0]
-    by_key = {_digest(trial): trial for trial in trials}
+    run, kept = gather_objects((run, _read_kept(output_file, run) if is_main_process() else {}))[0]
+    keys = [_digest(trial) for trial in trials]
+    by_key = dict(zip(keys, trials, strict=True))
     done = {key: kept[key] for key in by_key if key in kept}
     if done:
         print_main(f"resuming: {len(done)} of {len(by_key)} trials already done")
     own = [key for key in by_key if key not in done][rank() :: world_size()]
     finished: dict[str, dict] = {}
-    file = _kept_file(output_file).open("a", encoding="utf-8") if output_file else None
-    try:
+    path = _kept_file(output_file) if output_file else Path(os.devnull)
+    with path.open("a", encoding="utf-8") as file:
         for key in tqdm(own, desc=desc, unit="trial", disable=not is_main_process()):
-            line = json.dumps({"run": run, "trial": key, "result": _attempt(run_one, by_key[key])})
+            line = json.dumps({"run": run, "trial": key, "result": attempt(run_one, by_key[key])})
             # Read back at once, so that a result is the same whether or not a kill lay between.
             finished[key] = json.loads(line)["result"]
-            if file:
-                # The break before the line ends one that a kill cut short.
-                file.write(f"\n{line}\n")
-                file.flush()
-    finally:
-        if file:
-            file.close()
+            # The break before the line ends one that a kill cut short.
+            file.write(f"\n{line}\n")
+            file.flush()
     for part in gather_objects(finished):
         done.update(part)
-    return [done[_digest(trial)] for trial in trials]
+    return [done[key] for key in keys]
 
 
 def finish_trials(output_file: Path | None) -> None:
     """Delete what `run_trials` kept, once the result is written; to be called on every rank."""
-    if output_file:
-        barrier()
-        if is_main_process():
-            for path in _kept_files(output_file):
-                path.unlink()
+    barrier()
+    if is_main_process():
+        for path in _kept_files(output_file):
+            path.unlink()
 
 
 def _digest(value: Mapping) -> str:
@@ -90,11 +86,13 @@ def _kept_file(output_file: Path) -> Path:
     return output_file.with_name(f".{output_file.name}.trials-{rank()}.jsonl")
 
 
-def _kept_files(output_file: Path) -> list[Path]:
+def _kept_files(output_file: Path | None) -> list[Path]:
+    if not output_file:
+        return []
     return sorted(output_file.parent.glob(f".{glob.escape(output_file.name)}.trials-*.jsonl"))
 
 
-def _read_kept(output_file: Path, run: str) -> dict[str, dict]:
+def _read_kept(output_file: Path | None, run: str) -> dict[str, dict]:
     """Finished trials of `run` by key, from the files of all earlier processes."""
     kept, num_others = {}, 0
     for path in _kept_files(output_file):
@@ -112,7 +110,7 @@ def _read_kept(output_file: Path, run: str) -> dict[str, dict]:
     return kept
 
 
-def _attempt(run_one: Callable[[Trial], dict], trial: Trial) -> dict:
+def attempt(run_one: Callable[[Trial], dict], trial: Trial) -> dict:
     try:
         return run_one(trial)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

@@ -5,10 +5,11 @@ torch is imported where it is used, which keeps --help and bad input fast.
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 
 from longqlora.cli import DTYPES, dtype_of
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions
-from longqlora.model.context_request import add_context_arguments, check_context_arguments, context_request
+from longqlora.model.context_request import add_context_arguments, context_request
 from longqlora.settings.config import PROMPT_TEMPLATES
 
 
@@ -28,8 +29,7 @@ def parse(
     add_generation_arguments(parser)
     args = parser.parse_args()
     check_model_arguments(args)
-    fields = {name: getattr(args, name) for name in GenerationOptions.__dataclass_fields__}
-    return args, GenerationOptions(**{**fields, "stop": tuple(args.stop)})
+    return args, GenerationOptions(**{item.name: getattr(args, item.name) for item in fields(GenerationOptions)})
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +40,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter_name_or_path", "--peft_model", help="folder of a trained adapter")
     group.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
                        help="quantise the base to NF4, as in training (default: no)")  # fmt: skip
-    group.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the weights (default: auto)"
-    )
+    group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                       help="dtype of the weights (default: auto)")  # fmt: skip
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add_context_arguments(parser)
 
@@ -59,29 +58,19 @@ def add_template_argument(parser: argparse.ArgumentParser, template: str = NO_TE
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """One argument for each field of `GenerationOptions`."""
-    default = GenerationOptions()
     group = parser.add_argument_group("generation")
-    for name, kind, text in (
-        ("max_new_tokens", int, "longest answer in tokens"),
-        ("temperature", float, "0 means greedy"),
-        ("top_p", float, "nucleus mass"),
-        ("top_k", int, "most likely tokens to choose from, 0 for no limit"),
-        ("repetition_penalty", float, "above 1 discourages repetition"),
-    ):
-        group.add_argument(
-            f"--{name}", type=kind, default=getattr(default, name), help=f"{text} (default: %(default)s)"
-        )
-    group.add_argument("--do_sample", action=argparse.BooleanOptionalAction, default=default.do_sample,
-                       help="sample, or take the most likely token (default: sample)")  # fmt: skip
-    group.add_argument("--seed", type=int, help="makes every answer reproducible (default: none)")
-    group.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end the answer before any of these")
+    kinds = {"do_sample": {"action": argparse.BooleanOptionalAction}, "seed": {"type": int},
+             "stop": {"nargs": "+", "metavar": "TEXT"}}  # fmt: skip
+    for item in fields(GenerationOptions):
+        kind = kinds.get(item.name, {"type": item.type})
+        group.add_argument(f"--{item.name}", default=item.default, help=item.metadata["help"], **kind)
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
     """Refuse, before anything heavy is imported, what `add_model_arguments` cannot mean."""
     if not args.model_name_or_path and not args.adapter_name_or_path:
         raise ValueError("--model_name_or_path: give a model, or --adapter_name_or_path with an adapter that names one")
-    check_context_arguments(args)
+    context_request(args)
 
 
 def model_sources(args: argparse.Namespace) -> dict[str, str | None]:

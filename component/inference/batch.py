@@ -70,6 +70,5 @@ def keep_finished_answers(partial: Path, prompts: list[dict]) -> int:
         raise ValueError(
             f"--output_file: {str(partial)!r} holds answers to other prompts; remove it or choose another name"
         )
-    with partial.open("r+b") as file:
-        file.truncate(len(whole))
+    os.truncate(partial, len(whole))
     return len(known)

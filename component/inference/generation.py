@@ -12,47 +12,54 @@ Dimensions: B batch (always 1), S sequence.
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from longqlora.data.jsonl import checked_text
-from longqlora.data.prompt import CHAT_TEMPLATE, bos_ids, encode_conversation, encode_text, prompt_template_for
+from longqlora.data.prompt import (
+    CHAT_TEMPLATE,
+    bos_ids,
+    checked_text,
+    encode_conversation,
+    encode_text,
+    prompt_template_for,
+)
 from longqlora.run_record import read_run_record
+from longqlora.settings.config import key
 
 NO_TEMPLATE = "none"
+# What a value must be, in words and as a test.
+COUNT = "at least 1", lambda value: value >= 1
+TEMPERATURE = "0 (greedy) or above", lambda value: 0 <= value < math.inf
+MASS = "above 0 and at most 1", lambda value: 0 < value <= 1
+TOP_K = "0 (no limit) or above", lambda value: value >= 0
+POSITIVE = "above 0", lambda value: 0 < value < math.inf
+SEED = "between 0 and 2**63 - 1", lambda value: value is None or 0 <= value < 2**63
+TEXTS = "free of empty text, which would stop before the first token", lambda value: "" not in value
 # Tokens of the prompt that are decoded along with the answer.
 NUM_PROMPT_TOKENS_DECODED = 4
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to sample. Raises ValueError for a value outside its range.
+    """How to sample, with the help text and the limit of each flag. Raises ValueError for a value beyond its limit.
 
-    temperature 0 means greedy, as does do_sample False; top_k 0 means no limit. The seed is set before
-    every answer, so that each is reproducible by itself. `stop` strings end the text and are not part of it.
+    temperature 0 means greedy, as does do_sample False. The seed is set before every answer, so that each is
+    reproducible by itself. `stop` strings end the text and are not part of it.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.35
-    top_p: float = 0.9
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    do_sample: bool = True
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    max_new_tokens: int = key(256, "longest answer in tokens (default: %(default)s)", COUNT)
+    temperature: float = key(0.35, "0 means greedy (default: %(default)s)", TEMPERATURE)
+    top_p: float = key(0.9, "nucleus mass (default: %(default)s)", MASS)
+    top_k: int = key(0, "most likely tokens to choose from, 0 for no limit (default: %(default)s)", TOP_K)
+    repetition_penalty: float = key(1.0, "above 1 discourages repetition (default: %(default)s)", POSITIVE)
+    do_sample: bool = key(True, "sample, or take the most likely token (default: sample)")
+    seed: int | None = key(None, "makes every answer reproducible (default: none)", SEED)
+    stop: Sequence[str] = key((), "end the answer before any of these", TEXTS)
 
     def __post_init__(self):
-        for name, is_valid, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or above"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (no limit) or above"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
-        ):
-            if not is_valid:
-                raise ValueError(f"--{name}: must be {expected}, got {getattr(self, name)}")
-        if "" in self.stop:
-            raise ValueError("--stop: an empty string would stop before the first token; leave it out")
+        for item in fields(self):
+            value, limit = getattr(self, item.name), item.metadata["limit"]
+            if limit and not limit[1](value):
+                raise ValueError(f"--{item.name}: must be {limit[0]}, got {value}")
 
     @property
     def is_greedy(self) -> bool:
@@ -99,7 +106,7 @@ def encode_prompt(tokenizer, text: str, *, template: str, system: str | None = N
         return [*bos_ids(tokenizer), *encode_text(tokenizer, text)]
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    return encode_conversation(tokenizer, messages, template=template, add_generation_prompt=True)
+    return encode_conversation(tokenizer, messages, template=template)
 
 
 class AnswerStream:
@@ -197,27 +204,6 @@ def generate_text(
         )  # fmt: skip
     new_ids = output[0, len(prompt_ids) :].tolist()
     stream.put([], is_end=True)
-    if stream.is_stopped:
-        reason = "stop"
-    elif new_ids[-1] in eos_ids:
-        reason = "eos"
-    else:
-        reason = "interrupted" if stop_event.is_set() else "length"
+    ends = {"stop": stream.is_stopped, "eos": new_ids[-1] in eos_ids, "interrupted": stop_event.is_set()}
+    reason = next((name for name, is_true in ends.items() if is_true), "length")
     return Generation(stream.text, len(prompt_ids), len(new_ids), reason, tuple(new_ids))
-
-
-def fit_prompt(prompt_ids: list[int], *, context_size: int, max_new_tokens: int, truncate: bool) -> list[int]:
-    """Return `prompt_ids` where they fit in `context_size` tokens; with `truncate`, else their end.
-
-    A cut prompt keeps its first token (BOS) and leaves room for the answer, though never more than half
-    of the context. Raises ValueError, with the numbers, for a prompt that does not fit.
-    """
-    if len(prompt_ids) < context_size:
-        return prompt_ids
-    if not truncate:
-        raise ValueError(
-            f"the prompt has {len(prompt_ids)} tokens and the context {context_size}; shorten it, raise --context_size "
-            "or pass --truncate_prompt to keep its end"
-        )
-    room = context_size - min(max_new_tokens, context_size // 2)
-    return [prompt_ids[0], *prompt_ids[len(prompt_ids) - room + 1 :]]

@@ -51,7 +51,6 @@ def load_for_inference(
     context: ContextRequest | None = None,
     load_in_4bit: bool = False,
     dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a base or merged model, with or without an adapter.
@@ -67,7 +66,7 @@ def load_for_inference(
     source = tokenizer_source(base, adapter_name_or_path)
     tokenizer = load_tokenizer(source, model_max_length=length, trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, num_embeddings, source)
-    dtype, device = dtype or default_dtype(), device or local_device()
+    dtype, device = dtype or default_dtype(), local_device()
     if device.type == "cpu" and is_slow_on_cpu(dtype):
         name = str(dtype).removeprefix("torch.")
         print_notice(f"this CPU has no {name} arithmetic; fp32 is many times faster")
@@ -89,8 +88,8 @@ def set_context(loaded: LoadedModel, context: ContextRequest, *, is_chunked: boo
 
     is_chunked: as for `bind_inference_attention`.
     """
+    model = loaded.model
     _, config = resolve_config(loaded.base_model_name_or_path, loaded.adapter_name_or_path, context)
-    model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
     for live in (model.config, loaded.config):
         copy_context(config, live)
     decoder = model.get_decoder()
@@ -120,11 +119,9 @@ def model_facts(loaded: LoadedModel) -> dict:
 def model_fingerprint(loaded: LoadedModel) -> dict:
     """What decides a number, to tell whether partial results of an earlier run still hold."""
     facts = model_facts(loaded)
-    return {
-        **facts,
-        "versions": {name: facts["versions"].get(name) for name in PACKAGES_THAT_DECIDE},
-        "models": [folder_state(loaded.base_model_name_or_path), folder_state(loaded.adapter_name_or_path)],
-    }
+    versions = {name: facts["versions"].get(name) for name in PACKAGES_THAT_DECIDE}
+    folders = (loaded.base_model_name_or_path, loaded.adapter_name_or_path)
+    return {**facts, "versions": versions, "models": [folder_state(folder) for folder in folders]}
 
 
 def folder_state(name_or_path: str | None) -> list:

@@ -15,24 +15,27 @@ Dimensions: B batch, K key/value heads, S sequence, D head dim, R RoPE frequenci
 import copy
 
 import torch
+from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from longqlora.attention.binding import has_sliding_window
+from longqlora.attention.binding import has_sliding_window, set_attention
 from longqlora.attention.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
-from longqlora.attention.rotation import rotate
+from longqlora.attention.dual_chunk_binding import rotary_layouts
+from longqlora.attention.model_internals import rotary_embedding
+from longqlora.attention.proof import refusing, tiny_copy
+from longqlora.attention.rotation import LLAMA_LAYOUT, rotate
 from longqlora.model.context import context_length
 
 DEFAULT_NUM_SINKS = 4
 MAX_BLOCK_SIZE = 1024
-NUM_TOKENS_PROBED = 32
 
 
 class SinkLayer(DynamicLayer):
     """Keys and values of one layer: those of the first `num_sinks` tokens and of the latest `window - num_sinks`.
 
-    Counts as many tokens as it was ever given since the last `rebase`. Tensors are replaced and never written to, so
-    that a shallow copy is a snapshot.
+    Counts as many tokens as it was ever given since the last `rebase`. Sink keys are kept as they came. Tensors are
+    replaced and never written to, so that a shallow copy is a snapshot.
     """
 
     # What is evicted cannot come back.
@@ -40,24 +43,25 @@ class SinkLayer(DynamicLayer):
 
     def __init__(self, inv_freq: torch.Tensor, window: int, num_sinks: int):
         super().__init__()
-        self.inv_freq, self.window, self.num_sinks = inv_freq, window, num_sinks
-        self.num_seen = 0
-        self.sink_keys: torch.Tensor | None = None
+        self.inv_freq, self.window, self.num_sinks, self.num_seen = inv_freq, window, num_sinks, 0
 
     @property
     def num_evicted(self) -> int:
         return max(self.num_seen - self.window, 0)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, ...]:
-        """Add key_states and value_states [B, K, n, D]; returns those of kept and new tokens."""
+        """Add key_states and value_states [B, K, n, D]; returns those of kept and new tokens, the sinks' keys rotated
+        to stand right before the window."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        num_seen = self.num_seen + key_states.shape[2]
-        if self.num_seen:
-            key_states = torch.cat([*self._kept_keys(), key_states], dim=2)
-            value_states = torch.cat([*self._split(self.values), value_states], dim=2)
-        self.keys, self.values, self.num_seen = key_states, value_states, num_seen
-        return self.keys, self.values
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        sinks, latest = self._kept(self.keys)
+        self.keys = keys = torch.cat([sinks, latest, key_states], dim=2)
+        self.values = torch.cat([*self._kept(self.values), value_states], dim=2)
+        if self.num_evicted:
+            keys = torch.cat([self._rotated(sinks, self.num_evicted), latest, key_states], dim=2)
+        self.num_seen += key_states.shape[2]
+        return keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(number of keys, position of the first): the sinks stand where the tokens before the window were."""
@@ -68,31 +72,22 @@ class SinkLayer(DynamicLayer):
 
     def reset(self) -> None:
         # Dropped, not zeroed as transformers 5.17 does: they may be inference tensors.
-        self.keys = self.values = self.sink_keys = None
+        self.keys = self.values = None
         self.is_initialized, self.num_seen = False, 0
 
     def rebase(self) -> None:
         """Let the kept tokens have the positions from 0 on: one rotation of the latest keys."""
         if self.num_evicted:
-            _, latest = self._kept_keys()
-            self.keys = torch.cat([self.sink_keys, self._rotated(latest, -self.num_evicted)], dim=2)
-            self.values = torch.cat(self._split(self.values), dim=2)
+            sinks, latest = self._kept(self.keys)
+            self.keys = torch.cat([sinks, self._rotated(latest, -self.num_evicted)], dim=2)
+            self.values = torch.cat(self._kept(self.values), dim=2)
             self.num_seen = self.window
-
-    def _kept_keys(self) -> list[torch.Tensor]:
-        """Keys of the sinks, rotated to stand right before the window, and of the latest tokens."""
-        sinks, latest = self._split(self.keys)
-        if not self.num_evicted:
-            return [sinks, latest]
-        if self.sink_keys is None:
-            self.sink_keys = sinks.clone()
-        return [self._rotated(self.sink_keys, self.num_evicted), latest]
 
     def _rotated(self, keys: torch.Tensor, num_positions: int) -> torch.Tensor:
         return rotate(keys, self.inv_freq.new_full((1,), num_positions), self.inv_freq)
 
-    def _split(self, states: torch.Tensor) -> list[torch.Tensor]:
-        """Sinks and latest tokens, [B, K, S, D] each, of the states that the last forward pass saw."""
+    def _kept(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """Sinks and latest tokens, [B, K, S, D] each, of the states after the last forward pass."""
         num_latest = max(min(self.num_seen, self.window) - self.num_sinks, 0)
         return [states[:, :, : self.num_sinks], states[:, :, states.shape[2] - num_latest :]]
 
@@ -128,9 +123,9 @@ class SinkCache(Cache):
         self.layers = snapshot
 
 
-def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int) -> int:
-    """Window in tokens for a model with `config`; None takes all of the context but the block in which long inputs are
-    read.
+def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int | None) -> tuple[int, int]:
+    """Window and sinks in tokens for a model with `config`. None takes as window all of the context but the block in
+    which long inputs are read, and the paper's number of sinks.
 
     Raises ValueError, naming the flag, for sizes or a model with which sinks and a window make no context.
     """
@@ -145,48 +140,30 @@ def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int
     if has_sliding_window(config):
         raise ValueError(f"--streaming: {config.model_type} has sliding-window layers, which forget its sinks")
     context_size = context_length(config)
-    chosen = context_size - min(MAX_BLOCK_SIZE, max(1, context_size // 8)) if window is None else window
-    if not 0 <= num_sinks < chosen < context_size:
+    num_sinks = DEFAULT_NUM_SINKS if num_sinks is None else num_sinks
+    window = context_size - min(MAX_BLOCK_SIZE, max(1, context_size // 8)) if window is None else window
+    if not 0 <= num_sinks < window < context_size:
         raise ValueError(
-            f"--streaming_window {chosen}, --num_sinks {num_sinks}: the window contains the sinks (the paper uses "
+            f"--streaming_window {window}, --num_sinks {num_sinks}: the window contains the sinks (the paper uses "
             f"{DEFAULT_NUM_SINKS}) and must be less than the model's context of {context_size} tokens"
         )
-    return chosen
+    return window, num_sinks
 
 
-def sink_cache(model: PreTrainedModel, *, window: int | None = None, num_sinks: int = DEFAULT_NUM_SINKS) -> SinkCache:
-    """An empty cache for `model`; window None is the default of `check_streaming`.
+def sink_cache(
+    model: PreTrainedModel | PeftModel, *, window: int | None = None, num_sinks: int | None = None
+) -> SinkCache:
+    """An empty cache for `model`; None is the default of `check_streaming`.
 
     Raises ValueError as `check_streaming` does, and for a model without RoPE in Llama's layout in every layer.
     """
-    window = check_streaming(model.config, window, num_sinks)
-    inv_freq = getattr(getattr(model.get_decoder(), "rotary_emb", None), "inv_freq", None)
-    if not isinstance(inv_freq, torch.Tensor) or not rotates_as_llama(model, inv_freq):
-        raise ValueError(
-            f"--streaming: needs rotary position embeddings as Llama has them, in every layer, and "
-            f"{model.config.model_type} has others"
-        )
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    window, num_sinks = check_streaming(model.config, window, num_sinks)
     num_layers = model.config.get_text_config().num_hidden_layers
+    with torch.no_grad(), refusing(model, "--streaming", "leave it out"):
+        layouts = rotary_layouts(tiny_copy(model), set_attention)
+        if list(layouts.values()) != [LLAMA_LAYOUT] * num_layers:
+            raise ValueError("it has no rotary position embeddings as Llama has them, in every layer")
     block_size = min(MAX_BLOCK_SIZE, context_length(model.config) - window)
+    inv_freq = rotary_embedding(model).inv_freq
     return SinkCache(inv_freq, num_layers, window=window, num_sinks=num_sinks, block_size=block_size)
-
-
-@torch.no_grad()
-def rotates_as_llama(model: PreTrainedModel, inv_freq: torch.Tensor) -> bool:
-    """Whether `rotate` moves the model's keys from one position to another, in every layer.
-
-    One token repeated has the same state at every position of every layer, so its keys differ by RoPE alone. Looked at
-    is the fastest pair of dimensions, d and R + d for d = 0, which leaves rounding in 16 bit far behind.
-    """
-    token, columns = model.config.get_text_config().vocab_size // 2, [0, len(inv_freq)]
-    cache, ids = DynamicCache(), torch.full((1, NUM_TOKENS_PROBED), token, device=inv_freq.device)
-    model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
-        if 2 * len(inv_freq) > layer.keys.shape[-1]:
-            return False
-        first = layer.keys[:, :, :1].float().expand_as(layer.keys)
-        expected = rotate(first, torch.arange(NUM_TOKENS_PROBED), inv_freq)
-        error, movement = ((expected - other)[..., columns].norm() for other in (layer.keys.float(), first))
-        if error > 0.5 * movement:
-            return False
-    return True

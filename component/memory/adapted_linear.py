@@ -11,7 +11,7 @@ Dimensions: T tokens, C input features, N output features, R rank.
 Pure maths: knows nothing of Hugging Face.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class AdaptedLinear:
     def rows(self, rows: slice) -> "AdaptedLinear":
         """The layer that computes only some of the outputs: views, no copies."""
         bias, lora_b = (x if x is None else x[rows] for x in (self.bias, self.lora_b))
-        return AdaptedLinear(self.weight[rows], bias, self.lora_a, lora_b, self.scaling, self.dropout)
+        return replace(self, weight=self.weight[rows], bias=bias, lora_b=lora_b)
 
     def __call__(self, x: torch.Tensor, seed: int, *, output=None, is_output_needed: bool = True) -> torch.Tensor:
         """Output [..., N] for x [..., C]; differentiable in x and in what is trained: LoRA, or weight and bias.
@@ -62,9 +62,8 @@ class AdaptedLinearFunction(torch.autograd.Function):
         if lora_a is not None:
             mask = keep_mask(flat, linear.dropout, seed)
             low_rank = apply_mask(flat, mask, linear.dropout) @ lora_a.T.to(x.dtype)
-        if any(ctx.needs_input_grad[:3]):
-            ctx.save_for_backward(x, mask, low_rank, lora_a, lora_b)
-            ctx.linear = linear
+        ctx.save_for_backward(x, mask, low_rank, lora_a, lora_b)
+        ctx.linear = linear
         (output,) = known
         if output is not None:
             return output.view_as(output)
@@ -78,17 +77,16 @@ class AdaptedLinearFunction(torch.autograd.Function):
         x, mask, low_rank, lora_a, lora_b = ctx.saved_tensors
         linear, dtype = ctx.linear, x.dtype
         flat, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]).to(dtype)
-        grad_x = gradient @ linear.weight if ctx.needs_input_grad[0] else None
-        grad_a = grad_b = None
+        grad_x, grad_a, grad_b = gradient @ linear.weight, None, None
         if lora_a is not None:
             grad_b = (gradient.T @ low_rank).mul_(linear.scaling).to(lora_b.dtype)
             grad_low_rank = (gradient @ lora_b.to(dtype)).mul_(linear.scaling)
             grad_a = (grad_low_rank.T @ apply_mask(flat, mask, linear.dropout)).to(lora_a.dtype)
-            if grad_x is not None and mask is None:
+            if mask is None:
                 grad_x.addmm_(grad_low_rank, lora_a.to(dtype))
-            elif grad_x is not None:
+            else:
                 grad_x.add_(apply_mask(grad_low_rank @ lora_a.to(dtype), mask, linear.dropout))
-        return None if grad_x is None else grad_x.view_as(x), grad_a, grad_b, None, None, None
+        return grad_x.view_as(x), grad_a, grad_b, None, None, None
 
 
 def apply_mask(x: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ Dimensions: B batch, T tokens of a tile, C hidden size, F intermediate size, H q
 D head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ LINEARS = (*PROJECTIONS, "o_proj", *MLP)
 # linear(name, x [B, T, C], **options of AdaptedLinear.__call__) -> [B, T, N], under the tile's dropout mask.
 Linear = Callable[..., torch.Tensor]
 # cos and sin [B or 1, T, D]
-Rope = tuple[torch.Tensor, torch.Tensor]
+Rope = Sequence[torch.Tensor]
 
 
 class DecoderLayer:
@@ -48,10 +48,6 @@ class DecoderLayer:
         modules += [self.norm1, *(x for x in self.head_norms if x)] if "q_proj" in names else []
         modules += [self.norm2] if "up_proj" in names else []
         return [p for module in modules for p in module.parameters() if p.requires_grad]
-
-    def weights(self, *names: str, dtype: torch.dtype) -> dict[str, AdaptedLinear]:
-        """Linear layers as dense matrices in `dtype`: quantised ones are unpacked here, once for all tiles."""
-        return {name: adapted_linear(self.linears[name], dtype) for name in names}
 
     def project(self, x: torch.Tensor, linear: Linear, rope: Rope, *, are_values_needed=True) -> list[torch.Tensor]:
         """Queries, keys and values of x [B, T, C] after RoPE: [B, T, H, D], [B, T, K, D] twice.
@@ -88,11 +84,15 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 
 def adapted_linear(module: nn.Module, dtype: torch.dtype) -> AdaptedLinear:
-    """A linear layer, quantised or not, with the active LoRA adapter of PEFT or none."""
+    """A linear layer with the active LoRA adapter of PEFT or none: frozen weights in `dtype`, unpacked from NF4."""
     base = base_layer(module)
-    weight, bias = dense_weight(base, dtype), base.bias
-    if bias is not None and not weight.requires_grad:
-        bias = bias.to(dtype)
+    weight, bias = base.weight, base.bias
+    if getattr(weight, "quant_state", None) is not None:
+        import bitsandbytes.functional as quantization
+
+        weight = quantization.dequantize_4bit(weight.data, weight.quant_state)
+    if not weight.requires_grad:
+        weight, bias = (x if x is None else x.to(dtype) for x in (weight, bias))
     if base is module or module.disable_adapters or module.merged:
         return AdaptedLinear(weight, bias)
     (name,) = module.active_adapters
@@ -100,27 +100,12 @@ def adapted_linear(module: nn.Module, dtype: torch.dtype) -> AdaptedLinear:
     return AdaptedLinear(weight, bias, *lora, getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0)
 
 
-def dense_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [N, C]: a trained one as it is, a frozen one in `dtype`, unpacked where it is quantised."""
-    state = getattr(module.weight, "quant_state", None)
-    if state is None:
-        return module.weight if module.weight.requires_grad else module.weight.to(dtype)
-    import bitsandbytes.functional as quantization
-
-    return quantization.dequantize_4bit(module.weight.data, state).to(dtype)
-
-
-def reason_unsupported(model: nn.Module) -> str | None:
-    """Why the layers of `model`, adapter attached, cannot be computed like this; None where they can."""
-    linears = [x for x in model.modules() if hasattr(x, "lora_A") and isinstance(base_layer(x), nn.Linear)]
-    is_plain = all(len(x.active_adapters) == 1 and not getattr(x, "lora_variant", None) for x in linears)
-    return reason_unsupported_config(model.config) or (None if is_plain else "its adapter is more than one plain LoRA")
-
-
-def reason_unsupported_config(config) -> str | None:
-    """The same, as far as a transformers config tells."""
+def reason_unsupported(config, modules: Iterable[nn.Module] = ()) -> str | None:
+    """Why layers of a transformers config, with the adapter among a model's `modules`, cannot be computed like this."""
     if config.model_type not in MODEL_TYPES:
         return f"{config.model_type} layers are not among {', '.join(MODEL_TYPES)}"
     if getattr(config, "attention_dropout", 0):
         return "the model drops attention weights (attention_dropout)"
-    return None
+    linears = [x for x in modules if hasattr(x, "lora_A") and isinstance(base_layer(x), nn.Linear)]
+    is_plain = all(len(x.active_adapters) == 1 and not getattr(x, "lora_variant", None) for x in linears)
+    return None if is_plain else "its adapter is more than one plain LoRA"

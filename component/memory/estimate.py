@@ -8,51 +8,126 @@ holds was counted, as live tensors on a CPU, for LlamaRMSNorm and SwiGLU. docs/m
 Letters: T tokens of a step, C hidden size, F intermediate size, e bytes of an activation in 16 or 32 bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longqlora.device import GIB
 from longqlora.memory.policy import STOCK, ActivationPolicy
-from longqlora.memory.shapes import ModelShape, RunShape
 from longqlora.model.loss import CHUNK_BYTES
 from longqlora.settings.config import KEPT
 
 # 4 bits, an 8-bit scale for 64 weights, an fp32 scale for 256 scales (QLoRA, arXiv 2305.14314, section 3).
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+# Of a trained number, which is fp32, and of its gradient.
+TRAINED_BYTES = 4
 CUDA_CONTEXT, CUDA_FRAGMENTATION = 0.6 * GIB, 0.05
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on the device, and in host memory for what is kept there; relative_time: 1 is the plain step."""
-
-    static: float
-    gradients: float
-    kept: float
-    layer: float
-    loss: float
-    host: float
-    relative_time: float
-    is_gpu: bool
-
-    @property
-    def step(self) -> float:
-        """Beyond what lies there before the step: activations and gradients."""
-        return self.kept + max(self.layer, self.loss) + self.gradients
-
-    @property
-    def peak(self) -> float:
-        """Of the whole run: what the allocator reserves on a GPU, live tensors on a CPU."""
-        if not self.is_gpu:
-            return self.static + self.step
-        return self.static + self.step * (1 + CUDA_FRAGMENTATION) + CUDA_CONTEXT
-
-
 # Live bytes of one token in a stock layer, counted: (of C, of F, of the key width), times e.
 STOCK_PEAK = {2: (27.2, 11.05, 2.04), 4: (19.1, 6.03, 2.02)}
 STOCK_SAVED = {2: (24.7, 6.05, 2.04), 4: (16.1, 5.03, 2.02)}
 # The same of a token of the tile at work: in the MLP's backward pass (of C, of F), and in that of the projections.
 TILE_MLP = {2: (6.0, 7.2), 4: (3.0, 7.7)}
 TILE_PROJECT = {2: 14.0, 4: 9.0}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a Llama-like model; widths in elements."""
+
+    hidden: int
+    intermediate: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+    is_tied: bool = False
+
+    @classmethod
+    def of(cls, config) -> "ModelShape":
+        """From a config.json of transformers; other families than Llama's by what their configs share with it."""
+        hidden, num_heads = config.hidden_size, config.num_attention_heads
+        return cls(
+            hidden=hidden,
+            intermediate=getattr(config, "intermediate_size", 4 * hidden),
+            num_layers=config.num_hidden_layers,
+            num_heads=num_heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // num_heads,
+            vocab=config.vocab_size,
+            is_tied=bool(config.tie_word_embeddings),
+        )
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """Hidden size, intermediate size, width of the queries, width of the keys."""
+        return self.hidden, self.intermediate, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the linear layers of one decoder layer."""
+        c, f, q, k = self.widths
+        return {
+            "q_proj": (c, q), "k_proj": (c, k), "v_proj": (c, k), "o_proj": (q, c),
+            "gate_proj": (c, f), "up_proj": (c, f), "down_proj": (f, c),
+        }  # fmt: skip
+
+    def num_linear(self, *names: str) -> int:
+        """Weights of these linear layers of one decoder layer, or of all."""
+        return sum(self.linears[name][0] * self.linears[name][1] for name in names or self.linears)
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What else decides: tokens of a row and rows of a step, precision, what is trained, and how.
+
+    activation_bytes: of an element in 16 or 32 bit. weights: nf4, plain (16 or 32 bit) or trained.
+    num_trained_embeddings: 1 for the input's, 2 with the output's. attended: tokens that a query sees at most,
+    beside half of which it sees on average: the group size of S2-Attn, or its mean with a dense finish; None for all.
+    optimizer_bytes: kept on the device for each trained parameter. buffers: bytes that DeepSpeed holds to collect
+    gradients in. Processes that split: row_shards a row, weight_shards the weights, state_shards gradients and
+    optimizer state.
+    """
+
+    num_tokens: int
+    num_rows: int = 1
+    activation_bytes: int = 2
+    weights: str = "nf4"
+    lora_rank: int = 64
+    lora_targets: tuple[str, ...] | None = None
+    num_trained_embeddings: int = 0
+    attended: int | None = None
+    by_kernels: bool = True
+    optimizer_bytes: float = 8
+    buffers: float = 0
+    row_shards: int = 1
+    weight_shards: float = 1
+    state_shards: float = 1
+    is_gpu: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, in one process."""
+        return -(-self.num_tokens // self.row_shards) * self.num_rows
+
+    def at_length(self, num_tokens: int) -> "RunShape":
+        """The same with rows of another length."""
+        attended = self.attended and max(1, self.attended * num_tokens // self.num_tokens)
+        return replace(self, num_tokens=num_tokens, attended=attended)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the device, and in host memory for what is kept there; relative_time: 1 is the plain step.
+
+    step: beyond what lies there before it (static): activations and gradients. peak: of the whole run, as the
+    allocator reserves it on a GPU, in live tensors on a CPU.
+    """
+
+    static: float
+    gradients: float
+    step: float
+    peak: float
+    host: float
+    relative_time: float
 
 
 def optimizer_bytes(name: str) -> float:
@@ -64,46 +139,46 @@ def optimizer_bytes(name: str) -> float:
 
 def predict(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> MemoryEstimate:
     """Memory and relative time of training steps of `run` on `model` with `policy`."""
+    static, gradients = weight_memory(model, run)
+    kept_by_layer, layer = layer_memory(model, run, policy)
+    kept, host = kept_by_layer * model.num_layers, 0
+    if policy.offload_activations and policy.layer_function and run.is_gpu:
+        # One layer's at work, one on its way.
+        kept, host = min(kept, 2 * kept_by_layer), kept
+    step = kept + max(layer, loss_memory(model, run, policy)) + gradients
+    peak = static + step * (1 + CUDA_FRAGMENTATION) + CUDA_CONTEXT if run.is_gpu else static + step
+    relative_time = step_work(model, run, policy) / step_work(model, run, STOCK)
+    return MemoryEstimate(static, gradients, step, peak, host, relative_time)
+
+
+def weight_memory(model: ModelShape, run: RunShape) -> tuple[float, float]:
+    """Bytes of weights and optimizer state, and of gradients."""
+    is_full, num_embeddings = run.weights == "trained", 1 if model.is_tied else 2
     num_linear = model.num_linear() * model.num_layers
-    num_embeddings = 1 if model.is_tied else 2
-    num_trained_embeddings = min(2 if run.weights == "trained" else run.num_trained_embeddings, num_embeddings)
-    num_trained = sum(sum(model.linears[name]) for name in run.lora_targets or model.linears)
-    num_trained *= run.lora_rank * model.num_layers
-    weight_bytes = {"nf4": NF4_BYTES, "plain": run.activation_bytes, "trained": 4}[run.weights]
-    embedding_bytes = 4 * num_trained_embeddings + run.activation_bytes * (num_embeddings - num_trained_embeddings)
-    static = num_linear * weight_bytes + model.vocab * model.hidden * embedding_bytes
-    if run.weights == "trained":
-        num_trained = num_linear
-    else:
-        static += num_trained * 4
+    num_trained_embeddings = min(2 if is_full else run.num_trained_embeddings, num_embeddings)
+    num_lora = run.lora_rank * sum(sum(model.linears[name]) for name in run.lora_targets or model.linears)
+    num_lora = 0 if is_full else num_lora * model.num_layers
+    weight_bytes = {"nf4": NF4_BYTES, "plain": run.activation_bytes, "trained": TRAINED_BYTES}[run.weights]
+    embedding_bytes = run.activation_bytes * (num_embeddings - num_trained_embeddings)
+    embedding_bytes += TRAINED_BYTES * num_trained_embeddings
+    static = num_linear * weight_bytes + model.vocab * model.hidden * embedding_bytes + num_lora * TRAINED_BYTES
     if run.weight_shards > 1:
         # The layer at work and the next one are whole.
         static = static / run.weight_shards + 2 * model.num_linear() * weight_bytes
-    num_trained += model.vocab * model.hidden * num_trained_embeddings
+    num_trained = num_lora + model.vocab * model.hidden * num_trained_embeddings + (num_linear if is_full else 0)
     static += num_trained * run.optimizer_bytes / run.state_shards
-    kept_by_layer, layer_peak = layer_memory(model, run, policy)
-    is_offloaded = policy.offload_activations and policy.layer_function and run.is_gpu
-    kept = kept_by_layer * model.num_layers
-    return MemoryEstimate(
-        static=static,
-        gradients=num_trained * run.gradient_bytes / run.state_shards + run.buffers,
-        # One layer's at work, one on its way.
-        kept=min(kept, 2 * kept_by_layer) if is_offloaded else kept,
-        layer=layer_peak,
-        loss=loss_memory(model, run, policy),
-        host=kept if is_offloaded else 0,
-        relative_time=step_work(model, run, policy) / step_work(model, run, STOCK),
-        is_gpu=run.is_gpu,
-    )
+    return static, num_trained * TRAINED_BYTES / run.state_shards + run.buffers
 
 
 def layer_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> tuple[float, float]:
     """Bytes of one layer: kept between its passes, and the most beside that in its backward pass."""
     e = run.activation_bytes
-    c, f, q, k = (run.tokens * e * n for n in (model.hidden, model.intermediate, model.query_width, model.key_width))
+    c, f, q, k = (run.tokens * e * width for width in model.widths)
+    # Of a quantised weight, unpacked.
+    dense_bytes = e if run.weights == "nf4" else 0
     if not policy.layer_function:
         peak, saved = (table[e][0] * c + table[e][1] * f + table[e][2] * k for table in (STOCK_PEAK, STOCK_SAVED))
-        weights = dense_bytes(model, run, "up_proj")
+        weights = model.num_linear("up_proj") * dense_bytes
         return (c, peak + c + weights) if policy.gradient_checkpointing else (saved, peak - saved + c + weights)
     lse, level = run.tokens * model.num_heads * 4, KEPT.index(policy.keep_activations)
     has_attention = run.by_kernels and level >= KEPT.index("attention")
@@ -112,8 +187,9 @@ def layer_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> 
     kept += c + 2 * f if policy.keep_activations == "all" else 0
     tile = min(policy.tile_size * run.num_rows, run.tokens) * e
     mlp_tile = tile * (TILE_MLP[e][0] * model.hidden + TILE_MLP[e][1] * model.intermediate)
-    mlp_tile += dense_bytes(model, run, "o_proj", "gate_proj", "up_proj", "down_proj")
-    project_tile = tile * TILE_PROJECT[e] * model.hidden + dense_bytes(model, run, "q_proj", "k_proj", "v_proj")
+    mlp_tile += model.num_linear("o_proj", "gate_proj", "up_proj", "down_proj") * dense_bytes
+    project_tile = tile * TILE_PROJECT[e] * model.hidden
+    project_tile += model.num_linear("q_proj", "k_proj", "v_proj") * dense_bytes
     heads_per_chunk = -(-model.num_kv_heads // policy.num_head_chunks)
     num_chunks = -(-model.num_kv_heads // heads_per_chunk) if run.by_kernels else 1
     attention = (q + 2 * k) / num_chunks
@@ -132,11 +208,6 @@ def layer_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> 
     return kept, c + max(first, second, third, recompute)
 
 
-def dense_bytes(model: ModelShape, run: RunShape, *names: str) -> float:
-    """Quantised weights of these layers, unpacked."""
-    return model.num_linear(*names) * run.activation_bytes if run.weights == "nf4" else 0
-
-
 def loss_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> float:
     """Hidden states behind the last layer and behind the norm, their gradients, and a chunk of logits."""
     c = run.tokens * model.hidden * run.activation_bytes
@@ -149,11 +220,10 @@ def loss_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> f
 
 def step_work(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> float:
     """FLOPs of a step per token: a frozen layer's products run forward and for the input's gradient."""
-    linear = {name: 2 * sizes[0] * sizes[1] for name, sizes in model.linears.items()}
-    passes = 3 if run.weights == "trained" else 2
-    work = passes * sum(linear.values())
-    work += 0 if run.weights == "trained" else 6 * run.lora_rank * sum(sum(sizes) for sizes in model.linears.values())
-    attention = 2 * min(run.attended or run.num_tokens, run.num_tokens) * model.query_width
+    linear = {name: 2 * inputs * outputs for name, (inputs, outputs) in model.linears.items()}
+    adapter = 6 * run.lora_rank * sum(map(sum, model.linears.values()))
+    attention = 2 * min(run.attended or run.num_tokens, run.num_tokens) * model.widths[2]
+    work = 3 * sum(linear.values()) if run.weights == "trained" else 2 * sum(linear.values()) + adapter
     work += 3.5 * attention
     keep = policy.keep_activations
     if not policy.layer_function:

@@ -17,6 +17,7 @@ Pure maths: knows nothing of Hugging Face.
 
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,7 +44,15 @@ class Handle:
     arrived: torch.cuda.Event | None = None
 
     def __del__(self) -> None:
-        self.store.recycle(self)
+        """Give the host blocks back to the store."""
+        used = self.arrived or self.copied
+        if used is None:
+            return
+        if self.present is not None:
+            # Given up on the way: its device memory is the computing stream's again, which may not overtake the copy.
+            torch.cuda.current_stream(self.store.device).wait_event(used)
+        for host in self.hosts:
+            self.store.blocks[host.nbytes].append(host.view(-1).view(torch.uint8))
 
 
 class HostOffload:
@@ -52,7 +61,7 @@ class HostOffload:
     def __init__(self, device: torch.device):
         self.device, self.is_pinned = device, True
         # Free host blocks by size. The computing stream has waited for their last copies, and others wait for it.
-        self.blocks: dict[int, list[torch.Tensor]] = {}
+        self.blocks: dict[int, list[torch.Tensor]] = defaultdict(list)
         self.last = lambda: None
         self.to_host, self.to_device = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.registered: list[torch.Tensor] = []
@@ -98,14 +107,14 @@ class HostOffload:
 
     def host_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Host memory of the shape and dtype of `tensor`: a free block of exactly this size, or a new one."""
-        free = self.blocks.setdefault(tensor.nbytes, [])
+        free = self.blocks[tensor.nbytes]
         block = free.pop() if free else self.new_block(tensor.nbytes)
         return block.view(tensor.dtype).view(tensor.shape)
 
     def new_block(self, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes], registered with CUDA; pageable, with a warning, where that is refused."""
         free = free_host_memory()
-        if free is not None and num_bytes > free:
+        if num_bytes > free:
             raise ValueError(
                 f"offload_activations: {num_bytes / GIB:.1f} GiB more of host memory are needed, {free / GIB:.1f} GiB "
                 "are free; lower max_seq_length, or set keep_activations: input"
@@ -117,17 +126,6 @@ class HostOffload:
             self.is_pinned = False
             warnings.warn("offload_activations: host memory cannot be pinned (ulimit -l), copies wait", stacklevel=2)
         return block
-
-    def recycle(self, handle: Handle) -> None:
-        """Take back the blocks of a handle that nobody holds any more."""
-        used = handle.arrived or handle.copied
-        if used is None:
-            return
-        if handle.present is not None:
-            # Given up on the way: its device memory is the computing stream's again, which may not overtake the copy.
-            torch.cuda.current_stream(self.device).wait_event(used)
-        for host in handle.hosts:
-            self.blocks.setdefault(host.nbytes, []).append(host.view(-1).view(torch.uint8))
 
 
 def register(block: torch.Tensor) -> bool:

@@ -51,23 +51,18 @@ def bind_layers(model: nn.Module, policy: ActivationPolicy, *, store: HostOffloa
     store: keeps tensors between forward and backward pass; None for autograd's own keeping.
     Raises ValueError where the model's layers are of another kind.
     """
-    reason = reason_unsupported(model)
-    if reason:
+    if reason := reason_unsupported(model.config, model.modules()):
         raise ValueError(f"layer_function: not available, since {reason}; set layer_function: false")
     for layer in decoder_layers(model):
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = LayerCheckpoint(layer, policy, store)
-    norm = decoder(model).norm
+    norm = model.get_decoder().norm
     # No hook of a module can take the place of its forward pass.
     norm.forward = partial(tiled_norm, norm, policy.tile_size)
 
 
-def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    return list(decoder(model).layers)
-
-
-def decoder(model: nn.Module) -> nn.Module:
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
+def decoder_layers(model: PreTrainedModel | PeftModel) -> list[GradientCheckpointingLayer]:
+    return list(model.get_decoder().layers)
 
 
 class LayerCheckpoint:
@@ -83,14 +78,12 @@ class LayerCheckpoint:
         if not torch.is_grad_enabled():
             return forward(hidden_states)
         inputs, device = dict(forward.keywords), hidden_states.device.type
-        attention_mask, rope = inputs.pop("attention_mask", None), inputs.pop("position_embeddings")
-        inputs.pop("past_key_values", None)
+        rope, _ = inputs.pop("position_embeddings"), inputs.pop("past_key_values", None)
+        attention = self.parts.attention, inputs.pop("attention_mask", None)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-        attention = self.parts.attention
         call = LayerCall(
-            self.parts, self.policy, dtype, *(x.to(dtype) for x in rope),
-            pattern=attention_pattern(attention, attention_mask),
-            attend=partial(call_attention, attention, attention_mask, **inputs),
+            self.parts, self.policy, dtype, tuple(x.to(dtype) for x in rope),
+            pattern=attention_pattern(*attention), attend=partial(call_attention, *attention, **inputs),
             # From the CPU's generator: no wait for a GPU.
             seed=int(torch.randint(2**62, ())),
             store=self.store,
@@ -112,17 +105,9 @@ def prove_layers(model: PreTrainedModel | PeftModel, bind: Callable[[PreTrainedM
 
     Trained are all weights, or, where `model` has an adapter, norms and the random LoRA matrices of another.
     """
-    bound = []
-
-    def bind_and_keep(small: PreTrainedModel) -> None:
-        bind(small)
-        bound.append(small)
-
-    has_adapter = isinstance(model, PeftModel)
-    base = model.get_base_model() if has_adapter else model
-    prepare = {"prepare": attach_random_adapter} if has_adapter else {}
-    prove_training(base, "layer_function", bind_and_keep, fix=fix, **prepare)
-    if not all(layer._gradient_checkpointing_func.was_called for layer in decoder_layers(bound[0])):
+    base, prepare = (model.get_base_model(), attach_random_adapter) if isinstance(model, PeftModel) else (model, None)
+    small = prove_training(base, "layer_function", bind, fix=fix, prepare=prepare)
+    if not all(layer._gradient_checkpointing_func.was_called for layer in decoder_layers(small)):
         raise ValueError(
             f"layer_function: transformers {transformers.__version__} does not call its layers' checkpointing "
             f"function; {fix}"

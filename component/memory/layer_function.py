@@ -13,13 +13,14 @@ Dimensions: B batch, S sequence, T tokens of a tile, C hidden size, H query head
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from longqlora.attention.lse_kernels import CausalPattern, attention_backward, attention_forward, empty_lse
-from longqlora.memory.adapted_linear import AdaptedLinear
-from longqlora.memory.decoder_layer import MLP, PROJECTIONS, DecoderLayer, Linear, Rope
+from longqlora.attention.inplace_attention import CausalPattern, attention_backward, attention_forward
+from longqlora.attention.sdpa import sum_dtype
+from longqlora.memory.decoder_layer import MLP, PROJECTIONS, DecoderLayer, Linear, Rope, adapted_linear
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.policy import ActivationPolicy
 from longqlora.settings.config import KEPT
@@ -31,32 +32,33 @@ class LayerCall:
 
     policy: what is kept, each of KEPT with those before it (the layer's input; attention's output and
     log-sum-exp; queries, keys and values; the products inside the MLP), tile size and chunks of heads.
-    cos, sin [B or 1, S, D]. pattern: None where attention is `attend(q, k, v)` on [B, H, S, D], through autograd.
+    rope: of all S tokens. pattern: None where attention is `attend(q, k, v)` on [B, H, S, D], through autograd.
     seed: of all dropout masks. store: where tensors are kept; None for autograd's own place.
     """
 
     layer: DecoderLayer
     policy: ActivationPolicy
     dtype: torch.dtype
-    cos: torch.Tensor
-    sin: torch.Tensor
+    rope: Rope
     pattern: CausalPattern | None
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     seed: int
     store: HostOffload | None = None
 
-    def tiles(self, linears: dict[str, AdaptedLinear]) -> Iterator[tuple[slice, Linear]]:
-        """Tiles of the sequence, each with `linears` under its dropout masks."""
-        length, size = self.cos.shape[1], self.policy.tile_size
+    def tiles(self, *names: str, rows: dict[str, slice] | None = None) -> Iterator[tuple[slice, Linear]]:
+        """Tiles of the sequence, each with the linear layers `names` under its dropout masks; rows: of their outputs.
+
+        Quantised weights are unpacked here, once for all tiles.
+        """
+        linears = {name: adapted_linear(self.layer.linears[name], self.dtype) for name in names}
+        linears |= {name: linears[name].rows(some) for name, some in (rows or {}).items()}
+        length, size = self.rope[0].shape[1], self.policy.tile_size
         for start in range(0, length, size):
 
             def linear(name: str, x: torch.Tensor, start: int = start, **options) -> torch.Tensor:
                 return linears[name](x, mask_seed(self.seed, name, start), **options)
 
             yield slice(start, min(start + size, length)), linear
-
-    def rope(self, tile: slice) -> Rope:
-        return self.cos[:, tile], self.sin[:, tile]
 
     def head_chunks(self) -> list[tuple[slice, slice]]:
         """Query heads and the key/value heads that they share, chunk by chunk."""
@@ -79,16 +81,14 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, call: LayerCall, *trained: torch.nn.Parameter) -> torch.Tensor:
-        level = KEPT.index(call.policy.keep_activations)
         with torch.autocast(hidden.device.type, enabled=False):
             x = hidden.to(call.dtype)
             output, lse, *projected = attention_of(call, x)
-            result, products = finish(call, x, output, are_products_kept=level == KEPT.index("all"))
+            result, products = finish(call, x, output)
         # Where autograd runs through attention, it does so again in the backward pass, whatever was kept.
         attention = [[output, lse], projected] if call.pattern else []
-        kept = [x, *(tensor for group in attention[:level] for tensor in group), *products]
-        ctx.call, ctx.trained, ctx.dtype = call, trained, hidden.dtype
-        ctx.num_products, ctx.is_spent = len(products), False
+        kept = [x, *products, *chain(*attention[: KEPT.index(call.policy.keep_activations)])]
+        ctx.call, ctx.trained, ctx.dtype, ctx.num_products = call, trained, hidden.dtype, len(products)
         if call.store is None:
             ctx.save_for_backward(*kept)
         else:
@@ -98,32 +98,27 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
-        if ctx.is_spent:
-            raise RuntimeError("a layer's backward pass ran twice; gradients took the place of what it had kept")
-        ctx.is_spent, call = True, ctx.call
+        call, sums = ctx.call, {}
         x, *kept = ctx.saved_tensors if call.store is None else call.store.get(ctx.handle)
-        kept, products = kept[: len(kept) - ctx.num_products], kept[len(kept) - ctx.num_products :]
+        products, kept = kept[: ctx.num_products], kept[ctx.num_products :]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            sums: dict[torch.nn.Parameter, torch.Tensor] = {}
-            arguments = gradient.to(call.dtype), products, sums
-            if call.pattern is None:
-                grad_hidden, *grads = backward_through_autograd(call, x, *arguments)
-            else:
-                grad_hidden, *grads = backward_by_kernels(call, x, kept, *arguments)
-            needs_hidden = ctx.needs_input_grad[0]
-            project_backward(call, x, grads, grad_hidden if needs_hidden else None, sums)
+            backward = backward_by_kernels if call.pattern else backward_through_autograd
+            grad_hidden, *grads = backward(call, x, kept, gradient.to(call.dtype), products, sums)
+            grad_hidden = grad_hidden if ctx.needs_input_grad[0] else None
+            project_backward(call, x, grads, grad_hidden, sums)
         grads = [sums[parameter].to(parameter.dtype) if parameter in sums else None for parameter in ctx.trained]
-        return grad_hidden.to(ctx.dtype) if needs_hidden else None, None, *grads
+        return None if grad_hidden is None else grad_hidden.to(ctx.dtype), None, *grads
 
 
-def gradients_of(inputs, outputs, gradients, parameters, sums) -> tuple[torch.Tensor, ...]:
-    """Gradients of `inputs`; those of `parameters` are added to `sums` over the tiles, in fp32 (fp64 for fp64)."""
-    grads = torch.autograd.grad(outputs, [*inputs, *parameters], gradients, allow_unused=True)
-    for parameter, grad in zip(parameters, grads[len(inputs) :], strict=True):
+def gradient_of(x, outputs, gradients, parameters, sums) -> torch.Tensor | None:
+    """Gradient of x if it requires one; those of `parameters` are added to `sums`, in fp32 (fp64 for fp64)."""
+    wanted = [x] if x.requires_grad else []
+    grads = torch.autograd.grad(outputs, [*wanted, *parameters], gradients, allow_unused=True)
+    for parameter, grad in zip(parameters, grads[len(wanted) :], strict=True):
         if grad is not None:
             exact = grad.to(torch.promote_types(grad.dtype, torch.float32))
             sums[parameter] = sums[parameter].add_(exact) if parameter in sums else exact
-    return grads[: len(inputs)]
+    return grads[0] if wanted else None
 
 
 def attention_of(call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -133,7 +128,7 @@ def attention_of(call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor | None,
         projected = project(call, x, *chunks[0])
         return call.attend(*(states.transpose(1, 2) for states in projected)), None, *projected
     output = x.new_empty(*x.shape[:2], layer.num_heads, layer.head_dim)
-    lse = empty_lse(output)
+    lse = x.new_empty(x.shape[0], layer.num_heads, x.shape[1], dtype=sum_dtype(x))
     for heads, kv_heads in chunks:
         # Freed before the next chunk is projected.
         projected = None
@@ -145,25 +140,24 @@ def attention_of(call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor | None,
 
 def project(call: LayerCall, x: torch.Tensor, heads: slice, kv_heads: slice) -> list[torch.Tensor]:
     """Queries, keys and values after RoPE, of some heads: [B, S, H, D], [B, S, K, D] twice."""
-    layer, size, parts = call.layer, call.layer.head_dim, (heads, kv_heads, kv_heads)
-    weights = layer.weights(*PROJECTIONS, dtype=call.dtype)
-    rows = [slice(part.start * size, part.stop * size) for part in parts]
-    linears = {name: weights[name].rows(some) for name, some in zip(PROJECTIONS, rows, strict=True)}
-    states = [x.new_empty(*x.shape[:2], part.stop - part.start, size) for part in parts]
-    for tile, linear in call.tiles(linears):
-        for target, source in zip(states, layer.project(x[:, tile], linear, call.rope(tile)), strict=True):
+    size, parts = call.layer.head_dim, dict(zip(PROJECTIONS, (heads, kv_heads, kv_heads), strict=True))
+    rows = {name: slice(part.start * size, part.stop * size) for name, part in parts.items()}
+    states = [x.new_empty(*x.shape[:2], part.stop - part.start, size) for part in parts.values()]
+    for tile, linear in call.tiles(*PROJECTIONS, rows=rows):
+        projected = call.layer.project(x[:, tile], linear, [rope[:, tile] for rope in call.rope])
+        for target, source in zip(states, projected, strict=True):
             target[:, tile] = source
     return states
 
 
-def finish(call: LayerCall, x, output, *, are_products_kept: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def finish(call: LayerCall, x, output) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The layer's result from its input and its attention output; the inner products if they are to be kept."""
     layer, result, kept = call.layer, torch.empty_like(x), []
-    for tile, linear in call.tiles(layer.weights("o_proj", *MLP, dtype=call.dtype)):
+    for tile, linear in call.tiles("o_proj", *MLP):
         hidden = x[:, tile] + linear("o_proj", output[:, tile].flatten(2))
         added, *products = layer.mlp(hidden, linear)
         result[:, tile] = hidden + added
-        if are_products_kept:
+        if call.policy.keep_activations == "all":
             kept = kept or [p.new_empty(*x.shape[:2], p.shape[-1]) for p in (hidden, *products)]
             for target, source in zip(kept, (hidden, *products), strict=True):
                 target[:, tile] = source
@@ -174,7 +168,7 @@ def finish_backward(call, x, output, gradient, products, sums) -> tuple[torch.Te
     """Gradients of x [B, S, C], as far as they do not pass attention, and of the attention output [B, S, H, D]."""
     layer, grad_x, grad_output = call.layer, torch.empty_like(x), torch.empty_like(output)
     trained, trained_mlp = layer.trained("o_proj"), layer.trained(*MLP)
-    for tile, linear in call.tiles(layer.weights("o_proj", *MLP, dtype=call.dtype)):
+    for tile, linear in call.tiles("o_proj", *MLP):
         with torch.enable_grad():
             attended = output[:, tile].flatten(2).detach().requires_grad_()
             added = linear("o_proj", attended, is_output_needed=not products)
@@ -182,9 +176,9 @@ def finish_backward(call, x, output, gradient, products, sums) -> tuple[torch.Te
             hidden = hidden.detach().requires_grad_()
             known = {name: product[:, tile] for name, product in zip(("gate", "up"), products[1:], strict=False)}
             mlp_added, _, _ = layer.mlp(hidden, linear, **known, is_output_needed=False)
-        (grad_hidden,) = gradients_of([hidden], mlp_added, gradient[:, tile], trained_mlp, sums)
+        grad_hidden = gradient_of(hidden, mlp_added, gradient[:, tile], trained_mlp, sums)
         grad_x[:, tile] = grad_hidden + gradient[:, tile]
-        (grad_attended,) = gradients_of([attended], added, grad_x[:, tile], trained, sums)
+        grad_attended = gradient_of(attended, added, grad_x[:, tile], trained, sums)
         grad_output[:, tile] = grad_attended.view_as(output[:, tile])
     return grad_x, grad_output
 
@@ -193,9 +187,8 @@ def backward_by_kernels(call, x, kept, gradient, products, sums) -> tuple[torch.
     """Gradients of x past attention, and of queries, keys and values after RoPE."""
     layer, chunks = call.layer, call.head_chunks()
     output, lse, *projected = kept or attention_of(call, x)
-    if len(chunks) > 1:
-        # The last chunk's only, which is recomputed like the others.
-        projected = []
+    # Of several chunks the last one's only, which is recomputed like the others.
+    projected = projected if len(chunks) == 1 else []
     grad_x, grad_output = finish_backward(call, x, output, gradient, products, sums)
     options = {"pattern": call.pattern, "scaling": layer.scaling}
     if len(chunks) == 1:
@@ -214,7 +207,7 @@ def backward_by_kernels(call, x, kept, gradient, products, sums) -> tuple[torch.
     return grad_x, output, grad_key, grad_value
 
 
-def backward_through_autograd(call, x, gradient, products, sums) -> tuple[torch.Tensor, ...]:
+def backward_through_autograd(call, x, _kept, gradient, products, sums) -> tuple[torch.Tensor, ...]:
     """The same for attention of any kind, which is run again."""
     with torch.enable_grad():
         projected = [states.requires_grad_() for states in project(call, x, *call.head_chunks()[0])]
@@ -225,11 +218,12 @@ def backward_through_autograd(call, x, gradient, products, sums) -> tuple[torch.
 
 def project_backward(call, x, grads, grad_x: torch.Tensor | None, sums) -> None:
     """Add the gradient that reaches x through queries, keys and values to grad_x [B, S, C], where that is wanted."""
-    layer, trained = call.layer, call.layer.trained(*PROJECTIONS)
-    for tile, linear in call.tiles(layer.weights(*PROJECTIONS, dtype=call.dtype)):
+    trained = call.layer.trained(*PROJECTIONS)
+    for tile, linear in call.tiles(*PROJECTIONS):
         with torch.enable_grad():
-            part = x[:, tile].detach().requires_grad_(grad_x is not None)
-            projected = layer.project(part, linear, call.rope(tile), are_values_needed=False)
-        parts = [] if grad_x is None else [part]
-        for grad_part in gradients_of(parts, projected, [grad[:, tile] for grad in grads], trained, sums):
+            part, rope = x[:, tile].detach(), [rope[:, tile] for rope in call.rope]
+            part.requires_grad_(grad_x is not None)
+            projected = call.layer.project(part, linear, rope, are_values_needed=False)
+        grad_part = gradient_of(part, projected, [grad[:, tile] for grad in grads], trained, sums)
+        if grad_x is not None:
             grad_x[:, tile] += grad_part

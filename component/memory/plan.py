@@ -9,31 +9,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PretrainedConfig, TrainingArguments
+from transformers import PretrainedConfig
 
 from longqlora.device import GIB, free_host_memory, is_out_of_memory, parse_size
 from longqlora.distributed import world_size
-from longqlora.memory.decoder_layer import reason_unsupported_config
-from longqlora.memory.estimate import MemoryEstimate, optimizer_bytes, predict
+from longqlora.memory.decoder_layer import reason_unsupported
+from longqlora.memory.estimate import MemoryEstimate, ModelShape, RunShape, optimizer_bytes, predict
 from longqlora.memory.policy import (
     CANDIDATES,
     CHECKPOINTED,
+    CHECKPOINTING_KEY,
     POLICIES,
     STOCK,
     STOCK_CANDIDATES,
     ActivationPolicy,
     own_settings,
 )
-from longqlora.memory.shapes import ModelShape, RunShape
 from longqlora.settings.config import INPUT, Notice, Settings, warning
 from longqlora.settings.deepspeed import gradient_buffers, offloads_optimizer, shards, zero_stage
 
 # `memory: auto` plans for this part of the memory: the prediction was held to 10% of counted bytes, on a CPU.
 AUTO_SHARE = 0.92
-# transformers 5 renamed it.
-CHECKPOINTING_KEY = next(
-    key for key in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, key)
-)
 
 
 def plan_memory(settings: Settings, config: PretrainedConfig) -> tuple["MemoryPlan", Settings, list[Notice]]:
@@ -42,7 +38,11 @@ def plan_memory(settings: Settings, config: PretrainedConfig) -> tuple["MemoryPl
     Raises ValueError, with what would fit, where the prediction is beyond this machine's GPU or `gpu_memory`.
     """
     plan = MemoryPlan.of(settings, config)
-    policy, notices = choose(settings, plan)
+    policies, notices = asked_for(settings, plan)
+    if settings.memory.memory == "auto":
+        offers = {policy.describe(): plan.predict(policy).peak / GIB for policy in policies}
+        notices += [Notice(f"memory: auto can take {policy}: {peak:.2f} GiB") for policy, peak in offers.items()]
+    policy = plan.fastest(policies)
     plan = replace(plan, policy=policy)
     needed, free, peak = plan.estimate.host, plan.host_capacity, plan.estimate.peak
     if needed > free:
@@ -61,10 +61,9 @@ def plan_memory(settings: Settings, config: PretrainedConfig) -> tuple["MemoryPl
     return plan, settings.with_training(**changes), [*notices, Notice(plan.describe())]
 
 
-def choose(settings: Settings, plan: "MemoryPlan") -> tuple[ActivationPolicy, list[Notice]]:
-    """The policy that the settings ask for, and what becomes of those that ask in vain."""
+def asked_for(settings: Settings, plan: "MemoryPlan") -> tuple[list[ActivationPolicy], list[Notice]]:
+    """The policy that the settings ask for, or those that auto can take; and what becomes of what they ask in vain."""
     memory, own, reason = settings.memory, own_settings(settings.memory), plan.reason
-    checkpoints = CHECKPOINTED if settings.training.get(CHECKPOINTING_KEY) else STOCK
     if memory.layer_function and reason:
         raise ValueError(f"layer_function: not available, since {reason}; set layer_function: false")
     if reason or memory.layer_function is False or not (memory.memory or own):
@@ -72,9 +71,9 @@ def choose(settings: Settings, plan: "MemoryPlan") -> tuple[ActivationPolicy, li
         notices = [warning(f"{name} has no effect {cause}") for name in own if name != "layer_function"]
         if reason and memory.memory:
             notices.append(Notice(f"memory: the layer function is not used, since {reason}"))
-        if memory.memory == "auto":
-            return plan.fastest(STOCK_CANDIDATES, notices), notices
-        return {None: checkpoints, "fast": STOCK}.get(memory.memory, CHECKPOINTED), notices
+        unnamed = [CHECKPOINTED if settings.training.get(CHECKPOINTING_KEY) else STOCK]
+        policies = {None: unnamed, "fast": [STOCK], "auto": [*STOCK_CANDIDATES]}
+        return policies.get(memory.memory, [CHECKPOINTED]), notices
     notices = []
     if settings.given.get(CHECKPOINTING_KEY):
         notices.append(warning(f"{CHECKPOINTING_KEY} has no effect with the layer function (memory)"))
@@ -84,10 +83,10 @@ def choose(settings: Settings, plan: "MemoryPlan") -> tuple[ActivationPolicy, li
     num_kv_heads = plan.model.num_kv_heads
     if (memory.num_head_chunks or 0) > num_kv_heads:
         notices.append(Notice(f"num_head_chunks: {memory.num_head_chunks} acts as {num_kv_heads}, the key/value heads"))
-    if memory.memory == "auto":
-        return plan.fastest([replace(policy, **own) for policy in plan.candidates], notices), notices
-    policy = POLICIES[memory.memory or "balanced"]
-    return replace(policy, **own, optim=policy.optim if plan.may_set_optimizer else None), notices
+    policies = plan.candidates
+    if memory.memory != "auto":
+        policies = [policies[CANDIDATES.index(POLICIES[memory.memory or "balanced"])]]
+    return [replace(policy, **own) for policy in policies], notices
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class MemoryPlan:
     """What decides the memory of a run, the policies that it can have, from the fastest to the leanest, and the chosen.
 
     reason: why the layer function is not among them, if so; capacity and host_capacity: bytes, infinite where nothing
-    limits them; may_set_optimizer: whether a policy may bring its optimizer.
+    limits them.
     """
 
     model: ModelShape
@@ -104,29 +103,26 @@ class MemoryPlan:
     reason: str | None
     capacity: float
     host_capacity: float
-    may_set_optimizer: bool
     policy: ActivationPolicy = STOCK
 
     @classmethod
     def of(cls, settings: Settings, config: PretrainedConfig) -> "MemoryPlan":
-        deepspeed, is_gpu = settings.training.get("deepspeed"), settings.uses_gpu
-        reason = reason_unsupported_config(config)
+        deepspeed, model, capacity = settings.training.get("deepspeed"), ModelShape.of(config), math.inf
+        reason = reason_unsupported(config)
         if reason is None and zero_stage(deepspeed) == 3:
             reason = "DeepSpeed ZeRO-3 holds a part of each weight only"
-        capacity, free = math.inf, free_host_memory() if is_gpu else None
         if settings.memory.gpu_memory:
-            capacity, is_gpu = parse_size(settings.memory.gpu_memory, "gpu_memory"), True
-        elif is_gpu:
+            capacity = parse_size(settings.memory.gpu_memory, "gpu_memory")
+        elif settings.uses_gpu:
             capacity = torch.cuda.get_device_properties(0).total_memory
-        # Nobody else chose it, and its state lives on a GPU.
-        is_taken = settings.given.get("optim") or "optimizer" in (deepspeed or {}) or offloads_optimizer(deepspeed)
-        may_set_optimizer = is_gpu and not is_taken
+        host_capacity = free_host_memory() if settings.uses_gpu else math.inf
+        run = run_shape(settings, model, is_gpu=math.isfinite(capacity))
         candidates = STOCK_CANDIDATES if reason else CANDIDATES
-        if not may_set_optimizer:
+        # A policy brings its optimizer where nobody else chose one, and to a GPU, where its state lives.
+        is_taken = settings.given.get("optim") or "optimizer" in (deepspeed or {}) or offloads_optimizer(deepspeed)
+        if is_taken or not run.is_gpu:
             candidates = tuple(replace(policy, optim=None) for policy in candidates)
-        model, host_capacity = ModelShape.of(config), math.inf if free is None else free
-        run = run_shape(settings, model, is_gpu=is_gpu)
-        return cls(model, run, candidates, reason, capacity, host_capacity, may_set_optimizer)
+        return cls(model, run, candidates, reason, capacity, host_capacity)
 
     @property
     def estimate(self) -> MemoryEstimate:
@@ -145,16 +141,10 @@ class MemoryPlan:
             run = replace(run, optimizer_bytes=optimizer_bytes(policy.optim))
         return predict(self.model, run, policy)
 
-    def fastest(self, policies: Iterable[ActivationPolicy], notices: list[Notice]) -> ActivationPolicy:
-        """The policy with the least work of those that fit, or the one that takes least memory.
-
-        What there was to choose from goes into `notices`.
-        """
-        estimates = {policy: self.predict(policy) for policy in policies}
-        for policy, estimate in estimates.items():
-            notices.append(Notice(f"memory: auto can take {policy.describe()}: {estimate.peak / GIB:.2f} GiB"))
-        limit, host_limit = AUTO_SHARE * self.capacity, self.host_capacity
-        fitting = [policy for policy, x in estimates.items() if x.peak <= limit and x.host <= host_limit]
+    def fastest(self, policies: Iterable[ActivationPolicy]) -> ActivationPolicy:
+        """The policy with the least work of those that fit, or the one that takes least memory."""
+        estimates, limit = {policy: self.predict(policy) for policy in policies}, AUTO_SHARE * self.capacity
+        fitting = [policy for policy, x in estimates.items() if x.peak <= limit and x.host <= self.host_capacity]
         if not fitting:
             return min(estimates, key=lambda policy: estimates[policy].peak)
         return min(fitting, key=lambda policy: estimates[policy].relative_time)
@@ -174,11 +164,11 @@ class MemoryPlan:
         for leaner in self.candidates:
             peak = self.predict(leaner).peak
             if peak < 0.95 * limit or peak <= self.capacity < here:
-                lines = leaner.as_settings(CHECKPOINTING_KEY)
+                lines = leaner.as_settings()
                 return f"add {'; '.join(lines)} (predicted {peak / GIB:.1f} GiB)"
         leanest = self.candidates[-1]
         longest = self.longest(leanest, 0.95 * limit)
-        text = f"the leanest settings ({'; '.join(leanest.as_settings(CHECKPOINTING_KEY))})"
+        text = f"the leanest settings ({'; '.join(leanest.as_settings())})"
         if longest < 2:
             return f"{text} do not fit at any length; use a smaller model, or a larger GPU"
         return f"{text} reach max_seq_length: {longest}; lower it"
@@ -198,23 +188,21 @@ class MemoryPlan:
     def table(self, lengths: list[int]) -> dict:
         """JSON-ready: for each policy its predicted GiB by length, the longest length, host GiB there, relative time;
         and for each length the settings of the fastest policy that fits (None where none does)."""
-        rows = []
+        rows, room = [], AUTO_SHARE * self.capacity / GIB
         for policy in dict.fromkeys((*STOCK_CANDIDATES, *self.candidates)):
-            longest = self.longest(policy, self.capacity)
-            rows.append(
-                {
-                    "mechanisms": policy.describe(),
-                    "settings": policy.as_settings(CHECKPOINTING_KEY),
-                    "peak_gib": {str(length): self.predict(policy, length).peak / GIB for length in lengths},
-                    "longest": longest,
-                    "host_gib": self.predict(policy, max(longest, 2)).host / GIB,
-                    "relative_time": self.predict(policy, lengths[0]).relative_time,
-                }
-            )
-        by_time, room = sorted(rows, key=lambda row: row["relative_time"]), AUTO_SHARE * self.capacity / GIB
+            longest, estimates = self.longest(policy, self.capacity), {n: self.predict(policy, n) for n in lengths}
+            rows.append({
+                "mechanisms": policy.describe(),
+                "settings": policy.as_settings(),
+                "peak_gib": {str(length): estimate.peak / GIB for length, estimate in estimates.items()},
+                "longest": longest,
+                "host_gib": self.predict(policy, max(longest, 2)).host / GIB,
+                "relative_time": estimates[lengths[0]].relative_time,
+            })  # fmt: skip
+        by_time = sorted(rows, key=lambda row: row["relative_time"])
         fastest = {
-            str(length): next((row["settings"] for row in by_time if row["peak_gib"][str(length)] <= room), None)
-            for length in lengths
+            length: next((row["settings"] for row in by_time if row["peak_gib"][length] <= room), None)
+            for length in map(str, lengths)
         }
         return {"capacity_gib": self.capacity / GIB, "sets": rows, "fastest": fastest, "reason": self.reason}
 

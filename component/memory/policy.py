@@ -9,7 +9,14 @@ policy.
 
 from dataclasses import dataclass, fields, replace
 
+from transformers import TrainingArguments
+
 from longqlora.settings.config import MemoryConfig
+
+# transformers 5 renamed it.
+CHECKPOINTING_KEY = next(
+    key for key in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, key)
+)
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,10 @@ class ActivationPolicy:
         parts += ["in host memory"] if self.offload_activations else []
         return ", ".join(parts + ([self.optim] if self.optim else []))
 
-    def as_settings(self, checkpointing_key: str) -> list[str]:
-        """The fewest lines of a YAML that ask for it; transformers renamed the key of gradient checkpointing."""
+    def as_settings(self) -> list[str]:
+        """The fewest lines of a YAML that ask for it."""
         if not self.layer_function:
-            return [f"{checkpointing_key}: {str(self.gradient_checkpointing).lower()}"]
+            return [f"{CHECKPOINTING_KEY}: {str(self.gradient_checkpointing).lower()}"]
         names = ("keep_activations", "tile_size", "num_head_chunks", "offload_activations")
         options = []
         for word, policy in POLICIES.items():

@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from longqlora.model.base import linear_layers
 from longqlora.model.library_internals import fused_expert_names
 from longqlora.settings.config import INPUT, AdapterConfig
+from longqlora.table import text_table
 
 MODULE_KINDS = {"LoRA": ["lora_"], "norm": ["norm"], "embedding": ["embed", "lm_head"]}
 
@@ -39,29 +40,21 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig) -> PreTrainedM
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    keep_stream_dtype(peft_model, stream_dtype)
-    drop_frozen_twins(peft_model)
+    settle_copies(peft_model, stream_dtype)
     return peft_model
 
 
-def keep_stream_dtype(model: PeftModel, dtype: torch.dtype) -> None:
-    """Let embeddings and norms that are trained in fp32 still return `dtype`, and a trained head take it."""
-    if dtype == torch.float32:
-        return
+def settle_copies(model: PeftModel, dtype: torch.dtype) -> None:
+    """Embeddings and norms that are trained as fp32 copies return `dtype`, and a trained head takes it. The frozen
+    original that PEFT keeps of each is freed: no training step reads it."""
     head = model.get_base_model().get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and module is head:
-            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
-        elif isinstance(module, ModulesToSaveWrapper):
-            module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
-
-
-def drop_frozen_twins(model: PeftModel) -> None:
-    """Free the frozen original that PEFT keeps of each module trained as a copy: no training step reads it."""
     names = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if ".original_module." not in name}
-    for module in model.modules():
-        originals = module.original_module.parameters() if isinstance(module, ModulesToSaveWrapper) else ()
-        for parameter in originals:
+    for module in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+        if dtype != torch.float32 and module is head:
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
+        elif dtype != torch.float32:
+            module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+        for parameter in module.original_module.parameters():
             # A tied original is the weight of another module too.
             if id(parameter) not in names:
                 parameter.data = parameter.data.new_empty(0)
@@ -72,32 +65,24 @@ def refuse_without_adapter(module: torch.nn.Module, inputs: tuple) -> None:
     raise RuntimeError("a model in training cannot switch its adapter off: the originals of trained layers are freed")
 
 
-def linear_names(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Last name parts of the linear layers, and those of them that PEFT takes for the experts' fused weights."""
-    names = sorted({name.split(".")[-1] for name in linear_layers(model)})
-    return names, fused_expert_names(model, names)
-
-
 def target_module_names(model: PreTrainedModel, requested: str | None) -> list[str]:
     """The LoRA targets: the requested ones, each checked against the model, or all linear layers.
 
     Left out are names that PEFT reads as the experts' fused weights; requested, they are refused.
     """
-    available, fused = linear_names(model)
+    available = sorted({name.split(".")[-1] for name in linear_layers(model)})
+    fused = fused_expert_names(model, available)
     if not requested:
         return [name for name in available if name not in fused]
     names = [name.strip() for name in requested.split(",") if name.strip()]
-    unknown = [name for name in names if name not in available]
-    refused = [name for name in names if name in fused]
-    if unknown:
-        raise ValueError(
-            f"target_modules: no linear layer named {', '.join(unknown)}; choose from {', '.join(available)}"
-        )
-    if refused:
-        raise ValueError(
-            f"target_modules: {', '.join(refused)}: in {model.config.model_type} PEFT takes it for the experts' fused "
-            "weights, which have no LoRA here; leave it out"
-        )
+    for name in names:
+        if name not in available:
+            raise ValueError(f"target_modules: no linear layer named {name}; choose from {', '.join(available)}")
+        if name in fused:
+            raise ValueError(
+                f"target_modules: {name}: in {model.config.model_type} PEFT takes it for the experts' fused weights, "
+                "which have no LoRA here; leave it out"
+            )
     return names
 
 
@@ -105,7 +90,7 @@ def frozen_experts_notice(model: PreTrainedModel) -> list[str]:
     """A notice, where `model` has experts, that LoRA leaves them as they are."""
     if not any(parameter.ndim == 3 for parameter in model.parameters()):
         return []
-    _, names = linear_names(model)
+    names = sorted({name.split(".")[-1] for name in linear_layers(model)} - {*target_module_names(model, None)})
     also = f", as do linear layers named {', '.join(names)}, which PEFT takes for them" if names else ""
     return [
         f"finetuning_type: the experts of {model.config.model_type} are no linear layers and stay as they are{also}"
@@ -132,7 +117,7 @@ def trainable_table(model: torch.nn.Module) -> str:
     4-bit weights count as the numbers they stand for, not as the bytes that hold them. A module that
     PEFT trains as a copy counts once: the frozen twin is no part of the model.
     """
-    rows: dict[tuple[str, str], list[int]] = {}
+    counts: dict[tuple[str, str], list[int]] = {}
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue
@@ -141,11 +126,10 @@ def trainable_table(model: torch.nn.Module) -> str:
         # Under ZeRO-3 a process holds a part of each weight, and no element where it looks.
         count = quant_state.shape.numel() if quant_state else getattr(parameter, "ds_numel", parameter.numel())
         dtype = "nf4" if quant_state else str(parameter.dtype).removeprefix("torch.")
-        for key in ((kind, dtype), ("total", "")):
-            row = rows.setdefault(key, [0, 0])
-            row[0] += count if parameter.requires_grad else 0
-            row[1] += count
-    lines = [f"{'kind':<10} {'dtype':<9} {'trained':>15} {'all':>16} {'share':>8}"]
-    for (kind, dtype), (part, whole) in sorted(rows.items(), key=lambda row: (row[0][0] == "total", row[0])):
-        lines.append(f"{kind:<10} {dtype:<9} {part:>15,} {whole:>16,} {100 * part / whole:>7.2f}%")
-    return "\n".join(lines)
+        row = counts.setdefault((kind, dtype), [0, 0])
+        row[0] += count if parameter.requires_grad else 0
+        row[1] += count
+    total = [sum(column) for column in zip(*counts.values(), strict=True)]
+    counts = dict(sorted(counts.items())) | {("total", ""): total}
+    rows = [(*key, f"{part:,}", f"{whole:,}", f"{part / whole:.2%}") for key, (part, whole) in counts.items()]
+    return text_table(("kind", "dtype", "trained", "all", "share"), rows, num_left=2)

@@ -6,7 +6,6 @@ LongQLoRA and LongLoRA keep the embedding and norm weights in trainable_params.b
 the base model's names with or without PEFT's prefix.
 """
 
-import copy
 import re
 from pathlib import Path
 
@@ -29,17 +28,10 @@ MOST_ADDED_TOKENS = 4
 
 
 def save_adapter(model: PeftModel, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Write everything trained and the extended config.json; `state_dict` as DeepSpeed gathers it.
-
-    The config describes the base model in 16 bit: a quantization_config in it would make transformers
-    take the base checkpoint for one that is stored in 4 bit.
-    """
+    """Write everything trained and the extended config.json; `state_dict` as DeepSpeed gathers it."""
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
     (Path(folder) / "README.md").unlink(missing_ok=True)
-    config = copy.deepcopy(model.get_base_model().config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    save_config(config, folder)
+    save_config(model.get_base_model().config, folder)
 
 
 def read_adapter_config(folder: str | Path) -> dict:
@@ -60,13 +52,11 @@ def base_model_of(folder: str | Path) -> str:
 
 def read_adapter_weights(folder: str | Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
     """The PEFT weights of an adapter folder, by their names in the file; device "meta" spares the values."""
-    files = [Path(folder) / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise ValueError(f"{FLAG}: {str(folder)!r} has none of {SAFETENSORS_WEIGHTS_NAME}, {WEIGHTS_NAME}")
-    weights = read_weights(file, device=device)
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    file = next((Path(folder) / name for name in names if (Path(folder) / name).is_file()), None)
+    weights = read_weights(file, device=device) if file else {}
     if not weights:
-        raise ValueError(f"{FLAG}: {str(file)!r} holds no weights; give a trained adapter")
+        raise ValueError(f"{FLAG}: {str(folder)!r} holds no weights in {' or '.join(names)}; give a trained adapter")
     return weights
 
 
@@ -89,21 +79,18 @@ def adapter_vocabulary(folder: str | Path, model: PreTrainedModel) -> int:
     LongLoRA adds [PAD], and whichever special tokens a tokenizer lacks, and grows the embeddings by them: the
     checkpoints it released have 32001. Raises ValueError where the adapter has fewer than the base, or many more.
     """
-    own = model.config.vocab_size
-    rows = {f"{CONFIG_NAME}'s base": own}
+    own, path = model.config.vocab_size, Path(folder) / "config.json"
     weights = read_adapter_weights(folder, device="meta") | read_extra_weights(folder, device="meta")
-    rows |= {n: weight.shape[0] for n, weight in weights.items() if base_weight_name(n) in embedding_names(model)}
-    path = Path(folder) / "config.json"
+    rows = {n: weight.shape[0] for n, weight in weights.items() if base_weight_name(n) in embedding_names(model)}
     if path.is_file():
         rows["config.json"] = read_json(path, FLAG).get("vocab_size", own)
-    least, most = min(rows, key=rows.get), max(rows, key=rows.get)
-    if rows[least] < own or rows[most] > own + MOST_ADDED_TOKENS:
-        odd = least if rows[least] < own else most
-        raise ValueError(
-            f"{FLAG}: {odd!r} in {str(folder)!r} is for a vocabulary of {rows[odd]}, the base model's vocab_size is "
-            f"{own}; give the base model of the adapter"
-        )
-    return rows[most]
+    for name, num_rows in rows.items():
+        if not own <= num_rows <= own + MOST_ADDED_TOKENS:
+            raise ValueError(
+                f"{FLAG}: {name!r} in {str(folder)!r} is for a vocabulary of {num_rows}, the base model's vocab_size "
+                f"is {own}; give the base model of the adapter"
+            )
+    return max([own, *rows.values()])
 
 
 def grown(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -115,27 +102,23 @@ def grown(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 def add_embeddings(model: PreTrainedModel, num_embeddings: int) -> None:
     """Give `model` rows for `num_embeddings` tokens in its input and output embeddings, as `grown` makes them."""
-    if num_embeddings == model.config.vocab_size:
+    num_own = model.config.vocab_size
+    if num_embeddings == num_own:
         return
-    modules = (model.get_input_embeddings, model.get_output_embeddings)
-    weights = [grown(module().weight.data, num_embeddings) for module in modules if module() is not None]
     model.resize_token_embeddings(num_embeddings, mean_resizing=False)
-    for module, weight in zip(modules, weights, strict=False):
-        module().weight.data.copy_(weight)
+    for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        module.weight.data.copy_(grown(module.weight.data[:num_own], num_embeddings))
 
 
 def load_extra_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
-    """Copy `weights` over the base model's parameters of the same names and shapes; others are an error."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in weights.items():
-        if name == "lm_head.weight" and name not in parameters and model.config.tie_word_embeddings:
-            continue
-        fault = None if name in parameters else f"is no weight of {model.config.model_type}"
-        if not fault and parameters[name].shape != tensor.shape:
-            fault = f"has shape {list(tensor.shape)}, the base model's is {list(parameters[name].shape)}"
-        if fault:
-            raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {name!r} {fault}; wrong base model?")
-        parameters[name].data.copy_(tensor)
+    """Copy `weights` over the base model's of the same names and shapes; others are an error."""
+    try:
+        strange = model.load_state_dict(weights, strict=False).unexpected_keys
+        fault = f"{strange[0]!r} is no weight of {model.config.model_type}" if strange else None
+    except RuntimeError as error:
+        fault = str(error)
+    if fault:
+        raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {fault}; wrong base model?")
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -143,7 +126,6 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 
     Raises ValueError naming the first weight that is missing from the folder or has no place in the model.
     """
-    read_adapter_config(folder)
     saved = read_adapter_weights(folder, device="meta").keys()
     load_extra_weights(model, read_extra_weights(folder))
     try:

@@ -1,6 +1,5 @@
 """What a saved adapter does to the weights of its base model, weight by weight."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from longqlora.model.adapter_folder import (
 )
 from longqlora.model.library_internals import lora_scale
 
-LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight")
 # A value other than the one here changes what the adapter computes in a way that this merge does not reproduce.
 PLAIN_LORA = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False,
@@ -56,11 +54,11 @@ class AdapterUpdates:
 
     def check(self, base: dict[str, torch.Tensor]) -> None:
         """Raise ValueError for an update of a weight that is not in `base`, by name, or has another shape there."""
-        updates = [*self.lora.items(), *self.replacements.items()]
-        unmatched = sorted({name for name, _ in updates} - base.keys())
-        faults = [f"changes {name!r}, which the base model does not have" for name in unmatched]
-        for name, update in [] if faults else sorted(updates, key=lambda item: item[0]):
-            if list(update.shape) != list(base[name].shape):
+        faults = []
+        for name, update in sorted([*self.lora.items(), *self.replacements.items()], key=lambda item: item[0]):
+            if name not in base:
+                faults.append(f"changes {name!r}, which the base model does not have")
+            elif list(update.shape) != list(base[name].shape):
                 faults.append(f"has weights for {name!r} that do not fit the base model's {list(base[name].shape)}")
         if faults:
             raise ValueError(
@@ -75,45 +73,35 @@ def read_updates(folder: str | Path, names: dict[str, str]) -> AdapterUpdates:
     """
     config = read_adapter_config(folder)
     check_plain_lora(config)
-    extra, replacements = read_extra_weights(folder), {}
-    matrices: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in read_adapter_weights(folder).items():
-        lora = LORA_KEY.fullmatch(key.removeprefix(PEFT_PREFIX))
-        if lora:
-            pair = matrices.setdefault(lora["module"], {})
-            if lora["matrix"] in pair:
-                raise ValueError(f"{FLAG}: {key!r} is there twice; give a folder with one adapter")
-            pair[lora["matrix"]] = tensor
+    extra = read_extra_weights(folder)
+    lora, whole = {}, dict(extra)
+    # PEFT's files do not name the adapter; a state dict that was saved as it is calls it "default".
+    saved = read_adapter_weights(folder).items()
+    weights = {key.removeprefix(PEFT_PREFIX).replace(".default.", "."): tensor for key, tensor in saved}
+    for key, tensor in weights.items():
+        module, _, matrix = key.rpartition(".lora_")
+        if matrix in ("A.weight", "B.weight"):
+            a, b = (weights.get(f"{module}.lora_{letter}.weight") for letter in "AB")
+            if a is None or b is None:
+                lacking = "A" if a is None else "B"
+                raise ValueError(f"{FLAG}: no lora_{lacking} for '{module}.weight'; is the adapter complete?")
+            lora[f"{module}.weight"] = LoraUpdate(a, b, lora_scale(config, module, rank=a.shape[0]))
         elif "lora_" in key:
             raise ValueError(f"{FLAG}: cannot merge {key!r}; only LoRA on linear layers is supported")
         else:
-            replacements[base_weight_name(key)] = tensor
-    updates = {}
-    for module, pair in matrices.items():
-        if len(pair) != 2:
-            lacking = "B" if "A" in pair else "A"
-            raise ValueError(f"{FLAG}: no lora_{lacking} for '{module}.weight'; is the adapter complete?")
-        scale = lora_scale(config, module, rank=pair["A"].shape[0])
-        updates[f"{module}.weight"] = LoraUpdate(pair["A"], pair["B"], scale)
-    return AdapterUpdates(
-        {names.get(name, name): update for name, update in updates.items()},
-        {names.get(name, name): weight for name, weight in {**extra, **replacements}.items()},
-        keeps_tie=bool(extra) or bool(config.get("ensure_weight_tying")),
-    )
+            whole[base_weight_name(key)] = tensor
+    lora, whole = ({names.get(name, name): found[name] for name in found} for found in (lora, whole))
+    return AdapterUpdates(lora, whole, keeps_tie=bool(extra) or bool(config.get("ensure_weight_tying")))
 
 
 def check_plain_lora(config: dict) -> None:
     """Raise ValueError, naming the setting, for an adapter that is more than LoRA matrices and whole weights."""
-    for name, plain in PLAIN_LORA.items():
-        value = config.get(name, plain)
-        if value != plain and value not in (None, False, [], {}):
-            raise ValueError(f"{FLAG}: cannot merge an adapter with {name} = {value!r}, only {plain!r}")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        raise ValueError(
-            f"{FLAG}: cannot merge an adapter with init_lora_weights = {init!r}, which changes the base weights; "
-            "convert it to plain LoRA first"
-        )
+    more = [name for name, plain in PLAIN_LORA.items() if config.get(name) not in (plain, None, False, [], {})]
+    if str(config.get("init_lora_weights")).lower().startswith(BASE_CHANGING_INITS):
+        more.append("init_lora_weights")
+    if more:
+        value = config[more[0]]
+        raise ValueError(f"{FLAG}: cannot merge an adapter with {more[0]} = {value!r}; convert it to plain LoRA first")
     if not isinstance(config.get("lora_alpha"), int | float):
         raise ValueError(f"{FLAG}: adapter_config.json has no lora_alpha; is it a LoRA adapter?")
 
@@ -122,12 +110,12 @@ def merged_weight(
     name: str, weight: torch.Tensor, updates: AdapterUpdates, *, dtype: torch.dtype, in_nf4: bool = False
 ) -> torch.Tensor:
     """The weight `name` after the merge, in `dtype`; `weight` [out, in] is the base's."""
-    replacement, lora = updates.replacements.get(name), updates.lora.get(name)
-    if replacement is not None:
-        weight = replacement
+    lora, is_replaced = updates.lora.get(name), name in updates.replacements
+    if is_replaced:
+        weight = updates.replacements[name]
     if not weight.is_floating_point():
         return weight
-    if in_nf4 and replacement is None:
+    if in_nf4 and not is_replaced:
         weight = through_nf4(weight.to(dtype))
     if lora is not None:
         weight = weight.float() + lora.scale * (lora.b.float() @ lora.a.float())

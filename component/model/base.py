@@ -62,13 +62,13 @@ def model_source(name_or_path: str) -> str:
 
 def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Config of a model folder or hub name. Raises ValueError naming the model where it cannot be read."""
+    source = model_source(name_or_path)
     try:
-        config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         # Values of a wrong kind reach transformers' checks, which raise types of their own, and plain Python.
         text = str(error) if isinstance(error, OSError | ValueError) else f"config.json cannot be read ({error!r})"
-        is_ours = text.startswith("model_name_or_path")
-        raise ValueError(text if is_ours else f"model_name_or_path: {name_or_path!r}: {text}") from None
+        raise ValueError(f"model_name_or_path: {name_or_path!r}: {text}") from None
     if getattr(config, "max_position_embeddings", None) is None:
         raise ValueError(f"model_name_or_path: {config.model_type} says no max_position_embeddings in its config.json")
     if getattr(config, "transformers_weights", None):
@@ -165,15 +165,11 @@ def check_loaded(info: dict, model: PreTrainedModel, name: str, *, hint: str = "
         raise ValueError(f"model_name_or_path: {name!r} {faults[0]} ({len(faults)} such weights){hint}")
 
 
-def empty_model(
-    config: PretrainedConfig, *, name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, *, name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of `config` on the meta device, without memory; ValueError, with `name`, where it describes none."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"model_name_or_path: config.json of {name!r} describes no model ({error}); correct it"
@@ -209,9 +205,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Tokenizer with right padding. A missing pad token becomes UNK or EOS, which is harmless here:
     labels and masks come from lengths, never from comparing ids with the pad id."""
-    # An adapter's folder may hold a tokenizer without a config.json.
-    has_tokenizer = (Path(name_or_path) / "tokenizer_config.json").is_file()
-    source = str(Path(name_or_path).resolve()) if has_tokenizer else model_source(name_or_path)
+    source = os.path.expanduser(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:

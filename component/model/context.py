@@ -16,7 +16,7 @@ from longqlora.distributed import print_notice
 from longqlora.model.adapter_folder import base_model_of
 from longqlora.model.base import load_config
 from longqlora.model.context_request import ContextRequest
-from longqlora.model.rope_scaling import Rope, check_rope_request, scale_rope
+from longqlora.model.rope_scaling import Rope, scale_rope
 from longqlora.settings.config import AttentionConfig, ContextConfig, ModelConfig
 
 # The shortest length that a released model was pretrained with (Llama).
@@ -24,18 +24,6 @@ SHORTEST_PRETRAINING = 2048
 ROPE_KEYS = tuple(field.name for field in fields(Rope))
 # Whatever config.json says of these, in the config itself or a part of it, is a positive number.
 LENGTHS = {*ROPE_KEYS[1:], "rope_theta", "factor", "chunk_size", "local_size"}
-
-
-def request_of_run(context: ContextConfig, attention: AttentionConfig) -> ContextRequest:
-    """The request of a training run's settings."""
-    is_dual_chunk = attention.attention == "dca"
-    # Without a length to reach they have no effect, which the checks say.
-    has_target = context.model_max_length is not None or is_dual_chunk
-    values = {**vars(context), **vars(attention), "attention": "dca" if is_dual_chunk else "full"}
-    values["context_size"] = context.model_max_length
-    if not has_target:
-        values |= {"rope_type": None, "rope_theta": None}
-    return ContextRequest(**{field.name: values[field.name] for field in fields(ContextRequest)})
 
 
 def rope_of(config: PretrainedConfig) -> Rope:
@@ -60,8 +48,9 @@ def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
     is_dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) is not None
     if request.attention == "dca" or (request.attention == "auto" and is_dual_chunk):
         return apply_dual_chunk(config, request)
-    if request.given_dual_chunk_settings:
-        raise ValueError(f"{request.given_dual_chunk_settings[0]}: has an effect with attention: dca only")
+    for name in ("pretraining_length", "dca_chunk_size", "dca_local_window", "dca_mscale"):
+        if getattr(request, name):
+            raise ValueError(f"{name}: has an effect with attention: dca only")
     if is_dual_chunk:
         delattr(config, DUAL_CHUNK_KEY)
     return extend_rope(config, request.context_size, request.rope_type, request.rope_theta)
@@ -112,16 +101,10 @@ def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:
     text = "RoPE kept"
     if request.rope_type is not None:
         if not request.pretraining_length:
-            raise ValueError(
-                "pretraining_length: with attention: dca and a rope_type, say how far RoPE is scaled; chunks reach the "
-                "rest"
-            )
+            raise ValueError("pretraining_length: missing; with dca, a rope_type scales RoPE that far, and no further")
         text = extend_rope(config, pretraining, request.rope_type, request.rope_theta)
     elif pretraining > own_length:
-        raise ValueError(
-            f"pretraining_length: the model reads {own_length} tokens, not {pretraining}; lower it, or name the "
-            "rope_type that takes RoPE there first"
-        )
+        raise ValueError(f"pretraining_length: beyond the model's {own_length} tokens; lower it, or give a rope_type")
     # Sizes that a config names belong to its own pretraining length.
     known_sizes = known if pretraining == known.get("original_max_position_embeddings", pretraining) else {}
     try:
@@ -152,16 +135,13 @@ def extend_rope(
     The original length and base are remembered in the config, as `original_max_position_embeddings` and
     `original_rope_theta`, and travel with every saved config. None leaves the config as it is.
     """
-    check_rope_request(rope_type, rope_theta, target)
     rope = rope_of(config)
     if target is None:
         if rope_type is not None:
             raise ValueError(f"rope_type: {rope_type} has no effect without a context to reach; give its length too")
         return f"context of {rope.context_length} tokens, RoPE unchanged"
     if "rope_theta" not in rope.rope_parameters:
-        raise ValueError(
-            f"model_max_length: cannot scale {config.model_type}, which has no single set of RoPE parameters"
-        )
+        raise ValueError(f"model_max_length: {config.model_type} has no single set of RoPE parameters to scale")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary_dim = int(head_dim * rope.rope_parameters.get("partial_rotary_factor", 1.0))
     scaled = scale_rope(rope, target, rotary_dim=rotary_dim, rope_type=rope_type, rope_theta=rope_theta)
@@ -177,10 +157,8 @@ def extend_rope(
         # What transformers would refuse when it loads or saves the config.
         config.validate_rope()
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"rope_type: {config.model_type} takes no RoPE of type {parameters['rope_type']} ({error}); use rope_type: "
-            "ntk, or theta"
-        ) from None
+        kind = f"{config.model_type} takes no RoPE of type {parameters['rope_type']}"
+        raise ValueError(f"rope_type: {kind} ({error}); use ntk, or theta") from None
     factor = parameters.get("factor")
     how = f"{parameters['rope_type']} x{factor:g}" if factor else f"base {parameters['rope_theta']:g}"
     return f"context {scaled.original_length} -> {target} tokens, RoPE {how}"
@@ -199,8 +177,15 @@ def load_extended_config(
     model: ModelConfig, context: ContextConfig, attention: AttentionConfig
 ) -> tuple[PretrainedConfig, str]:
     """Config of the base model with the context of the run, and a one-line description for the log."""
+    is_dual_chunk = attention.attention == "dca"
+    values = {**vars(context), **vars(attention), "attention": "dca" if is_dual_chunk else "full"}
+    values["context_size"] = context.model_max_length
+    if context.model_max_length is None and not is_dual_chunk:
+        # Without a length to reach they have no effect, which the checks say.
+        values |= {"rope_type": None, "rope_theta": None}
+    request = ContextRequest(**{field.name: values[field.name] for field in fields(ContextRequest)})
     config = load_config(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
-    return config, apply_context(config, request_of_run(context, attention))
+    return config, apply_context(config, request)
 
 
 def resolve_config(

@@ -4,10 +4,10 @@ Checked as far as that goes without the model; imports nothing heavy.
 """
 
 import argparse
+import math
 from dataclasses import dataclass, fields
 
-from longqlora.model.rope_scaling import check_rope_request
-from longqlora.settings.config import ROPE_TYPES, AttentionConfig, ContextConfig, at_least, check_limit
+from longqlora.settings.config import ROPE_TYPES, AttentionConfig, ContextConfig, at_least, check_limit, one_of
 
 ATTENTIONS = ("auto", "full", "dca")
 LENGTHS = ("context_size", "pretraining_length", "dca_chunk_size", "dca_local_window")
@@ -41,14 +41,10 @@ class ContextRequest:
     def __post_init__(self) -> None:
         for name in LENGTHS:
             check_limit(name, getattr(self, name), at_least(1))
-        check_rope_request(self.rope_type, self.rope_theta, None)
-        if self.attention == "full" and self.given_dual_chunk_settings:
-            raise ValueError(f"{self.given_dual_chunk_settings[0]}: has an effect with attention: dca only")
-
-    @property
-    def given_dual_chunk_settings(self) -> list[str]:
-        names = ("pretraining_length", "dca_chunk_size", "dca_local_window", "dca_mscale")
-        return [name for name in names if getattr(self, name)]
+        check_limit("rope_type", self.rope_type, one_of(ROPE_TYPES))
+        check_limit("rope_theta", self.rope_theta, ("a finite number above 1", lambda value: 1 < value < math.inf))
+        if (self.rope_type == "theta") != (self.rope_theta is not None):
+            raise ValueError("rope_theta: goes with rope_type: theta, and that with it; give both, such as 500000")
 
 
 def add_context_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,14 +56,9 @@ def add_context_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{item.name}", default=item.default, help=HELP[item.name], **kinds[item.name])
 
 
-def check_context_arguments(args: argparse.Namespace) -> None:
-    """Refuse, before anything heavy is imported, what the arguments cannot mean."""
+def context_request(args: argparse.Namespace) -> ContextRequest:
+    """What `add_context_arguments` parsed. Raises ValueError naming the argument that cannot be meant."""
     try:
-        context_request(args)
+        return ContextRequest(**{item.name: getattr(args, item.name) for item in fields(ContextRequest)})
     except ValueError as error:
         raise ValueError(f"--{error}") from None
-
-
-def context_request(args: argparse.Namespace) -> ContextRequest:
-    """What `add_context_arguments` parsed."""
-    return ContextRequest(**{item.name: getattr(args, item.name) for item in fields(ContextRequest)})

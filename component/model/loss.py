@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from longqlora.attention.sdpa import sum_dtype
+from longqlora.settings.config import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits
 
 

@@ -30,25 +30,21 @@ def bind_chunked_loss(model: PreTrainedModel) -> str:
     Changes nothing for models that have another loss then, since their output layer is more than one matrix product
     (bias, soft-capped or scaled logits), or that cannot be tried. Returns a one-line description for the log.
     """
-    if not has_stock_loss_in_chunks(model):
-        return f"stock loss: in chunks {model.config.model_type} was not seen to have the same"
-    model.forward = partial(chunked_loss_forward, model, model.forward)
-    return "loss in chunks: the logits of the whole sequence are never held"
-
-
-def has_stock_loss_in_chunks(model: PreTrainedModel) -> bool:
-    """Whether a small copy of `model`, in float32, has the stock loss in chunks too."""
     try:
         small, ids = tiny_copy(model, num_layers=2), trial_inputs()["input_ids"]
         with torch.no_grad():
             stock = small(input_ids=ids, labels=ids, use_cache=False).loss
             chunked = chunked_loss_forward(small, small.forward, ids, labels=ids).loss
+        is_same = torch.allclose(chunked, stock, rtol=TOLERANCE, atol=0)
     except Exception as error:
         # No copy is made of it, or the decoder or the output layer is not where the Llama family has it.
         if is_out_of_memory(error):
             raise
-        return False
-    return torch.allclose(chunked, stock, rtol=TOLERANCE, atol=0)
+        is_same = False
+    if not is_same:
+        return f"stock loss: in chunks {model.config.model_type} was not seen to have the same"
+    model.forward = partial(chunked_loss_forward, model, model.forward)
+    return "loss in chunks: the logits of the whole sequence are never held"
 
 
 def chunked_loss_forward(

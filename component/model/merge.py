@@ -33,7 +33,7 @@ from longqlora.model.library_internals import names_in_files
 from longqlora.model.saved_folder import complete_tokenizer_config, save_config
 from longqlora.model.weight_files import check_weights, save_in_shards
 from longqlora.outputs import OutputFolder, check_outputs
-from longqlora.run_record import read_run_record, save_run_record, software_versions
+from longqlora.run_record import RECORD_NAME, read_run_record, software_versions
 
 MERGE_RECORD = "merge.json"
 TOKENIZER_FILES = (
@@ -67,16 +67,11 @@ def merge(
         model_name_or_path, adapter_name_or_path, context, trust_remote_code=trust_remote_code
     )
     if (context is None or context.context_size is None) and not (adapter / "config.json").is_file():
-        raise ValueError(
-            f"--context_size: {str(adapter)!r} has no config.json, so give the context of its training, "
-            f"in tokens (the base model has {context_length(config)})"
-        )
+        raise ValueError(f"--context_size: {str(adapter)!r} has no config.json; give the context of its training")
     sources = {"model_name_or_path": base, "adapter_name_or_path": adapter}
     check_outputs({"--save_path": OutputFolder(save_path, MERGE_RECORD, overwrite=overwrite)}, sources)
     if getattr(load_config(base, trust_remote_code=trust_remote_code), "quantization_config", None):
         raise ValueError(f"model_name_or_path: {base!r} is saved quantised; give the 16-bit base model")
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     model = empty_model(config, name=base, trust_remote_code=trust_remote_code)
     num_embeddings = adapter_vocabulary(adapter, model)
     tokenizer = tokenizer_source(base, adapter_name_or_path)
@@ -167,5 +162,5 @@ def copy_companions(base: Path, adapter: Path, output: Path, config: PretrainedC
             shutil.copyfile(file, output / file.name)
     run_record = read_run_record(adapter)
     if run_record is not None:
-        save_run_record(output, run_record)
+        write_json(output / RECORD_NAME, run_record)
     complete_tokenizer_config(output, model_max_length=context_length(config))

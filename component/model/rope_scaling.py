@@ -49,17 +49,13 @@ class Rope:
 
 @dataclass(frozen=True)
 class RopeTarget:
-    """What a method works from: lengths in tokens, the base of pretraining, rotated dimensions per head."""
+    """What a method works from: s, the original length in tokens and base, rotated dimensions per head, a new base."""
 
+    scale: float
     original: int
-    target: int
     theta: float
     rotary_dim: int
     new_theta: float | None
-
-    @property
-    def scale(self) -> float:
-        return self.target / self.original
 
     @property
     def ntk_theta(self) -> float:
@@ -96,20 +92,6 @@ ROPE_METHODS: dict[str, Callable[[RopeTarget], dict]] = {
 assert tuple(ROPE_METHODS) == ROPE_TYPES, "name each method in settings/config.py"
 
 
-def check_rope_request(rope_type: str | None, rope_theta: float | None, model_max_length: int | None) -> None:
-    """Raise ValueError, naming the setting, for what no method can mean."""
-    if rope_type is not None and rope_type not in ROPE_METHODS:
-        raise ValueError(f"rope_type: {rope_type!r} is not one of {', '.join(ROPE_METHODS)}")
-    if rope_theta is not None and rope_type != "theta":
-        raise ValueError("rope_theta: has an effect with rope_type: theta only; set that, or leave rope_theta out")
-    if rope_type == "theta" and rope_theta is None:
-        raise ValueError("rope_theta: rope_type: theta needs the new base, for example rope_theta: 500000")
-    if rope_theta is not None and not 1 < rope_theta < math.inf:
-        raise ValueError(f"rope_theta: must be a finite number above 1, got {rope_theta}")
-    if model_max_length is not None and model_max_length < 1:
-        raise ValueError(f"model_max_length: must be at least 1, got {model_max_length}")
-
-
 def scale_rope(
     rope: Rope, target: int, *, rotary_dim: int, rope_type: str | None = None, rope_theta: float | None = None
 ) -> Rope:
@@ -119,10 +101,9 @@ def scale_rope(
     scaled gives the same answer. A target within the present context changes nothing. rope_type None is the method
     that scales the model already, else linear.
 
-    Raises ValueError for an unknown method, a target below one token, or a model whose RoPE is
-    already scaled by another method (the two would have to be composed, which no method here defines).
+    Raises ValueError for a model whose RoPE is already scaled by another method (the two would have to be composed,
+    which no method here defines).
     """
-    check_rope_request(rope_type, rope_theta, target)
     parameters, present, original = rope.rope_parameters, rope.context_length, rope.original_length
     present_type = parameters.get("rope_type", "default")
     base = rope.original_rope_theta or parameters["rope_theta"]
@@ -132,19 +113,18 @@ def scale_rope(
     scaled_by = "theta" if present_type == "default" else present_type
     if is_scaled and scaled_by != ("theta" if method == "ntk" else method) and (rope_type or target > present):
         raise ValueError(
-            f"rope_type: the model's RoPE is already scaled by {scaled_by!r} to {present} tokens and cannot be "
-            f"taken to {target} by {method!r}; use the same method, lower model_max_length to at most "
-            f"{present} and leave rope_type out, or start from a model with unscaled RoPE"
+            f"rope_type: the model's RoPE is already scaled by {scaled_by!r} to {present} tokens, not by {method!r}; "
+            f"use the same method, or leave rope_type out and lower model_max_length to at most {present}"
         )
     if target <= present and method != "theta":
         return rope
-    scaled = {"rope_theta": base, **ROPE_METHODS[method](RopeTarget(original, target, base, rotary_dim, rope_theta))}
+    aim = RopeTarget(target / original, original, base, rotary_dim, rope_theta)
+    scaled = {"rope_theta": base, **ROPE_METHODS[method](aim)}
     previous = parameters.get("factor", 1.0) if present_type == "linear" else 1.0
     if scaled.get("factor", previous) < previous:
         raise ValueError(
-            f"the model is already interpolated by {previous:g}, yet {target} tokens over an original "
-            f"length of {original} would need only {scaled['factor']:g}; set original_max_position_embeddings in its "
-            "config.json to the length it was pretrained with"
+            f"the model is already interpolated by {previous:g}, yet {target} tokens over {original} need only "
+            f"{scaled['factor']:g}; set original_max_position_embeddings in config.json to the length of pretraining"
         )
     # What else the model says of the same method (YaRN's betas) is its own; of another, only the rotated part.
     is_same = scaled["rope_type"] == present_type

@@ -22,6 +22,8 @@ def save_config(config: PretrainedConfig, folder: str | Path) -> None:
     config.save_pretrained(folder)
     path = Path(folder) / "config.json"
     values = read_json(path)
+    # transformers would take the base checkpoint, quantised when it was loaded, for one that is stored in 4 bit.
+    values.pop("quantization_config", None)
     write_json(path, {**values, **keys_of_other_readers(values)})
 
 

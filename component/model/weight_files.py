@@ -21,11 +21,9 @@ from longqlora.files import read_json, write_json
 from longqlora.model.base import check_loaded, embedding_names, empty_model, model_source
 from longqlora.model.library_internals import names_in_files, saved_names
 
-# In the order in which transformers looks for them: (index of the shards, single file).
-WEIGHT_LAYOUTS = (
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-)
+INDEX = "model.safetensors.index.json"
+# In the order in which transformers looks for them.
+WEIGHT_FILES = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def read_weights(file: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -52,52 +50,39 @@ class SavedWeights:
         self.file_of: dict[str, Path] = {}
         self.headers: dict[str, torch.Tensor] = {}
         self._open = lru_cache(maxsize=1)(read_weights)
-        files, index = find_weight_files(folder)
-        for file in files:
+        first = weight_file(folder)
+        if first is None:
+            looked_for = ", ".join(WEIGHT_FILES)
+            raise ValueError(f"model_name_or_path: {str(folder)!r} has no weights (looked for {looked_for})")
+        index = read_index(first) if first.suffix == ".json" else {}
+        for file in [folder / shard for shard in sorted(set(index.values()))] or [first]:
             for name, tensor in sorted(read_weights(file, device="meta").items()):
                 if name in self.headers:
                     raise ValueError(f"{str(file)!r} holds {name!r}, which is in {self.file_of[name].name} too")
                 self.file_of[name], self.headers[name] = file, tensor
-        for name, file in index.items():
-            if self.file_of.get(name) != folder / file:
-                raise ValueError(f"{str(folder / file)!r} lacks {name!r}, which the index says is in it")
+        for name, shard in index.items():
+            if self.file_of.get(name) != folder / shard:
+                raise ValueError(f"{str(folder / shard)!r} lacks {name!r}, which the index says is in it")
 
     def read(self, name: str) -> torch.Tensor:
         return self._open(self.file_of[name])[name]
 
 
-def has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for layout in WEIGHT_LAYOUTS for name in layout)
-
-
-def find_weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files of `folder`, and for shards the index: name of the weight -> name of the file."""
-    for index_name, single_name in WEIGHT_LAYOUTS:
-        if (folder / single_name).is_file():
-            return [folder / single_name], {}
-        if (folder / index_name).is_file():
-            weight_map = read_index(folder / index_name)
-            files = sorted(set(weight_map.values()))
-            missing = [file for file in files if not (folder / file).is_file()]
-            if missing:
-                raise ValueError(f"model_name_or_path: {str(folder)!r} lacks {missing[0]}; download the model again")
-            return [folder / file for file in files], weight_map
-    names = ", ".join(name for layout in WEIGHT_LAYOUTS for name in layout)
-    raise ValueError(f"model_name_or_path: {str(folder)!r} has no weights (looked for {names})")
+def weight_file(folder: Path) -> Path | None:
+    """The file that transformers would load from `folder`: all weights, or an index of shards; None without any."""
+    return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
 
 
 def read_index(path: Path) -> dict[str, str]:
     """The weight_map of an index of shards, whose files lie in its folder."""
     index, flag = read_json(path, "model_name_or_path"), f"model_name_or_path: {str(path)!r}"
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{flag} lists no weights; is it whole?")
-    if not isinstance(index.get("metadata"), dict):
-        raise ValueError(f"{flag} has no metadata; is it whole?")
-    for file in weight_map.values():
+    parts = [index.get(name) if isinstance(index, dict) else None for name in ("weight_map", "metadata")]
+    if not all(isinstance(part, dict) for part in parts) or not parts[0]:
+        raise ValueError(f"{flag} lists no weights, or has no metadata; is it whole?")
+    for file in parts[0].values():
         if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
             raise ValueError(f"{flag} names {file!r}, which is no file of its folder; download the model again")
-    return weight_map
+    return parts[0]
 
 
 def save_in_shards(
@@ -113,29 +98,25 @@ def save_in_shards(
             save_file({name: weight_of(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
             bar.update(len(names))
     if plan.is_sharded:
-        write_json(folder / WEIGHT_LAYOUTS[0][0], {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
 def check_base(
     name_or_path: str,
     config: PretrainedConfig,
-    model: PreTrainedModel | None = None,
     *,
     trust_remote_code: bool = False,
     needs_weights: bool = True,
 ) -> PreTrainedModel:
     """Check the weights in a model folder against `config`; returns the model without weights.
 
-    model: that model, where it was made before.
-
     Weights of a hub name may not be on this machine, and those of a base that is saved quantised have other names:
     neither is looked at. needs_weights: whether a folder without any is an error. Raises ValueError naming the first
     weight that is missing, damaged, of another shape or quantised.
     """
-    if model is None:
-        model = empty_model(config, name=name_or_path, trust_remote_code=trust_remote_code)
+    model = empty_model(config, name=name_or_path, trust_remote_code=trust_remote_code)
     folder = Path(model_source(name_or_path))
-    if folder.is_dir() and not getattr(config, "quantization_config", None) and (needs_weights or has_weights(folder)):
+    if folder.is_dir() and not getattr(config, "quantization_config", None) and (needs_weights or weight_file(folder)):
         check_weights(folder, model, config)
     if config.tie_word_embeddings != model.config.tie_word_embeddings:
         model = empty_model(config, name=name_or_path, trust_remote_code=trust_remote_code)

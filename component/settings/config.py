@@ -10,6 +10,8 @@ from dataclasses import MISSING, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+# Label of a token that is not to be predicted.
+IGNORE_INDEX = -100
 ROPE_TYPES = ("linear", "ntk", "dynamic", "yarn", "llama3", "theta")
 ATTENTIONS = ("s2", "full", "dca")
 FINETUNING_TYPES = ("qlora", "lora", "full")
@@ -86,7 +88,7 @@ class ModelConfig(Section):
 class ContextConfig(Section):
     """The context length to reach and how."""
 
-    model_max_length: int | None = key(None, "context length after training, in tokens; None keeps the model's own")
+    model_max_length: int | None = key(None, "context length to reach in tokens; default: the model's own", at_least(1))
     rope_type: str | None = key(
         None,
         "RoPE scaling: linear (PI), ntk, dynamic, yarn, llama3 or theta; "

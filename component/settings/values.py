@@ -31,8 +31,9 @@ def coerce(key: str, value: Any, hint: Any, choices: typing.Sequence | None = No
     kinds = sorted((typing.get_origin(o) or o for o in options if o is not type(None)), key=lambda kind: kind is str)
     for kind in kinds:
         converted = convert(value, kind)
-        if converted is None and isinstance(kind, type) and issubclass(kind, enum.Enum):
-            choices, converted = [member.value for member in kind], value
+        if isinstance(kind, type) and issubclass(kind, enum.Enum):
+            # An unquoted `no` is false in YAML.
+            choices, converted = [member.value for member in kind], "no" if value is False else value
         if converted is None:
             continue
         if choices and converted not in choices:
@@ -47,9 +48,6 @@ def coerce(key: str, value: Any, hint: Any, choices: typing.Sequence | None = No
 def convert(value: Any, kind: Any) -> Any:
     """`value` as `kind`, or None where it is not one. YAML reads 2e-4 as text, the command line everything."""
     try:
-        if isinstance(kind, type) and issubclass(kind, enum.Enum):
-            # An unquoted `no` is false in YAML.
-            return kind("no" if value is False else value).value
         if kind is bool:
             return value if isinstance(value, bool) else BOOLEANS.get(str(value).lower())
         if kind in (dict, list):

@@ -72,6 +72,4 @@ def check_buildable(arguments: TrainingArguments) -> None:
     try:
         get_scheduler(schedule, optimizer, 1, 10, scheduler_specific_kwargs=extra)
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"lr_scheduler_type: {schedule.value!r} does not go with lr_scheduler_kwargs {extra!r} ({error})"
-        ) from None
+        raise ValueError(f"lr_scheduler_type: {schedule.value!r} with lr_scheduler_kwargs {extra!r}: {error}") from None

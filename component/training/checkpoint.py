@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import safe_globals
 from longqlora.distributed import is_main_process, world_size
 from longqlora.files import file_sha256
 from longqlora.run_record import read_run_record
-from longqlora.settings.config import DataConfig, Settings
+from longqlora.settings.config import DataConfig, Notice, Settings, warning
 from longqlora.settings.deepspeed import zero_stage
 
 FINAL = "final"
@@ -43,12 +43,9 @@ FLAG, FIX = "resume_from_checkpoint", "resume from another checkpoint, or start 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [
-        (int(match[1]), path)
-        for path in (Path(output_dir).iterdir() if Path(output_dir).is_dir() else [])
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / TRAINER_STATE).is_file()
-    ]
-    return [path for _, path in sorted(found)]
+    found = [file.parent for file in Path(output_dir).glob(f"checkpoint-*/{TRAINER_STATE}")]
+    folders = [folder for folder in found if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
 
 
 def data_hashes(data: DataConfig) -> dict[str, str]:
@@ -56,48 +53,44 @@ def data_hashes(data: DataConfig) -> dict[str, str]:
     return {key: file_sha256(path) for key, path in data.files.items()} if is_main_process() else {}
 
 
-def choose_start(settings: Settings) -> tuple[Path | None, str]:
-    """The checkpoint that the settings name, or None, and a line that says so; its content is not read.
+def choose_start(settings: Settings) -> Path | None:
+    """The checkpoint that the settings name, or None to start from the beginning; its content is not read.
 
     Raises ValueError where output_dir holds results of another run and nothing says what to do with them.
     """
-    output_dir = Path(settings.training["output_dir"])
-    requested = settings.training.get("resume_from_checkpoint") or "false"
-    existing, word, start = list_checkpoints(output_dir), requested.lower(), None
-    if word == "true" and existing:
-        return existing[-1], f"resuming from {existing[-1]}"
-    if word not in ("true", "false"):
+    output_dir, start = Path(settings.training["output_dir"]), None
+    requested, existing = settings.training.get(FLAG) or "false", list_checkpoints(output_dir)
+    if requested.lower() == "true":
+        start = existing[-1] if existing else None
+    elif requested.lower() != "false":
         start = Path(requested)
         if not (start / TRAINER_STATE).is_file():
-            raise ValueError(f"{FLAG}: {requested!r} has no {TRAINER_STATE}; it is no complete checkpoint")
+            raise ValueError(f"{FLAG}: {requested!r} has no {TRAINER_STATE}; give a complete checkpoint, or true")
     continues = start is not None and start.resolve() in [path.resolve() for path in existing]
     results = [path.name for path in existing[-1:]] + [FINAL] * (output_dir / FINAL).exists()
     if results and not continues and not settings.output.overwrite_output_dir:
-        resume = "--resume_from_checkpoint true to go on, " if existing else ""
-        raise ValueError(
-            f"output_dir: {str(output_dir)!r} holds {' and '.join(results)} of an earlier run; add "
-            f"{resume}--overwrite_output_dir true to replace it, or choose another folder"
-        )
-    if start:
-        return start, f"resuming from {start}"
-    missing = f"no complete checkpoint in {output_dir} yet: " if word == "true" else ""
-    return None, f"{missing}starting from the beginning"
+        held = f"{str(output_dir)!r} holds {' and '.join(results)} of an earlier run"
+        fix = f"add {f'--{FLAG} true to go on, ' if existing else ''}--overwrite_output_dir true to replace it"
+        raise ValueError(f"output_dir: {held}; {fix}, or choose another folder")
+    return start
 
 
-def resume_point(settings: Settings) -> tuple[Path | None, str, list[str]]:
-    """The checkpoint a run starts from, or None; a line that says so; warnings for what changed since it was written.
+def resume_point(settings: Settings) -> tuple[Path | None, list[Notice]]:
+    """The checkpoint that a run starts from, or None, and notices: that it does, and what changed since then.
 
     Raises ValueError for a checkpoint that cannot be resumed, or where output_dir holds another run.
     """
-    checkpoint, decision = choose_start(settings)
+    checkpoint = choose_start(settings)
     if checkpoint is None:
-        return None, decision, []
+        output_dir = settings.training["output_dir"]
+        return None, [Notice(f"no checkpoint in {output_dir!r} to resume from: starting from the beginning")]
     facts = {"world_size": world_size(), "data_sha256": data_hashes(settings.data)}
-    return checkpoint, decision, check_resumable(checkpoint, settings.as_dict(), **facts)
+    changes = check_resumable(checkpoint, settings.as_dict(), **facts)
+    return checkpoint, [Notice(f"resuming from {checkpoint}"), *map(warning, changes)]
 
 
 def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, data_sha256: dict[str, str]) -> list[str]:
-    """Compare a checkpoint's run with the present one; returns a warning for each change that changes the losses.
+    """Compare a checkpoint's run with the present one; returns a line for each change that changes the losses.
 
     arguments: settings by section; data_sha256: SHA-256 of the data files by key. Other data is a change as any other.
     Raises ValueError where resuming is impossible: a file missing, damaged or unsafe to load, or ZeRO's optimizer
@@ -106,19 +99,14 @@ def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, data_
     new, record = dict(ChainMap(*arguments.values())), read_run_record(checkpoint)
     before = (record or {}).get("world_size", world_size)
     if new.get("deepspeed") and before != world_size:
-        raise ValueError(
-            f"{FLAG}: {checkpoint} was written by {before} processes and ZeRO cannot resume on {world_size}; start "
-            f"{before} processes"
-        )
+        raise ValueError(f"{FLAG}: {checkpoint} is of {before} processes, which ZeRO needs again, not {world_size}")
     check_contents(checkpoint, new, num_processes=before)
     if record is None:
         return [f"{checkpoint} has no run record: its settings cannot be compared with the present ones"]
     old, old_hashes = dict(ChainMap(*record["arguments"].values())), record.get("data_sha256", {})
-    # The content of a file counts, not its path.
     for key in data_sha256.keys() & old_hashes.keys():
-        old.pop(key, None)
-        name = f"content of {key} {new.pop(key)}"
-        old[name], new[name] = (f"SHA-256 {hashes[key][:12]}" for hashes in (old_hashes, data_sha256))
+        # The content of a file counts, not its path.
+        old[key], new[key] = (f"{new[key]} of SHA-256 {x[key][:12]}" for x in (old_hashes, data_sha256))
     old["number of processes"], new["number of processes"] = before, world_size
     return [
         f"{key} was {old.get(key)!r} and is now {new.get(key)!r}: the losses will differ"
@@ -191,10 +179,8 @@ def check_file(file: Path) -> None:
         reason = str(error).split(".")[0] or type(error).__name__
         raise ValueError(f"{FLAG}: {file} is damaged or cannot be read ({reason}); {FIX}") from None
     if unsafe:
-        raise ValueError(
-            f"{FLAG}: {file} would run {', '.join(sorted(unsafe))} when it is loaded, which no checkpoint of this "
-            f"trainer holds; delete it if you do not know who made it, and {FIX}"
-        )
+        names = ", ".join(sorted(unsafe))
+        raise ValueError(f"{FLAG}: {file} would run {names}; delete it if you do not know who made it, and {FIX}")
 
 
 def load_without_code(*, uses_deepspeed: bool) -> None:

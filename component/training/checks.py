@@ -4,6 +4,7 @@ Everything here reads, and runs before weights are loaded and before anything is
 check_settings, check_model, check_data, check_num_rows.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -20,23 +21,17 @@ from longqlora.attention.binding import check_model_supports, check_model_suppor
 from longqlora.data.jsonl import check_data_file
 from longqlora.data.prompt import eos_id, prompt_template_for
 from longqlora.distributed import is_main_process, world_size
-from longqlora.memory.shapes import ModelShape
+from longqlora.memory.estimate import ModelShape
 from longqlora.model.adapter import frozen_experts_notice, target_module_names
-from longqlora.model.base import check_vocabulary, empty_model, routers
+from longqlora.model.base import check_vocabulary, routers
 from longqlora.model.context import context_length
-from longqlora.model.weight_files import check_base, has_weights
+from longqlora.model.weight_files import check_base, weight_file
 from longqlora.settings.config import Notice, Settings, warning
 from longqlora.training.checkpoint import FINAL, list_checkpoints
 
 
 def check_settings(settings: Settings) -> list[Notice]:
     """Refuse values that no run can have, and paths that it must not; returns notices of settings without effect."""
-    length, context = settings.data.max_seq_length, settings.context.model_max_length
-    if context is not None and length > context:
-        raise ValueError(
-            f"max_seq_length: {length} is beyond model_max_length {context}; the model would be trained on positions "
-            "that its RoPE does not cover; lower one or raise the other"
-        )
     if settings.attention.use_flash_attn:
         flash_kernel()
     training = settings.training
@@ -61,8 +56,7 @@ def evaluates(training: dict) -> bool:
 
 def check_paths(settings: Settings) -> None:
     """Refuse folders that a file is in the way of, and inputs that the run would replace."""
-    output_dir, resume = settings.training["output_dir"], settings.training.get("resume_from_checkpoint")
-    cache = settings.data.data_cache_dir
+    output_dir, cache = settings.training["output_dir"], settings.data.data_cache_dir
     folders = {"output_dir": output_dir, "logging_dir": settings.output.logging_dir, "data_cache_dir": cache}
     for key, value in folders.items():
         path = Path(value or ".")
@@ -72,13 +66,8 @@ def check_paths(settings: Settings) -> None:
     for key, value in {"model_name_or_path": settings.model.model_name_or_path, **settings.data.files}.items():
         for place in (Path(output_dir, FINAL), *list_checkpoints(output_dir)):
             if value and Path(os.path.realpath(value)).is_relative_to(os.path.realpath(place)):
-                raise ValueError(
-                    f"{key}: {value!r} lies in {str(place)!r}, which this run replaces; choose another output_dir"
-                )
-    if resume and resume.lower() not in ("true", "false") and not Path(resume).is_dir():
-        raise ValueError(
-            f"resume_from_checkpoint: no folder at {resume!r}; give a checkpoint folder, or true for the last"
-        )
+                text = f"{value!r} lies in {str(place)!r}, which this run replaces; choose another output_dir"
+                raise ValueError(f"{key}: {text}")
 
 
 def settings_without_effect(settings: Settings) -> list[Notice]:
@@ -129,20 +118,17 @@ def check_model(
     Base weights are checked by the headers of their files. needs_weights: whether a folder without any is an error.
     """
     name, trust = settings.model.model_name_or_path, settings.model.trust_remote_code
-    length, context = settings.data.max_seq_length, context_length(config)
-    if length > context:
-        raise ValueError(
-            f"max_seq_length: {length} is beyond the model's context of {context}; set model_max_length: {length}"
-        )
+    length, wanted = settings.data.max_seq_length, settings.context.model_max_length
+    if length > (context := min(context_length(config), wanted or math.inf)):
+        raise ValueError(f"max_seq_length: {length} is beyond the context of {context}; set model_max_length: {length}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         raise ValueError(f"model_name_or_path: {name!r} is a {config.model_type}, no causal language model")
     if getattr(config, "quantization_config", None):
         raise ValueError(f"model_name_or_path: {name!r} is already quantised; give the model it was made from")
-    model = empty_model(config, name=name, trust_remote_code=trust)
+    model = check_base(name, config, trust_remote_code=trust, needs_weights=needs_weights)
     check_attention(settings, model)
     notices = check_adapter(settings, model)
-    model = check_base(name, config, model, trust_remote_code=trust, needs_weights=needs_weights)
-    if Path(name).is_dir() and not has_weights(Path(name)):
+    if Path(name).is_dir() and not weight_file(Path(name)):
         notices.append(Notice(f"model_name_or_path: {name!r} has no weights: a run would end here"))
     return model, notices
 
@@ -152,10 +138,8 @@ def check_attention(settings: Settings, model: PreTrainedModel) -> None:
     name, size = settings.model.model_name_or_path, settings.parallel.sequence_parallel_size
     attention = settings.attention.attention
     if not model._supports_sdpa:
-        raise ValueError(
-            f"model_name_or_path: {name!r} is a {model.config.model_type}, whose attention torch's SDPA cannot "
-            "compute; give a model of another type"
-        )
+        text = f"{name!r} is a {model.config.model_type}, whose attention torch's SDPA cannot compute"
+        raise ValueError(f"model_name_or_path: {text}; give a model of another type")
     check_sequence_parallel(size, model.config, attention=attention, num_processes=world_size())
     if attention == "dca":
         check_model_supports(model, "dual chunk attention")
@@ -169,24 +153,19 @@ def check_sequence_parallel(size: int, config: PretrainedConfig, *, attention: s
     """Raise ValueError where `size` processes cannot share the rows of a model of `config`."""
     if size == 1:
         return
+    shape, fault = ModelShape.of(config), None
     if attention == "dca":
-        raise ValueError("sequence_parallel_size: dual chunk attention needs whole rows; use attention: s2 or full")
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
-        raise ValueError(
-            "sequence_parallel_size: dynamic RoPE follows the length of whole rows, which no process sees; use another "
-            "rope_type"
-        )
-    if num_processes % size:
-        raise ValueError(
-            f"sequence_parallel_size: {size} does not divide the {num_processes} process(es) of this run; start it "
-            f"with deepspeed --num_gpus {size} or torchrun --nproc_per_node {size}"
-        )
-    shape = ModelShape.of(config)
-    if shape.num_heads % size or (shape.num_kv_heads % size and size % shape.num_kv_heads):
-        raise ValueError(
-            f"sequence_parallel_size: {size} does not divide the model's {shape.num_heads} heads "
-            f"({shape.num_kv_heads} key/value heads); choose a divisor of both"
-        )
+        fault = "dual chunk attention needs whole rows; use attention: s2 or full"
+    elif (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+        fault = "dynamic RoPE follows the length of whole rows, which no process sees; use another rope_type"
+    elif num_processes % size:
+        start = f"deepspeed --num_gpus {size} or torchrun --nproc_per_node {size}"
+        fault = f"{size} does not divide the {num_processes} process(es) of this run; start it with {start}"
+    elif shape.num_heads % size or (shape.num_kv_heads % size and size % shape.num_kv_heads):
+        heads = f"{shape.num_heads} heads ({shape.num_kv_heads} key/value heads)"
+        fault = f"{size} does not divide the model's {heads}; choose a divisor of both"
+    if fault:
+        raise ValueError(f"sequence_parallel_size: {fault}")
 
 
 def check_adapter(settings: Settings, model: PreTrainedModel) -> list[Notice]:
@@ -196,9 +175,9 @@ def check_adapter(settings: Settings, model: PreTrainedModel) -> list[Notice]:
         return []
     more_than_linear = next(iter(routers(model).values()), None)
     if kind == "qlora" and more_than_linear is not None:
+        layers = f"linear layers with more to them ({type(more_than_linear).__name__})"
         raise ValueError(
-            f"finetuning_type: {model.config.model_type} has linear layers with more to them "
-            f"({type(more_than_linear).__name__}), which a 4-bit base would replace; use lora"
+            f"finetuning_type: {model.config.model_type} has {layers}, which a 4-bit base would replace; use lora"
         )
     if not target_module_names(model, targets):
         raise ValueError(f"target_modules: {targets!r} names no layer; leave it out for all")
@@ -223,12 +202,10 @@ def check_num_rows(
     if not arguments.dataloader_drop_last:
         return
     num_processes = arguments.world_size
-    for key, rows, together, loss in (
-        ("train", num_rows, arguments.train_batch_size * num_processes // processes_per_row, "not one step trained"),
-        ("eval", num_eval_rows, arguments.eval_batch_size * num_processes, "nothing evaluated"),
+    for key, rows, together in (
+        ("train", num_rows, arguments.train_batch_size * num_processes // processes_per_row),
+        ("eval", num_eval_rows, arguments.eval_batch_size * num_processes),
     ):
         if rows is not None and rows < together:
-            raise ValueError(
-                f"dataloader_drop_last: {key}_file makes {rows} rows, a batch of all processes takes {together}, so "
-                f"{loss}; leave it out, or lower per_device_{key}_batch_size"
-            )
+            text = f"{key}_file makes {rows} rows, a batch of all processes takes {together}"
+            raise ValueError(f"dataloader_drop_last: {text}; leave it out, or lower per_device_{key}_batch_size")

@@ -27,7 +27,7 @@ def dry_run(
     notices: list[Notice],
 ) -> None:
     """Train a small copy of `model`, which is on the meta device, for a step, and print what a run would do."""
-    _, start, changes = resume_point(settings)
+    _, on_start = resume_point(settings)
     with warnings.catch_warnings():
         # PEFT and we ask transformers for things by their former names.
         warnings.simplefilter("ignore", FutureWarning)
@@ -39,8 +39,9 @@ def dry_run(
                 module.weight.quant_state = SimpleNamespace(shape=module.weight.shape)
         with torch.device("meta"):
             model = attach_adapter(model, settings.adapter)
-    lines = [*(notice.text for notice in notices), attention, trainable_table(model), start, *changes]
-    print_main("\n".join([*lines, "dry run: all settings are valid"]))
+    texts, texts_on_start = ([notice.text for notice in some] for some in (notices, on_start))
+    lines = [*texts, attention, trainable_table(model), *texts_on_start, "dry run: all settings are valid"]
+    print_main("\n".join(lines))
 
 
 def rehearse(model: PreTrainedModel, settings: Settings, policy: ActivationPolicy) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
+from longqlora.device import GIB
 from longqlora.distributed import barrier, is_main_process, set_single_process_environment, world_size
 from longqlora.files import write_json
 from longqlora.plot import plot_loss_curve
@@ -30,7 +31,6 @@ logger = logging.getLogger("longqlora")
 class Run:
     """A run that has begun. `lock` keeps other runs out of its folder for as long as it is open."""
 
-    arguments: TrainingArguments
     checkpoint: str | None
     record: dict
     folder: RunFolder
@@ -53,16 +53,13 @@ class Run:
             trained_by = read_run_record(self.checkpoint)
             # They differ where a run overwrote another and was killed between its last checkpoint and its end.
             if final.is_dir() and read_run_record(final) == trained_by:
-                self.log(
-                    f"nothing left to train: {self.checkpoint} is at step {state.global_step} of {state.max_steps}; "
-                    f"{final} stays as it is"
-                )
-                return
+                steps = f"step {state.global_step} of {state.max_steps}"
+                return self.log(f"nothing left to train: {self.checkpoint} is at {steps}; {final} stays as it is")
             trainer.run_record = trained_by or trainer.run_record
         self.log(f"saved {trainer.save_final()}")
         losses = {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}
         runtime = next((entry["train_runtime"] for entry in state.log_history[::-1] if "train_runtime" in entry), None)
-        peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+        peak = torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else None
         result = {
             "global_step": state.global_step,
             "last_loss": list(losses.values())[-1] if losses else None,
@@ -84,18 +81,17 @@ def start_run(settings: Settings, arguments: RunArguments, notices: list[Notice]
     started = time.time()
     output_dir, uses_deepspeed = settings.training["output_dir"], settings.training.get("deepspeed") is not None
     check_unlocked(output_dir)
-    checkpoint, decision, changes = resume_point(settings)
+    checkpoint, on_start = resume_point(settings)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output_dir) / "tensorboard"))
     # Processes that share rows use its exchange of heads and tokens, without its engine too.
     if uses_deepspeed or settings.parallel.sequence_parallel_size > 1:
         prepare_deepspeed()
     load_without_code(uses_deepspeed=uses_deepspeed)
     arguments.join()
-    lock, lock_notices = lock_output_dir(output_dir)
-    if choose_start(settings) != (checkpoint, decision):
+    lock, on_lock = lock_output_dir(output_dir)
+    if choose_start(settings) != checkpoint:
         raise ValueError(f"output_dir: another run just wrote to {output_dir!r}; start again to go on from there")
     folder = RunFolder(output_dir, checkpoint)
-    notices += map(Notice, [*lock_notices, *folder.describe()])
     set_seed(arguments.seed)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {os.cpu_count()}"
     facts |= {"world_size": world_size(), "device": device, "data_sha256": data_hashes(settings.data)}
@@ -106,13 +102,10 @@ def start_run(settings: Settings, arguments: RunArguments, notices: list[Notice]
         write_json(folder.place(RECORD_NAME), record)
     open_log(folder.place(LOG_NAME))
     end_on_sigterm(lambda: folder.clear_unfinished() or folder.last_checkpoint())
-    run = Run(arguments, str(checkpoint) if checkpoint else None, record, folder, lock, started)
+    run = Run(str(checkpoint) if checkpoint else None, record, folder, lock, started)
     run.log("versions: " + json.dumps(record["versions"]))
-    for notice in notices:
+    for notice in [*notices, *on_lock, *folder.describe(), *on_start]:
         logger.log(notice.level, notice.text)
-    run.log(decision)
-    for change in changes:
-        logger.warning(change)
     return run
 
 

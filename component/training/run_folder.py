@@ -15,18 +15,19 @@ from longqlora.cli import one_line
 from longqlora.distributed import gather_objects, is_main_process
 from longqlora.files import partial_name, remove, replace_folder
 from longqlora.run_record import RECORD_NAME
+from longqlora.settings.config import Notice
 from longqlora.training.checkpoint import FINAL, list_checkpoints
 
 LOG_NAME, LOCK_NAME = "train.log", ".lock"
-STAGING, OVERWRITTEN = ".saving", ".overwritten"
+STAGING = ".saving"
 
 
 class RunFolder:
     """The output_dir of one run.
 
     A checkpoint is written into `staging` and renamed when every rank has finished. `earlier` are the checkpoints that
-    this run does not continue: a run that overwrites deletes them when it has a result of its own, a run that resumes
-    renames those later than its start to `checkpoint-N.abandoned`, so that none is resumed from or counted.
+    this run does not continue. When it has a result of its own they become `checkpoint-N.abandoned`, so that none is
+    resumed from or counted; a run that overwrites then deletes them.
     """
 
     def __init__(self, path: str | Path, resumed_from: Path | None) -> None:
@@ -35,20 +36,16 @@ class RunFolder:
         present = list_checkpoints(path)
         later = [i + 1 for i, own in enumerate(present) if resumed_from and own.samefile(resumed_from)]
         self.earlier = present[later[0] :] if later else present
+        self.abandoned: list[Path] = []
         self.is_overwritten = not later and bool(present or (self.path / FINAL).exists())
 
-    def describe(self) -> list[str]:
-        """What will become of an earlier run, for the log."""
+    def describe(self) -> list[Notice]:
+        """What will become of an earlier run."""
         if self.is_overwritten:
-            return [
-                f"the earlier run in {self.path} stays until this one has a result; until then the log is "
-                f"{self.place(LOG_NAME)}"
-            ]
-        return [
-            f"{path.name} is later than the start of this run; its first checkpoint renames it to "
-            f"{abandoned_name(path).name}"
-            for path in self.earlier
-        ]
+            text = f"the earlier run in {self.path} stays until this one has a result; until then the log is "
+            return [Notice(text + str(self.place(LOG_NAME)))]
+        text = "is later than the start of this run; its first checkpoint renames it to"
+        return [Notice(f"{path.name} {text} {abandoned_name(path).name}") for path in self.earlier]
 
     def place(self, name: str) -> Path:
         """Path of a file about the run: beside that of an earlier run until this one has a result."""
@@ -80,17 +77,14 @@ class RunFolder:
 
     def set_earlier_aside(self) -> None:
         """Rename the earlier checkpoints, so that none is ever beside one of this run."""
-        for path in self.earlier:
-            target = self.path / OVERWRITTEN / path.name if self.is_overwritten else abandoned_name(path)
-            target.parent.mkdir(exist_ok=True)
-            remove(target)
-            path.rename(target)
+        self.abandoned = [path.rename(abandoned_name(path)) for path in self.earlier]
         self.earlier = []
 
     def replace_earlier(self) -> None:
         """Now that this run has a result, delete what it overwrites and rename its log and record."""
-        remove(self.path / OVERWRITTEN)
         if self.is_overwritten:
+            for path in self.abandoned:
+                remove(path)
             for name in (LOG_NAME, RECORD_NAME):
                 self.place(name).replace(self.path / name)
             self.is_overwritten = False
@@ -110,7 +104,7 @@ def check_unlocked(output_dir: str | Path) -> None:
             acquire(file, fcntl.LOCK_SH)
 
 
-def lock_output_dir(output_dir: str | Path) -> tuple[IO | None, list[str]]:
+def lock_output_dir(output_dir: str | Path) -> tuple[IO | None, list[Notice]]:
     """Lock `output_dir` for as long as the returned file is open; also returns notices.
 
     To be called on every rank. Raises ValueError on all of them where rank 0 cannot get the lock.
@@ -127,25 +121,23 @@ def lock_output_dir(output_dir: str | Path) -> tuple[IO | None, list[str]]:
         except ValueError as error:
             refusal = one_line(error)
         except OSError as error:
-            reason = error.strerror or error
-            refusal = f"output_dir: cannot write in {str(output_dir)!r} ({reason}); give another folder"
+            refusal = f"output_dir: cannot write in {str(output_dir)!r} ({error.strerror}); give another folder"
     refusal = gather_objects(refusal)[0]
     if refusal:
         raise ValueError(refusal)
     return file, notices
 
 
-def acquire(file: IO, kind: int) -> list[str]:
+def acquire(file: IO, kind: int) -> list[Notice]:
     """Lock `file`, or raise ValueError with process and host of the run that holds it; returns notices."""
     folder = str(Path(file.name).parent)
     try:
         fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise ValueError(
-            f"output_dir: another run writes to {folder!r} ({file.read() or 'just started'}); wait for its end, or "
-            "choose another folder"
-        ) from None
+        text = f"another run writes to {folder!r} ({file.read() or 'just started'})"
+        raise ValueError(f"output_dir: {text}; wait for its end, or choose another folder") from None
     except OSError as error:
-        return [f"output_dir: the file system of {folder!r} has no locks ({error}); start no second run there"]
+        text = f"output_dir: the file system of {folder!r} has no locks ({error}); start no second run there"
+        return [Notice(text)]
     return []

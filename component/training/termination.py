@@ -4,6 +4,7 @@
 A SIGTERM ends the first only, and kill -9 of torchrun or of either ends nothing below; the trainer would go on unseen.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -17,10 +18,9 @@ import psutil
 
 from longqlora.distributed import is_main_process
 
-LAUNCHER_COMMANDS = {"deepspeed", "ds", "torchrun", "accelerate"}
-LAUNCHER_MODULES = {
-    "deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch",
-    "accelerate.commands.launch",
+LAUNCHERS = {
+    "deepspeed", "ds", "torchrun", "accelerate", "deepspeed.launcher.launch", "deepspeed.launcher.runner",
+    "torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch",
 }  # fmt: skip
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1, 20
 EXIT_CODE = 128 + signal.SIGTERM
@@ -28,34 +28,31 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 def end_with_launcher() -> None:
     """End this process when a launcher above it ends. Without one (`python train.py`, nohup) do nothing."""
-    process, links = psutil.Process(), []
-    while (parent := process.parent()) is not None and is_launcher(parent):
-        links.append((process, parent.pid))
-        process = parent
+    launchers = list(itertools.takewhile(is_launcher, psutil.Process().parents()))
 
     def watch() -> None:
-        # A process that has ended has no parent to ask for.
+        # One that ended and that nobody waited for is a zombie.
         with suppress(psutil.Error):
-            while all(process.ppid() == parent for process, parent in links):
+            while all(x.is_running() and x.status() != psutil.STATUS_ZOMBIE for x in launchers):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         os.kill(os.getpid(), signal.SIGTERM)
         # A signal waits for the call that the main thread is in, which may be a collective without partners.
         time.sleep(SECONDS_TO_END)
         os._exit(EXIT_CODE)
 
-    if links:
+    if launchers:
         threading.Thread(target=watch, daemon=True).start()
 
 
 def is_launcher(process: psutil.Process) -> bool:
     try:
-        words = process.cmdline()[:4]
+        words = process.cmdline()
     except psutil.Error:
         return False
+    if words and Path(words[0]).name.startswith("python"):
+        words = [word for word in words[1:] if not word.startswith("-")]
     # A shell is none, with the same text in one argument or running a script of that name, which may end before us.
-    names = [Path(word).name for word in words]
-    is_python = bool(names) and names[0].startswith("python")
-    return bool(LAUNCHER_COMMANDS & set(names[: 1 + is_python]) or (is_python and LAUNCHER_MODULES & set(words)))
+    return bool(words) and Path(words[0]).name in LAUNCHERS
 
 
 def end_on_sigterm(before_the_end: Callable[[], str]) -> None:

@@ -1,7 +1,8 @@
 """transformers' Trainer with atomic checkpoints, a stop where training diverges, and rows shared by processes.
 
 Only public methods of transformers are overridden. It writes a checkpoint into its own output_dir, here the staging
-folder; `on_save`, which it calls on every rank afterwards, renames the finished checkpoint into the run's folder.
+folder; `on_save`, which it calls on every rank afterwards, renames the finished checkpoint into the run's folder. The
+trainer is its own callback.
 """
 
 import logging
@@ -9,29 +10,27 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import prepare_data_loader
+from accelerate.data_loader import BatchSamplerShard
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from longqlora.cli import one_line
 from longqlora.data.collator import PartCollator
 from longqlora.distributed import barrier, gather_objects, is_main_process, world_size
-from longqlora.files import atomic_folder, remove
+from longqlora.files import atomic_folder, remove, write_json
 from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.saved_folder import save_config, save_tokenizer
-from longqlora.run_record import save_run_record
+from longqlora.run_record import RECORD_NAME
 from longqlora.training.checkpoint import FINAL, TRAINER_STATE
 from longqlora.training.run_folder import RunFolder
 
@@ -41,7 +40,7 @@ logger = logging.getLogger("longqlora")
 MAX_SKIPPED_STEPS = 40
 
 
-class LongContextTrainer(Trainer):
+class LongContextTrainer(Trainer, TrainerCallback):
     """Trains with next-token loss, and raises ValueError where that diverges.
 
     Checkpoints hold everything trained, the extended config and the tokenizer, and appear only when complete.
@@ -61,35 +60,23 @@ class LongContextTrainer(Trainer):
         self.data_seconds = 0.0
         # From the start of the process to its first training step; None before that.
         self.start_up_seconds: float | None = None
-        self.add_callback(CheckpointCallback(self))
-
-    def train(self, *args, **kwargs):
-        with self.failed_writes_explained():
-            return super().train(*args, **kwargs)
+        self.add_callback(self)
 
     def get_train_dataloader(self) -> DataLoader:
-        size, args = self.sequence_parallel_size, self.args
+        size, whole_rows = self.sequence_parallel_size, self.data_collator
         if size == 1:
             return super().get_train_dataloader()
         # In training the processes of a group take the same rows, and a part of each; in evaluation rows of their own.
-        by_length = partial(LengthGroupedSampler, args.train_batch_size * args.gradient_accumulation_steps)
-        samplers = {"random": RandomSampler, "sequential": SequentialSampler, "group_by_length": by_length}
-        strategy = args.train_sampling_strategy
-        if strategy not in samplers:
-            raise ValueError(
-                f"train_sampling_strategy: {strategy!r} does not go with sequence_parallel_size; choose from "
-                f"{', '.join(samplers)}"
-            )
-        options = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "drop_last")
-        loader = DataLoader(
-            self.train_dataset,
-            args.train_batch_size,
-            sampler=samplers[strategy](self.train_dataset),
-            collate_fn=PartCollator(self.data_collator, size),
-            **{name: getattr(args, f"dataloader_{name}") for name in options},
-        )
-        places = {"num_processes": args.world_size // size, "process_index": args.process_index // size}
-        return prepare_data_loader(loader, **places, use_seedable_sampler=True, data_seed=args.data_seed)
+        self.data_collator = PartCollator(whole_rows, size)
+        loader = super().get_train_dataloader()
+        self.data_collator = whole_rows
+        shard, strategy = loader.batch_sampler, self.args.train_sampling_strategy
+        if strategy == "batch_rebalance" or not isinstance(shard, BatchSamplerShard):
+            raise ValueError(f"train_sampling_strategy: {strategy!r} excludes sequence_parallel_size; leave it out")
+        shard.num_processes, shard.process_index = shard.num_processes // size, shard.process_index // size
+        # A group on its own ends an epoch with the rows that are left, as a single process does.
+        shard.even_batches = shard.even_batches and shard.num_processes > 1
+        return loader
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return super().get_total_train_batch_size(args) // self.sequence_parallel_size
@@ -177,30 +164,30 @@ class LongContextTrainer(Trainer):
             model.save_pretrained(folder, state_dict=state_dict)
             save_config(model.config, folder)
         save_tokenizer(self.processing_class, folder)
-        save_run_record(folder, self.run_record)
+        write_json(Path(folder) / RECORD_NAME, self.run_record)
 
-    def publish_checkpoint(self) -> None:
+    def on_save(self, args, state, control, **kwargs) -> None:
         """Rename the checkpoint that every rank has finished, on rank 0; the others wait."""
         barrier()
-        best, folder = self.state.best_global_step, self.folder
+        best, folder = state.best_global_step, self.folder
         path = folder.path / f"{PREFIX_CHECKPOINT_DIR}-{best}"
         # transformers looks for the best in the staging folder; one of another folder stays where it is.
-        if best == self.state.global_step or (path.is_dir() and path not in folder.earlier):
-            self.state.best_model_checkpoint = str(path)
+        if best == state.global_step or (path.is_dir() and path not in folder.earlier):
+            state.best_model_checkpoint = str(path)
         if is_main_process():
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.state.save_to_json(str(folder.staging / name / TRAINER_STATE))
-            folder.publish(name, limit=self.args.save_total_limit, best=self.state.best_model_checkpoint)
+            name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            state.save_to_json(str(folder.staging / name / TRAINER_STATE))
+            folder.publish(name, limit=self.args.save_total_limit, best=state.best_model_checkpoint)
         barrier()
         folder.earlier, self.unwritten = [], None
 
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        if self.start_up_seconds is None:
+            # Resumed with no step left to train: what the end of this epoch asks for was done before.
+            control.should_evaluate = control.should_save = False
+
     def save_final(self) -> Path:
-        """Write what was trained to output_dir/final. Raises ValueError where nothing was, or where it has diverged."""
-        if self.state.global_step == 0:
-            raise ValueError(
-                f"training ended without a single step, so nothing is saved as {FINAL}; give more rows in train_file, "
-                "or lower per_device_train_batch_size"
-            )
+        """Write what was trained to output_dir/final. Raises ValueError where it has diverged."""
         target, self.unwritten = self.folder.path / FINAL, FINAL
         with self.failed_writes_explained():
             if is_main_process():
@@ -229,21 +216,6 @@ class LongContextTrainer(Trainer):
             )
             failure.from_one_rank = True
             raise failure from error
-
-
-class CheckpointCallback(TrainerCallback):
-    """Publishes each checkpoint that transformers has written."""
-
-    def __init__(self, trainer: LongContextTrainer) -> None:
-        self.trainer = trainer
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        self.trainer.publish_checkpoint()
-
-    def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        if self.trainer.start_up_seconds is None:
-            # Resumed with no step left to train: what the end of this epoch asks for was done before.
-            control.should_evaluate = control.should_save = False
 
 
 class DivergenceWatch:

@@ -42,7 +42,7 @@ def main() -> None:
     with atomic_file(args.output_file) as file:
         for name, path in tqdm(documents, desc="extract", unit="file"):
             try:
-                text = read_document(path, flag=name).text
+                text = read_document(path, flag=name)
             except (ValueError, OSError) as error:
                 num_failed += 1
                 tqdm.write(f"error: {one_line(error)}", file=sys.stderr)

@@ -12,7 +12,6 @@ stands in both splits is kept in validation only. Output: train.jsonl and valida
 import argparse
 import hashlib
 import json
-import os
 import re
 import sysconfig
 from importlib import metadata
@@ -48,11 +47,8 @@ def read_source(file: Path) -> str | None:
 def stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "encodings", "__pycache__", "lib-dynload"}
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - skip)
-        found += [(Path(folder, n).relative_to(root).as_posix(), Path(folder, n)) for n in names if n.endswith(".py")]
-    return sorted(found)
+    files = [path.relative_to(root) for path in root.rglob("*.py")]
+    return sorted((file.as_posix(), root / file) for file in files if skip.isdisjoint(file.parts))
 
 
 def licence_of(dist: metadata.Distribution) -> str:
@@ -82,26 +78,26 @@ def main() -> None:
             if PERMISSIVE.search(licence) and not RESTRICTED.search(licence):
                 origins.append((dist.metadata["Name"], dist.version, licence, package_files(dist)))
 
-    rows, sources, seen = {"train": [], "validation": []}, [], set()
+    # Rows as JSON by their text.
+    splits: dict[str, dict[str, str]] = {"validation": {}, "train": {}}
+    sources = []
     for name, version, licence, files in origins:
         texts = {path: text for path, file in files if (text := read_source(file)) is not None}
         for path, text in texts.items():
-            rows["validation" if is_validation(path) else "train"].append({"text": text, "path": path})
+            row = json.dumps({"text": text, "path": path}, ensure_ascii=False)
+            splits["validation" if is_validation(path) else "train"].setdefault(text, row)
         if texts:
             size = {"files": len(texts), "bytes": sum(len(text.encode()) for text in texts.values())}
             sources.append({"name": name, "version": version, "licence": licence, **size})
     # First, since the folder is known by it.
     write_json(args.output_dir / SOURCES, sources)
-    for split in ("validation", "train"):
-        kept = {}
-        for row in rows[split]:
-            if row["text"] not in seen:
-                kept.setdefault(row["text"], json.dumps(row, ensure_ascii=False))
-        seen |= kept.keys()
-        with atomic_file(args.output_dir / f"{split}.jsonl") as file:
-            file.write("\n".join(kept.values()) + "\n")
-        size = (args.output_dir / f"{split}.jsonl").stat().st_size
-        print(f"{split}: {len(kept)} files, {size / 1e6:.1f} MB")
+    for text in splits["validation"]:
+        splits["train"].pop(text, None)
+    for split, rows in splits.items():
+        path = args.output_dir / f"{split}.jsonl"
+        with atomic_file(path) as file:
+            file.write("\n".join(rows.values()) + "\n")
+        print(f"{split}: {len(rows)} files, {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,16 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from longqlora.cli import run_main
+from tabulate import tabulate
+
+from longqlora.cli import require_folder, run_main
 from longqlora.data.documents import find_files
-from longqlora.data.jsonl import check_unread, checked_text, found_keys, read_rows
-from longqlora.data.prompt import encode_text
+from longqlora.data.jsonl import check_unread, found_keys, read_rows
+from longqlora.data.prompt import checked_text, encode_text
 from longqlora.data.token_file import sidecar_path, write_token_file
+from longqlora.files import decode_utf8
 from longqlora.outputs import check_outputs
-from longqlora.plot import plot_length_histogram, require_matplotlib
+from longqlora.plot import plot_length_histogram
 
 JSON_SUFFIX = ".jsonl"
 SUFFIXES = (".txt", ".text", ".md", JSON_SUFFIX)
@@ -59,47 +62,29 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
             if path.name.removesuffix(".gz").lower().endswith(JSON_SUFFIX):
                 yield from (text for _, text in read_rows(file, path, flag="--input", parse=text_of))
             else:
-                yield file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--input: {str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
+                yield decode_utf8(file.read(), "--input", str(path))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"--input: {str(path)!r} is not a complete gzip file ({error})") from None
 
 
-def special_id(tokenizer, name: str, *, wanted: bool) -> int | None:
-    if not wanted:
-        return None
-    token_id = getattr(tokenizer, f"{name}_token_id")
-    if token_id is None:
-        raise ValueError(f"--add_{name}: the tokenizer has no {name.upper()} token; pass --no-add_{name}")
-    return token_id
-
-
 def length_table(lengths: list[int]) -> str:
-    """Documents and tokens by length, in doublings, as text."""
-    lines = [f"{'tokens in document':>21} {'documents':>10} {'tokens':>14}"]
-    rows: dict[int, list[int]] = {}
-    for length in lengths:
-        row = rows.setdefault(length.bit_length() - 1, [0, 0])
-        row[0] += 1
-        row[1] += length
-    most = max(count for count, _ in rows.values())
-    for power in range(min(rows), max(rows) + 1):
-        count, tokens = rows.get(power, (0, 0))
-        bar = "#" * -(-BAR_WIDTH * count // most)
-        lines.append(f"{2**power:>9} - {2 ** (power + 1) - 1:>9} {count:>10} {tokens:>14,} {bar}".rstrip())
-    lines.append(f"{'all':>21} {len(lengths):>10} {sum(lengths):>14,}")
-    return "\n".join(lines)
+    """Documents and tokens by length, in doublings, each with a bar, as text."""
+    powers = range(min(lengths).bit_length() - 1, max(lengths).bit_length())
+    groups = {power: [length for length in lengths if length.bit_length() - 1 == power] for power in powers}
+    most = max(map(len, groups.values()))
+    rows = [
+        (f"{2**power} - {2 ** (power + 1) - 1}", len(own), f"{sum(own):,}", "#" * -(-BAR_WIDTH * len(own) // most))
+        for power, own in groups.items()
+    ]
+    rows.append(("all", len(lengths), f"{sum(lengths):,}", ""))
+    names = ("tokens in document", "documents", "tokens", "")
+    return tabulate(rows, names, tablefmt="plain", colalign=("right", "right", "right", "left"), disable_numparse=True)
 
 
 def main() -> None:
     args = parse_args()
     if args.min_tokens < 1:
         raise ValueError(f"--min_tokens: must be at least 1, got {args.min_tokens}")
-    if args.plot:
-        require_matplotlib(args.plot)
     suffixes = [*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES)]
     files = [path for _, path in find_files(args.input, suffixes, is_recursive=True)]
     outputs = {"--output_file": [args.output_file, sidecar_path(args.output_file)], "--plot": args.plot}
@@ -108,11 +93,14 @@ def main() -> None:
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
-    local = os.path.expanduser(args.tokenizer)
-    if args.tokenizer.startswith((".", "/", "~")) and not os.path.isdir(local):
-        raise ValueError(f"--tokenizer: no folder at {args.tokenizer!r}; give the folder of a tokenizer or model")
-    source = local if os.path.isdir(local) else args.tokenizer
+    source = os.path.expanduser(args.tokenizer)
+    if source.startswith((".", "/", "~")):
+        require_folder(source, "--tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos") if getattr(args, f"add_{name}")}
+    for name, token_id in special.items():
+        if token_id is None:
+            raise ValueError(f"--add_{name}: the tokenizer has no {name.upper()} token; pass --no-add_{name}")
     num_dropped = 0
 
     def documents() -> Iterator[list[int]]:
@@ -131,8 +119,8 @@ def main() -> None:
         documents(),
         tokenizer_name=args.tokenizer,
         vocab_size=max(len(tokenizer), tokenizer.vocab_size),
-        bos_token_id=special_id(tokenizer, "bos", wanted=args.add_bos),
-        eos_token_id=special_id(tokenizer, "eos", wanted=args.add_eos),
+        bos_token_id=special.get("bos"),
+        eos_token_id=special.get("eos"),
     )
     print(length_table(written["document_lengths"]))
     print(f"dropped: {num_dropped} documents of fewer than {args.min_tokens} tokens")

@@ -35,11 +35,11 @@ def main() -> None:
     import torch
 
     from longqlora.distributed import init_process_group
-    from longqlora.evaluation.comparison import Comparison, read_comparison
+    from longqlora.evaluation.comparison import read_comparison
     from longqlora.run_record import software_versions
 
     overrides = {key: getattr(args, key) for key in OVERRIDES if getattr(args, key) is not None}
-    task = Comparison(read_comparison(args.compare_args_file, overrides))
+    task = read_comparison(args.compare_args_file, overrides)
     check_results(args, {"--compare_args_file": args.compare_args_file, **task.inputs})
     parts = task.make_trials()
     init_process_group()

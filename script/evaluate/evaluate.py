@@ -16,9 +16,8 @@ import importlib.util
 
 from longqlora.cli import run_main
 from longqlora.data.token_file import ID_DTYPES, open_token_file
-from longqlora.evaluation.frame import check_at_least, evaluate, from_flags
-from longqlora.evaluation.perplexity import PROTOCOLS, batches
-from longqlora.evaluation.perplexity_task import Perplexity, Windows
+from longqlora.evaluation.frame import Task, evaluate, from_flags
+from longqlora.evaluation.perplexity import PROTOCOLS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "cache: beside it, memory does not grow with --seq_len (default: whole windows)")  # fmt: skip
 
 
-def make_task(args: argparse.Namespace) -> Perplexity:
-    check_at_least(args, prefill_chunk_size=1)
-    batches((), args.batch_size)
+def make_task(args: argparse.Namespace) -> Task:
     if args.flash_attn:
         check_flash_attn(args)
     data = open_token_file(args.data_path, dtype=args.data_dtype)
-    windows = Windows(data, args.sliding_window, args.protocol, args.max_windows, args.batch_size)
-    return from_flags(Perplexity, args, windows=windows, lengths=args.seq_len)
+
+    from longqlora.evaluation.perplexity_task import Perplexity, Windows
+
+    return Perplexity(from_flags(Windows, args, data=data), args.seq_len, flash_attn=args.flash_attn)
 
 
 def check_flash_attn(args: argparse.Namespace) -> None:

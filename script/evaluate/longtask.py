@@ -11,6 +11,7 @@ on where it stopped when it is started again with the same arguments.
 """
 
 import argparse
+from functools import partial
 
 from longqlora.cli import run_main
 from longqlora.evaluation.frame import evaluate, from_flags
@@ -38,12 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_template_argument(parser)
 
 
-def make_task(args: argparse.Namespace) -> LongTask:
-    return from_flags(LongTask, args)
-
-
 def main() -> None:
-    evaluate(__doc__, add_arguments, make_task, plot="scores by task and by length")
+    evaluate(__doc__, add_arguments, partial(from_flags, LongTask), plot="scores by task and by length")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ killed run goes on where it stopped when it is started again.
 """
 
 import argparse
+from functools import partial
 
 from longqlora.cli import run_main
 from longqlora.evaluation.frame import evaluate, from_flags
-from longqlora.evaluation.retrieval.grid import add_grid_arguments, grid_depths
+from longqlora.evaluation.retrieval.grid import add_grid_arguments
 from longqlora.evaluation.retrieval.needle import ANSWER, MAX_NEW_TOKENS, NEEDLE, QUESTION, Needle
 from longqlora.inference.arguments import add_template_argument
 
@@ -35,12 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "%(default)s)")  # fmt: skip
 
 
-def make_task(args: argparse.Namespace) -> Needle:
-    return from_flags(Needle, args, depths=grid_depths(args))
-
-
 def main() -> None:
-    evaluate(__doc__, add_arguments, make_task, plot="the recall by length and depth")
+    evaluate(__doc__, add_arguments, partial(from_flags, Needle), plot="the recall by length and depth")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ With --output_file a killed run goes on where it stopped when it is started agai
 """
 
 import argparse
+from functools import partial
 
 from longqlora.cli import run_main
 from longqlora.evaluation.frame import evaluate, from_flags
-from longqlora.evaluation.retrieval.grid import add_grid_arguments, grid_depths
+from longqlora.evaluation.retrieval.grid import add_grid_arguments
 from longqlora.evaluation.retrieval.passkey import Passkey
 
 
@@ -26,12 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides the keys (default: %(default)s)")
 
 
-def make_task(args: argparse.Namespace) -> Passkey:
-    return from_flags(Passkey, args, depths=grid_depths(args))
-
-
 def main() -> None:
-    evaluate(__doc__, add_arguments, make_task, plot="the accuracy by length and depth")
+    evaluate(__doc__, add_arguments, partial(from_flags, Passkey), plot="the accuracy by length and depth")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from longqlora.cli import go_offline_unless_reachable, require_extra, require_folder, run_main
 from longqlora.evaluation.frame import check_at_least, check_lengths, evaluate, from_flags
 from longqlora.evaluation.ruler.task import Ruler
-from longqlora.evaluation.ruler.tasks import TASKS, default_tasks, describe_tasks
+from longqlora.evaluation.ruler.tasks import TASKS, describe_tasks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def make_task(args: argparse.Namespace) -> Ruler:
     check_at_least(args, num_samples=1, max_new_tokens=1, num_fewshot=0, limit=1, seed=0, batch_size=1)
     check_lengths(args.lengths or ())
-    args.tasks = list(dict.fromkeys(args.tasks or default_tasks(has_text=bool(args.haystack))))
+    default_tasks = [name for name, task in TASKS.items() if args.haystack or not task.needs_text]
+    args.tasks = list(dict.fromkeys(args.tasks or default_tasks))
     is_ruler = [name in TASKS for name in args.tasks]
     if args.include_path:
         require_folder(args.include_path, "--include_path")

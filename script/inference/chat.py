@@ -44,13 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check_streaming_arguments(args: argparse.Namespace) -> None:
     """Refuse what the streaming flags cannot mean, by the config of the model and before its weights are read."""
     if args.streaming:
-        from longqlora.inference.sink_cache import DEFAULT_NUM_SINKS, check_streaming
+        from longqlora.inference.sink_cache import check_streaming
         from longqlora.model.context import resolve_config
 
         base, adapter, trusts = args.model_name_or_path, args.adapter_name_or_path, args.trust_remote_code
         _, config = resolve_config(base, adapter, context_request(args), trust_remote_code=trusts)
-        args.num_sinks = DEFAULT_NUM_SINKS if args.num_sinks is None else args.num_sinks
-        args.streaming_window = check_streaming(config, args.streaming_window, args.num_sinks)
+        check_streaming(config, args.streaming_window, args.num_sinks)
     for name in () if args.streaming else ("streaming_window", "num_sinks"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: has an effect with --streaming only; add that, or leave it out")
@@ -86,17 +85,15 @@ def read_lines():
             import readline  # noqa: F401  gives input() line editing and history
     while num_interrupts < 2:
         try:
-            line = input("> ") if is_terminal else sys.stdin.readline()
+            line = input("> " if is_terminal else "")
         except EOFError:
             break
         except KeyboardInterrupt:
             num_interrupts += 1
             note("\n(Ctrl-C again, or /exit, to leave)" if num_interrupts == 1 else "")
             continue
-        if not is_terminal and not line:
-            break
         num_interrupts = 0
-        yield line.rstrip("\r\n")
+        yield line.rstrip("\r")
 
 
 def answer(session: ChatSession, question: str) -> None:
@@ -129,7 +126,7 @@ def make_session(args: argparse.Namespace, options: GenerationOptions) -> ChatSe
         from longqlora.inference.sink_cache import sink_cache
 
         cache = sink_cache(loaded.model, window=args.streaming_window, num_sinks=args.num_sinks)
-        session = StreamingSession(loaded, cache, template=template, options=options, system=args.system)
+        session = StreamingSession(loaded, template, options, args.system, cache=cache)
         size = f"streaming with a window of {cache.window} tokens"
     else:
         session = ChatSession(loaded, template, options, args.system)

@@ -25,7 +25,7 @@ from longqlora.data.documents import FORMAT_LIST, read_document, with_documents
 from longqlora.files import decode_utf8
 from longqlora.inference.arguments import load_from_arguments, model_sources, parse
 from longqlora.inference.batch import partial_path, read_prompts, write_answers
-from longqlora.inference.generation import NO_TEMPLATE, encode_prompt, fit_prompt, generate_text, template_for
+from longqlora.inference.generation import NO_TEMPLATE, encode_prompt, generate_text, template_for
 from longqlora.outputs import check_outputs
 
 
@@ -67,11 +67,14 @@ def requested_prompts(args: argparse.Namespace) -> list[dict]:
     if path is not None:
         data = sys.stdin.buffer.read() if path == "-" else require_file(path, flag).read_bytes()
         prompt = decode_utf8(data, flag, path)
-    return [{"prompt": with_documents(prompt, [(path, read_document(path, flag="--file").text) for path in args.file])}]
+    return [{"prompt": with_documents(prompt, [(path, read_document(path, flag="--file")) for path in args.file])}]
 
 
 def fitted_prompts(args: argparse.Namespace, loaded, prompts: list[dict]) -> list[list[int]]:
-    """Ids of every prompt, fitted to the context; a prompt at fault is named by its number."""
+    """Ids of every prompt, fitted to the context; a prompt at fault is named by its number.
+
+    One that is cut keeps its first token (BOS) and leaves room for the answer, at most half of the context.
+    """
     template = template_for(NO_TEMPLATE if args.raw else args.prompt_template, loaded)
     if template == NO_TEMPLATE and args.system:
         raise ValueError("--system: a raw prompt has no system message; give a --prompt_template too")
@@ -80,15 +83,19 @@ def fitted_prompts(args: argparse.Namespace, loaded, prompts: list[dict]) -> lis
         where = f"prompt {number}: " if args.input_file else ""
         try:
             ids = encode_prompt(loaded.tokenizer, record["prompt"], template=template, system=args.system)
-            fitted = fit_prompt(ids, context_size=size, max_new_tokens=max_new_tokens, truncate=args.truncate_prompt)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from None
-        if len(fitted) < len(ids):
-            warn(f"{where}kept {len(fitted)} of {len(ids)} tokens of the prompt")
-        if len(fitted) + max_new_tokens > size:
-            warn(f"{where}{len(fitted)} prompt tokens and --max_new_tokens {max_new_tokens} go beyond the context of "
+        if len(ids) >= size:
+            if not args.truncate_prompt:
+                raise ValueError(f"{where}the prompt has {len(ids)} tokens and the context {size}; shorten it, raise "
+                                 "--context_size or pass --truncate_prompt to keep its end")  # fmt: skip
+            room = size - min(max_new_tokens, size // 2)
+            warn(f"{where}kept {room} of {len(ids)} tokens of the prompt")
+            ids = [ids[0], *ids[len(ids) - room + 1 :]]
+        if len(ids) + max_new_tokens > size:
+            warn(f"{where}{len(ids)} prompt tokens and --max_new_tokens {max_new_tokens} go beyond the context of "
                  f"{size} tokens; an answer that long may be poor at its end")  # fmt: skip
-        rows.append(fitted)
+        rows.append(ids)
     return rows
 
 

@@ -1,35 +1,28 @@
-"""The binding of S2-Attn and dense attention to transformers: sparse in training, dense in evaluation.
-
-Tolerance: 1e-10 in fp64 where two ways compute the same thing.
-"""
+"""The binding of S2-Attn and dense attention to transformers: sparse in training, dense in evaluation."""
 
 import copy
 import sys
-import types
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from attention_reference import shift_short_allowed
+from attention_reference import assert_close, logits_and_gradients, logits_in_blocks, shift_short_allowed
 from conftest import tiny_config
 from transformers import AutoModelForCausalLM
 
 from longqlora.attention.binding import bind_attention, bind_inference_attention, unbind_attention
+from longqlora.attention.sdpa import causal_attention
 from longqlora.settings.config import AttentionConfig
 
 MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3"]
 S2 = AttentionConfig(attention="s2", group_size_ratio=0.25)
-FULL = AttentionConfig(attention="full")
 IDS = torch.randint(4, 320, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 def make(model_type="llama", **overrides):
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides)).double()
-
-
-def is_close(ours, expected, tolerance=1e-10):
-    return torch.allclose(ours, expected, rtol=tolerance, atol=tolerance)
 
 
 def reference_logits(model, ids, group_size=2**20, segments=None, **inputs):
@@ -40,30 +33,22 @@ def reference_logits(model, ids, group_size=2**20, segments=None, **inputs):
     return model(input_ids=ids, attention_mask=mask.expand(ids.shape[0], -1, -1, -1), **inputs).logits
 
 
-def logits_and_gradients(model, logits_of, ids):
-    model.zero_grad()
-    logits = logits_of(ids)
-    logits.pow(2).sum().backward()
-    return [logits.detach(), *[p.grad.clone() for p in model.parameters()]]
-
-
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_training_equals_the_masked_model_and_evaluation_is_dense(model_type):
     model = make(model_type)
     for length in (7, 32, 45):
         ids = torch.randint(4, 320, (2, length), generator=torch.Generator().manual_seed(1))
-        expected = logits_and_gradients(model, lambda ids: reference_logits(model, ids, 16), ids)
+        expected = logits_and_gradients(model, ids, partial(reference_logits, model, group_size=16))
         assert "S2-Attn, groups of 16" in bind_attention(model.train(), S2, 64)
         for is_checkpointed in (False, True):
             if is_checkpointed:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            results = logits_and_gradients(model, lambda ids: model(ids, use_cache=False).logits, ids)
-            assert all(is_close(*pair, 1e-9) for pair in zip(results, expected, strict=True))
+            for ours, theirs in zip(logits_and_gradients(model, ids), expected, strict=True):
+                assert_close(ours, theirs)
         model.gradient_checkpointing_disable()
-    bind_attention(model.eval(), S2, 64)
     dense = reference_logits(copy.deepcopy(model), ids)
-    assert is_close(model(input_ids=ids).logits, dense)
-    assert not is_close(model.train()(input_ids=ids).logits, dense, 1e-6)
+    assert_close(model.eval()(input_ids=ids).logits, dense)
+    assert not torch.allclose(model.train()(input_ids=ids).logits, dense, atol=1e-6)
 
 
 MASK = torch.ones(2, 40, dtype=torch.long)
@@ -74,12 +59,12 @@ DOCUMENTS = torch.tensor([[0] * 11 + [1] * 20 + [2] * 9, [0] * 40])
 POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in (11, 20, 9)]), torch.arange(40)])
 # Inputs, and the segments that the reference's mask keeps apart.
 ROWS = {
-    "right padding": ({"attention_mask": RIGHT}, torch.where(RIGHT == 1, 0, 1)),
+    "right padding": ({"attention_mask": RIGHT}, 1 - RIGHT),
     "left padding": (
         {"attention_mask": LEFT, "position_ids": COUNTED},
-        torch.where(LEFT == 1, 0, torch.arange(40) + 1),
+        1 - LEFT,
     ),
-    "a hole": ({"attention_mask": HOLE}, torch.where(HOLE == 1, 0, 1)),
+    "a hole": ({"attention_mask": HOLE}, 1 - HOLE),
     "packed": ({"position_ids": POSITIONS}, DOCUMENTS),
 }
 
@@ -101,29 +86,24 @@ def test_padded_and_packed_rows(rows, attention, training, monkeypatch):
     is_sparse = attention == "s2" and training
     expected = reference_logits(model, IDS, 16 if is_sparse else 2**20, segments, **positions)
     real = inputs.get("attention_mask", MASK) == 1
-    assert torch.isfinite(ours).all() and is_close(ours[real], expected[real])
+    assert_close(ours[real], expected[real])
     unbind_attention(model)
-    assert is_close(model(input_ids=IDS, use_cache=False, **inputs).logits[real], ours[real]) == (not is_sparse)
+    stock = model(input_ids=IDS, use_cache=False, **inputs).logits
+    assert torch.allclose(stock[real], ours[real], atol=1e-10) == (not is_sparse)
 
 
 @pytest.mark.parametrize("window", [None, 8])
-def test_dense_blocks_against_the_cache_equal_stock(window):
-    """Plain, padded and windowed: no mask where none is needed, the stock one elsewhere."""
-    model = make("mistral", sliding_window=window).eval()
-    for mask in (None, LEFT):
-        results = []
-        for is_chunked in (False, True):
-            bind_inference_attention(model, is_chunked=is_chunked)
-            cache, blocks = None, []
-            for first, end in ((0, 17), (17, 18), (18, 40)):
-                given = None if mask is None else mask[:, :end]
-                with torch.no_grad():
-                    out = model(IDS[:, first:end], attention_mask=given, past_key_values=cache, use_cache=True)
-                cache, blocks = out.past_key_values, [*blocks, out.logits]
-            results.append(torch.cat(blocks, dim=1))
-        assert model.config._attn_implementation == "sdpa_no_mask"
-        real = (MASK if mask is None else mask) == 1
-        assert is_close(results[1][real], results[0][real])
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["plain", "padded"])
+@torch.no_grad()
+def test_dense_blocks_against_the_cache_equal_stock(window, mask):
+    """No mask where none is needed, the stock one elsewhere."""
+    model, results = make("mistral", sliding_window=window).eval(), []
+    for is_chunked in (False, True):
+        bind_inference_attention(model, is_chunked=is_chunked)
+        results.append(logits_in_blocks(model, IDS, [17, 18], mask))
+    assert model.config._attn_implementation == "sdpa_no_mask"
+    real = (MASK if mask is None else mask) == 1
+    assert_close(results[1][real], results[0][real])
 
 
 def test_a_binding_is_of_its_model_alone_and_unbinding_restores_stock():
@@ -136,10 +116,10 @@ def test_a_binding_is_of_its_model_alone_and_unbinding_restores_stock():
     assert not torch.allclose(other(input_ids=IDS).logits, ours)
     unbind_attention(model)
     assert torch.equal(model(input_ids=IDS).logits, stock)
-    assert "full" in bind_attention(model, FULL, 64)
+    assert "full" in bind_attention(model, AttentionConfig("full"), 64)
     assert torch.equal(model(input_ids=IDS).logits, stock)
     windowed = make("mistral", sliding_window=8)
-    bind_attention(windowed, FULL, 64, is_packed=True)
+    bind_attention(windowed, AttentionConfig("full"), 64, is_packed=True)
     assert windowed.config._attn_implementation == "sdpa", "packed rows under windows keep the stock attention"
 
 
@@ -166,30 +146,22 @@ def test_refusals_name_what_is_wrong(model_type, shape, length, message):
         bind_attention(make(model_type, **shape), S2, length)
 
 
-def test_flash_attn_is_imported_only_when_asked_for():
-    bind_attention(make(), S2, 64)
-    assert "flash_attn" not in sys.modules
-    for attention in ("s2", "full"):
-        with pytest.raises(ValueError, match="flash-attn package is not installed"):
-            bind_attention(make(), AttentionConfig(attention, use_flash_attn=True), 64)
-
-
-def test_flash_attn_back_end_agrees(monkeypatch):
+def test_flash_attn_is_imported_when_asked_for_and_agrees(monkeypatch):
     """The package itself needs a GPU; a stand-in with its signature and layout checks how it is called."""
 
-    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
-        assert causal and dropout_p == 0.0 and softmax_scale is not None
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        ).transpose(1, 2)
+    def flash_attn_func(*inputs, dropout_p, softmax_scale, causal):
+        assert causal and dropout_p == 0.0
+        return causal_attention(*(x.transpose(1, 2) for x in inputs), scaling=softmax_scale).transpose(1, 2)
 
-    stand_in = types.ModuleType("flash_attn")
-    stand_in.__spec__, stand_in.flash_attn_func = types.SimpleNamespace(name="flash_attn"), flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
     model = make().train()
     bind_attention(model, S2, 64)
     expected = model(input_ids=IDS).logits
+    assert "flash_attn" not in sys.modules
+    for attention in ("s2", "full"):
+        with pytest.raises(ValueError, match="flash-attn package is not installed"):
+            bind_attention(model, AttentionConfig(attention, use_flash_attn=True), 64)
+    stand_in = SimpleNamespace(__spec__=SimpleNamespace(name="flash_attn"), flash_attn_func=flash_attn_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
     bind_attention(model, AttentionConfig(use_flash_attn=True), 64)
     assert model.config._attn_implementation == "s2_fa_g16"
-    assert is_close(model(input_ids=IDS).logits, expected)
+    assert_close(model(input_ids=IDS).logits, expected)

@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from attention_reference import assert_close, dual_chunk_reference
+from attention_reference import assert_close, dual_chunk_reference, logits_and_gradients, logits_in_blocks
 from conftest import tiny_config
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
@@ -21,7 +21,7 @@ from longqlora.attention.binding import bind_inference_attention, unbind_attenti
 from longqlora.attention.dual_chunk import DualChunkSizes
 from longqlora.attention.dual_chunk_binding import dual_chunk_sizes
 from longqlora.attention.model_internals import attention_layers
-from longqlora.evaluation.scoring import TokenScorer
+from longqlora.evaluation.perplexity_task import TokenScorer
 from longqlora.inference.load import load_for_inference
 from longqlora.model.context import ContextRequest, apply_context, context_length
 
@@ -32,26 +32,18 @@ DCA = ContextRequest(attention="dca", pretraining_length=PRETRAINING, context_si
 
 
 def reference_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """query [B, H, S, D], not rotated; attention_mask: real tokens bool [B, S], or None."""
-    inv_freq, cos_sin_scale = module.reference
-    output, num_rotated = torch.zeros_like(query), 2 * len(inv_freq)
+    """query [B, H, S, D], not rotated; rows have no padding."""
+    inv_freq, num_rotated = module.inv_freq, 2 * len(module.inv_freq)
     if module.is_interleaved:
         order = [*range(0, num_rotated, 2), *range(1, num_rotated, 2), *range(num_rotated, query.shape[-1])]
         query, key = query[..., order], key[..., order]
-    scale = torch.ones(query.shape[-1], dtype=torch.float64)
-    scale[:num_rotated] = cos_sin_scale
-    for row in range(len(query)):
-        real = slice(None) if attention_mask is None else attention_mask[row].bool()
-        tensors = (x[row : row + 1, :, real].double() for x in (query * scale, key * scale, value))
-        frequencies = inv_freq * getattr(module, "use_rope", 1)
-        found = dual_chunk_reference(*tensors, DualChunkSizes(PRETRAINING), frequencies, scaling)
-        output[row : row + 1, :, real] = found.to(output.dtype)
-    return output.transpose(1, 2), None
+    sizes, frequencies = DualChunkSizes(PRETRAINING), inv_freq * getattr(module, "use_rope", 1)
+    return dual_chunk_reference(query, key, value, sizes, frequencies, scaling).transpose(1, 2), None
 
 
 def make_pair(model_type="llama", request=DCA, **overrides):
     """(the model with dual chunk attention, the same weights as the reference), both float64 and in eval mode."""
-    config = tiny_config(model_type, max_position_embeddings=PRETRAINING, **overrides)
+    config = tiny_config(model_type, **{"max_position_embeddings": PRETRAINING, **overrides})
     torch.manual_seed(0)
     apply_context(config, request)
     ours = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
@@ -62,18 +54,15 @@ def make_pair(model_type="llama", request=DCA, **overrides):
     rotary = ours.get_decoder().rotary_emb
     inv_freq = rotary.inv_freq = rotary.inv_freq.double()
 
-    def forward(states, position_ids, is_still=False):
-        angles = position_ids[..., None].double() * inv_freq * (not is_still)
-        angles, factor = torch.cat((angles, angles), dim=-1), 1 if is_still else rotary.attention_scaling
-        return angles.cos() * factor, angles.sin() * factor
+    def forward(states, position_ids, speed=1):
+        angles = (position_ids[..., None].double() * inv_freq * speed).repeat(1, 1, 2)
+        return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
-    rotary.forward = forward
-    reference.get_decoder().rotary_emb.forward = lambda *inputs, **named: forward(*inputs, **named, is_still=True)
+    rotary.forward, reference.get_decoder().rotary_emb.forward = forward, partial(forward, speed=0)
     for module in attention_layers(reference):
-        module.reference = (inv_freq, rotary.attention_scaling)
-        module.is_interleaved = model_type in ("ernie4_5", "glm4")
+        module.inv_freq, module.is_interleaved = inv_freq, model_type in ("ernie4_5", "glm4")
     AttentionInterface.register("dense_reference", reference_attention)
-    AttentionMaskInterface.register("dense_reference", lambda *args, attention_mask=None, **kwargs: attention_mask)
+    AttentionMaskInterface.register("dense_reference", lambda **kwargs: None)
     reference.set_attn_implementation("dense_reference")
     return ours, reference
 
@@ -82,28 +71,21 @@ def ids_of(num_tokens, batch=1, seed=0):
     return torch.randint(4, 320, (batch, num_tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def logits_in_blocks(model, ids, ends, mask=None):
-    """Logits of `ids`, read against the cache in blocks that end there."""
-    cache, blocks = None, []
-    for first, end in zip([0, *ends], [*ends, ids.shape[1]], strict=False):
-        given = None if mask is None else mask[:, :end]
-        output = model(ids[:, first:end], attention_mask=given, past_key_values=cache, use_cache=True)
-        cache, blocks = output.past_key_values, [*blocks, output.logits]
-    return torch.cat(blocks, dim=1)
+CASES = {name: (name, {}) for name in MODEL_TYPES} | {
+    # Twelve tokens extended to those that count as pretraining.
+    rope_type: ("llama", {
+        "request": dataclasses.replace(DCA, rope_type=rope_type, rope_theta=5e5 if rope_type == "theta" else None),
+        "max_position_embeddings": 12,
+    })
+    for rope_type in ("linear", "ntk", "yarn", "llama3", "theta", "dynamic")
+}  # fmt: skip
 
 
-def padded(lengths, side):
-    """Rows of these lengths, as (ids, mask, each alone)."""
-    rows = [ids_of(length, seed=length) for length in lengths]
-    pad = partial(pad_sequence, batch_first=True, padding_side=side)
-    mask = pad([torch.ones_like(row[0]) for row in rows])
-    return pad([row[0] for row in rows], padding_value=3), mask, rows
-
-
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type,given", CASES.values(), ids=CASES)
 @torch.no_grad()
-def test_prefill_and_decode_equal_the_dense_reference(model_type):
-    ours, reference = make_pair(model_type)
+def test_prefill_and_decode_equal_the_dense_reference(model_type, given):
+    ours, reference = make_pair(model_type, **given)
+    assert context_length(ours.config) == 64
     ids = ids_of(57, batch=2)
     expected = reference(ids).logits
     assert_close(ours(ids).logits, expected)
@@ -111,24 +93,14 @@ def test_prefill_and_decode_equal_the_dense_reference(model_type):
     assert_close(logits_in_blocks(ours, ids, [23, 24, 25, 38, 39]), expected)
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "ntk", "yarn", "llama3", "theta", "dynamic"])
-@torch.no_grad()
-def test_on_top_of_every_rope_method(rope_type):
-    base = 5e5 if rope_type == "theta" else None
-    request = dataclasses.replace(DCA, rope_type=rope_type, rope_theta=base)
-    ours, reference = make_pair(request=request, head_dim=16)
-    config, ids = tiny_config(max_position_embeddings=4), ids_of(45)
-    apply_context(config, request)
-    assert context_length(config) == 64
-    assert_close(ours(ids).logits, reference(ids).logits)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 @torch.no_grad()
 def test_padded_batches_equal_single_rows(model_type, side):
     ours, _ = make_pair(model_type)
-    ids, mask, rows = padded([41, 10, 27, 1], side)
+    rows = [ids_of(length, seed=length) for length in (41, 10, 27, 1)]
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    ids, mask = pad([row[0] for row in rows], padding_value=3), pad([torch.ones_like(row[0]) for row in rows])
     logits = ours(ids, attention_mask=mask).logits
     for row, content in enumerate(rows):
         assert_close(logits[row][mask[row].bool()], ours(content).logits[0])
@@ -161,33 +133,26 @@ def test_within_a_chunk_it_is_plain_attention_and_unbinding_leaves_no_trace():
     unbind_attention(ours)
     assert torch.equal(ours(ids_of(40)).logits, plain(ids_of(40)).logits)
     assert not any(hasattr(module, "dual_chunk_rotary") or module._forward_pre_hooks for module in ours.modules())
+    bind_inference_attention(ours)
+    del ours.config.dual_chunk_attention_config
+    bind_inference_attention(ours, is_chunked=True)
+    assert_close(ours(ids_of(40)).logits, plain(ids_of(40)).logits)
 
 
 def test_training_gradients_equal_the_dense_reference_with_and_without_checkpointing():
     ours, reference = make_pair("qwen2")
-    ids, gradients = ids_of(34, batch=2), []
-    for model in (reference, ours, ours):
-        if len(gradients) == 2:
-            ours.gradient_checkpointing_enable({"use_reentrant": False})
-        model.zero_grad()
-        model.train()(ids, labels=ids).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for theirs, mine, recomputed in zip(*gradients, strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-10, rtol=1e-8) and torch.equal(mine, recomputed)
+    ids = ids_of(34, batch=2)
+    expected, plain = (logits_and_gradients(model.train(), ids) for model in (reference, ours))
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    for theirs, mine, recomputed in zip(expected, plain, logits_and_gradients(ours, ids), strict=True):
+        assert_close(mine, theirs)
+        assert torch.equal(mine, recomputed)
 
 
 @pytest.mark.parametrize("block", [1, 7, 10, 64])
 def test_scoring_in_blocks_equals_scoring_whole_windows(block):
-    ours, _ = make_pair()
-    ids = ids_of(64)
-    whole, _ = TokenScorer(ours)(ids)
-    assert_close(TokenScorer(ours, prefill_chunk_size=block)(ids)[0], whole, 1e-6)
-    del ours.config.dual_chunk_attention_config
-    unbind_attention(ours)
-    dense, _ = TokenScorer(ours)(ids)
-    bind_inference_attention(ours, is_chunked=True)
-    assert_close(TokenScorer(ours, prefill_chunk_size=block)(ids)[0], dense, 1e-6)
-    assert not torch.allclose(whole, dense, atol=1e-3), "the two methods must differ at this length"
+    (ours, _), ids = make_pair(), ids_of(64)
+    assert_close(TokenScorer(ours, prefill_chunk_size=block)(ids)[0], TokenScorer(ours)(ids)[0], 1e-6)
 
 
 @torch.no_grad()

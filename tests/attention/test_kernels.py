@@ -18,7 +18,7 @@ from longqlora.attention import dual_chunk as dca
 from longqlora.attention import sdpa as kernels
 from longqlora.attention.dual_chunk import DualChunkSizes, dual_chunk_attention
 from longqlora.attention.merged import KeyRange, QueryBlock, causal_attention_with_past, merged_attention
-from longqlora.attention.sdpa import attend, attend_backward, causal_attention
+from longqlora.attention.sdpa import attend, attend_backward
 
 aten = torch.ops.aten
 KERNELS = ["cpu_flash", "plain", "cuda_flash", "cuda_efficient"]
@@ -30,10 +30,9 @@ def check_inputs(*tensors):
     assert all(x.stride(-1) == 1 and x.shape[-1] % 8 == 0 for x in tensors)
 
 
-def flash(query, key, value, dropout, is_causal, debug, *, scale):
+def flash(query, key, value, *, is_causal, scale):
     """What torch's CUDA flash operator asks for and returns, on a CPU."""
     check_inputs(query, key, value)
-    assert not dropout and not debug
     return *aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale), None, None
 
 
@@ -46,9 +45,9 @@ def flash_backward(gradient, query, key, value, output, lse, cum_q, cum_k, max_q
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, is_causal, scale=scale)
 
 
-def efficient(query, key, value, bias, with_lse, dropout, is_causal, *, scale):
-    output, lse, *_ = flash(query, key, value, dropout, is_causal, False, scale=scale)
-    assert query.shape[1] == key.shape[1] and bias is None and with_lse
+def efficient(query, key, value, *, attn_bias, compute_log_sumexp, is_causal, scale):
+    output, lse, *_ = flash(query, key, value, is_causal=is_causal, scale=scale)
+    assert query.shape[1] == key.shape[1] and attn_bias is None and compute_log_sumexp
     return output, torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=math.inf), None, None
 
 
@@ -62,56 +61,51 @@ def efficient_backward(gradient, query, key, value, bias, output, lse, seed, off
     return *aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, is_causal, scale=scale), None
 
 
-STAND_INS = SimpleNamespace(
-    _scaled_dot_product_flash_attention=flash, _scaled_dot_product_flash_attention_backward=flash_backward,
-    _scaled_dot_product_efficient_attention=efficient,
+efficient_forward = partial(efficient, **kernels.CUDA_EFFICIENT.forward.keywords)
+STAND_INS = {
+    "cuda_flash": kernels.CUDA_FLASH._replace(forward=flash),
+    "cuda_efficient": kernels.CUDA_EFFICIENT._replace(forward=efficient_forward),
+}
+BACKWARD_STAND_INS = SimpleNamespace(
+    _scaled_dot_product_flash_attention_backward=flash_backward,
     _scaled_dot_product_efficient_attention_backward=efficient_backward,
-)  # fmt: skip
+)
 
 
 @pytest.fixture
 def use_kernel(monkeypatch):
     """Let every attention go through the kernel of that name, the CUDA ones by stand-ins."""
 
-    def use(name, *, stand_ins=STAND_INS):
-        if name.startswith("cuda"):
-            monkeypatch.setattr(kernels, "aten", stand_ins)
-        monkeypatch.setattr(kernels, "choose_kernel", lambda query, value: getattr(kernels, name.upper()))
+    def use(name):
+        kernel = STAND_INS.get(name) or getattr(kernels, name.upper())
+        monkeypatch.setattr(kernels, "aten", BACKWARD_STAND_INS)
+        monkeypatch.setattr(kernels, "choose_kernel", lambda query, value: kernel)
 
     return use
 
 
 def check_attend(tensors, *, is_causal=False, tolerance=1e-10):
     """Output, log-sum-exp and gradients of one kernel call."""
-    allowed = causal(tensors[0].shape[2]) if is_causal else None
-    exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected, expected_lse = dense_attention(*exact, allowed, scaling=0.3)
-    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    options, tensors = {"is_causal": is_causal, "scaling": 0.3}, [x.detach() for x in tensors]
-    output, lse = attend(*tensors, **options)
-    assert output.dtype == tensors[0].dtype and lse.dtype == kernels.sum_dtype(output)
-    assert_close(output, expected, tolerance)
-    assert_close(lse, expected_lse, 1e-10 if lse.dtype == torch.float64 else 1e-4)
-    grads = attend_backward(gradient.to(output.dtype), *tensors, output, lse, **options)
-    for x, ours, theirs in zip(tensors, grads, torch.autograd.grad(expected, exact, gradient), strict=True):
-        assert ours.dtype == x.dtype
-        assert_close(ours, theirs, 10 * tolerance)
+    blocks = [QueryBlock(ALL, ALL, [KeyRange(ALL, ALL, is_causal)])]
+    dense = partial(dense_attention, allowed=causal(tensors[0].shape[2]) if is_causal else None, scaling=0.3)
+    method = partial(merged_attention, blocks=blocks, scaling=0.3)
+    assert_same_with_gradients(method, lambda *x: dense(*x)[0], tensors, tolerance)
+    _, lse = attend(*(x.detach() for x in tensors), is_causal=is_causal, scaling=0.3)
+    assert lse.dtype == kernels.sum_dtype(tensors[0])
+    expected = dense(*(x.detach().double() for x in tensors))[1]
+    assert_close(lse, expected, 1e-10 if lse.dtype == torch.float64 else 1e-4)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("num_queries,num_keys,is_causal", [(1, 9, 0), (33, 70, 0), (37, 37, 1), (8, 3, 0)])
+@pytest.mark.parametrize("num_queries,num_keys", [(1, 9), (33, 70), (37, 37), (8, 3)])
 @pytest.mark.parametrize("dim", [16, 10])
-def test_kernels_equal_dense_attention(use_kernel, name, heads, kv_heads, num_queries, num_keys, is_causal, dim):
+def test_kernels_equal_dense_attention(use_kernel, name, heads, kv_heads, num_queries, num_keys, dim):
+    """Whole and causal, for tensors of any strides."""
     use_kernel(name)
-    shape = {"batch": 2, "heads": heads, "kv_heads": kv_heads, "dim": dim}
-    check_attend(random_qkv(num_queries, num_keys, **shape), is_causal=bool(is_causal))
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_any_strides_are_taken(use_kernel, name):
-    use_kernel(name)
-    check_attend([x.detach().transpose(2, 3).contiguous().transpose(2, 3) for x in random_qkv(7, 9, dim=16)])
+    tensors = random_qkv(num_queries, num_keys, batch=2, heads=heads, kv_heads=kv_heads, dim=dim)
+    for x in (tensors, [x.transpose(2, 3).contiguous().transpose(2, 3) for x in tensors]):
+        check_attend(x, is_causal=num_queries == num_keys)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
@@ -122,11 +116,11 @@ def test_dtypes(use_kernel, name, dtype, tolerance):
 
 
 @pytest.mark.parametrize("size", [1, 50, 10**6])
-def test_plain_kernel_in_blocks_of_any_size(use_kernel, monkeypatch, size):
+@pytest.mark.parametrize("num_keys", [13, 21])
+def test_plain_kernel_in_blocks_of_any_size(use_kernel, monkeypatch, size, num_keys):
     monkeypatch.setattr(kernels, "PLAIN_SCORES_PER_BLOCK", size)
     use_kernel("plain")
-    check_attend(random_qkv(13), is_causal=True)
-    check_attend(random_qkv(13, 21))
+    check_attend(random_qkv(13, num_keys), is_causal=num_keys == 13)
 
 
 def test_autocast_does_not_reach_into_the_plain_kernel():
@@ -141,37 +135,33 @@ def test_autocast_does_not_reach_into_the_plain_kernel():
 
 
 def test_the_kernel_is_chosen_by_device_dtype_and_switch(monkeypatch):
-    def chosen(dtype=torch.float64, dim=16, value_dim=None, device="cuda"):
-        query, value = (
-            SimpleNamespace(
-                dtype=dtype, shape=(1, 2, 3, n), device=torch.device(device), element_size=lambda: dtype.itemsize
-            )
-            for n in (dim, value_dim or dim)
-        )
-        kernel = kernels.choose_kernel(query, value)
+    def chosen(dtype, dim=16, value_dim=None, device="cuda"):
+        sizes = {"dtype": dtype, "device": torch.device(device), "element_size": lambda: dtype.itemsize}
+        states = (SimpleNamespace(shape=(1, 2, 3, n), **sizes) for n in (dim, value_dim or dim))
+        kernel = kernels.choose_kernel(*states)
         return next(name for name in KERNELS if getattr(kernels, name.upper()) is kernel)
 
-    assert chosen(device="cpu") == "cpu_flash" and chosen(device="meta") == "plain"
-    assert chosen(device="cpu", value_dim=8) == "plain"
-    with sdpa_kernel(SDPBackend.MATH):
-        assert chosen(device="cpu") == "plain"
     half, full, bf16, double = torch.float16, torch.float32, torch.bfloat16, torch.float64
+    assert chosen(double, device="cpu") == "cpu_flash" and chosen(double, device="meta") == "plain"
+    assert chosen(double, value_dim=8, device="cpu") == "plain"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert chosen(double, device="cpu") == "plain"
     ampere = {half: "cuda_flash", bf16: "cuda_flash", full: "cuda_efficient", double: "plain"}
     volta = {half: "cuda_efficient", full: "cuda_efficient", bf16: "plain", double: "plain"}
     for capability, expected in (((8, 0), ampere), ((9, 0), ampere), ((7, 0), volta)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         for dtype, name in expected.items():
-            assert chosen(dtype, 128) == name
-            assert chosen(dtype, 256) == name.replace("cuda_flash", "cuda_efficient")
+            without_flash = name.replace("cuda_flash", "cuda_efficient")
+            assert (chosen(dtype, 128), chosen(dtype, 256)) == (name, without_flash)
             with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-                assert chosen(dtype, 128) == name.replace("cuda_flash", "cuda_efficient")
+                assert chosen(dtype, 128) == without_flash
 
 
 @pytest.mark.parametrize("name", ["cuda_flash", "cuda_efficient"])
 @pytest.mark.parametrize("dim", [64, 20])
-def test_calls_fit_the_signatures_of_the_cuda_operators(use_kernel, name, dim):
+def test_calls_fit_the_signatures_of_the_cuda_operators(monkeypatch, name, dim):
     """They are private to torch, and this fails where a version of it changes them."""
-    use_kernel(name, stand_ins=aten)
+    monkeypatch.setattr(kernels, "choose_kernel", lambda query, value: getattr(kernels, name.upper()))
     tensors = [x.detach() for x in random_qkv(40, kv_heads=4, dim=dim, dtype=torch.float16, device="meta")]
     options = {"is_causal": True, "scaling": 0.3}
     output, lse = attend(*tensors, **options)
@@ -181,24 +171,14 @@ def test_calls_fit_the_signatures_of_the_cuda_operators(use_kernel, name, dim):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("num_queries,num_keys", [(1, 1), (1, 23), (5, 23), (22, 23), (23, 23)])
+@pytest.mark.parametrize("num_queries,num_keys", [(0, 5), (1, 1), (1, 23), (5, 23), (22, 23), (23, 23)])
 def test_causal_attention_with_past(num_queries, num_keys, kv_heads):
-    tensors = random_qkv(num_queries, num_keys, batch=2, kv_heads=kv_heads)
-    assert_same_with_gradients(
-        partial(causal_attention_with_past, scaling=0.2),
-        lambda *x: dense_attention(*x, causal(num_queries, num_keys), scaling=0.2)[0],
-        tensors,
-    )
-
-
-def test_causal_attention_with_past_has_sdpas_scaling_and_refuses_too_many_queries():
-    query, key, value = (x.detach() for x in random_qkv(5, batch=2))
-    whole = causal_attention(query, key, value)
-    assert torch.equal(causal_attention_with_past(query, key, value), whole)
-    assert_close(causal_attention_with_past(query[:, :, 3:], key, value), whole[:, :, 3:])
-    assert causal_attention_with_past(query[:, :, 5:], key, value).shape == (2, 4, 0, 16)
-    with pytest.raises(ValueError, match="5 queries cannot be the last of 4"):
-        causal_attention_with_past(query, key[:, :, 1:], value[:, :, 1:])
+    for scaling in (0.2, None):
+        assert_same_with_gradients(
+            partial(causal_attention_with_past, scaling=scaling),
+            lambda *x, scaling=scaling: dense_attention(*x, causal(num_queries, num_keys), scaling)[0],
+            random_qkv(num_queries, num_keys, batch=2, kv_heads=kv_heads),
+        )
 
 
 def test_rows_of_no_block_are_zero_and_key_ranges_of_some_rows_merge():

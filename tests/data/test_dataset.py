@@ -1,12 +1,12 @@
 """Training data: rows, cutting, packing, the cache, several processes and ranks."""
 
-import copy
 import dataclasses
 import json
 import multiprocessing
 import os
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,36 +15,31 @@ from conftest import sentences
 
 from longqlora.data import dataset as dataset_module
 from longqlora.data.dataset import build_dataset, build_datasets, pack
-from longqlora.data.prompt import bos_ids, encode_conversation, encode_for_training, encode_text
+from longqlora.data.prompt import TURN_TEMPLATES, bos_ids, encode_conversation, encode_for_training, encode_text
 from longqlora.settings.config import DataConfig
 
 TURNS = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "jumps over"}]
 
 
 @pytest.fixture
-def tokenizer(tiny_tokenizer):
-    return copy.deepcopy(tiny_tokenizer)
+def build(tmp_path, tokenizer):
+    """Rows and report of a file, or of rows (or bytes as they are) that are written to one."""
 
-
-@pytest.fixture
-def jsonl(tmp_path):
-    """Writes rows, or bytes as they are, to a file."""
-
-    def write(rows, name="train.jsonl"):
-        path = tmp_path / name
-        path.write_bytes(rows if isinstance(rows, bytes) else "".join(json.dumps(row) + "\n" for row in rows).encode())
-        return path
-
-    return write
-
-
-@pytest.fixture
-def build(tmp_path):
-    def build(path, tokenizer, **settings):
-        config = DataConfig(train_file=str(path), **{"data_cache_dir": str(tmp_path / "cache"), **settings})
-        return build_dataset(path, tokenizer, config)
+    def build(source, **settings):
+        path = source if isinstance(source, Path) else write_jsonl(tmp_path / "train.jsonl", source)
+        config = DataConfig(str(path), **{"data_cache_dir": str(tmp_path / "cache"), **settings})
+        return build_dataset(tokenizer, config)
 
     return build
+
+
+def write_jsonl(path, rows):
+    path.write_bytes(rows if isinstance(rows, bytes) else "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return path
+
+
+def texts_of(*texts):
+    return [{"text": text} for text in texts]
 
 
 def document(tokenizer, text):
@@ -60,70 +55,58 @@ def documents_of(num_documents, seed=0):
 # Rows
 
 
-def test_pretraining_rows_are_bos_text_eos(tokenizer, jsonl, build):
+def test_pretraining_rows_are_bos_text_eos(tokenizer, build):
     texts = ["the quick fox", "  a </s> b\n"]
-    dataset, report = build(jsonl([{"text": text, "id": 1} for text in texts]), tokenizer)
+    dataset, report = build([{"text": text, "id": 1} for text in texts])
     assert dataset[:] == {name: [document(tokenizer, text) for text in texts] for name in ("input_ids", "labels")}
     assert [row.count(tokenizer.eos_token_id) for row in dataset["input_ids"]] == [1, 1]
     assert report.num_dropped_tokens == report.num_dropped_rows == 0
 
 
-def test_special_tokens_that_are_missing_or_the_same(tokenizer, jsonl, build):
-    path, text = jsonl([{"text": "the fox"}]), encode_text(tokenizer, "the fox")
+def test_special_tokens_that_are_missing_or_the_same(tokenizer, build):
+    rows, ids = texts_of("the fox"), encode_text(tokenizer, "the fox")
     tokenizer.pad_token = tokenizer.eos_token
-    assert build(path, tokenizer)[0][0]["labels"][-1] == tokenizer.eos_token_id
+    assert build(rows)[0][0]["labels"][-1] == tokenizer.eos_token_id
     for bos in (None, "</s>"):
         tokenizer.bos_token = bos
-        assert build(path, tokenizer)[0][0]["input_ids"] == [*text, 2], "BOS only where models were pretrained with one"
+        assert build(rows)[0][0]["input_ids"] == [*ids, 2], "BOS only where models were pretrained with one"
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS token"):
-        build(path, tokenizer)
+        build(rows)
 
 
-def test_blank_lines_crlf_bom_and_no_last_line_break(tokenizer, jsonl, build):
-    path = jsonl(b'\xef\xbb\xbf{"text": "the fox"}\r\n\r\n  \n{"text": "a \xe2\x80\xa8 dog"}')
-    dataset, report = build(path, tokenizer)
+def test_blank_lines_crlf_bom_and_no_last_line_break(tokenizer, build):
+    dataset, report = build(b'\xef\xbb\xbf{"text": "the fox"}\r\n\r\n  \n{"text": "a \xe2\x80\xa8 dog"}')
     assert dataset["input_ids"][:] == [document(tokenizer, text) for text in ("the fox", "a \u2028 dog")]
     assert report.num_source_rows == 2
 
 
-def test_all_sft_forms_give_the_same_rows(tokenizer, jsonl, build):
-    forms = [{"input": "the fox", "output": "jumps over", "source": "x"}, {"conversation": TURNS}, {"messages": TURNS},
-             {"conversation": [{"human": "the fox", "assistant": "jumps over"}]}]  # fmt: skip
-    dataset, _ = build(jsonl(forms), tokenizer, sft=True)
-    ids, labels = encode_for_training(tokenizer, TURNS)
-    assert dataset[:] == {"input_ids": [ids] * 4, "labels": [labels] * 4}
+def test_conversations_take_the_template_asked_for(tokenizer, build):
+    for name in TURN_TEMPLATES:
+        ids, labels = encode_for_training(tokenizer, TURNS, template=name)
+        dataset, _ = build([{"conversation": TURNS}], sft=True, prompt_template=name)
+        assert dataset[:] == {"input_ids": [ids], "labels": [labels]}
 
 
-def test_chat_template_rows(tokenizer, jsonl, build):
-    path, settings = jsonl([{"conversation": TURNS}]), {"sft": True, "prompt_template": "chat_template"}
-    with pytest.raises(ValueError, match="no chat template"):
-        build(path, tokenizer, **settings)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
-    tokenizer.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
-    dataset, _ = build(path, tokenizer, **settings)
-    assert tokenizer.decode(dataset[0]["input_ids"]) == "<s>user:the fox</s>assistant:jumps over</s>"
-
-
-def test_shipped_examples_build(repo, tokenizer, build):
-    dataset, report = build(repo / "data/dummy_pretrain.jsonl", tokenizer, pack=True, max_seq_length=512)
+def test_shipped_examples_build(repo, build):
+    dataset, report = build(repo / "data/dummy_pretrain.jsonl", pack=True, max_seq_length=512)
     assert report.num_source_rows >= 10 and report.num_dropped_tokens == 0
     assert set(map(len, dataset["input_ids"][:-1])) == {512}
-    dataset, report = build(repo / "data/dummy_sft.jsonl", tokenizer, sft=True, prompt_template="vicuna_v1.1_fastchat")
+    dataset, report = build(repo / "data/dummy_sft.jsonl", sft=True, prompt_template="vicuna_v1.1_fastchat")
     assert len(dataset) == report.num_source_rows >= 10
 
 
-def test_training_and_evaluation_rows(tokenizer, jsonl, tmp_path):
-    train, evaluation = jsonl([{"text": "the fox"}]), jsonl([{"text": "a dog"}] * 2, "eval.jsonl")
+def test_training_and_evaluation_rows(tokenizer, tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", texts_of("the fox"))
+    evaluation = write_jsonl(tmp_path / "eval.jsonl", texts_of("a dog", "a dog"))
     config = DataConfig(str(train), data_cache_dir=str(tmp_path / "cache"))
     lines = []
     assert [rows and len(rows) for rows in build_datasets(tokenizer, config, log=lines.append)] == [1, None]
     config = dataclasses.replace(config, eval_file=str(evaluation))
     built = build_datasets(tokenizer, config, log=lines.append)
     assert list(map(len, built)) == [1, 2] and isinstance(built[0][0]["input_ids"], np.ndarray)
-    assert [line.split(" rows")[0] for line in lines] == [
-        f"train_file: {train}: 1", f"train_file: {train}: 1", f"eval_file: {evaluation}: 2",
-    ]  # fmt: skip
+    said = [f"train_file: {train}: 1", f"train_file: {train}: 1", f"eval_file: {evaluation}: 2"]
+    assert [line.split(" rows")[0] for line in lines] == said
     evaluation.write_text("{}")
     with pytest.raises(ValueError, match=r"eval_file: .*eval\.jsonl line 1"):
         build_datasets(tokenizer, config, log=lines.append)
@@ -132,41 +115,40 @@ def test_training_and_evaluation_rows(tokenizer, jsonl, tmp_path):
 # Cutting
 
 
-def test_empty_rows_are_dropped_and_counted(tokenizer, jsonl, build):
-    texts = ["the fox", "", " \n\t ", "a dog"]
+def test_empty_rows_are_dropped_and_counted(build):
     for packed in (False, True):
-        _, report = build(jsonl([{"text": text} for text in texts]), tokenizer, pack=packed)
+        _, report = build(texts_of("the fox", "", " \n\t ", "a dog"), pack=packed)
         assert report.num_source_rows == 4 and report.num_empty_rows == 2
         assert "2 rows dropped (2 empty" in report.summary()
-    dataset, report = build(jsonl([{"input": "a", "output": " "}, {"input": "", "output": "fox"}]), tokenizer, sft=True)
+    dataset, report = build([{"input": "a", "output": " "}, {"input": "", "output": "fox"}], sft=True)
     assert len(dataset) == 1 and report.num_empty_rows == 1
 
 
-def test_cut_answers(tokenizer, jsonl, build):
-    prompt = len(encode_conversation(tokenizer, TURNS[:1], add_generation_prompt=True))
+def test_cut_answers(tokenizer, build):
+    prompt = len(encode_conversation(tokenizer, TURNS[:1]))
     ids, labels = encode_for_training(tokenizer, TURNS)
-    path = jsonl([{"input": sentences(100), "output": "the"}, {"conversation": TURNS}])
-    dataset, report = build(path, tokenizer, sft=True, max_seq_length=prompt + 1)
+    rows = [{"input": sentences(100), "output": "the"}, {"conversation": TURNS}]
+    dataset, report = build(rows, sft=True, max_seq_length=prompt + 1)
     assert dataset[:] == {"input_ids": [ids[: prompt + 1]], "labels": [labels[: prompt + 1]]}
     assert (report.num_truncated_rows, report.num_unanswered_rows, report.num_rows) == (1, 1, 1)
     for packed in (False, True):
         with pytest.raises(ValueError, match="train_file: no row is left .*0 rows from 2.*raise max_seq_length"):
-            build(path, tokenizer, sft=True, max_seq_length=prompt, pack=packed)
+            build(rows, sft=True, max_seq_length=prompt, pack=packed)
 
 
 @pytest.mark.parametrize("max_seq_length", [2, 7, 64, 300, 10_000])
 @pytest.mark.parametrize("settings", [{}, {"pack": True}, {"sft": True}, {"sft": True, "pack": True}])
-def test_every_token_is_kept_or_counted(tokenizer, jsonl, build, max_seq_length, settings):
+def test_every_token_is_kept_or_counted(tokenizer, build, max_seq_length, settings):
     texts = documents_of(25)
     if settings.get("sft"):
         rows = [{"input": text, "output": text} for text in texts]
         pairs = [[{**TURNS[0], "content": text}, {**TURNS[1], "content": text}] for text in texts]
         lengths = [len(encode_for_training(tokenizer, pair)[0]) for pair in pairs]
     else:
-        rows = [{"text": text} for text in texts]
+        rows = texts_of(*texts)
         lengths = [len(document(tokenizer, text)) for text in texts]
     try:
-        dataset, report = build(jsonl(rows), tokenizer, max_seq_length=max_seq_length, **settings)
+        dataset, report = build(rows, max_seq_length=max_seq_length, **settings)
     except ValueError as error:
         assert settings.get("sft") and max_seq_length <= 64 and "no row is left" in str(error)
         return
@@ -193,10 +175,9 @@ def segments(row):
 
 
 @pytest.mark.parametrize("max_seq_length", [8, 31, 1000, 100_000])
-def test_packed_texts(tokenizer, jsonl, build, max_seq_length):
+def test_packed_texts(tokenizer, build, max_seq_length):
     texts = documents_of(40)
-    path = jsonl([{"text": text} for text in [*texts, ""]])
-    dataset, report = build(path, tokenizer, pack=True, max_seq_length=max_seq_length)
+    dataset, report = build(texts_of(*texts, ""), pack=True, max_seq_length=max_seq_length)
     stream = [token for text in texts for token in document(tokenizer, text)]
     kept = [token for row in dataset["input_ids"] for token in row]
     assert kept == stream[: len(kept)] and len(stream) - len(kept) == report.num_dropped_tokens <= 1
@@ -209,10 +190,10 @@ def test_packed_texts(tokenizer, jsonl, build, max_seq_length):
 
 
 @pytest.mark.parametrize("max_seq_length", [200, 300, 5000])
-def test_packed_conversations_stay_whole(tokenizer, jsonl, build, max_seq_length):
-    path = jsonl([{"input": text, "output": text} for text in documents_of(30)])
-    dataset, report = build(path, tokenizer, sft=True, pack=True, max_seq_length=max_seq_length)
-    alone, alone_report = build(path, tokenizer, sft=True, max_seq_length=max_seq_length)
+def test_packed_conversations_stay_whole(build, max_seq_length):
+    rows = [{"input": text, "output": text} for text in documents_of(30)]
+    dataset, report = build(rows, sft=True, pack=True, max_seq_length=max_seq_length)
+    alone, alone_report = build(rows, sft=True, max_seq_length=max_seq_length)
     pieces = [segment for row in dataset for segment in segments(row)]
     assert pieces == list(zip(alone["input_ids"], alone["labels"], strict=True))
     assert report.num_dropped_rows == alone_report.num_dropped_rows
@@ -238,25 +219,6 @@ def test_bounds_of_packed_rows(lengths, split, bounds):
     assert list(zip(starts.tolist(), stops.tolist(), strict=True)) == bounds
 
 
-def test_no_loss_crosses_packed_documents(tokenizer, jsonl, build, tiny_model_dir):
-    """The loss of a packed row is the mean over the documents alone, weighted by their predicted tokens."""
-    from transformers import AutoModelForCausalLM
-
-    from longqlora.data.collator import DataCollator
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attn_implementation="sdpa").eval()
-    path = jsonl([{"text": text} for text in ("the quick fox", "seven wizards box", "night")])
-    collator = DataCollator(tokenizer)
-    with torch.no_grad():
-        row = build(path, tokenizer, pack=True, max_seq_length=64)[0][0]
-        # With a cache, transformers takes positions that restart for something else than packing.
-        packed = model(**collator([row]), use_cache=False).loss
-        alone = [model(**collator([row])).loss for row in build(path, tokenizer)[0]]
-    counts = [len(row["input_ids"]) - 1 for row in build(path, tokenizer)[0]]
-    expected = sum(loss * count for loss, count in zip(alone, counts, strict=True)) / sum(counts)
-    torch.testing.assert_close(packed, expected)
-
-
 # Cache
 
 
@@ -264,57 +226,61 @@ def test_no_loss_crosses_packed_documents(tokenizer, jsonl, build, tiny_model_di
 def encoded(monkeypatch):
     """The rows that were tokenised."""
     rows, original = [], dataset_module.encode
-    monkeypatch.setattr(dataset_module, "encode", lambda *args: rows.append(args[0]) or original(*args))
+    monkeypatch.setattr(dataset_module, "encode", lambda row, **given: rows.append(row) or original(row, **given))
     return rows
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_second_build_reads_the_cache(tokenizer, jsonl, build, encoded, packed):
-    path = jsonl([{"text": "the fox"}, {"text": " "}, {"text": "a dog"}])
-    first, first_report = build(path, tokenizer, pack=packed)
+def test_second_build_reads_the_cache(tokenizer, build, encoded, tmp_path, packed):
+    rows = texts_of("the fox", " ", "a dog")
+    first, first_report = build(rows, pack=packed)
     assert len(encoded) == 3 and not first_report.cached
     tokenizer("warm", truncation=True, max_length=2, padding="max_length")
-    second, second_report = build(path, tokenizer, pack=packed)
+    second, second_report = build(rows, pack=packed)
     assert len(encoded) == 3 and second_report.cached and "[cached]" in second_report.summary()
-    assert first[:] == second[:]
-    second_report.cached = False
-    assert first_report == second_report
-    copied = jsonl(path.read_bytes(), "copy.jsonl").rename(path.parent / "cache" / path.name)
-    assert build(copied, tokenizer, pack=packed)[1].source == str(copied) and len(encoded) == 3
+    assert first[:] == second[:] and first_report == dataclasses.replace(second_report, cached=False)
+    copied = write_jsonl(tmp_path / "cache" / "train.jsonl", rows)
+    assert build(copied, pack=packed)[1].source == str(copied) and len(encoded) == 3
 
 
-def test_cache_is_not_read_for_anything_else(tokenizer, jsonl, build, encoded):
-    path = jsonl([{"text": "the fox"}])
-    build(path, tokenizer)
+def test_cache_is_not_read_for_anything_else(tokenizer, build, encoded):
+    rows = texts_of("the fox")
+    build(rows)
     for change in (
-        lambda: build(path, tokenizer, max_seq_length=16),
-        lambda: build(path, tokenizer, pack=True),
-        lambda: build(jsonl([{"text": "the dog"}]), tokenizer),
-        lambda: (setattr(tokenizer, "bos_token", None), build(jsonl([{"text": "the fox"}]), tokenizer)),
-        lambda: (tokenizer.add_tokens(["fox"]), build(path, tokenizer)),
+        lambda: build(rows, max_seq_length=16),
+        lambda: build(rows, pack=True),
+        lambda: build(texts_of("the dog")),
+        lambda: (setattr(tokenizer, "bos_token", None), build(rows)),
+        lambda: (tokenizer.add_tokens(["fox"]), build(rows)),
     ):
         num_rows = len(encoded)
         change()
         assert len(encoded) == num_rows + 1
 
 
-def test_damaged_cache_is_one_line(tokenizer, jsonl, build, tmp_path):
-    path = jsonl([{"text": "the fox"}])
-    build(path, tokenizer)
-    next((tmp_path / "cache").glob("*/documents.arrow")).write_bytes(b"{")
-    with pytest.raises(ValueError, match="data_cache_dir: .*train-.* is damaged .*delete it"):
-        build(path, tokenizer)
+@pytest.mark.parametrize("name", ["documents", "packed"])
+@pytest.mark.parametrize("num_bytes", [0, 1, 700])
+def test_a_damaged_cache_is_built_again(build, encoded, tmp_path, capsys, name, num_bytes):
+    rows = texts_of("the fox", "a dog")
+    first = build(rows, pack=True)[0][:]
+    [file] = (tmp_path / "cache").glob(f"*/{name}.arrow")
+    file.write_bytes(file.read_bytes()[:num_bytes])
+    capsys.readouterr()
+    again, report = build(rows, pack=True)
+    assert again[:] == first and not report.cached and len(encoded) == 4
+    said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert len(said) == 1 and said[0].startswith(f"notice: data_cache_dir: '{file.parent}' is damaged")
 
 
-def test_cache_folder_that_cannot_be_made(tokenizer, jsonl, build):
-    path = jsonl([{"text": "a"}])
+def test_cache_folder_that_cannot_be_made(build, tmp_path):
+    (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="data_cache_dir: no folder can be made"):
-        build(path, tokenizer, data_cache_dir=str(path / "cache"))
+        build(texts_of("a"), data_cache_dir=str(tmp_path / "file" / "cache"))
 
 
-def test_random_state_is_untouched(tokenizer, jsonl, build):
+def test_random_state_is_untouched(build):
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    build(jsonl([{"text": text} for text in documents_of(5)]), tokenizer, pack=True)
+    build(texts_of(*documents_of(5)), pack=True)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
@@ -322,37 +288,37 @@ def test_random_state_is_untouched(tokenizer, jsonl, build):
 
 
 @pytest.mark.parametrize("settings", [{}, {"pack": True, "max_seq_length": 100}])
-def test_several_processes_give_the_same_rows(tokenizer, jsonl, build, tmp_path, settings):
-    path = jsonl([{"text": text} for text in ["", *documents_of(150)]])
-    alone = build(path, tokenizer, **settings)
+def test_several_processes_give_the_same_rows(build, tmp_path, settings):
+    rows = texts_of("", *documents_of(150))
+    alone, alone_report = build(rows, **settings)
     caches = {"data_cache_dir": str(tmp_path / "other")}
     for is_cached, num_workers in ((False, 3), (True, 1)):
-        rows, report = build(path, tokenizer, preprocessing_num_workers=num_workers, **caches, **settings)
-        assert rows[:] == alone[0][:] and report.summary() == alone[1].summary() + " [cached]" * is_cached
+        together, report = build(rows, preprocessing_num_workers=num_workers, **caches, **settings)
+        assert together[:] == alone[:] and report.summary() == alone_report.summary() + " [cached]" * is_cached
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("bad", [{"inputs": "q"}, {"input": "dog", "output": "x"}])
-def test_a_bad_line_is_named(tokenizer, jsonl, build, bad, num_workers):
+def test_a_bad_line_is_named(tokenizer, build, bad, num_workers):
     tokenizer.chat_template = "{% if 'dog' in messages[0].content %}{{ raise_exception('no dogs') }}{% endif %}"
     tokenizer.chat_template += "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    path = jsonl([bad if index in (49, 58) else {"input": "fox", "output": "x"} for index in range(60)])
+    rows = [bad if index in (49, 58) else {"input": "fox", "output": "x"} for index in range(60)]
     settings = {"sft": True, "prompt_template": "chat_template", "preprocessing_num_workers": num_workers}
     with pytest.raises(ValueError, match=r"^train_file: .*train\.jsonl line 50: .*(no dogs|no key)"):
-        build(path, tokenizer, **settings)
+        build(rows, **settings)
 
 
 def build_as_rank(rank, local_rank, path, cache, tokenizer, folder):
     """Build in this process as rank `rank` of three; leaves its outcome and its stderr in `folder`."""
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "3"})
     with (folder / f"stderr{rank}").open("w") as sys.stderr:
-        dataset, report = build_dataset(path, tokenizer, DataConfig(str(path), pack=True, data_cache_dir=str(cache)))
+        dataset, report = build_dataset(tokenizer, DataConfig(str(path), pack=True, data_cache_dir=str(cache)))
     (folder / f"rank{rank}.json").write_text(json.dumps([dataset[:], report.num_tokens]))
 
 
-def test_one_rank_of_each_node_tokenises_and_the_others_load(tokenizer, jsonl, tmp_path):
+def test_one_rank_of_each_node_tokenises_and_the_others_load(tokenizer, tmp_path):
     """Processes without a process group, two of them on one node: its second starts first, and must wait."""
-    path, fork = jsonl([{"text": text} for text in documents_of(30)]), multiprocessing.get_context("fork")
+    path, fork = write_jsonl(tmp_path / "a.jsonl", texts_of(*documents_of(30))), multiprocessing.get_context("fork")
     places = [(0, 0, tmp_path / "cache"), (1, 1, tmp_path / "cache"), (2, 0, tmp_path / "other node")]
     ranks = [fork.Process(target=build_as_rank, args=(rank, local_rank, path, cache, tokenizer, tmp_path))
              for rank, local_rank, cache in places]  # fmt: skip
@@ -371,11 +337,13 @@ def test_one_rank_of_each_node_tokenises_and_the_others_load(tokenizer, jsonl, t
 
 
 @pytest.mark.realdata
-def test_real_conversations_with_the_llama2_tokenizer(shared_data, build):
+def test_real_conversations_with_the_llama2_tokenizer(shared_data, tmp_path):
     from transformers import AutoTokenizer
 
     llama = AutoTokenizer.from_pretrained(shared_data / "llama2_tokenizer")
-    dataset, report = build(shared_data / "sft_long/sft_input_output.jsonl", llama, sft=True, max_seq_length=4096)
+    path = shared_data / "sft_long/sft_input_output.jsonl"
+    config = DataConfig(str(path), sft=True, max_seq_length=4096, data_cache_dir=str(tmp_path))
+    dataset, report = build_dataset(llama, config)
     assert report.num_rows + report.num_dropped_rows == report.num_source_rows == 180
     assert report.num_rows == len(dataset) > 90 and report.max_row_length <= 4096
     assert report.num_tokens == sum(map(len, dataset["input_ids"]))

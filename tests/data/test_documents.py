@@ -1,12 +1,21 @@
-"""Documents: each format to text, and every bad file as one line."""
+"""Documents: each format to text, every bad file as one line, and their uses: training data, chat and prompts."""
 
 import io
+import json
+import os
+import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from longqlora.data.documents import read_document
+from longqlora.data.documents import find_files, read_document, with_documents
+from longqlora.data.jsonl import check_data_file
+from longqlora.inference.chat.session import ChatSession
+from longqlora.inference.generation import GenerationOptions
+
+EXTRACT, INFERENCE, CHAT = "script/data/extract_text.py", "script/inference/inference.py", "script/inference/chat.py"
 
 PROSE = "The committee met in the long river house and talked about many things that nobody could settle."
 
@@ -63,28 +72,26 @@ HTML = """<!DOCTYPE html><html><head><meta charset="{0}"><title> A &amp;\n B </t
 HTML_TEXT = "# Café — x_y*z\n\nOne linked word.\n\n| Name |\n| --- |\n| Ann |\n\n* milk\n\n```\n  code\n```"
 FONTS = '<e xmlns="x"><EncryptedData><CipherReference URI="OPS/font.otf"/></EncryptedData></e>'
 GOOD_FILES = {
-    "two.pdf": (pdf_bytes([["One page", "of interna-", "tional text."], ["Two."]]), "two",
+    "two.pdf": (pdf_bytes([["One page", "of interna-", "tional text."], ["Two."]]),
                 "One page\nof international text.\n\nTwo."),
-    "SHOUT.PDF": (pdf_bytes([["a"]]), "SHOUT", "a"),
-    "book.epub": (epub_bytes({"META-INF/encryption.xml": FONTS}), "The Sea & I", "First\n\nSecond énd"),
-    "a.html": (HTML.format("utf-8").encode(), "A & B", HTML_TEXT),
-    "b.htm": (HTML.format("windows-1252").encode("cp1252", "xmlcharrefreplace"), "A & B", HTML_TEXT),
-    "c.xhtml": (b"\xef\xbb\xbf<html><body><p>plain</p></body></html>", "c", "plain"),
-    "deep.html": (b"<div>" * 5000 + b"deep" + b"</div>" * 5000, "deep", "deep"),
-    "notes.md": ("# Head *ing*\r\n\r\n\r\n\r\n- a  \r\n".encode("utf-8-sig"), "notes", "# Head *ing*\n\n- a"),
-    "größe 読.txt": ("Größe\r\n読む".encode("utf-16"), "größe 読", "Größe\n読む"),
-    "code.py": (b"  x = 1\r\ty\n", "code", "  x = 1\n\ty"),
-    "clean.txt": ("cafe\u0301 co\u00adop\u200berate\ufeff\u00a0b\x07\fnext\n".encode(), "clean",
-                  "café cooperate b\n\nnext"),
+    "SHOUT.PDF": (pdf_bytes([["a"]]), "a"),
+    "book.epub": (epub_bytes({"META-INF/encryption.xml": FONTS}), "First\n\nSecond énd"),
+    "a.html": (HTML.format("utf-8").encode(), HTML_TEXT),
+    "b.htm": (HTML.format("windows-1252").encode("cp1252", "xmlcharrefreplace"), HTML_TEXT),
+    "c.xhtml": (b"\xef\xbb\xbf<html><body><p>plain</p></body></html>", "plain"),
+    "deep.html": (b"<div>" * 5000 + b"deep" + b"</div>" * 5000, "deep"),
+    "notes.md": ("# Head *ing*\r\n\r\n\r\n\r\n- a  \r\n".encode("utf-8-sig"), "# Head *ing*\n\n- a"),
+    "größe 読.txt": ("Größe\r\n読む".encode("utf-16"), "Größe\n読む"),
+    "code.py": (b"  x = 1\r\ty\n", "  x = 1\n\ty"),
+    "clean.txt": ("cafe\u0301 co\u00adop\u200berate\ufeff\u00a0b\x07\fnext\n".encode(), "café cooperate b\n\nnext"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GOOD_FILES)
-def test_text_and_title(name, tmp_path, capfd, recwarn):
-    data, title, text = GOOD_FILES[name]
+def test_text_of_each_format(name, tmp_path, capfd, recwarn):
+    data, text = GOOD_FILES[name]
     (tmp_path / name).write_bytes(data)
-    document = read_document(tmp_path / name)
-    assert (document.title, document.text) == (title, text)
+    assert read_document(tmp_path / name) == text
     assert capfd.readouterr() == ("", "") and not recwarn.list, "the libraries stay quiet"
 
 
@@ -130,7 +137,7 @@ def test_paths_that_are_no_file(tmp_path):
 def test_what_an_archive_unpacks_to_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr("longqlora.data.documents.MAX_UNPACKED_BYTES", 2**20)
     (tmp_path / "a.epub").write_bytes(epub_bytes({"x": b"\0" * 2**19}))
-    assert read_document(tmp_path / "a.epub").text
+    assert read_document(tmp_path / "a.epub")
     (tmp_path / "a.epub").write_bytes(epub_bytes({"x": b"\0" * 2**19, "y": b"\0" * 2**19}))
     with pytest.raises(ValueError, match="a.epub': it unpacks to more than 1 MiB; split it"):
         read_document(tmp_path / "a.epub")
@@ -139,7 +146,134 @@ def test_what_an_archive_unpacks_to_is_limited(tmp_path, monkeypatch):
 def test_nothing_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("a connection"))
     remote = '<link rel="stylesheet" href="http://a.test/"/><iframe src="http://a.test/"></iframe><p>x</p>'
-    Path(tmp_path / "a.html").write_text(f'<base href="http://a.test/">{remote}<img src="http://a.test/x.png">')
+    (tmp_path / "a.html").write_text(f'<base href="http://a.test/">{remote}<img src="http://a.test/x.png">')
     (tmp_path / "b.epub").write_bytes(epub_bytes({"OPS/text/z.xhtml": CHAPTER.format(remote)}))
-    assert read_document(tmp_path / "a.html").text == "x"
-    assert "x" in read_document(tmp_path / "b.epub").text
+    assert read_document(tmp_path / "a.html") == "x"
+    assert "x" in read_document(tmp_path / "b.epub")
+
+
+# Their uses
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch) -> Path:
+    """A folder of documents in the working directory, good and bad, known and not, with one in a folder below."""
+    files = {
+        "b.pdf": pdf_bytes([["Text of the PDF."]]), "größe.epub": epub_bytes(), "a.md": b"# Text of the notes",
+        "c.txt": b"x", "sub/d.txt": b"Text below.\r\n", "broken.pdf": b"%PDF-1.4 broken", "photo.png": b"\x89PNG\r\n\0",
+        ".hidden.txt": b"hidden",
+    }  # fmt: skip
+    (tmp_path / "library" / "sub").mkdir(parents=True)
+    for name, data in files.items():
+        (tmp_path / "library" / name).write_bytes(data)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "library"
+
+
+def rows_of(path: str) -> list[tuple[str, str]]:
+    rows = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+    return [(row["source"], row["text"]) for row in rows]
+
+
+def test_extract_text(library, run_in_process):
+    args = ["--input", "library", "--recursive", "--output_file", "new/texts.jsonl", "--min_characters", 5]
+    code, out, err = run_in_process(EXTRACT, *args)
+    assert code == 0 and "4 written" in out and "1 failed" in out and "1 left out" in out
+    assert rows_of("new/texts.jsonl") == [
+        ("a.md", "# Text of the notes"), ("b.pdf", "Text of the PDF."), ("größe.epub", "First\n\nSecond énd"),
+        ("sub/d.txt", "Text below."),
+    ]  # fmt: skip
+    errors = [row for row in err.splitlines() if row.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: broken.pdf: ") and "Traceback" not in err
+    assert os.listdir("new") == ["texts.jsonl"]
+    assert check_data_file("new/texts.jsonl", sft=False, flag="train_file") == 4
+
+
+def test_each_file_is_read_once(library, run_in_process):
+    inputs = ["library/a.md", "library", str(library / "a.md"), "library/sub"]
+    assert run_in_process(EXTRACT, "--input", *inputs, "--output_file", "out.jsonl")[0] == 0
+    assert [source for source, _ in rows_of("out.jsonl")] == ["a.md", "b.pdf", "c.txt", "d.txt", "größe.epub"]
+
+
+def test_file_names_that_are_no_unicode(tmp_path):
+    with open(os.path.join(os.fsencode(tmp_path), b"na\xefve.txt"), "w") as file:
+        file.write("text")
+    [(name, path)] = find_files([str(tmp_path)], [".txt"], is_recursive=False)
+    assert name == "na\ufffdve.txt" and path.read_text() == "text"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--input", "library/broken.pdf"], ["1 failed", "nothing was written"]),
+        (["--input", "library", "--min_characters", 999], ["--min_characters 999"]),
+        (["--input", "library", "--min_characters", 0], ["--min_characters", "at least 1"]),
+        (["--input", "library", "nowhere"], ["--input", "nothing at 'nowhere'"]),
+        (["--input", "empty"], ["no file found", "--recursive"]),
+    ],
+)
+def test_extract_text_refuses(args, words, library, run_in_process, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out.jsonl").write_text("old")
+    code, _, err = run_in_process(EXTRACT, "--output_file", "out.jsonl", *args)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and all(word in last for word in words), err
+    assert (tmp_path / "out.jsonl").read_text() == "old" and not list(tmp_path.glob(".*"))
+
+
+def test_chat_reads_every_format_in_one_wording(library):
+    session = ChatSession(SimpleNamespace(context_size=400), "vicuna_v1.1", GenerationOptions(max_new_tokens=10))
+    session.encode = lambda messages: [0] * sum(len(message["content"].split()) for message in messages)
+    documents = [(str(library / "b.pdf"), "Text of the PDF."), (str(library / "größe.epub"), "First\n\nSecond énd")]
+    for path, _ in documents:
+        assert "read" in session.run_command(f"/file {path}")
+    content = session.messages("And now?", documents=session.documents)[0]["content"]
+    assert content == with_documents("And now?", documents)
+    assert content.startswith(f"Below is the text of {library / 'b.pdf'}.\n\nText of the PDF.\n\nBelow is the text of ")
+    assert content.endswith("Second énd\n\nThe text ends here.\n\nAnd now?")
+    assert with_documents("And now?", []) == "And now?"
+    result = session.run_command(f"/file {library / 'broken.pdf'}")
+    assert result.startswith("error: /file: ") and "damaged" in result and len(session.documents) == 2
+
+
+def test_inference_puts_files_before_the_prompt(library, run_in_process, tiny_model_dir, monkeypatch):
+    import longqlora.inference.generation as generation
+
+    seen, encode = [], generation.encode_prompt
+    spy = lambda tokenizer, text, **options: seen.append(text) or encode(tokenizer, text, **options)  # noqa: E731
+    monkeypatch.setattr(generation, "encode_prompt", spy)
+    model = ["--model_name_or_path", tiny_model_dir, "--context_size", 512, "--max_new_tokens", 2, "--no-do_sample"]
+    files = ["--file", "library/b.pdf", "--file", "library/c.txt"]
+    assert run_in_process(INFERENCE, *model, *files, "--prompt", "And now?")[0] == 0
+    assert seen == [with_documents("And now?", [("library/b.pdf", "Text of the PDF."), ("library/c.txt", "x")])]
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "words"),
+    [
+        (INFERENCE, ["--prompt", "a", "--file", "library"], ["--file", "no file", "library"]),
+        (INFERENCE, ["--prompt", "a", "--file", "library/a.md", "--file", "library/broken.pdf"], ["broken.pdf"]),
+        (INFERENCE, ["--input_file", "x.jsonl", "--output_file", "y", "--file", "library/a.md"], ["--input_file"]),
+        (CHAT, ["--file", "library/broken.pdf"], ["--file: ", "broken.pdf"]),
+    ],
+)
+def test_bad_files_are_refused_before_the_model_loads(
+    script, args, words, library, run_in_process, tiny_model_dir, monkeypatch
+):
+    for place in ("arguments.load_from_arguments", "load.load_for_inference"):
+        monkeypatch.setattr(f"longqlora.inference.{place}", lambda *args, **kwargs: pytest.fail("loaded"))
+    code, _, err = run_in_process(script, "--model_name_or_path", tiny_model_dir, *args)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and all(word in err for word in words), err
+
+
+def test_chat_begins_with_its_files(library, run_in_process, tiny_model_dir, tmp_path, monkeypatch):
+    saved, script = tmp_path / "chat.json", tmp_path / "lines"
+    script.write_text(f"/save {saved}\n")
+    # A real file, since the chat sets the encoding of its input.
+    with script.open() as lines:
+        monkeypatch.setattr(sys, "stdin", lines)
+        args = ["--model_name_or_path", tiny_model_dir, "--context_size", 512, "--max_new_tokens", 8]
+        code, _, err = run_in_process(CHAT, *args, "--file", library / "a.md", "--file", library / "b.pdf")
+    assert code == 0 and f"read {library / 'b.pdf'}: " in err
+    texts = [document["text"] for document in json.loads(saved.read_text())["documents"]]
+    assert texts == ["# Text of the notes", "Text of the PDF."]

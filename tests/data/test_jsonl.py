@@ -12,10 +12,6 @@ def turns(*texts, system=None):
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def lines_of(*rows):
-    return b"".join(row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows)
-
-
 ALPACA = {"instruction": "Add the numbers.", "input": "1 2", "output": "3"}
 ALPACA_PROMPT = "Below is ...\n\n### Instruction:\nAdd the numbers.\n\n### Input:\n1 2\n\n### Response:\n3"
 ALPACA_TURNS = turns("Add the numbers.\n1 2", "3")
@@ -91,58 +87,60 @@ def test_text_beside_a_pretraining_text_is_refused(extra):
 
 
 PAIR, BAD_TURN = {"input": "q", "output": "a"}, {"role": "assistant", "content": "a", "reasoning_content": "because"}
-PRETRAINING, SFT = False, True
-# Name: (kind of file, what it holds, the error behind the file's name).
-BAD_FILES = {
-    "cut off": (PRETRAINING, lines_of({"text": "a"}, b'{"text": \n'), "line 2: not valid JSON"),
-    "list": (PRETRAINING, lines_of([{"text": "a"}]), "line 1: a JSON list, not an object"),
-    "array": (PRETRAINING, b'[\n{"text": "a"}\n]', "line 1: not valid JSON .*no array"),
-    "null": (PRETRAINING, b"null\n", "line 1: a JSON NoneType, not an object"),
-    "nothing": (PRETRAINING, b"\n\n{}\n", r'line 3: no key "text" \(found no keys\)'),
-    "other keys": (PRETRAINING, lines_of({"Text": "a", "id": 1}), r'line 1: no key "text" \(found Text, id\)'),
-    "an SFT row": (PRETRAINING, lines_of(PAIR), r"line 1: .*SFT file \(input, output\); set sft: true"),
-    "null text": (PRETRAINING, b'{"text": null}\n', 'line 1: "text" is of type NoneType'),
-    "bytes": (PRETRAINING, lines_of({"text": "a"}, b'{"text": "\xff"}\n'), r"line 2: not UTF-8 \(byte 11"),
-    "UTF-16": (PRETRAINING, '{"text": "a"}\n'.encode("utf-16"), "line 1: not UTF-8"),
-    "surrogate": (PRETRAINING, b'{"text": "\\ud83d"}\n', r"line 1: .*surrogate pair \(\\ud83d\)"),
-    "deep": (PRETRAINING, b'{"text": ' + b"[" * 100_000 + b"\n", "line 1: (JSON nested too deep|not valid JSON)"),
-    "two objects": (PRETRAINING, b'{"text": "a"} {"text": "b"}\n', r"line 1: not valid JSON \(Extra data"),
-    "two lost keys": (PRETRAINING, lines_of({"text": "a", "summary": "b", "prompt": "d"}),
+# Name: (what the file holds, rows or bytes as they are; the error behind the file's name).
+BAD_TEXTS = {
+    "cut off": ([{"text": "a"}, b'{"text": \n'], "line 2: not valid JSON"),
+    "list": ([[{"text": "a"}]], "line 1: a JSON list, not an object"),
+    "array": ([b'[\n{"text": "a"}\n]'], "line 1: not valid JSON .*no array"),
+    "null": ([b"null\n"], "line 1: a JSON NoneType, not an object"),
+    "nothing": ([b"\n\n{}\n"], r'line 3: no key "text" \(found no keys\)'),
+    "other keys": ([{"Text": "a", "id": 1}], r'line 1: no key "text" \(found Text, id\)'),
+    "an SFT row": ([PAIR], r"line 1: .*SFT file \(input, output\); set sft: true"),
+    "null text": ([{"text": None}], 'line 1: "text" is of type NoneType'),
+    "bytes": ([{"text": "a"}, b'{"text": "\xff"}\n'], r"line 2: not UTF-8 \(byte 11"),
+    "UTF-16": (['{"text": "a"}\n'.encode("utf-16")], "line 1: not UTF-8"),
+    "surrogate": ([b'{"text": "\\ud83d"}\n'], r"line 1: .*surrogate pair \(\\ud83d\)"),
+    "deep": ([b'{"text": ' + b"[" * 100_000 + b"\n"], "line 1: (JSON nested too deep|not valid JSON)"),
+    "two objects": ([b'{"text": "a"} {"text": "b"}\n'], r"line 1: not valid JSON \(Extra data"),
+    "two lost keys": ([{"text": "a", "summary": "b", "prompt": "d"}],
                       'line 1: the keys "summary", "prompt" carry text that is not read beside text; remove them, or'),
-    "empty": (PRETRAINING, b"", "is empty; give one JSON object per line: .*text"),
-    "blank": (PRETRAINING, b"\xef\xbb\xbf\n \r\n", "is empty; give"),
-    "empty SFT": (SFT, b"", "is empty; give .*input"),
-    "a pretraining row": (SFT, lines_of({"text": "a"}), "line 1: a pretraining row .*set sft: false"),
-    "no output": (SFT, lines_of({"input": "a"}), r'line 1: no key "output" \(found input\)'),
-    "no instruction": (SFT, lines_of({"output": "a"}), r'line 1: no key "instruction" \(found output\)'),
-    "number": (SFT, lines_of(PAIR, {"input": 3, "output": "b"}), 'line 2: "input" is of type int'),
-    "null output": (SFT, lines_of({"input": "a", "output": None}), 'line 1: "output" is of type NoneType'),
-    "no turns": (SFT, lines_of({"conversation": []}), "line 1: the conversation is empty"),
-    "no list": (SFT, lines_of({"conversation": "a"}), 'line 1: "conversation" is of type str; give a list'),
-    "question alone": (SFT, lines_of({"messages": turns("a")}), "line 1: the conversation ends with 'user'"),
-    "role": (SFT, lines_of({"messages": [{"role": "bot", "content": "a"}]}), "line 1: .*unknown role 'bot'"),
-    "ShareGPT": (SFT, lines_of({"messages": [{"from": "human", "value": "a"}]}), "line 1: message 1 has no .*'from'"),
-    "human alone": (SFT, lines_of({"conversation": [{"human": "a"}]}), "line 1: message 1 has no"),
-    "answer": (SFT, lines_of({"conversation": [{"human": "a", "assistant": 1}]}), "a text of turn 1 is of type int"),
-    "few-shot": (SFT, lines_of({**PAIR, "query": "What?", "query_examples": ["x"]}), 'line 1: the key.* "query"'),
-    "two forms": (SFT, lines_of({"messages": turns("q", "a"), "instruction": "b"}), 'line 1: .*"instruction" carries'),
-    "two conversations": (SFT, lines_of({"conversation": turns("q", "a"), "messages": turns("q", "b")}), '"messages"'),
-    "another text": (SFT, lines_of({**ALPACA, "text": "Add the numbers. 1 2"}), 'line 1: .*"text" carries'),
-    "nested": (SFT, lines_of({**PAIR, "passages": [{"body": "lost"}]}), 'line 1: .*"passages" carries'),
-    "thoughts": (SFT, lines_of({"messages": [*turns("q"), BAD_TURN]}), 'turn 2 of "messages": .*"reasoning_content"'),
-    "system of a turn": (SFT, lines_of({"conversation": [{"human": "q", "assistant": "a", "system": "S"}]}),
-                         'line 1: turn 1 .*"system" carries'),
-    "two systems": (SFT, lines_of({"system": "S", "messages": turns("q", "a", system="T")}), '"system" beside'),
-    "bad history": (SFT, lines_of({**ALPACA, "history": ["q", "a"]}), 'line 1: "history" is no list of'),
-    "bad lists": (SFT, lines_of({"inputs": ["q", "r"], "outputs": ["a"]}), "line 1: .*lists of equal length"),
+    "empty": ([], "is empty; give one JSON object per line: .*text"),
+    "blank": ([b"\xef\xbb\xbf\n \r\n"], "is empty; give"),
 }  # fmt: skip
+BAD_CONVERSATIONS = {
+    "empty": ([], "is empty; give .*input"),
+    "a pretraining row": ([{"text": "a"}], "line 1: a pretraining row .*set sft: false"),
+    "no output": ([{"input": "a"}], r'line 1: no key "output" \(found input\)'),
+    "no instruction": ([{"output": "a"}], r'line 1: no key "instruction" \(found output\)'),
+    "number": ([PAIR, {"input": 3, "output": "b"}], 'line 2: "input" is of type int'),
+    "null output": ([{"input": "a", "output": None}], 'line 1: "output" is of type NoneType'),
+    "no turns": ([{"conversation": []}], "line 1: the conversation is empty"),
+    "no list": ([{"conversation": "a"}], 'line 1: "conversation" is of type str; give a list'),
+    "question alone": ([{"messages": turns("a")}], "line 1: the conversation ends with 'user'"),
+    "role": ([{"messages": [{"role": "bot", "content": "a"}]}], "line 1: .*unknown role 'bot'"),
+    "ShareGPT": ([{"messages": [{"from": "human", "value": "a"}]}], "line 1: message 1 has no .*'from'"),
+    "human alone": ([{"conversation": [{"human": "a"}]}], "line 1: message 1 has no"),
+    "answer": ([{"conversation": [{"human": "a", "assistant": 1}]}], "a text of turn 1 is of type int"),
+    "surrogate": ([{"messages": turns("q", "\ud83d")}], r"message 2 has half of a surrogate pair \(\\ud83d\)"),
+    "few-shot": ([{**PAIR, "query": "What?", "query_examples": ["x"]}], 'line 1: the key.* "query"'),
+    "two forms": ([{"messages": turns("q", "a"), "instruction": "b"}], 'line 1: .*"instruction" carries'),
+    "two conversations": ([{"conversation": turns("q", "a"), "messages": turns("q", "b")}], '"messages"'),
+    "another text": ([{**ALPACA, "text": "Add the numbers. 1 2"}], 'line 1: .*"text" carries'),
+    "nested": ([{**PAIR, "passages": [{"body": "lost"}]}], 'line 1: .*"passages" carries'),
+    "thoughts": ([{"messages": [*turns("q"), BAD_TURN]}], 'turn 2 of "messages": .*"reasoning_content"'),
+    "system of a turn": ([{"conversation": [{"human": "q", "assistant": "a", "system": "S"}]}],
+                         'line 1: turn 1 .*"system" carries'),
+    "two systems": ([{"system": "S", "messages": turns("q", "a", system="T")}], '"system" beside'),
+    "bad history": ([{**ALPACA, "history": ["q", "a"]}], 'line 1: "history" is no list of'),
+    "bad lists": ([{"inputs": ["q", "r"], "outputs": ["a"]}], "line 1: .*lists of equal length"),
+}  # fmt: skip
+BAD_FILES = [*((False, *case) for case in BAD_TEXTS.values()), *((True, *case) for case in BAD_CONVERSATIONS.values())]
 
 
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files(name, tmp_path):
-    sft, content, message = BAD_FILES[name]
+@pytest.mark.parametrize(("sft", "rows", "message"), BAD_FILES, ids=[*BAD_TEXTS, *BAD_CONVERSATIONS])
+def test_bad_files(sft, rows, message, tmp_path):
     path = tmp_path / "train.jsonl"
-    path.write_bytes(content)
+    path.write_bytes(b"".join(row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows))
     with pytest.raises(ValueError, match=message) as error:
         check_data_file(path, sft=sft, flag="eval_file")
     assert str(error.value).startswith(f"eval_file: {path}")

@@ -1,20 +1,18 @@
 """Prompt templates: the text they write, the labels, BOS and EOS, and the same ids in training and inference."""
 
-import copy
+import itertools
 
 import pytest
 
 from longqlora.data.prompt import (
     DEFAULT_SYSTEM,
-    IGNORE_INDEX,
     TURN_TEMPLATES,
-    check_messages,
     encode_conversation,
     encode_for_training,
     encode_text,
     prompt_template_for,
 )
-from longqlora.settings.config import PROMPT_TEMPLATES
+from longqlora.settings.config import IGNORE_INDEX, PROMPT_TEMPLATES
 
 CHATML = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
@@ -39,11 +37,6 @@ def assistant(text):
 TWO_TURNS = [user("the fox"), assistant("jumps over"), user("and the dog"), assistant("box quietly")]
 
 
-@pytest.fixture
-def tokenizer(tiny_tokenizer):
-    return copy.deepcopy(tiny_tokenizer)
-
-
 @pytest.fixture(params=[*TURN_TEMPLATES, "unmarked", "marked"])
 def tokenizer_and_template(request, tokenizer):
     """The tokenizer and template name of each way to encode a conversation."""
@@ -55,19 +48,13 @@ def tokenizer_and_template(request, tokenizer):
 
 def learned(tokenizer, labels):
     """The runs of labels that are learned, decoded."""
-    runs, current = [], []
-    for label in [*labels, IGNORE_INDEX]:
-        if label != IGNORE_INDEX:
-            current.append(label)
-        elif current:
-            runs.append(tokenizer.decode(current))
-            current = []
-    return runs
+    runs = [[*run] for is_learned, run in itertools.groupby(labels, IGNORE_INDEX.__ne__) if is_learned]
+    return [tokenizer.decode(run) for run in runs]
 
 
 @pytest.mark.parametrize(("template", "gap"), [("vicuna_v1.1", "\n"), ("vicuna_v1.1_fastchat", " ")])
 def test_template_text(tokenizer, template, gap):
-    ids = encode_conversation(tokenizer, TWO_TURNS[:1], template=template, add_generation_prompt=True)
+    ids = encode_conversation(tokenizer, TWO_TURNS[:1], template=template)
     lead = " " if template == "vicuna_v1.1" else ""
     assert tokenizer.decode(ids) == f"<s>{DEFAULT_SYSTEM}{gap}USER: the fox{gap}ASSISTANT:{lead}"
     ids, _ = encode_for_training(tokenizer, TWO_TURNS, template=template)
@@ -77,7 +64,7 @@ def test_template_text(tokenizer, template, gap):
     )
     for system, text in ((" Be lazy. ", f"Be lazy.{gap}"), ("", "")):
         messages = [{"role": "system", "content": system}, user("the fox")]
-        ids = encode_conversation(tokenizer, messages, template=template, add_generation_prompt=True)
+        ids = encode_conversation(tokenizer, messages, template=template)
         assert tokenizer.decode(ids) == f"<s>{text}USER: the fox{gap}ASSISTANT:{lead}"
 
 
@@ -87,7 +74,6 @@ def test_answers_and_their_eos_are_learned(tokenizer_and_template):
     lead = " " if template == "vicuna_v1.1_fastchat" else ""
     assert learned(tokenizer, labels) == [f"{lead}jumps over</s>", f"{lead}box quietly</s>"]
     assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
-    assert encode_conversation(tokenizer, TWO_TURNS, template=template, add_generation_prompt=False) == ids
     tokenizer.pad_token = tokenizer.eos_token
     assert encode_for_training(tokenizer, TWO_TURNS, template=template) == (ids, labels)
 
@@ -97,7 +83,7 @@ def test_training_starts_with_the_ids_of_inference(tokenizer_and_template, num_m
     tokenizer, template = tokenizer_and_template
     for answer in ("jumps", " jumps", "\njumps", "1", ".", "...", "é", "ASSISTANT: x"):
         messages = [*TWO_TURNS[:num_messages], assistant(answer)]
-        prompt = encode_conversation(tokenizer, messages[:-1], template=template, add_generation_prompt=True)
+        prompt = encode_conversation(tokenizer, messages[:-1], template=template)
         ids, labels = encode_for_training(tokenizer, messages, template=template)
         assert ids[: len(prompt)] == prompt
         assert labels[len(prompt)] == ids[len(prompt)]
@@ -128,35 +114,30 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer_and_template):
     assert tokenizer("a </s>").input_ids == before, "the tokenizer is left as it was"
 
 
-def test_generation_marks_decide_what_is_learned(tokenizer):
-    tokenizer.chat_template = MARKED.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}")
-    _, labels = encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
-    assert learned(tokenizer, labels) == ["jumps over", "box quietly"]
+# As Qwen3: only the last answer has its thoughts.
+THOUGHTS = CHATML.replace("{{ message.content }}", "{% if message.role == 'assistant' and loop.last %}think{% endif %}"
+                          "{{ message.content }}")  # fmt: skip
+UNUSUAL = {
+    "marks without EOS": (MARKED.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"),
+                          ["jumps over", "box quietly"]),
+    "last answer otherwise": (THOUGHTS, ["jumps over</s>", "thinkbox quietly</s>"]),
+    "changing start": ("{{ messages | length }} {% for m in messages %}{{ m.content }}{% endfor %}",
+                       "generation.*vicuna_v1.1"),
+    "changing answers": ("{% for m in messages %}{{ m.content[:9 - loop.last] }}|{% endfor %}",
+                         "with the EOS.*generation"),
+    "refusal": ("{{ raise_exception('no system here') }}", "no system here"),
+}  # fmt: skip
 
 
-def test_chat_template_that_writes_earlier_answers_otherwise(tokenizer):
-    # As Qwen3: only the last answer has its thoughts.
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|{{ message.role }}|>\n"
-        "{% if message.role == 'assistant' and loop.last %}think{% endif %}{{ message.content }}{{ eos_token }}\n"
-        "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-    )
-    _, labels = encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
-    assert learned(tokenizer, labels) == ["jumps over</s>", "thinkbox quietly</s>"]
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ messages | length }} {% for m in messages %}{{ m.content }}{% endfor %}", "generation.*vicuna_v1.1"),
-        ("{% for m in messages %}{{ m.content[:9 - loop.last] }}|{% endfor %}", "with the EOS.*generation"),
-        ("{{ raise_exception('no system here') }}", "no system here"),
-    ],
-)
-def test_chat_template_that_cannot_be_used_is_refused(tokenizer, template, message):
-    tokenizer.chat_template = template
-    with pytest.raises(ValueError, match=message):
-        encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_chat_templates_are_learned_from_or_refused(tokenizer, name):
+    tokenizer.chat_template, expected = UNUSUAL[name]
+    if isinstance(expected, list):
+        _, labels = encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
+        assert learned(tokenizer, labels) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            encode_for_training(tokenizer, TWO_TURNS, template="chat_template")
 
 
 def test_prompt_template_for(tokenizer):
@@ -171,27 +152,23 @@ def test_prompt_template_for(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("messages", "last_role", "message"),
+    ("messages", "message"),
     [
-        ([], None, "empty"),
-        ("hello", None, "empty"),
-        ([user("a"), user("b")], None, "in turn"),
-        ([assistant("a")], None, "in turn"),
-        ([user("a"), {"role": "system", "content": "b"}], None, "in turn"),
-        ([{"role": "system", "content": "b"}], None, "in turn"),
-        ([{"role": "tool", "content": "b"}], None, "unknown role 'tool'"),
-        ([{"role": ["user"], "content": "b"}], None, "unknown role"),
-        ([{"from": "human", "value": "b"}], None, "message 1 has no"),
-        ([user("a"), "b"], None, "message 2 has no"),
-        ([user(None)], None, "NoneType"),
-        ([user([{"type": "text", "text": "a"}])], None, "list"),
-        ([user("a")], "assistant", "ends with 'user'"),
-        (TWO_TURNS, "user", "ends with 'assistant'"),
+        ("hello", "empty"),
+        ([user("a"), user("b")], "in turn"),
+        ([assistant("a")], "in turn"),
+        ([user("a"), {"role": "system", "content": "b"}], "in turn"),
+        ([{"role": "system", "content": "b"}], "in turn"),
+        ([{"role": ["user"], "content": "b"}], "unknown role"),
+        ([user("a"), "b"], "message 2 has no"),
+        ([user(None)], "NoneType"),
+        ([user([{"type": "text", "text": "a"}])], "list"),
+        (TWO_TURNS, "ends with 'assistant'"),
     ],
 )
-def test_bad_messages(messages, last_role, message):
+def test_bad_messages(tokenizer, messages, message):
     with pytest.raises(ValueError, match=message):
-        check_messages(messages, last_role=last_role)
+        encode_conversation(tokenizer, messages)
 
 
 @pytest.mark.realdata
@@ -203,5 +180,5 @@ def test_llama2_ids_are_those_of_the_whole_text(shared_data):
     text = f"{DEFAULT_SYSTEM} USER: Hi there ASSISTANT: Hello, you.</s>USER: Bye ASSISTANT: (waves) 7</s>"
     messages = [user("Hi there"), assistant("Hello, you."), user("Bye"), assistant("(waves) 7")]
     assert encode_for_training(llama, messages, template="vicuna_v1.1_fastchat")[0] == llama(text).input_ids
-    ids = encode_conversation(llama, messages[:1], template="vicuna_v1.1", add_generation_prompt=True)
+    ids = encode_conversation(llama, messages[:1], template="vicuna_v1.1")
     assert llama.decode(ids[1:]) == f"{DEFAULT_SYSTEM}\nUSER: Hi there\nASSISTANT: "

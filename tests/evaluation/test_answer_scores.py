@@ -44,17 +44,15 @@ def test_rouge_is_that_of_the_package_on_ascii(metric, use_stemmer):
     texts = ["The foxes were running_quickly, over 12 lazy dogs!", "a fox ran over the dog's 12 bodies", "",
              "cats don't", "his", "hi",
              "he was jumping; the foxes' jumps were higher than running dogs"]  # fmt: skip
-    official = RougeScorer([metric], use_stemmer=use_stemmer)
+    official, ours = RougeScorer([metric], use_stemmer=use_stemmer), rouge(metric, use_stemmer=use_stemmer)
     pairs = [(a, b) for a in texts for b in texts]
-    found = [rouge(a, b, metric, use_stemmer=use_stemmer) for a, b in pairs]
+    found = [ours(a, b) for a, b in pairs]
     assert found == [official.score(b, a)[metric].fmeasure for a, b in pairs] and 0 < sum(found) < len(found)
 
 
-def test_rouge_of_other_scripts_and_its_stemmer():
-    assert rouge("北京很大", "北京大", "rouge1") == pytest.approx(2 * 3 / 7)
-    assert rouge("Größe zählt", "größe fehlt", "rouge1") == 0.5
-    assert rouge("हिन्दी है", "हिन्दी था", "rouge1") == 0.5
-    assert [rouge("he jumped", "he jumps", "rouge1", use_stemmer=stems) for stems in (True, False)] == [1, 0.5]
+def test_rouge_of_other_scripts():
+    pairs = [("北京很大", "北京大"), ("Größe zählt", "größe fehlt"), ("हिन्दी है", "हिन्दी था")]
+    assert [best_score("rouge1", a, [b]) for a, b in pairs] == [pytest.approx(2 * 3 / 7), 0.5, 0.5]
 
 
 def test_the_best_reference_counts():
@@ -62,22 +60,20 @@ def test_the_best_reference_counts():
     assert best_score("rougeL", "brown fox", ["dog", "fox"]) == pytest.approx(2 / 3)
     assert [best_score("exam", answer, ["ACD"]) for answer in ("A", "AC", "AB", "ACD")] == [0.25, 0.25, 0, 1]
     assert best_score("exam", "B", ["A", "B"]) == 1
-    for metric, references, words in (("f1", [], "no references"), ("bleu", ["a"], "unknown metric 'bleu'")):
-        with pytest.raises(ValueError, match=words):
-            best_score(metric, "a", references)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("B", 1), ("b", 1), (" (b) ", 1), ("B. because of A", 1), ("**C**", 2), ("A: the dog", 0), ("A\nB", 0),
-        ("The answer is C", 2), ("the correct answer is (b).", 1), ("Answer: A", 0), ("I choose option B", 1),
-        ("A good guess: the answer is B", 1), ("I would say (C) here", 2),
+        ("B", "B"), ("b", "B"), (" (b) ", "B"), ("B. because of A", "B"), ("**C**", "C"), ("A: the dog", "A"),
+        ("A\nB", "A"),
+        ("The answer is C", "C"), ("the correct answer is (b).", "B"), ("Answer: A", "A"), ("I choose option B", "B"),
+        ("A good guess: the answer is B", "B"), ("I would say (C) here", "C"),
         ("either (A) or (B)", None),
-        ("red fox", 1), ("The Red Fox!", 1), ("It was the red fox, surely", 1), ("red fox or old dog", None),
-        ("I think it is C", 2), ("A dog I know", None), ("maybe B or C", None), ("", None), ("D", None),
+        ("red fox", "B"), ("The Red Fox!", "B"), ("It was the red fox, surely", "B"), ("red fox or old dog", None),
+        ("I think it is C", "C"), ("A dog I know", None), ("maybe B or C", None), ("", None), ("D", None),
         ("Because", None),
-        ("bad", None), ("A's", None), ("answer is unclear", None), ("北京", 3),
+        ("bad", None), ("A's", None), ("answer is unclear", None), ("北京", "D"),
     ],
 )  # fmt: skip
 def test_the_letter_of_an_answer(text, expected):
@@ -95,7 +91,7 @@ def test_several_letters(text, expected):
     assert parse_letters(text) == set(expected)
 
 
-FOX = Question("1", "t", "c", "q", ("fox",), ("dog", "fox"), 1)
+FOX = Question("1", "t", "c", "q", ("fox",), ("dog", "fox"))
 LETTERS = Question("1", "t", "c", "q", ("BC",), metric="exam")
 
 
@@ -103,7 +99,7 @@ LETTERS = Question("1", "t", "c", "q", ("BC",), metric="exam")
     ("question", "metric", "result", "expected"),
     [
         (FOX, "auto", {"answer": "(B)"}, {"score": 1, "choice": "B", "right_choice": "B"}),
-        (FOX, "auto", {"answer": "B", "choice": 0}, {"score": 0, "choice": "A"}),  # the likelihoods chose
+        (FOX, "auto", {"answer": "B", "choice": "A"}, {"score": 0, "choice": "A"}),  # the likelihoods chose
         (FOX, "auto", {"answer": "who knows"}, {"score": 0, "choice": None, "right_choice": "B"}),
         (FOX, "f1", {"answer": "the fox"}, {"score": 1, "metric": "f1"}),
         (LETTERS, "auto", {"answer": "C, B"}, {"score": 1, "metric": "exam", "choice": "BC"}),

@@ -1,17 +1,15 @@
 """The comparison of methods: cells equal evaluate.py's numbers, settings are checked by name."""
 
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
-import torch
 from conftest import save_tiny_model, tiny_config
 
-from longqlora.evaluation.comparison import Comparison, read_comparison
-from longqlora.evaluation.scoring import TokenScorer
+from longqlora.evaluation.comparison import read_comparison
 from longqlora.evaluation.trials import run_trials
-from longqlora.inference.load import load_for_inference, set_context
-from longqlora.model.context import ContextRequest
+from longqlora.model.context_request import ContextRequest
 
 METHODS = """
   none: {}
@@ -48,7 +46,7 @@ def write_yaml(folder, base, data, methods=METHODS, **settings):
 
 def run(path, output_file=None, seen=None):
     """The record of the comparison in a YAML, of the trials that `seen` gets five before it is interrupted."""
-    task = Comparison(read_comparison(str(path), {}))
+    task = read_comparison(str(path), {})
     (trials,) = task.make_trials()
 
     def ask(trial):
@@ -61,46 +59,22 @@ def run(path, output_file=None, seen=None):
     return task.score(run_trials(trials, ask, output_file=output_file, fingerprint=task.settings, desc=""))
 
 
-REQUESTS = {
-    "plain": ContextRequest(),
-    "linear": ContextRequest(context_size=256, rope_type="linear"),
-    "dynamic": ContextRequest(context_size=256, rope_type="dynamic"),
-    "yarn": ContextRequest(context_size=256, rope_type="yarn"),
-    "ntk": ContextRequest(context_size=256, rope_type="ntk"),
-    "dca": ContextRequest(attention="dca", context_size=256),
-    "dca on yarn": ContextRequest(attention="dca", context_size=256, pretraining_length=128, rope_type="yarn"),
-}
-
-
-def test_a_changed_context_equals_a_fresh_load(base):
-    """Through all pairs of methods in turn, in both orders."""
-    ids = torch.randint(4, 320, (1, 200), generator=torch.Generator().manual_seed(0))
-    fresh = {}
-    for name, request in REQUESTS.items():
-        loaded = load_for_inference(str(base), context=request, dtype=torch.float32)
-        fresh[name] = (TokenScorer(loaded.model)(ids)[0], loaded.context_size, loaded.attention)
-    assert len({losses.sum().item() for losses, *_ in fresh.values()}) == len(fresh), "methods must differ"
-    for name in [*REQUESTS, *reversed(REQUESTS)]:
-        set_context(loaded, REQUESTS[name])
-        losses, context_size, attention = fresh[name]
-        assert torch.equal(TokenScorer(loaded.model)(ids)[0], losses), name
-        assert (loaded.context_size, loaded.attention) == (context_size, attention)
-        assert loaded.tokenizer.model_max_length == context_size
-
-
 def test_every_cell_equals_evaluate(base, data, tmp_path, evaluate):
-    result = run(write_yaml(tmp_path, base, data))
-    for name, options in {"YaRN": ["--rope_type", "yarn"], "DCA": ["--attention", "dca"]}.items():
-        single = tmp_path / "single.json"
-        code, _, err = evaluate("evaluate", "--base_model", base, "--data_path", data, "--seq_len", 160,
-                                "--sliding_window", 200, "--max_windows", 4, "--output_file", single,
-                                "--context_size", 160, *options)  # fmt: skip
+    """A context that was changed in place, through the methods in both orders, is that of a fresh load."""
+    task = read_comparison(str(write_yaml(tmp_path, base, data)), {})
+    (trials,) = task.make_trials()
+    result = task.score([task.ask(trial) for trial in trials])
+    assert result == task.score([task.ask(trial) for trial in reversed(trials)][::-1])
+    for name, method in task.methods.items():
+        asked = {item.name: getattr(method.at(160), item.name) for item in fields(ContextRequest)}
+        words = [word for name, value in asked.items() if value for word in (f"--{name}", value)]
+        code, _, err = evaluate("evaluate", "--base_model", base, "--data_path", data, "--seq_len", 160, *words,
+                                "--sliding_window", 200, "--max_windows", 4,
+                                "--output_file", tmp_path / "single.json")  # fmt: skip
         assert code == 0, err
-        expected = json.loads(single.read_text())["results"][0]
-        assert expected["context_size"] == 160
-        found = result["results"][name][160]
-        assert found["loss"] == expected["loss"] and found["num_windows"] == expected["num_windows"]
-        assert result["models"][name][160]["attention"] == expected["attention"]
+        single, model = json.loads((tmp_path / "single.json").read_text()), result["models"][name][160]
+        assert result["results"][name][160]["loss"] == single["loss"]
+        assert (model["context_size"], model["attention"]) == (single["context_size"], single["attention"])
     at_64 = {result["results"][name][64]["loss"] for name in ("none", "PI", "NTK", "dynamic", "YaRN", "llama3")}
     assert len(at_64) == 1, "within its own length, a method scaled to that length changes nothing"
     assert len({cells[160]["loss"] for cells in result["results"].values()}) == len(result["results"])
@@ -118,10 +92,13 @@ def test_a_comparison_goes_on_with_new_methods(base, data, tmp_path, monkeypatch
     found = run(yaml, output, seen)
     assert len(seen) - 1 == 3 * 2 * 4, "no window was scored twice"
     assert found == run(yaml) and len(loads) == 3, "weights are loaded once for all RoPE methods"
+    write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: yarn}")
+    run(yaml, output, seen)
+    assert len(seen) - 1 == 4 * 2 * 4, "a method of other settings is another, whatever its name"
 
 
 def test_blocks_need_no_mask_in_any_method(base, data, tmp_path):
-    task = Comparison(read_comparison(str(write_yaml(tmp_path, base, data, prefill_chunk_size=32)), {}))
+    task = read_comparison(str(write_yaml(tmp_path, base, data, prefill_chunk_size=32)), {})
     names = {name: task.model(name, 160).model.config._attn_implementation for name in ("none", "DCA", "YaRN")}
     assert names["none"] == names["YaRN"] == "sdpa_no_mask" and names["DCA"].startswith("dca_")
 
@@ -150,7 +127,7 @@ def test_bad_settings_are_one_line(name, base, data, tmp_path):
     settings, methods, text = BAD[name]
     path = write_yaml(tmp_path, base, data, methods, **settings)
     with pytest.raises(ValueError) as error:
-        Comparison(read_comparison(str(path), {})).make_trials()
+        read_comparison(str(path), {}).make_trials()
     assert text in str(error.value)
 
 

@@ -6,9 +6,12 @@ import os
 import pytest
 import torch
 from conftest import save_tiny_model, tiny_config
+from peft import LoraConfig, get_peft_model
 from rigged_model import ask_all
 from test_ruler import solve
 
+from longqlora.cli import go_offline_unless_reachable
+from longqlora.evaluation.harness import fit_answers, load_task, wrap_model
 from longqlora.evaluation.ruler.task import Ruler
 from longqlora.evaluation.ruler.tasks import TASKS
 from longqlora.inference.load import load_for_inference
@@ -83,19 +86,13 @@ def test_own_lm_eval_task(evaluate, own_tasks, tiny_model_dir, tmp_path):
 def test_tasks_that_cannot_be_run_are_told_before_the_model_loads(own_tasks, name, message):
     from lm_eval.tasks import TaskManager
 
-    from longqlora.evaluation.harness import check_fit, load_task
-
     manager = TaskManager(include_path=own_tasks, include_defaults=False)
     with pytest.raises(ValueError, match=message) as caught:
-        check_fit(name, load_task(manager, name, own_tasks), context_size=64)
+        fit_answers(name, load_task(manager, name, own_tasks), max_new_tokens=None, context_size=64)
     assert "\n" not in str(caught.value)
 
 
 def test_wrapping_leaves_the_model_alone(tmp_path, tiny_tokenizer):
-    from peft import LoraConfig, get_peft_model
-
-    from longqlora.evaluation.harness import wrap_model
-
     config = tiny_config(tie_word_embeddings=True)
     loaded = load_for_inference(save_tiny_model(tmp_path / "tied", tiny_tokenizer, config))
     loaded.model = get_peft_model(loaded.model, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
@@ -110,24 +107,17 @@ def test_wrapping_leaves_the_model_alone(tmp_path, tiny_tokenizer):
     assert 2 in loaded.model.generation_config.eos_token_id
 
 
-def test_hub_is_given_up_where_nothing_answers(monkeypatch):
-    from longqlora.cli import go_offline_unless_reachable
-
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", "https://127.0.0.1:9/x")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "0")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+@pytest.mark.parametrize(
+    ("given", "proxies", "found"),
+    [({"HF_HUB_OFFLINE": "0"}, {}, "0"), ({}, {}, "1"), ({}, {"https": "http://127.0.0.1:1"}, None)],
+)
+def test_hub_is_given_up_where_nothing_answers(given, proxies, found, monkeypatch):
+    """What the user set stays, and behind a proxy the hub is taken to answer."""
+    monkeypatch.setattr("urllib.request.getproxies", lambda: proxies)
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    monkeypatch.setattr("os.environ", {**environment, "HF_ENDPOINT": "https://127.0.0.1:9/x", **given})
     go_offline_unless_reachable()
-    assert os.environ["HF_HUB_OFFLINE"] == "0"
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    go_offline_unless_reachable()
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
-    go_offline_unless_reachable()
-    assert "HF_HUB_OFFLINE" not in os.environ, "behind a proxy the hub is taken to answer"
+    assert os.environ.get("HF_HUB_OFFLINE") == found
 
 
 def test_tasks_are_listed(evaluate):

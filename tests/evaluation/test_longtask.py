@@ -1,14 +1,16 @@
 """Long tasks: reading the rows of the benchmarks, prompts that fit, and the script from rows to scores."""
 
 import json
+import re
 from os.path import commonprefix
+from types import SimpleNamespace
 
 import pytest
 from conftest import sentences
 from rigged_model import ask_all, rigged
 
 from longqlora.data.prompt import encode_text
-from longqlora.evaluation.longtask.prompts import PromptForm, fitted_prompt, letter_ids, log_likelihoods, prompt_text
+from longqlora.evaluation.longtask.prompts import PromptForm, letter_ids, log_likelihoods, prompt_text
 from longqlora.evaluation.longtask.questions import Question, read_questions
 from longqlora.evaluation.longtask.task import LongTask, summarize_lengths, summarize_tasks
 from longqlora.inference.generation import encode_prompt
@@ -36,14 +38,14 @@ def write_rows(path, *rows):
         ({"input": "c", "instruction": "q", "answer": 42}, {"context": "c", "question": "q", "references": ("42",)}),
         ({"input": "all of it", "output": "a"}, {"context": "all of it", "question": "", "references": ("a",)}),
         ({**OPEN, "metric": "rouge1", "id": 5, "task": "größe"}, {"metric": "rouge1", "id": "5", "task": "größe"}),
-        (CHOICE, {"options": ("dog", "fox", "box"), "answer_index": 1, "references": ("fox",)}),
-        ({**CHOICE, "answer": "box"}, {"answer_index": 2}),
-        ({**CHOICE, "answer": "(c)"}, {"answer_index": 2}),
-        ({**CHOICE, "answer": 0}, {"answer_index": 0}),
+        (CHOICE, {"options": ("dog", "fox", "box"), "right_letter": "B", "references": ("fox",)}),
+        ({**CHOICE, "answer": "box"}, {"right_letter": "C"}),
+        ({**CHOICE, "answer": "(c)"}, {"right_letter": "C"}),
+        ({**CHOICE, "answer": 0}, {"right_letter": "A"}),
         ({**CHOICE, "options": [], "answer": ["fox"]}, {"options": (), "references": ("fox",)}),  # InfiniteBench
-        ({**CHOICE, "options": ["B", "A"], "answer": "B"}, {"answer_index": 0}),
-        ({**CHOICE, "options": [1, 2.5], "answer": "2.5"}, {"options": ("1", "2.5"), "answer_index": 1}),
-        ({"context": "c", "question": "q", "choice_A": "x", "choice_B": "y", "answer": "B"}, {"answer_index": 1}),
+        ({**CHOICE, "options": ["B", "A"], "answer": "B"}, {"right_letter": "A"}),
+        ({**CHOICE, "options": [1, 2.5], "answer": "2.5"}, {"options": ("1", "2.5"), "right_letter": "B"}),
+        ({"context": "c", "question": "q", "choice_A": "x", "choice_B": "y", "answer": "B"}, {"right_letter": "B"}),
         # What LongBench, LongBench v2 and ZeroSCROLLS write beside the question.
         ({**OPEN, "length": 9, "dataset": "trec", "language": "en", "all_classes": ["a b"], "_id": "x"}, {"id": "x"}),
         ({**OPEN, "_id": "x", "domain": "a b", "difficulty": "hard", "length": "short"}, {"id": "x", "task": "rows"}),
@@ -64,7 +66,7 @@ def test_rows_of_l_eval(tmp_path):
         {"instructions": ["q"], "outputs": ["short"], "input": "text", "evaluation": "LLM"},
     ]  # fmt: skip
     tasks = read_questions([write_rows(tmp_path / "a.jsonl", *rows)], "--data_path")
-    assert [(task.id, task.task, task.question, task.usual_metric) for task in tasks] == [
+    assert [(task.id, task.task, task.question, task.metric_for("auto")) for task in tasks] == [
         ("1-1", "coursera", "q1", "exam"), ("1-2", "coursera", "q2", "exam"), ("2-1", "news", "q", "rougeL"),
         ("3-1", "gsm", "q", "exam"), ("4-1", "a", "q", "f1"),
     ]  # fmt: skip
@@ -80,7 +82,7 @@ def test_sci_fi_asks_by_the_story_and_by_the_real_world(tmp_path):
     )  # fmt: skip
     assert (fact.id, fact.task, fact.context, fact.references) == ("1-1-fact", "sci_fi (fact)", "", ("False",))
     assert fact.question.endswith("Answer this question based on facts of the real world.")
-    assert story.usual_metric == fact.usual_metric == "exam"
+    assert story.metric_for("auto") == fact.metric_for("auto") == "exam"
     assert prompt_text(fact, fact.context, []) == f"Question: {fact.question}\nAnswer:"
 
 
@@ -111,12 +113,12 @@ def test_rows_that_differ_in_their_answer_are_one_question(tmp_path):
         ("f1", {"references": ("fox",)}),
         ("f1", {"references": ("word " * 30,)}),
         ("rougeL", {"references": ("fox", "word " * 31)}),
-        ("accuracy", {"references": ("a",), "options": ("a", "b"), "answer_index": 0}),
+        ("accuracy", {"references": ("a",), "options": ("a", "b")}),
         ("exact_match", {"references": ("word " * 31,), "metric": "exact_match"}),
     ],
 )
 def test_the_usual_metric_follows_the_references(metric, fields):
-    assert Question("1", "t", "c", "q", **fields).usual_metric == metric
+    assert Question("1", "t", "c", "q", **fields).metric_for("auto") == metric
 
 
 BAD_ROWS = {
@@ -161,14 +163,14 @@ def test_a_bad_row_is_one_line_with_its_number(name, tmp_path):
 
 
 def test_prompts_with_options_and_examples():
-    task = Question("1", "t", "Text.\n", "Why?", ("fox",), ("dog", "fox"), 1)
+    task = Question("1", "t", "Text.\n", "Why?", ("fox",), ("dog", "fox"))
     asked = "Question: Why?\n(A) dog\n(B) fox\nAnswer with the letter of the right option.\nAnswer:"
     assert prompt_text(task, "Text.\n", []) == f"Text.\n\n{asked}"
     shot = Question("s", "t", "", "Who?", ("me", "I"))
     two_shots = f"Question: Who?\nAnswer: me\n\nText.\n\n{asked} B\n\nText.\n\n{asked}"
     assert prompt_text(task, "Text.", [shot, task]) == two_shots
     assert prompt_text(Question("1", "t", "Sum up: x", "", ("y",)), "Sum up: x", []) == "Sum up: x"
-    form = PromptForm("none", 100, 10, (task, shot), 1)
+    form = PromptForm(None, "none", 100, 10, (task, shot), 1)
     assert form.shots_for(task) == [shot] and form.shots_for(shot) == [task], "never the question itself"
 
 
@@ -176,22 +178,20 @@ def test_prompts_with_options_and_examples():
 @pytest.mark.parametrize("text", [sentences(400), "größe 読む 😀 " * 60])
 def test_a_long_context_loses_its_middle(template, text, tiny_tokenizer):
     task = Question("1", "t", f"START {text} END", "Why?", ("x",))
-    form = PromptForm(template, 256, 32)
-    prompt = fitted_prompt(tiny_tokenizer, task, form)
-    assert form.room - 3 <= len(prompt.ids) <= form.room
-    assert prompt.ids == encode_prompt(tiny_tokenizer, prompt.text, template=template)
-    kept = prompt.text.removesuffix("\n\nQuestion: Why?\nAnswer:")
-    assert kept.startswith("START") and kept.endswith("END") and "\ufffd" not in kept
-    num_kept = prompt.num_context_tokens - prompt.num_tokens_cut
-    assert prompt.num_context_tokens == len(encode_text(tiny_tokenizer, task.context))
+    for size in range(240, 257):
+        ids, num_context, num_cut = PromptForm(tiny_tokenizer, template, size, 32).fit(task)
+        prompt = tiny_tokenizer.decode(ids, skip_special_tokens=True)
+        assert size - 36 <= len(ids) <= size - 32 and num_context == len(encode_text(tiny_tokenizer, task.context))
+        kept = re.search(r"START.*END(?=\n\nQuestion: Why\?\nAnswer:)", prompt)[0]
+        assert "\ufffd" not in kept
+        assert ids == encode_prompt(tiny_tokenizer, f"{kept}\n\nQuestion: Why?\nAnswer:", template=template)
     head = commonprefix([kept, task.context])
-    assert abs(len(encode_text(tiny_tokenizer, head)) - num_kept / 2) < 6, "head and tail are equally long"
-    for size in range(240, 256):
-        assert "\ufffd" not in fitted_prompt(tiny_tokenizer, task, PromptForm(template, size, 32)).text
-    short = fitted_prompt(tiny_tokenizer, Question("1", "t", "brief", "Why?", ("x",)), form)
-    assert short.num_tokens_cut == 0 and short.text.startswith("brief\n\n")
+    num_head = len(encode_text(tiny_tokenizer, head))
+    assert abs(num_head - (num_context - num_cut) / 2) < 6, "head and tail are equally long"
+    ids, _, num_cut = PromptForm(tiny_tokenizer, template, 256, 32).fit(Question("1", "t", "brief", "Why?", ("x",)))
+    assert num_cut == 0 and "brief\n\nQ" in tiny_tokenizer.decode(ids)
     with pytest.raises(ValueError, match="question 1 of t: .* 24 fit in the context of 56"):
-        fitted_prompt(tiny_tokenizer, Question("1", "t", text, "Why? " * 20, ("x",)), PromptForm(template, 56, 32))
+        PromptForm(tiny_tokenizer, template, 56, 32).fit(Question("1", "t", text, "Why? " * 20, ("x",)))
 
 
 @pytest.fixture(scope="module")
@@ -216,10 +216,10 @@ def test_log_likelihoods_equal_whole_passes(continuations, tiny_model):
 
 @pytest.mark.parametrize("template", ["none", "vicuna_v1.1", "vicuna_v1.1_fastchat"])
 def test_letters_follow_the_prompt_as_answers_do(template, tiny_tokenizer):
-    task = Question("1", "t", "Text.", "Why?", ("a",), ("a", "b"), 0)
-    prompt = fitted_prompt(tiny_tokenizer, task, PromptForm(template, 1000, 5))
-    letters = letter_ids(tiny_tokenizer, prompt, 2, template)
-    assert [tiny_tokenizer.decode([*prompt.ids, *ids])[-3:] for ids in letters] == [": A", ": B"]
+    task = Question("1", "t", "Text.", "Why?", ("a",), ("a", "b"))
+    prompt, _, _ = PromptForm(tiny_tokenizer, template, 1000, 5).fit(task)
+    letters = letter_ids(tiny_tokenizer, 2, template)
+    assert [tiny_tokenizer.decode([*prompt, *ids])[-3:] for ids in letters] == [": A", ": B"]
 
 
 def test_means_by_task_and_length():
@@ -234,16 +234,13 @@ def test_means_by_task_and_length():
     assert bins == [("accuracy", 1024, 2048, 0.0, 1), ("f1", 512, 1024, 0.5, 1), ("f1", 1024, 2048, 1.0, 1)]
 
 
-def test_from_rows_to_scores(evaluate, tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "qa.jsonl", {**OPEN, "context": sentences(900)}, {**OPEN, "metric": "rouge2"}, OPEN)
-    write_rows(tmp_path / "exam.jsonl", CHOICE, {**CHOICE, "answer": "A"})
-    write_rows(tmp_path / "shots.jsonl", {"question": "Who?", "answer": "me"}, CHOICE)
-    model = ["--model_name_or_path", tiny_model_dir, "--context_size", 400, "--max_new_tokens", 6]
-    data = ["--data_path", "qa.jsonl", "exam.jsonl", "--max_rows", 2, "--num_shots", 1, "--shots_file", "shots.jsonl"]
-    code, _, err = evaluate("longtask", *model, *data, "--choice_scoring", "loglikelihood", "--output_file", "r.json")
-    assert code == 0, err
-    result = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+def test_from_rows_to_scores(tiny_model, tiny_tokenizer, tmp_path):
+    qa = write_rows(tmp_path / "qa.jsonl", {**OPEN, "context": sentences(900)}, {**OPEN, "metric": "rouge2"}, OPEN)
+    exam = write_rows(tmp_path / "exam.jsonl", CHOICE, {**CHOICE, "answer": "A"})
+    shots = write_rows(tmp_path / "shots.jsonl", {"question": "Who?", "answer": "me"}, CHOICE)
+    task = LongTask([qa, exam], max_rows=2, num_shots=1, shots_file=shots, choice_scoring="loglikelihood",
+                    max_new_tokens=6, prompt_template="none")  # fmt: skip
+    result = ask_all(task, SimpleNamespace(model=tiny_model, tokenizer=tiny_tokenizer), context_size=400)
     rows = result["rows"]
     assert [(row["task"], row["id"], row["metric"]) for row in rows] == [
         ("qa", "1", "f1"), ("qa", "2", "rouge2"), ("exam", "1", "accuracy"), ("exam", "2", "accuracy"),
@@ -252,7 +249,7 @@ def test_from_rows_to_scores(evaluate, tiny_model_dir, tmp_path, monkeypatch):
     assert all(0 <= row["score"] <= 1 and row["num_prompt_tokens"] > row["num_context_tokens"] for row in rows[1:])
     likely = rows[2]["log_likelihoods"]
     assert rows[2]["choice"] == "ABC"[likely.index(max(likely))] and rows[2]["right_choice"] == "B"
-    assert sum(task["score"] for task in result["tasks"] if task["task"] == "exam") <= 0.5, "one letter for both"
+    assert sum(entry["score"] for entry in result["tasks"] if entry["task"] == "exam") <= 0.5, "one letter for both"
     assert result["settings"]["num_shots"] == 1
 
 
@@ -262,15 +259,3 @@ def test_raw_answers_end_before_the_next_question(template, answer, tiny_tokeniz
     task = LongTask([write_rows(tmp_path / "qa.jsonl", OPEN)], prompt_template=template)
     (row,) = ask_all(task, loaded, context_size=400)["rows"]
     assert row["answer"] == answer and row["score"] == (1 if answer == "fox" else 0.5)
-
-
-@pytest.mark.realdata
-def test_real_summaries(shared_data, tmp_path):
-    with (shared_data / "sft_long" / "squality_v1-3_dev.jsonl").open(encoding="utf-8") as file:
-        row = json.loads(next(file))
-    path = write_rows(tmp_path / "squality.jsonl", *(
-        {"document": row["document"], "question": question["question_text"],
-         "references": [response["response_text"] for response in question["responses"]]}
-        for question in row["questions"]))  # fmt: skip
-    questions = read_questions([path, shared_data / "sft_long" / "sft_input_output.jsonl"], "--data_path", max_rows=2)
-    assert [question.usual_metric for question in questions] == ["rougeL"] * 4 and len(questions[0].references) == 4

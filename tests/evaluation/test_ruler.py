@@ -14,10 +14,9 @@ from longqlora.evaluation.ruler.task import (
     mean_by_length,
     metric_table,
     plot_scores,
-    ruler_result,
     score_table,
 )
-from longqlora.evaluation.ruler.tasks import TASKS, TextHaystack, check_tasks, default_tasks
+from longqlora.evaluation.ruler.tasks import TASKS, TextHaystack
 
 LENGTH = 2600
 TEXT = "One {sentence} here. Then a second, with “quotes.” 第三句。 " + sentences(30) + "."
@@ -89,7 +88,7 @@ def test_a_longer_answer_takes_room_from_the_haystack(count_tokens):
 
 
 def test_a_sample_of_shorter_words_gets_more_units():
-    first = fit("niah_single_1", len, num_samples=1).build(0, 1).outputs[0]
+    first = fit("niah_single_1", len, num_samples=1).build(0, 1)[0].outputs[0]
     fitted = fit("niah_single_1", lambda text: len(text) * (2 if first in text else 1))
     sizes = [num_tokens for _, num_tokens in fitted.samples()]
     assert all(0.93 * LENGTH <= size + fitted.max_new_tokens <= LENGTH for size in sizes)
@@ -134,11 +133,10 @@ def test_needles_stand_at_ends_of_sentences_and_short_texts_repeat():
 
 
 def test_haystack_is_reported_as_what_it_is(count_tokens):
-    assert fit("niah_multikey_1", count_tokens).haystack == "noise"
-    assert fit("niah_multikey_1", count_tokens, text=TextHaystack(TEXT)).haystack == "text"
-    assert fit("niah_multikey_3", count_tokens, text=TextHaystack(TEXT)).haystack == "needles"
-    assert "niah_single_2" in default_tasks(has_text=True) and "niah_single_2" not in default_tasks(has_text=False)
-    check_tasks(["mmlu", "vt"], has_text=False)
+    for name, text, haystack in (("niah_multikey_1", None, "noise"), ("niah_multikey_1", TextHaystack(TEXT), "text"),
+                                 ("niah_multikey_3", TextHaystack(TEXT), "needles")):  # fmt: skip
+        fitted = fit(name, count_tokens, text=text, num_samples=1)
+        assert fitted.result(fitted.samples(), [""])["haystack"] == haystack
 
 
 @pytest.mark.parametrize(
@@ -150,10 +148,11 @@ def test_score_is_the_share_of_expected_strings(answer, expected, share):
 
 
 def test_table_mean_and_plot(tmp_path, count_tokens):
-    samples = fit("vt", count_tokens, num_samples=2).samples()
-    result = ruler_result(fit("vt", count_tokens), samples, [" ".join(samples[0][0].outputs), "none"])
+    fitted = fit("vt", count_tokens, num_samples=2)
+    samples = fitted.samples()
+    result = fitted.result(samples, [" ".join(samples[0][0].outputs), "none"])
     assert (result["score"], result["stderr"], result["num_samples"]) == (50, pytest.approx(50), 2)
-    assert ruler_result(fit("vt", count_tokens), samples[:1], [""])["stderr"] is None
+    assert fitted.result(samples[:1], [""])["stderr"] is None
     results = [result, {**result, "task": "fwe", "score": 0.0}, {**result, "length": 9000, "score": 100.0}]
     assert mean_by_length(results) == {LENGTH: 25, 9000: 100}
     assert [line.split() for line in score_table(results).splitlines()] == [

@@ -17,10 +17,10 @@ CHAT = "script/inference/chat.py"
 
 
 class WordSession(ChatSession):
-    """A token for each word and each role."""
+    """A token for each word and each role, which begins with a dot."""
 
-    def encode(self, messages) -> list[int]:
-        return [0] * sum(1 + len(message["content"].split()) for message in messages)
+    def encode(self, messages) -> list[str]:
+        return [word for message in messages for word in (f".{message['role']}", *message["content"].split())]
 
 
 def make_session(context_size=40, max_new_tokens=10, **kwargs) -> ChatSession:
@@ -29,7 +29,7 @@ def make_session(context_size=40, max_new_tokens=10, **kwargs) -> ChatSession:
 
 
 def roles(prompt) -> str:
-    return " ".join(message["role"][0] for message in prompt.messages)
+    return " ".join(word[1] for word in prompt.ids if word.startswith("."))
 
 
 def test_oldest_whole_turns_are_left_out_and_it_is_said_once():
@@ -38,36 +38,38 @@ def test_oldest_whole_turns_are_left_out_and_it_is_said_once():
         session.add_turn(f"question {number} " + "w " * 3, f"answer {number}")
     prompt = session.prompt("last question")
     assert len(prompt.ids) <= session.room == 30
-    assert roles(prompt) == "s u a u a u" and "question 2" in prompt.messages[1]["content"]
+    assert roles(prompt) == "s u a u a u" and prompt.ids[3:6] == [".user", "question", "2"]
     assert prompt.notice == "the context of 40 tokens is full: left out 2 oldest turns"
     assert session.prompt("last question").notice is None
     assert len(session.history) == 8, "left out of the prompt, yet still there for /save"
 
 
 def test_window_is_as_large_as_fits():
-    session = make_session(context_size=30, max_new_tokens=10)
+    session = make_session(context_size=30)
     session.add_turn("a b c", "d e f")  # 8 tokens
     session.add_turn("a b c", "d e f")
     prompt = session.prompt("a b c")  # 8 + 8 + 4 = 20: exactly full
     assert session.room == len(prompt.ids) == 20 and roles(prompt) == "u a u a u" and prompt.notice is None
-    assert [message["content"] for message in prompt.messages[1:3]] == ["d e f", "a b c"]
+    assert prompt.ids[4:12] == [".assistant", "d", "e", "f", ".user", "a", "b", "c"]
     assert roles(session.prompt("a b c d")) == "u a u"
-    session = make_session(context_size=40, max_new_tokens=1000)
+    session = make_session(max_new_tokens=1000)
     assert session.room == 20 and session.prompt("a").options.max_new_tokens == 38, "at most half for the answer"
 
 
 def test_files_outlast_turns_and_the_system_message_outlasts_files(tmp_path):
-    session = make_session(context_size=60, max_new_tokens=10, system="be brief")
-    (tmp_path / "a.txt").write_text("material " * 20)
-    session.add_document(str(tmp_path / "a.txt"))
+    session = make_session(context_size=60, system="be brief")
+    path = tmp_path / "a.txt"
+    path.write_text("material " * 20)
+    session.add_document(str(path))
     session.add_turn("old " * 5, "answer")
-    prompt = session.prompt("new " * 10)
-    assert roles(prompt) == "s u" and "material" in prompt.messages[1]["content"]
-    assert prompt.messages[1]["content"].endswith("new " * 10) and prompt.notice.endswith("1 oldest turn")
-    prompt = session.prompt("new " * 40)
-    assert roles(prompt) == "s u" and "material" not in prompt.messages[1]["content"]
-    assert prompt.notice.endswith("1 oldest file")
-    session.clear()
+    for num_words, has_file, left_out in ((10, True, "1 oldest turn"), (40, False, "1 oldest file")):
+        prompt = session.prompt("new " * num_words)
+        assert roles(prompt) == "s u" and ("material" in prompt.ids) == has_file and prompt.ids[-1] == "new"
+        assert prompt.notice.endswith(f"left out {left_out}")
+    path.write_text("matter")
+    session.add_document(str(path))
+    assert "matter" in session.prompt("and now?").ids and len(session.documents) == 1
+    assert session.run_command("/clear") == "cleared"
     session.add_turn("one", "two")
     with pytest.raises(ValueError, match="50 fit in the context of 60 .* shorten it"):
         session.prompt("new " * 60)
@@ -83,18 +85,17 @@ def test_file_command(tmp_path):
     path.write_text("other text")
     session.run_command(f"/file {path}")
     assert session.documents == [(str(path), "other text")], "read again: replaced"
-    content = session.prompt("and now?").messages[0]["content"]
-    assert "other text" in content and content.endswith("and now?")
+    words = session.prompt("and now?").ids
+    assert "other" in words and words[-2:] == ["and", "now?"]
 
 
-def test_bad_commands_are_one_line_and_change_nothing(tmp_path):
+def test_commands_answer_in_one_line_and_mistakes_change_nothing(tmp_path):
     session = make_session()
     session.add_turn("one", "two")
-    (tmp_path / "binary").write_bytes(b"\xff\xfd\x00\x01")
-    (tmp_path / "nul").write_bytes(b"a\0b")
+    files = {"binary": b"\xff\xfd\x00\x01", "nul": b"a\0b", "empty": b" \n", "long": b"w " * 500}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "empty").write_text(" \n")
-    (tmp_path / "long").write_text("w " * 500)
     expected = {
         "/file": "give a path",
         "/save": "give a path",
@@ -116,17 +117,9 @@ def test_bad_commands_are_one_line_and_change_nothing(tmp_path):
         text = session.run_command(line)
         assert text.startswith("error: ") and message in text and "\n" not in text, line
     assert not session.documents and len(session.history) == 2
-
-
-def test_clear_help_exit():
-    session = make_session(system="be brief")
-    session.add_turn("one", "two")
-    assert session.run_command("/clear") == "cleared"
-    assert roles(session.prompt("three")) == "s u"
-    assert session.run_command("/help") == HELP
-    assert session.run_command("/exit") is None
+    assert session.run_command("/help") == HELP and session.run_command("/exit") is None
     documented = {line.split()[0] for line in HELP.splitlines() if line.startswith("/")}
-    assert all("unknown" not in (session.run_command(name) or "") for name in documented)
+    assert documented == {"/file", "/save", "/clear", "/help", "/exit"}
 
 
 def test_ctrl_c_at_the_prompt_leaves_at_the_second(monkeypatch, capsys):

@@ -6,28 +6,25 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import sentences
 from rigged_model import load_script, run_main_of
+from transformers import AutoModelForCausalLM
 
 from longqlora.inference.batch import partial_path
-from longqlora.inference.generation import (
-    AnswerStream,
-    GenerationOptions,
-    encode_prompt,
-    fit_prompt,
-    generate_text,
-    template_for,
-)  # fmt: skip
+from longqlora.inference.generation import AnswerStream, GenerationOptions, encode_prompt, generate_text, template_for
 
 SCRIPT = "script/inference/inference.py"
 PROMPT = "the quick brown fox"
+FILES = {
+    "short.txt": PROMPT, "long.txt": sentences(200), "latin.txt": "\udce9", "good.jsonl": '{"prompt": "x"}\n',
+    "bad.jsonl": '{"prompt": "x"}\n{"prompt": \n', "key.jsonl": '{"text": "x"}\n', "empty": "\n",
+    "half.jsonl": '{"prompt": "\\ud800"}\n',
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tiny_model_dir):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     torch.set_num_threads(1)
     return AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
 
@@ -49,21 +46,20 @@ def generate(tiny_model, tiny_tokenizer, prompt_ids):
 
 
 @pytest.fixture
-def script(monkeypatch, capsys, tmp_path):
-    """Run the script in this process from another folder: (exit code, stdout, stderr)."""
+def script(tiny_model_dir, monkeypatch, capsys, tmp_path):
+    """Run the script in this process from a folder with FILES: (exit code, stdout, stderr). MODEL: the tiny model."""
     monkeypatch.chdir(tmp_path)
-    return lambda *arguments: run_main_of(load_script(SCRIPT), arguments, monkeypatch, capsys)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, errors="surrogateescape")
 
+    def run(words: str) -> tuple[int, str, str]:
+        words = words.replace("MODEL", f"--model_name_or_path {tiny_model_dir}").split()
+        return run_main_of(load_script(SCRIPT), words, monkeypatch, capsys)
 
-@pytest.fixture
-def model(tiny_model_dir):
-    """The flags of the tiny model."""
-    return ["--model_name_or_path", tiny_model_dir]
+    return run
 
 
 def reference(model, ids, num_tokens):
-    import torch
-
     input_ids = torch.tensor([ids])
     mask = torch.ones_like(input_ids)
     output = model.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=num_tokens)
@@ -78,22 +74,18 @@ def test_greedy_equals_generate_and_the_stream_equals_the_text(tiny_model, tiny_
     whole = tiny_tokenizer.decode(prompt_ids + expected, skip_special_tokens=True)
     assert PROMPT + answer.text == whole and "".join(pieces) == answer.text and len(pieces) > 1
     assert (answer.num_prompt_tokens, answer.num_new_tokens) == (len(prompt_ids), len(expected))
-    assert generate({"do_sample": True, "temperature": 0}).text == answer.text
     with pytest.raises(ValueError, match="empty"):
         generate_text(tiny_model, tiny_tokenizer, [], GenerationOptions())
 
 
-def test_sampling_follows_the_seed(generate):
-    options = {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
-    texts = [generate({**options, "seed": seed}).text for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-
-
-def test_leftover_generation_config_is_ignored(tiny_model, generate, monkeypatch):
+def test_options_and_seed_alone_decide_an_answer(tiny_model, generate, monkeypatch):
     expected = generate().text
     monkeypatch.setattr(tiny_model, "generation_config", copy.deepcopy(tiny_model.generation_config))
     tiny_model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, num_beams=3)
-    assert generate().text == expected
+    assert generate().text == generate({"do_sample": True, "temperature": 0}).text == expected
+    sampled = {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
+    texts = [generate({**sampled, "seed": seed}).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_finish_reasons(tiny_model, prompt_ids, generate, monkeypatch):
@@ -113,18 +105,17 @@ def test_finish_reasons(tiny_model, prompt_ids, generate, monkeypatch):
     assert set(threading.enumerate()) == threads
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"max_new_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")},
-        {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"repetition_penalty": 0}, {"seed": -1}, {"seed": 2**64},
-        {"stop": ("",)},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_bad_options(values):
-    with pytest.raises(ValueError, match=f"--{next(iter(values))}"):
-        GenerationOptions(**values)
+BAD_OPTIONS = {
+    "max_new_tokens": [0], "temperature": [-0.1, float("nan"), float("inf")], "top_p": [0, 1.1], "top_k": [-1],
+    "repetition_penalty": [0], "seed": [-1, 2**64], "stop": [("",)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options(name):
+    for value in BAD_OPTIONS[name]:
+        with pytest.raises(ValueError, match=f"--{name}: must be .*, got "):
+            GenerationOptions(**{name: value})
 
 
 def stream(tokenizer, prompt_ids, ids, stop=()) -> tuple[list[str], AnswerStream]:
@@ -138,16 +129,15 @@ def stream(tokenizer, prompt_ids, ids, stop=()) -> tuple[list[str], AnswerStream
     return pieces, answer
 
 
-@pytest.mark.parametrize("text", ["plain words", "für Ünïcode 漢字 and 🙂 done", " leading", "a\nb\n\n", "\ufffd", ""])
+@pytest.mark.parametrize(
+    "text", ["plain words", "für Ünïcode 漢字 and 🙂 done", " leading", "a\nb\n\n", "\ufffd", "", "broken 漢"]
+)
 def test_stream_gives_the_text_in_whole_characters(tiny_tokenizer, text):
     ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+    if text.startswith("broken"):
+        ids, text = ids[:-1], "broken \ufffd"
     pieces, answer = stream(tiny_tokenizer, tiny_tokenizer("the prompt")["input_ids"], ids)
-    assert answer.text == text and ("\ufffd" in text or not any("\ufffd" in piece for piece in pieces))
-
-
-def test_stream_gives_out_broken_bytes_at_the_end(tiny_tokenizer):
-    pieces, answer = stream(tiny_tokenizer, [1], tiny_tokenizer("ok 漢", add_special_tokens=False)["input_ids"][:-1])
-    assert answer.text == "ok \ufffd" and pieces[-1] == "\ufffd"
+    assert answer.text == text and [piece for piece in pieces if "\ufffd" in piece] == ["\ufffd"] * text.count("\ufffd")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
@@ -169,15 +159,14 @@ def test_stop_strings_at_any_split(size, stop, text, passed):
     assert answer.text == passed and answer.is_stopped == (passed != text)
 
 
-def test_fit_prompt():
-    ids = [1, *range(10, 99)]
-    assert fit_prompt(ids, context_size=91, max_new_tokens=50, truncate=False) == ids
-    with pytest.raises(ValueError, match="90 tokens and the context 90;.*--truncate_prompt"):
-        fit_prompt(ids, context_size=90, max_new_tokens=50, truncate=False)
-    cut = fit_prompt(ids, context_size=40, max_new_tokens=10, truncate=True)
-    assert len(cut) == 30 and cut[0] == 1 and cut[1:] == ids[-29:]
-    assert len(fit_prompt(ids, context_size=40, max_new_tokens=1000, truncate=True)) == 20
-    assert fit_prompt(ids, context_size=1, max_new_tokens=5, truncate=True) == [1]
+def test_a_prompt_that_is_cut_keeps_bos_and_its_end(tiny_tokenizer):
+    whole = encode_prompt(tiny_tokenizer, sentences(80), template="none")
+    given = {"raw": True, "system": None, "input_file": None, "truncate_prompt": True}
+    for size, max_new_tokens, room in ((len(whole) + 1, 50, len(whole)), (40, 10, 30), (40, 1000, 20), (1, 5, 1)):
+        args = SimpleNamespace(**given, max_new_tokens=max_new_tokens)
+        loaded = SimpleNamespace(tokenizer=tiny_tokenizer, context_size=size)
+        [ids] = load_script(SCRIPT).fitted_prompts(args, loaded, [{"prompt": sentences(80)}])
+        assert ids == [whole[0], *whole[len(whole) - room + 1 :]]
 
 
 def test_template_for(tiny_tokenizer, tmp_path):
@@ -200,68 +189,62 @@ def test_template_for(tiny_tokenizer, tmp_path):
     ("dtype", "has_bf16", "warns"),
     [("fp16", True, True), ("bf16", True, False), ("bf16", False, True), ("fp32", False, False)],
 )
-def test_a_precision_that_the_cpu_lacks_is_named(script, model, monkeypatch, dtype, has_bf16, warns):
+def test_a_precision_that_the_cpu_lacks_is_named(script, monkeypatch, dtype, has_bf16, warns):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("longqlora.model.base.cpu_has_bf16", lambda: has_bf16)
-    code, out, errors = script(*model, "--prompt", "the", "--max_new_tokens", 1, "--dtype", dtype)
+    code, out, errors = script(f"MODEL --prompt the --max_new_tokens 1 --dtype {dtype}")
     assert code == 0 and ("arithmetic; fp32 is many times faster" in errors) == warns and "arithmetic" not in out
 
 
-def test_script_in_a_process_of_its_own(generate, model, tmp_path, run_script):
+def test_script_in_a_process_of_its_own(generate, tiny_model_dir, tmp_path, run_script):
     outcome = run_script(
-        SCRIPT, *model, "--prompt_file", "-", "--no-do_sample", "--max_new_tokens", 24, "--dtype", "fp32",
-        cwd=tmp_path, input=PROMPT, check=True,
+        SCRIPT, "--model_name_or_path", tiny_model_dir, "--prompt_file", "-", "--no-do_sample", "--max_new_tokens", 24,
+        "--dtype", "fp32", cwd=tmp_path, input=PROMPT, check=True,
     )  # fmt: skip
     assert outcome.stdout == generate().text + "\n"
 
 
-def test_script_streams_the_same_text_and_warns_beyond_the_context(script, model):
-    arguments = [*model, "--prompt", PROMPT, "--temperature", 0]
-    code, streamed, errors = script(*arguments, "--max_new_tokens", 60)
-    assert code == 0 and "warning" in errors and "60 go beyond the context of 64" in errors
-    assert script(*arguments, "--max_new_tokens", 60, "--no-stream")[1] == streamed
-    for harmless in (["--max_new_tokens", 5], ["--max_new_tokens", 60, "--context_size", 256]):
-        code, _, errors = script(*arguments, *harmless)
-        assert code == 0 and "warning" not in errors
-    chat = ["--prompt_template", "vicuna_v1.1", "--system", "be brief", "--context_size", 256]
-    code, templated, _ = script(*arguments, "--max_new_tokens", 60, *chat)
-    assert code == 0 and templated != streamed
+def test_script_streams_the_text_that_it_prints(script):
+    words = "MODEL --prompt_file short.txt --temperature 0 --context_size 256 --max_new_tokens 60"
+    streamed, printed, raw, templated = (
+        script(f"{words} {more}")[:2]
+        for more in ("", "--no-stream", "--raw", "--prompt_template vicuna_v1.1 --system brief")
+    )
+    assert streamed == printed == raw != templated and templated[0] == 0
 
 
-def test_script_truncates_only_when_asked(script, model, tmp_path):
-    (tmp_path / "long.txt").write_text(sentences(200))
-    arguments = [*model, "--prompt_file", "long.txt", "--max_new_tokens", 4]
-    for more, ended, message in (([], 2, "and the context 64"), (["--truncate_prompt"], 0, "kept 60 of")):
-        code, _, errors = script(*arguments, *more)
-        assert code == ended and message in errors
+def test_script_warns_beyond_the_context(script):
+    for words, warning in (
+        ("short.txt --max_new_tokens 60", "60 go beyond the context of 64"),
+        ("long.txt --max_new_tokens 4 --truncate_prompt", "kept 60 of"),
+        ("short.txt --max_new_tokens 5", None),
+        ("short.txt --max_new_tokens 60 --context_size 256", None),
+    ):
+        code, _, errors = script(f"MODEL --prompt_file {words}")
+        assert code == 0 and (warning in errors if warning else "warning" not in errors), words
 
 
-def test_batch_is_resumed(script, model, tmp_path):
+def test_batch_is_resumed(script, tmp_path):
     prompts = [{"prompt": sentences(3 + seed, seed), "id": seed} for seed in range(4)]
     (tmp_path / "in.jsonl").write_text("\ufeff" + "".join(json.dumps(p) + "\n\n" for p in prompts), encoding="utf-8")
-    arguments = [*model, "--input_file", "in.jsonl", "--output_file", "out/a.jsonl", "--seed", 5, "--temperature", 1]
-    arguments += ["--max_new_tokens", 6]
-    code, out, _ = script(*arguments)
-    assert code == 0 and out == ""
+    words = "MODEL --input_file in.jsonl --output_file out/a.jsonl --seed 5 --temperature 1 --max_new_tokens 6"
     target = tmp_path / "out" / "a.jsonl"
+    assert script(words)[:2] == (0, "")
     lines = target.read_text(encoding="utf-8").splitlines(keepends=True)
     answers = [json.loads(line) for line in lines]
     assert [{"prompt": a["prompt"], "id": a["id"]} for a in answers] == prompts
     assert all(answer["num_new_tokens"] <= 6 and answer["finish_reason"] for answer in answers)
-    assert script(*arguments)[0] == 2, "an output file that is there is not replaced"
-    target.rename(partial_path(target))
-    partial_path(target).write_text("".join(lines[:2]) + lines[2][:20], encoding="utf-8")
-    code, _, errors = script(*arguments)
-    assert code == 0 and "2 of 4 answers are there" in errors
-    assert target.read_text(encoding="utf-8").splitlines(keepends=True) == lines
-    assert not partial_path(target).exists()
-    target.rename(partial_path(target))
-    partial_path(target).write_text('{"prompt": "another"}\n')
-    code, _, errors = script(*arguments)
-    assert code == 2 and "answers to other prompts" in errors and not target.exists()
-
-
-BATCH = "--input_file {} --output_file o"
+    assert script(words)[0] == 2, "an output file that is there is not replaced"
+    for left, ended, message in (
+        ("".join(lines[:2]) + lines[2][:20], 0, "2 of 4 answers are there"),
+        ('{"prompt": "another"}\n', 2, "answers to other prompts"),
+    ):
+        target.unlink()
+        partial_path(target).write_text(left, encoding="utf-8")
+        code, _, errors = script(words)
+        assert code == ended and message in errors
+        assert target.exists() != partial_path(target).exists()
+        assert code or target.read_text(encoding="utf-8").splitlines(keepends=True) == lines
 
 
 @pytest.mark.parametrize(
@@ -272,13 +255,14 @@ BATCH = "--input_file {} --output_file o"
         ("--model_name_or_path ./nowhere --prompt x", "no model folder"),
         ("MODEL --prompt_file nothing.txt", "no file"),
         ("MODEL --prompt_file latin.txt", "not UTF-8"),
+        ("MODEL --prompt_file long.txt --max_new_tokens 4", "tokens and the context 64; shorten it, raise"),
         ("MODEL --input_file good.jsonl", "go together"),
         ("MODEL --prompt x --output_file y", "go together"),
         ("MODEL --input_file good.jsonl --output_file good.jsonl --overwrite", "overlaps"),
-        (f"MODEL {BATCH.format('bad.jsonl')}", "line 2"),
-        (f"MODEL {BATCH.format('key.jsonl')}", "line 1"),
-        (f"MODEL {BATCH.format('empty')}", "no prompts"),
-        (f"MODEL {BATCH.format('half.jsonl')}", "prompt 1: the prompt has half of a surrogate pair"),
+        ("MODEL --output_file o --input_file bad.jsonl", "line 2"),
+        ("MODEL --output_file o --input_file key.jsonl", "line 1"),
+        ("MODEL --output_file o --input_file empty", "no prompts"),
+        ("MODEL --output_file o --input_file half.jsonl", "prompt 1: the prompt has half of a surrogate pair"),
         ("MODEL --prompt x --temperature -1", "--temperature"),
         ("MODEL --prompt x --context_size 0", "--context_size"),
         ("MODEL --prompt x --raw --prompt_template vicuna_v1.1", "contradict"),
@@ -286,13 +270,7 @@ BATCH = "--input_file {} --output_file o"
         ("MODEL --prompt x --system brief", "--system"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(script, tiny_model_dir, tmp_path, words, message):
-    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    (tmp_path / "good.jsonl").write_text('{"prompt": "x"}\n')
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
-    (tmp_path / "key.jsonl").write_text('{"text": "x"}\n')
-    (tmp_path / "empty").write_text("\n")
-    (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud800"}\n')
-    code, out, errors = script(*words.replace("MODEL", f"--model_name_or_path {tiny_model_dir}").split())
+def test_bad_input_is_one_line_and_exit_code_2(script, words, message):
+    code, out, errors = script(words)
     errors = [line for line in errors.splitlines() if line.startswith("error")]
     assert code == 2 and out == "" and len(errors) == 1 and message in errors[0]

@@ -3,14 +3,12 @@
 And what the dry run says of other types: that they train, which they then do, or one line on why not.
 """
 
-import json
 import re
-import sys
 
 import pytest
 import torch
-import yaml
-from conftest import save_tiny_model, sentences, tiny_config
+from conftest import save_tiny_model, tiny_config
+from rigged_model import run_main_of
 from training_process import start
 from transformers import AutoModelForCausalLM
 
@@ -112,27 +110,36 @@ def test_merged_model_reloads_in_stock_transformers(base, attention, tmp_path, t
 
 
 @pytest.fixture(scope="module")
-def write_settings(tmp_path_factory, tiny_tokenizer):
+def write_settings(tmp_path_factory, tiny_tokenizer, write_yaml_in):
     """Write a tiny model of a type and the YAML of a run of two steps on it; returns the YAML's path."""
     folder = tmp_path_factory.mktemp("types")
-    data = folder / "train.jsonl"
-    data.write_text("\n".join(json.dumps({"text": sentences(60, seed=i)}) for i in range(8)))
 
     def write(model_type, **changes):
         model = folder / model_type
         if not model.is_dir():
             save_tiny_model(model, tiny_tokenizer, tiny_config(model_type))
         values = {
-            "model_name_or_path": str(model), "train_file": str(data), "output_dir": str(folder / "run"),
-            "data_cache_dir": str(folder / "cache"), "model_max_length": TARGET, "max_seq_length": 64, "lora_rank": 4,
-            "finetuning_type": "lora", "pack": True, "max_steps": 2, "save_strategy": "no", "report_to": "none",
-            "overwrite_output_dir": True, "dataloader_pin_memory": False, **changes,
+            "model_name_or_path": str(model), "finetuning_type": "lora", "max_seq_length": 64, "max_steps": 2,
+            "save_strategy": "no", "overwrite_output_dir": True, "train_embedding": None, "train_norm": None,
+            "gradient_checkpointing": None, **changes,
         }  # fmt: skip
-        path = folder / f"{model_type}.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return path
+        return write_yaml_in(folder, f"{model_type}-run", **values)[0]
 
     return write
+
+
+@pytest.fixture
+def dry_run(write_settings, monkeypatch, capsys):
+    """Dry run of train.py on a type of model, which draws none of the caller's random numbers: exit code, outputs."""
+
+    def run(model_type, **changes):
+        words = ["--train_args_file", write_settings(model_type, **changes), "--dry_run"]
+        state = torch.get_rng_state()
+        outcome = run_main_of(train_script, words, monkeypatch, capsys)
+        assert torch.equal(torch.get_rng_state(), state)
+        return outcome
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -150,24 +157,15 @@ def write_settings(tmp_path_factory, tiny_tokenizer):
         ("hunyuan_v1_dense", {"attention": "dca"}, "attention: dca does not suit hunyuan_v1_dense"),
     ],
 )
-def test_the_dry_run_says_whether_a_type_trains(write_settings, monkeypatch, capsys, model_type, changes, refusal):
-    path = write_settings(model_type, **changes)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--train_args_file", str(path), "--dry_run"])
-    state = torch.get_rng_state()
-    if refusal:
-        with pytest.raises(ValueError, match=re.compile(refusal, re.DOTALL)):
-            train_script.main()
-    else:
-        train_script.main()
-        assert "all settings are valid" in capsys.readouterr().out
-    assert torch.equal(torch.get_rng_state(), state)
+def test_the_dry_run_says_whether_a_type_trains(dry_run, model_type, changes, refusal):
+    code, out, error = dry_run(model_type, **changes)
+    assert re.search(refusal, error) if refusal else "all settings are valid" in out
+    assert code == (2 if refusal else 0)
 
 
-def test_experts_stay_as_they_are_and_lora_is_on_what_is_linear(write_settings, monkeypatch, capsys):
+def test_experts_stay_as_they_are_and_lora_is_on_what_is_linear(dry_run):
     """deepseek_v3: PEFT would put LoRA on the experts' fused weights, with which it knows no dropout."""
-    monkeypatch.setattr(sys, "argv", ["train.py", "--train_args_file", str(write_settings("deepseek_v3")), "--dry_run"])
-    train_script.main()
-    assert "experts of deepseek_v3 are no linear layers" in capsys.readouterr().out
+    assert "experts of deepseek_v3 are no linear layers" in dry_run("deepseek_v3")[1]
     with torch.device("meta"):
         model = attach_adapter(AutoModelForCausalLM.from_config(tiny_config("deepseek_v3")), AdapterConfig("lora"))
     trained = {name.split(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
@@ -186,14 +184,11 @@ def test_experts_stay_as_they_are_and_lora_is_on_what_is_linear(write_settings, 
 )  # fmt: skip
 def test_what_passes_the_dry_run_trains(write_settings, tmp_path, model_type, attention):
     """Two steps after a dry run that found nothing; a dry run that did says so in one line."""
-    path, outcomes = write_settings(model_type, attention=attention), []
-    for words in (["--dry_run"], []):
-        log = tmp_path / f"{len(words)}.log"
+    path, log = write_settings(model_type, attention=attention), tmp_path / "log"
+    for words, expected in ((["--dry_run"], (0, 2)), ([], (0,))):
         process = start("--train_args_file", path, *words, log=log)
         process.join(120)
-        outcomes.append((process.exitcode, log.read_text()))
+        text = log.read_text()
+        assert process.exitcode in expected and "Traceback" not in text, text[-2000:]
         if process.exitcode:
             break
-    assert outcomes[-1][0] in (0, 2) and "Traceback" not in outcomes[-1][1], outcomes[-1][1][-2000:]
-    assert len(outcomes) == 2 or outcomes[0][0] == 2, outcomes[-1][1][-2000:]
-    assert outcomes[-1][0] == (0 if len(outcomes) == 2 else 2), outcomes[-1][1][-2000:]

@@ -9,44 +9,27 @@ from conftest import REPO, ZERO2, tiny_config
 from training_process import history_of, losses_of, train, weights_of
 from transformers import AutoModelForCausalLM
 
-from longqlora.data.collator import DataCollator, PartCollator
 from longqlora.training.checks import check_sequence_parallel
-
-
-def test_parts_of_a_batch_hold_every_target_once(monkeypatch, tiny_tokenizer):
-    rows = [{"input_ids": list(range(10, 17)), "labels": list(range(10, 17))}]
-    targets, ids = [], []
-    for part in range(2):
-        monkeypatch.setattr("longqlora.data.collator.rank", lambda part=part: 2 + part)
-        batch = PartCollator(DataCollator(tiny_tokenizer, num_parts=2), 2)(rows)
-        assert batch.keys() == {"input_ids", "labels", "position_ids", "shift_labels"}
-        assert batch["position_ids"].tolist() == [list(range(4 * part, 4 * part + 4))]
-        assert batch["labels"][:, 1:].equal(batch["shift_labels"]) and batch["labels"][0, 0] == -100
-        ids += batch["input_ids"][0].tolist()
-        targets += batch["shift_labels"][0].tolist()
-    assert ids[:7] == list(range(10, 17)) and targets == [*range(11, 17), -100, -100]
-
 
 MORE_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 48}
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
 
 
-@pytest.mark.parametrize(
-    "size,settings,shape,message",
-    [
-        (2, {"attention": "dca"}, {}, "use attention: s2 or full"),
-        (2, {"num_processes": 3}, {}, "does not divide the 3 process"),
-        (3, {"num_processes": 3}, {}, "does not divide the model's 8 heads"),
-        (4, {"num_processes": 4}, MORE_HEADS, "6 key/value heads"),
-        (2, {}, DYNAMIC, "dynamic RoPE"),
-    ],
-)
-def test_what_cannot_be_shared_is_refused(size, settings, shape, message):
+# Processes of a row and in all, attention, shape of the model, what the error says.
+NOT_SHARED = [
+    (2, 2, "dca", {}, "use attention: s2 or full"), (2, 3, "s2", {}, "does not divide the 3 process"),
+    (3, 3, "s2", {}, "does not divide the model's 8 heads"), (4, 4, "s2", MORE_HEADS, "6 key/value heads"),
+    (2, 2, "s2", DYNAMIC, "dynamic RoPE"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size,num_processes,attention,shape,message", NOT_SHARED)
+def test_what_cannot_be_shared_is_refused(size, num_processes, attention, shape, message):
     config = tiny_config(**{"num_attention_heads": 8, "num_key_value_heads": 4, **shape})
-    check_sequence_parallel(1, config, **{"attention": "s2", "num_processes": 2, **settings})
+    check_sequence_parallel(1, config, attention=attention, num_processes=num_processes)
     check_sequence_parallel(2, tiny_config(), attention="full", num_processes=4)
     with pytest.raises(ValueError, match=message):
-        check_sequence_parallel(size, config, **{"attention": "s2", "num_processes": size, **settings})
+        check_sequence_parallel(size, config, attention=attention, num_processes=num_processes)
 
 
 def zero3(name: str) -> dict:
@@ -92,34 +75,32 @@ def test_several_processes_equal_one(write_yaml, train_file, name):
         "lr_scheduler_type": "constant", "warmup_steps": None, "eval_file": str(train_file), **both,
     }  # fmt: skip
 
-    def run(run_name: str, *words: object, num_processes: int = 1, **values) -> tuple[list[dict], dict, Path]:
+    def run(run_name: str, *words: object, num_processes: int = 1, **values) -> tuple[Path, dict, dict]:
         path, out = write_yaml(run_name, **{**base, **values})
         train(path, *words, num_processes=num_processes)
-        return history_of(out), weights_of(out / "final"), out / "final"
+        return out, losses_of(out), weights_of(out / "final")
 
-    history, weights, _ = run("one", **one)
-    shared_history, shared_weights, folder = run("several", num_processes=num_processes, **others)
+    folder, losses, weights = run("one", **one)
+    shared_folder, shared_losses, shared_weights = run("several", num_processes=num_processes, **others)
     is_exact = name.startswith(("rows", "two", "a head"))
-    losses, shared_losses = losses_of(history), losses_of(shared_history)
     assert shared_losses == pytest.approx(losses, abs=1e-6 if is_exact else 1e-5) and len(losses) == base["max_steps"]
     assert weights.keys() == shared_weights.keys()
     for key, weight in weights.items():
         # Adam turns rounding errors of gradients near zero into steps.
         torch.testing.assert_close(shared_weights[key].float(), weight.float(), rtol=0, atol=1e-6 if is_exact else 2e-3)
     # By the epoch, two processes are one world, not runs of their own.
+    history, shared_history = history_of(folder), history_of(shared_folder)
     assert shared_history[0]["epoch"] == pytest.approx(history[0]["epoch"], rel=0.1)
-    evaluated, shared_evaluated = (
-        [entry["eval_loss"] for entry in entries if "eval_loss" in entry] for entries in (history, shared_history)
-    )
+    evaluated, shared_evaluated = ([x["eval_loss"] for x in y if "eval_loss" in x] for y in (history, shared_history))
     assert shared_evaluated == pytest.approx(evaluated, abs=1e-5)
     assert len(evaluated) == (2 if "eval_steps" in both else 0)
     if name == "ZeRO-3, full":
-        assert AutoModelForCausalLM.from_pretrained(folder).config.rope_parameters["factor"] == 2
+        assert AutoModelForCausalLM.from_pretrained(shared_folder / "final").config.rope_parameters["factor"] == 2
     if name in ("rows", "ZeRO-3, lora"):
         run("stopped", num_processes=num_processes, max_steps=2, **others)
         words = ("--resume_from_checkpoint", "true")
-        history, resumed, _ = run("stopped", *words, num_processes=num_processes, **others)
+        _, resumed_losses, resumed = run("stopped", *words, num_processes=num_processes, **others)
         tolerance = 0 if is_exact else 1e-6
-        assert losses_of(history) == pytest.approx(shared_losses, rel=0, abs=tolerance)
+        assert resumed_losses == pytest.approx(shared_losses, rel=0, abs=tolerance)
         for key, weight in shared_weights.items():
             torch.testing.assert_close(resumed[key], weight, rtol=0, atol=tolerance)

@@ -10,10 +10,9 @@ from random_nf4_model import random_nf4_model
 from transformers import LlamaConfig
 
 from longqlora.attention.binding import bind_attention
-from longqlora.memory.estimate import GIB, optimizer_bytes, predict
+from longqlora.memory.estimate import GIB, ModelShape, RunShape, optimizer_bytes, predict
 from longqlora.memory.layer_binding import apply_policy
-from longqlora.memory.policy import CANDIDATES, CHECKPOINTED, STOCK, ActivationPolicy
-from longqlora.memory.shapes import ModelShape, RunShape
+from longqlora.memory.policy import CANDIDATES, CHECKPOINTED, STOCK
 from longqlora.model.adapter import attach_adapter
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.config import AdapterConfig, AttentionConfig
@@ -33,27 +32,22 @@ SHAPES = {
 }  # fmt: skip
 
 
-def measured(config: LlamaConfig, policy: ActivationPolicy, run: RunShape, dtype: torch.dtype, **inputs) -> int:
-    model = random_nf4_model(config, dtype=dtype, device=CPU)
-    attention = AttentionConfig(attention="full" if run.attended == run.num_tokens else "s2")
-    bind_attention(model, attention, run.num_tokens, is_packed="position_ids" in inputs)
-    bind_chunked_loss(model)
-    model = attach_adapter(model, AdapterConfig(lora_rank=run.lora_rank)).train()
-    apply_policy(model, policy, CPU)
-    if policy.gradient_checkpointing:
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.randint(config.vocab_size, (1, run.num_tokens))
-    with PeakMemory(CPU) as memory, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        model(input_ids=ids, labels=ids, **inputs).loss.backward()
-    return memory.peak_bytes
-
-
 def assert_prediction_is_close(name, run, policies, dtype, **inputs):
     config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=2048, **SHAPES[name])
+    attention = AttentionConfig(attention="full" if run.attended == run.num_tokens else "s2")
+    ids = torch.randint(config.vocab_size, (1, run.num_tokens))
     for policy in policies:
-        predicted = predict(ModelShape.of(config), run, policy)
-        count = measured(config, policy, run, dtype, **inputs)
-        assert 0.9 < predicted.step / count < 1.1, (policy.describe(), predicted.step / count)
+        model = random_nf4_model(config, dtype=dtype, device=CPU)
+        bind_attention(model, attention, run.num_tokens, is_packed="position_ids" in inputs)
+        bind_chunked_loss(model)
+        model = attach_adapter(model, AdapterConfig(lora_rank=run.lora_rank)).train()
+        apply_policy(model, policy, CPU)
+        if policy.gradient_checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        with PeakMemory(CPU) as memory, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model(input_ids=ids, labels=ids, **inputs).loss.backward()
+        ratio = predict(ModelShape.of(config), run, policy).step / memory.peak_bytes
+        assert 0.9 < ratio < 1.1, (policy.describe(), ratio)
 
 
 RUN = RunShape(512, activation_bytes=2, lora_rank=2, attended=128, is_gpu=False)

@@ -6,6 +6,8 @@ memory that was given away by then, or comes before the work that it needs, fail
 
 import weakref
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,37 +54,26 @@ class Streams:
 
 
 class SideStream:
+    """An event is a function that does what was queued before it."""
+
     def __init__(self, streams):
         self.streams, self.queue, self.num_done, self.seen = streams, [], 0, -1
 
     def wait_stream(self, compute):
         self.seen = self.streams.num_computed
 
-    def wait_event(self, event):
-        self.queue.append(event.finish)
-
     def record_event(self):
-        return Event(self, len(self.queue))
+        return partial(self.work, len(self.queue))
 
-
-class Event:
-    def __init__(self, stream, position):
-        self.stream, self.position = stream, position
-
-    def finish(self):
-        while self.stream.num_done < self.position:
-            self.stream.num_done += 1
-            self.stream.queue[self.stream.num_done - 1]()
-
-
-class ComputingStream:
-    def wait_event(self, event):
-        event.finish()
+    def work(self, position):
+        while self.num_done < position:
+            self.num_done += 1
+            self.queue[self.num_done - 1]()
 
 
 @pytest.fixture
 def streams(monkeypatch):
-    streams, compute = Streams(), ComputingStream()
+    streams, compute = Streams(), SimpleNamespace(wait_event=lambda event: event())
     monkeypatch.setattr(torch.cuda, "Stream", streams.make)
     monkeypatch.setattr(torch.cuda, "stream", streams.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)

@@ -9,10 +9,9 @@ from random_nf4_model import shape_config
 from test_layer_function import LENGTH, assert_layers_give, batch, bind, build, loss_and_gradients
 
 from longqlora.attention.binding import bind_attention
-from longqlora.memory.estimate import CUDA_CONTEXT, GIB, predict
+from longqlora.memory.estimate import CUDA_CONTEXT, GIB, ModelShape, RunShape, predict
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.policy import BALANCED, CHECKPOINTED, MAX_LENGTH
-from longqlora.memory.shapes import ModelShape, RunShape
 from longqlora.settings.config import AttentionConfig
 
 pytestmark = pytest.mark.gpu

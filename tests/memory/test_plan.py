@@ -12,8 +12,8 @@ from conftest import REPO, tiny_config
 from rigged_model import load_script, run_main_of
 
 from longqlora.memory import plan as memory_plan
-from longqlora.memory.plan import CHECKPOINTING_KEY, plan_memory
-from longqlora.memory.policy import BALANCED, CANDIDATES, CHECKPOINTED, FAST, MAX_LENGTH, STOCK
+from longqlora.memory.plan import MemoryPlan, plan_memory
+from longqlora.memory.policy import BALANCED, CANDIDATES, CHECKPOINTED, CHECKPOINTING_KEY, FAST, MAX_LENGTH, STOCK
 from longqlora.settings.deepspeed import shards
 from longqlora.settings.reader import resolve_settings
 
@@ -22,25 +22,32 @@ LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers"
 
 
 @pytest.fixture
-def settings_of(tmp_path):
+def write(tmp_path):
+    """Write a YAML for a model of which config.json is all there is; the file's path."""
+    tiny_config(**LLAMA_7B).save_pretrained(tmp_path / "7b")
+
+    def write(**values) -> str:
+        base = {"model_name_or_path": str(tmp_path / "7b"), "train_file": "no.jsonl",
+                "output_dir": str(tmp_path / "out"), "use_cpu": True}  # fmt: skip
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({**base, **values}))
+        return str(tmp_path / "run.yaml")
+
+    return write
+
+
+@pytest.fixture
+def settings_of(write):
     """Settings for a machine without a GPU, or with one of `gpu_memory`."""
-
-    def make(**values):
-        path = tmp_path / "run.yaml"
-        base = {"model_name_or_path": str(tmp_path), "train_file": "no.jsonl", "output_dir": str(tmp_path / "out"),
-                "max_seq_length": 8192, "lora_rank": 64, "use_cpu": True}  # fmt: skip
-        path.write_text(yaml.safe_dump({**base, **values}))
-        return resolve_settings(str(path), [], for_this_machine=False)[0]
-
-    return make
+    return lambda **values: resolve_settings(write(**values), [], for_this_machine=False)[0]
 
 
 @pytest.fixture
 def planned(settings_of):
-    """planned(model type, shape, settings): the plan, the changed settings and the texts of the notices."""
+    """planned(model type, settings): the plan, the changed settings and the texts of the notices, for a 7B shape."""
 
-    def planned(model_type="llama", shape=(), **values):
-        plan, settings, notices = plan_memory(settings_of(**values), tiny_config(model_type, **dict(shape)))
+    def planned(model_type="llama", uses_gpu=False, attention_dropout=0.0, **values):
+        config = tiny_config(model_type, **LLAMA_7B, attention_dropout=attention_dropout)
+        plan, settings, notices = plan_memory(replace(settings_of(**values), uses_gpu=uses_gpu), config)
         return plan, settings, [notice.text for notice in notices]
 
     return planned
@@ -62,27 +69,25 @@ def asked(lines: list[str]) -> dict:
         ({"layer_function": True}, BALANCED),
         ({"layer_function": False, "gradient_checkpointing": True}, CHECKPOINTED),
         ({"layer_function": False, "memory": "fast"}, STOCK),
-        # No GPU to page an optimizer from.
-        (
-            {"memory": "max_length", "num_head_chunks": 2, "tile_size": 512},
-            replace(MAX_LENGTH, num_head_chunks=2, tile_size=512, optim=None),
-        ),
+        ({"memory": "max_length", "num_head_chunks": 2}, replace(MAX_LENGTH, num_head_chunks=2)),
+        *((asked(candidate.as_settings()), candidate) for candidate in CANDIDATES),
     ],
 )
 def test_a_word_chooses_the_policy_and_own_keys_overrule_it(settings_of, values, expected):
     before = settings_of(**values)
     plan, settings, notices = plan_memory(before, tiny_config())
-    assert plan.policy == expected and plan.capacity == math.inf
+    # No GPU to page an optimizer from.
+    assert plan.policy == replace(expected, optim=None) and plan.capacity == math.inf
     assert settings.training == {**before.training, CHECKPOINTING_KEY: expected.gradient_checkpointing}
     assert before.training.get(CHECKPOINTING_KEY) == values.get("gradient_checkpointing"), "nothing is written there"
     is_overruled = bool(values.get("gradient_checkpointing") and expected.layer_function)
-    assert [notice.level for notice in notices if "has no effect" in notice.text] == [logging.WARNING] * is_overruled
+    levels = [notice.level for notice in notices if notice.text.startswith(f"{CHECKPOINTING_KEY} has no effect")]
+    assert levels == [logging.WARNING] * is_overruled
 
 
-def test_a_policy_brings_its_optimizer_to_a_gpu_where_the_user_names_none(settings_of, monkeypatch):
+def test_a_policy_brings_its_optimizer_to_a_gpu_where_the_user_names_none(planned):
     for values, optim in (({}, "paged_adamw_8bit"), ({"optim": "sgd"}, "sgd")):
-        settings = replace(settings_of(memory="max_length", gpu_memory="32GiB", **values), uses_gpu=True)
-        plan, settings, _ = plan_memory(settings, tiny_config())
+        plan, settings, _ = planned(memory="max_length", gpu_memory="32GiB", uses_gpu=True, **values)
         assert settings.training["optim"] == optim and (plan.policy.optim is None) == bool(values)
 
 
@@ -97,32 +102,28 @@ def test_a_policy_brings_its_optimizer_to_a_gpu_where_the_user_names_none(settin
         ({"gpu_memory": "32"}, "gpu_memory: '32' is a size without a unit; write one such as 32GB"),
         ({"memory": "auto", "gpu_memory": "0GiB"}, "gpu_memory"),
         ({"memory": "auto", "gpu_memory": "2GiB"}, "do not fit at any length; use a smaller model, or a larger GPU"),
+        ({"layer_function": True, "model_type": "mixtral"}, "layer_function: not available, since mixtral layers"),
+        ({"layer_function": True, "attention_dropout": 0.1}, "layer_function: not available, since .*attention weig"),
     ],
 )
 def test_bad_values_name_their_key(planned, values, message):
     with pytest.raises(ValueError, match=message):
-        planned(shape=LLAMA_7B, **values)
+        planned(**values)
 
 
-def test_other_models_fall_back_to_checkpointing_and_say_so(planned):
-    expected_of = {"fast": STOCK, "balanced": CHECKPOINTED, "max_length": CHECKPOINTED, "auto": STOCK}
-    for policy, expected in expected_of.items():
-        plan, _, notices = planned("gpt_neox", memory=policy)
-        assert plan.policy == expected
-        assert "the layer function is not used, since gpt_neox layers" in notices[0]
-    zero3 = {"zero_optimization": {"stage": 3}}
-    assert "ZeRO-3" in planned(memory="fast", finetuning_type="lora", deepspeed=zero3)[2][0]
-    for model_type, shape, reason in (("mixtral", {}, "mixtral layers"), ("llama", {"attention_dropout": 0.1}, "atte")):
-        with pytest.raises(ValueError, match=f"layer_function: not available, since .*{reason}"):
-            planned(model_type, shape, layer_function=True)
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [("fast", STOCK), ("balanced", CHECKPOINTED), ("max_length", CHECKPOINTED), ("auto", STOCK)],
+)
+def test_other_models_fall_back_to_checkpointing_and_say_so(planned, policy, expected):
+    plan, _, notices = planned("gpt_neox", memory=policy)
+    assert plan.policy == expected and "the layer function is not used, since gpt_neox layers" in notices[0]
 
 
 def test_auto_takes_the_fastest_that_fits_a_named_gpu(planned):
     chosen = []
     for length in (4096, 16384, 30000, 131072, 310000):
-        plan, settings, notices = planned(
-            shape=LLAMA_7B, memory="auto", gpu_memory="32GiB", max_seq_length=length, fp16=True
-        )
+        plan, settings, notices = planned(memory="auto", gpu_memory="32GiB", max_seq_length=length, fp16=True)
         assert "of 32.0 GiB" in plan.describe() and plan.estimate.peak < plan.capacity
         offered = [notice for notice in notices if notice.startswith("memory: auto can take ")]
         assert len(offered) == len(CANDIDATES)
@@ -133,13 +134,12 @@ def test_auto_takes_the_fastest_that_fits_a_named_gpu(planned):
 
 
 def test_auto_leaves_room_where_a_named_policy_does_not(planned):
-    values = {"shape": LLAMA_7B, "max_seq_length": 8192, "fp16": True}
-    peak = planned(memory="fast", gpu_memory="999GiB", **values)[0].estimate.peak
+    peak = planned(memory="fast", gpu_memory="999GiB", fp16=True)[0].estimate.peak
     roomy, tight = f"{round(peak / 0.91)}", f"{round(peak / 0.95)}"
     for word, size, expected in (
         ("fast", tight, FAST), ("auto", roomy, FAST), ("auto", tight, replace(FAST, keep_activations="projections"))
     ):  # fmt: skip
-        assert planned(memory=word, gpu_memory=size, **values)[0].policy == expected
+        assert planned(memory=word, gpu_memory=size, fp16=True)[0].policy == expected
 
 
 @pytest.mark.parametrize(
@@ -150,15 +150,15 @@ def test_what_cannot_fit_is_refused_with_advice_that_fits(planned, values, lengt
     values = {"gpu_memory": "16GiB", "max_seq_length": length, "fp16": True, **values}
     refusal = r"is predicted to take [\d.]+ GiB of the 16.0 GiB available; [^\n]*$"
     with pytest.raises(ValueError, match=refusal) as refused:
-        planned(shape=LLAMA_7B, **values)
+        planned(**values)
     advice = str(refused.value).split("available; ")[1]
     if advice.startswith("add "):
         values |= asked(advice.removeprefix("add ").split(" (")[0].split("; "))
     else:
         longest = int(advice.split("max_seq_length: ")[1].split(";")[0])
-        values |= {"max_seq_length": longest, **asked(CANDIDATES[-1].as_settings(CHECKPOINTING_KEY))}
+        values |= {"max_seq_length": longest, **asked(CANDIDATES[-1].as_settings())}
         assert longest > 50_000
-    planned(shape=LLAMA_7B, **values)
+    planned(**values)
 
 
 def test_a_row_that_processes_share_may_be_longer(settings_of):
@@ -166,13 +166,13 @@ def test_a_row_that_processes_share_may_be_longer(settings_of):
     longest = []
     for size in (1, 4):
         settings = settings_of(sequence_parallel_size=size, gpu_memory="32GiB", fp16=True, max_seq_length=1000)
-        planner = memory_plan.MemoryPlan.of(settings, tiny_config(**LLAMA_7B))
-        longest.append(planner.longest(CHECKPOINTED, planner.capacity))
+        plan = MemoryPlan.of(settings, tiny_config(**LLAMA_7B))
+        longest.append(plan.longest(CHECKPOINTED, plan.capacity))
     assert longest[1] == pytest.approx(4 * longest[0], rel=0.01)
 
 
 def test_parts_that_cannot_do_what_they_say_are_named(planned):
-    values = {"shape": LLAMA_7B, "memory": "balanced", "offload_activations": True}
+    values = {"memory": "balanced", "offload_activations": True}
     notices = planned(num_head_chunks=64, **values)[2]
     assert "offload_activations has no effect without a GPU: activations are in host memory as it is" in notices
     assert "num_head_chunks: 64 acts as 32, the key/value heads" in notices
@@ -182,7 +182,7 @@ def test_parts_that_cannot_do_what_they_say_are_named(planned):
 
 
 def test_running_out_of_memory_ends_with_advice(planned):
-    plan, _, _ = planned(memory="fast", max_seq_length=64)
+    plan, _, _ = planned(memory="fast")
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")):
         with pytest.raises(ValueError, match="out of memory with layer function.*; add memory: fast; keep"):
             with plan.advice_on_out_of_memory():
@@ -191,50 +191,34 @@ def test_running_out_of_memory_ends_with_advice(planned):
         raise RuntimeError("shapes do not match")
 
 
-def test_host_memory_counts(settings_of, monkeypatch):
+def test_host_memory_counts(planned, monkeypatch):
     monkeypatch.setattr(memory_plan, "free_host_memory", lambda: 2**30)
-    values, config = {"gpu_memory": "32GiB", "max_seq_length": 65536, "fp16": True}, tiny_config(**LLAMA_7B)
-    plan, _, _ = plan_memory(replace(settings_of(memory="auto", **values), uses_gpu=True), config)
-    assert not plan.policy.offload_activations
+    values = {"gpu_memory": "32GiB", "max_seq_length": 65536, "fp16": True, "uses_gpu": True}
+    assert not planned(memory="auto", **values)[0].policy.offload_activations
     with pytest.raises(ValueError, match="GiB of host memory, 1.0 GiB are free"):
-        plan_memory(replace(settings_of(memory="max_length", **values), uses_gpu=True), config)
+        planned(memory="max_length", **values)
 
 
-def test_candidates_are_named_by_settings_that_ask_for_them(planned):
-    for candidate in CANDIDATES:
-        values = asked(candidate.as_settings(CHECKPOINTING_KEY))
-        assert planned(**values)[0].policy == replace(candidate, optim=None)
-
-
-@pytest.mark.parametrize(
-    ("zero", "expected"),
-    [
-        ({}, (1, 1)),
-        ({"stage": 1}, (1, 8)),
-        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, (1, 8)),
-        ({"stage": 3}, (8, 8)),
-        ({"stage": 3, "offload_param": {"device": "none"}}, (8, 8)),
-        ({"stage": 3, "offload_param": {"device": "cpu"}}, (math.inf, 8)),
-    ],
-)
-def test_what_each_zero_stage_splits_among_eight(zero, expected):
-    assert shards({"zero_optimization": zero}, 8) == expected
+def test_what_each_zero_stage_splits_among_eight():
+    on_cpu, on_device = {"device": "cpu"}, {"device": "none"}
+    for zero, expected in (
+        ({}, (1, 1)), ({"stage": 1}, (1, 8)), ({"stage": 2, "offload_optimizer": on_cpu}, (1, 8)),
+        ({"stage": 3}, (8, 8)), ({"stage": 3, "offload_param": on_device}, (8, 8)),
+        ({"stage": 3, "offload_param": on_cpu}, (math.inf, 8)),
+    ):  # fmt: skip
+        assert shards({"zero_optimization": zero}, 8) == expected, zero
     assert shards(None, 8) == (1, 1)
 
 
 @pytest.fixture
-def plan_script(tmp_path, monkeypatch, capsys):
+def plan_script(write, tmp_path, monkeypatch, capsys):
     """Run plan_memory.py on a 7B model: exit code, stdout, stderr, and the table that it wrote."""
-    tiny_config(**LLAMA_7B).save_pretrained(tmp_path / "seven")
-    file, yaml_file = tmp_path / "plan.json", tmp_path / "plan.yaml"
-    values = {"model_name_or_path": str(tmp_path / "seven"), "train_file": "nowhere.jsonl", "output_dir": "nowhere",
-              "max_seq_length": 8192, "fp16": True, "gradient_checkpointing": True}  # fmt: skip
-    yaml_file.write_text(yaml.safe_dump(values))
+    file = tmp_path / "plan.json"
     monkeypatch.setenv("WORLD_SIZE", "1")
     module = load_script("script/plan_memory.py")
 
     def run(*words):
-        arguments = ["--train_args_file", yaml_file, "--output_file", file, *words]
+        arguments = ["--train_args_file", write(use_cpu=False, fp16=True), "--output_file", file, *words]
         outcome = run_main_of(module, arguments, monkeypatch, capsys)
         return (*outcome, json.loads(file.read_text()) if file.exists() else None)
 
@@ -272,7 +256,6 @@ def test_zero_3_is_planned_for_the_gpus_that_share_the_weights(plan_script):
         (["--num_gpus", "0"], "--num_gpus: must be at least 1"),
         (["--gpu_memory", "big"], "--gpu_memory: 'big' is not a size"),
         (["--seq", "1"], "--seq: must be at least 2"),
-        (["--memory", "lots"], "memory: 'lots'"),
         (["--output_file", "/proc/no/plan.json"], "/proc/no"),
         (["--model_name_or_path", "/no/model"], "model_name_or_path"),
     ],

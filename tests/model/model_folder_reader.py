@@ -17,27 +17,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TEXT = "def read(path):\n    with open(path) as file:\n        return file.read()\n\n\n" * 30
 
-
-@torch.no_grad()
-def answers(model, tokenizer, name: str) -> dict[str, torch.Tensor]:
-    inputs = tokenizer(TEXT, return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0]
-    return {f"{name}.logits": model(**inputs).logits[0].contiguous(), f"{name}.tokens": tokens}
-
-
-def main() -> None:
-    root, output = map(Path, sys.argv[1:])
-    torch.set_num_threads(1)
-    found = {}
-    for folder in sorted(path.parent for path in root.glob("*/merged")):
-        merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
-        found |= answers(merged, AutoTokenizer.from_pretrained(folder / "merged"), f"{folder.name}.merged")
-        config = AutoConfig.from_pretrained(folder / "final")
-        base = AutoModelForCausalLM.from_pretrained(root / "base", config=config, dtype=torch.float32)
-        adapted = PeftModel.from_pretrained(base, folder / "final").eval()
-        found |= answers(adapted, AutoTokenizer.from_pretrained(folder / "final"), f"{folder.name}.final")
-    save_file(found, output, metadata={"version": transformers.__version__})
-
-
-if __name__ == "__main__":
-    main()
+root, output = map(Path, sys.argv[1:])
+torch.set_num_threads(1)
+found = {}
+for folder in [*root.glob("*/merged"), *root.glob("*/final")]:
+    is_adapter = folder.name == "final"
+    source, config = root / "base" if is_adapter else folder, AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
+    model = (PeftModel.from_pretrained(model, folder) if is_adapter else model).eval()
+    inputs = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")
+    with torch.no_grad():
+        name = f"{folder.parent.name}.{folder.name}"
+        found[f"{name}.tokens"] = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0]
+        found[f"{name}.logits"] = model(**inputs).logits[0].contiguous()
+save_file(found, output, metadata={"version": transformers.__version__})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_model, tiny_config
-from model_folders import edit_weights, extended
+from model_folders import extended, make_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -60,7 +60,7 @@ def trained_layers(model, mark: str) -> set[str]:
 @pytest.mark.parametrize("finetuning_type", ["lora", "qlora"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("embedding,norm", [(False, False), (True, False), ("input", True), (True, True)])
-def test_stock_peft_gives_the_same_logits(tmp_path, tiny_tokenizer, finetuning_type, tied, embedding, norm):
+def test_nothing_that_was_trained_is_lost(tmp_path, tiny_tokenizer, finetuning_type, tied, embedding, norm):
     base = save_tiny_model(tmp_path / "base", tiny_tokenizer, tiny_config(tie_word_embeddings=tied))
     model = with_adapter(base, finetuning_type, train_embedding=embedding, train_norm=norm)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -78,6 +78,10 @@ def test_stock_peft_gives_the_same_logits(tmp_path, tiny_tokenizer, finetuning_t
     ours = load_for_inference(None, adapter_name_or_path=str(tmp_path / "adapter"), load_in_4bit=in_4bit)
     assert torch.allclose(ours.model(input_ids=IDS).logits, expected, **close)
     assert ours.context_size == 128 and ours.config.rope_parameters["factor"] == 2
+    record = merge(None, str(tmp_path / "adapter"), tmp_path / "merged", load_in_4bit=in_4bit)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=0, atol=1e-4 if in_4bit else 1e-5)
+    assert record["tie_word_embeddings"] is tied
 
     untrained = load_base(base, load_in_4bit=in_4bit)
     assert not torch.allclose(untrained.eval()(input_ids=IDS).logits, expected, rtol=0, atol=1e-2)
@@ -85,19 +89,6 @@ def test_stock_peft_gives_the_same_logits(tmp_path, tiny_tokenizer, finetuning_t
     assert ("embed_tokens" in names) == bool(embedding) and ("input_layernorm" in names) == norm
     assert ("lm_head" in names) == (embedding is True or bool(tied and embedding))
     assert ("model.norm" in names) == norm
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_input_embedding_alone_is_trained_and_merged(tmp_path, tiny_tokenizer, tied):
-    """LongLoRA's "embed": a tied output embedding is the same weight, an untied one stays as it is."""
-    base = save_tiny_model(tmp_path / "base", tiny_tokenizer, tiny_config(tie_word_embeddings=tied))
-    model = train_briefly(with_adapter(base, train_embedding="input"))
-    save_adapter(model, tmp_path / "adapter")
-    merge(None, str(tmp_path / "adapter"), tmp_path / "merged")
-    after, before = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32), load_base(base)
-    assert torch.allclose(after(input_ids=IDS).logits, model(input_ids=IDS).logits, **close)
-    assert not torch.equal(after.get_input_embeddings().weight, before.get_input_embeddings().weight)
-    assert torch.equal(after.get_output_embeddings().weight, before.get_output_embeddings().weight) is not tied
 
 
 def test_what_is_trained(tmp_path, tiny_tokenizer, tiny_model_dir):
@@ -138,48 +129,20 @@ def test_evaluation_does_not_repack_4bit_weights(tiny_model_dir):
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-@pytest.fixture
-def upstream_folder(tmp_path, tiny_model_dir):
-    """Make a folder as LongQLoRA releases them, LoRA in PEFT's file, the rest in trainable_params.bin; returns it and
-    the model behind it."""
+def released_folder(folder: Path, base: Path, tokenizer, *, adds_pad=True, as_safetensors=False) -> torch.nn.Module:
+    """A checkpoint in the form of LongLoRA's releases, with [PAD], or of LongQLoRA's; returns the model behind it.
 
-    def make(extra):
-        model = train_briefly(attach_adapter(load_base(tiny_model_dir, context=64), AdapterConfig("lora", lora_rank=4)))
-        model.save_pretrained(tmp_path / "upstream", save_embedding_layers=False)
-        names = dict(model.get_base_model().named_parameters())
-        weights = {name: 1.5 * p.detach() for name, p in names.items() if "norm" in name or "embed" in name}
-        for name, weight in weights.items():
-            names[name].data.copy_(weight)
-        torch.save({**weights, **extra}, tmp_path / "upstream" / "trainable_params.bin")
-        return str(tmp_path / "upstream"), model.eval()
-
-    return make
-
-
-def test_longqlora_checkpoint(tmp_path, tiny_model_dir, upstream_folder):
-    folder, model = upstream_folder({})
-    expected, base = model(input_ids=IDS).logits, str(tiny_model_dir)
-    loaded = load_for_inference(base, adapter_name_or_path=folder)
-    assert torch.allclose(loaded.model(input_ids=IDS).logits, expected, **close)
-    with pytest.raises(ValueError, match="context_size"):
-        merge(base, folder, tmp_path / "out")
-    merge(base, folder, tmp_path / "out", context=ContextRequest(context_size=64))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.allclose(merged(input_ids=IDS).logits, expected, **close)
-
-
-def longlora_folder(folder: Path, base: Path, tokenizer, *, as_safetensors: bool) -> torch.nn.Module:
-    """A checkpoint in the form of LongLoRA's releases, for a vocabulary with [PAD]; returns the model behind it.
-
-    The steps are those of its fine-tune.py and get_trainable_weights.py: [PAD] is added, the embeddings grow by the
-    mean of their rows, LoRA goes on attention, embedding and norms are trained in place, and saved beside the LoRA.
+    The steps are those of LongLoRA's fine-tune.py and get_trainable_weights.py: [PAD] is added, the embeddings grow by
+    the mean of their rows, LoRA goes on attention, embedding and norms are trained in place, and saved beside the LoRA.
+    LongQLoRA names the latter without PEFT's prefix.
     """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    model.resize_token_embeddings(len(tokenizer))
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        layer.weight.data[-1:] = layer.weight.data[:-1].mean(dim=0, keepdim=True)
+    if adds_pad:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        model.resize_token_embeddings(len(tokenizer))
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight.data[-1:] = layer.weight.data[:-1].mean(dim=0, keepdim=True)
     lora = LoraConfig("CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     model = get_peft_model(model, lora)
     for name, parameter in model.named_parameters():
@@ -192,7 +155,8 @@ def longlora_folder(folder: Path, base: Path, tokenizer, *, as_safetensors: bool
         save_file(lora_weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     else:
         torch.save(lora_weights, folder / "adapter_model.bin")
-    rest = {name: w for name, w in weights.items() if "lora" not in name and ("embed" in name or "norm" in name)}
+    prefix = "" if adds_pad else "base_model.model."
+    rest = {n.removeprefix(prefix): w for n, w in weights.items() if "lora" not in n and ("embed" in n or "norm" in n)}
     torch.save(rest, folder / "trainable_params.bin")
     model.peft_config["default"].save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -200,76 +164,52 @@ def longlora_folder(folder: Path, base: Path, tokenizer, *, as_safetensors: bool
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("as_safetensors", [False, True])
-def test_longlora_checkpoint_with_a_pad_token(tmp_path, tiny_tokenizer, tied, as_safetensors):
-    """Its embeddings have a row more than the base's, and its output embedding, where untied, is not in the file."""
+@pytest.mark.parametrize(("adds_pad", "as_safetensors"), [(True, False), (True, True), (False, False)])
+def test_released_checkpoints(tmp_path, tiny_tokenizer, evaluate, tied, adds_pad, as_safetensors):
+    """LongLoRA's embeddings have a row more than the base's; an untied output embedding is not in the file."""
     base = save_tiny_model(tmp_path / "base", tiny_tokenizer, tiny_config(tie_word_embeddings=tied))
-    expected = longlora_folder(tmp_path / "adapter", base, tiny_tokenizer, as_safetensors=as_safetensors)
-    expected = expected(input_ids=PADDED_IDS).logits
-    words = {"adapter_name_or_path": str(tmp_path / "adapter"), "context": ContextRequest(context_size=64)}
+    adapter, ids, length = tmp_path / "adapter", PADDED_IDS if adds_pad else IDS, 321 if adds_pad else 320
+    model = released_folder(adapter, base, tiny_tokenizer, adds_pad=adds_pad, as_safetensors=as_safetensors)
+    expected, context = model(input_ids=ids).logits, ContextRequest(context_size=64)
+    words = {"adapter_name_or_path": str(adapter), "context": context}
     loaded = load_for_inference(str(base), **words)
-    assert loaded.config.vocab_size == loaded.model.config.vocab_size == len(loaded.tokenizer) == 321
-    torch.testing.assert_close(loaded.model(input_ids=PADDED_IDS).logits, expected, **close)
-    in_4bit = load_for_inference(str(base), **words, load_in_4bit=True).model(input_ids=PADDED_IDS).logits
+    assert loaded.config.vocab_size == loaded.model.config.vocab_size == len(loaded.tokenizer) == length
+    torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected, **close)
+    in_4bit = load_for_inference(str(base), **words, load_in_4bit=True).model(input_ids=ids).logits
     assert in_4bit.shape == expected.shape and (in_4bit - expected).abs().max() < 1
-    merge(str(base), str(tmp_path / "adapter"), tmp_path / "merged", context=ContextRequest(context_size=64))
+    with pytest.raises(ValueError, match="context_size"):
+        merge(str(base), str(adapter), tmp_path / "merged")
+    merge(str(base), str(adapter), tmp_path / "merged", context=context)
     merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    assert not any(info.values()) and merged.config.vocab_size == 321 and merged.config.tie_word_embeddings is tied
-    torch.testing.assert_close(merged(input_ids=PADDED_IDS).logits, expected, **close)
-    assert load_for_inference(str(tmp_path / "merged")).tokenizer.pad_token_id == 320
+    assert not any(info.values()) and merged.config.vocab_size == length and merged.config.tie_word_embeddings is tied
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, **close)
+    assert load_for_inference(str(tmp_path / "merged")).tokenizer.pad_token_id == (320 if adds_pad else 3)
+    (tmp_path / "data.bin").write_bytes((np.arange(200, dtype=np.uint16) % 320).tobytes())
+    words = ["--base_model", base, "--peft_model", adapter, "--context_size", 64, "--sliding_window", 32]
+    code, out, err = evaluate("evaluate", *words, "--data_path", tmp_path / "data.bin", "--seq_len", 32)
+    assert code == 0 and "perplexity" in out, err
 
 
-def test_longlora_checkpoint_in_the_scripts(tmp_path, tiny_tokenizer, tiny_model_dir, run_script):
-    longlora_folder(tmp_path / "adapter", tiny_model_dir, tiny_tokenizer, as_safetensors=False)
-    words = ["--base_model", tiny_model_dir, "--peft_model", tmp_path / "adapter", "--context_size", 64]
-    (tmp_path / "data.bin").write_bytes((np.arange(2000, dtype=np.uint16) % 320).tobytes())
-    evaluated = run_script("script/evaluate/evaluate.py", *words, "--data_path", tmp_path / "data.bin", "--seq_len", 32)
-    assert evaluated.returncode == 0 and "perplexity" in evaluated.stdout, evaluated.stderr[-1000:]
-    answered = run_script("script/inference/chat.py", *words, "--max_new_tokens", 3, input="the quick\n")
-    assert answered.returncode == 0, answered.stderr[-1000:]
-
-
-def test_upstream_files_that_are_refused(tmp_path, tiny_model_dir, upstream_folder):
-    """A weight that the base does not have, and code, which is not run."""
+def test_upstream_files_that_are_refused(tmp_path, tiny_tokenizer, tiny_model_dir):
+    """A weight that the base does not have, another shape, and code, which is not run."""
 
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "touched"), "w"))
 
-    strange = "model.layers.9.input_layernorm.weight"
-    for extra, words in (({strange: torch.ones(64)}, strange), ({"x": Evil()}, "cannot be read as weights")):
-        folder, _ = upstream_folder(extra)
+    released_folder(tmp_path / "adapter", tiny_model_dir, tiny_tokenizer, adds_pad=False)
+    for extra, words in (
+        ({"model.layers.9.input_layernorm.weight": torch.ones(64)}, "model.layers.9.input_layernorm.weight"),
+        ({"model.norm.weight": torch.ones(32)}, "(?s)trainable_params.bin: .*model.norm.weight"),
+        ({"x": Evil()}, "cannot be read as weights"),
+    ):
+        torch.save(extra, tmp_path / "adapter" / "trainable_params.bin")
         with pytest.raises(ValueError, match=words):
-            load_for_inference(str(tiny_model_dir), adapter_name_or_path=folder)
+            load_for_inference(str(tiny_model_dir), adapter_name_or_path=str(tmp_path / "adapter"))
     assert not (tmp_path / "touched").exists()
 
 
-@pytest.fixture
-def adapter_folder(tmp_path, tiny_model_dir):
-    save_adapter(with_adapter(tiny_model_dir, train_norm=True), tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-A = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
-
-
-@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        (lambda w: {**w, A.replace("1", "7"): w[A].clone()}, "has no place"),
-        (lambda w: {name: x for name, x in w.items() if name != A}, "is missing from it"),
-        (lambda w: {**w, A: w[A][:, :-1].contiguous()}, "does not fit"),
-    ],
-    ids=["extra", "missing", "shape"],
-)
-def test_a_weight_that_does_not_match_is_an_error(adapter_folder, change, message):
-    edit_weights(adapter_folder / "adapter_model.safetensors", change)
-    with pytest.raises(ValueError, match=message):
-        load_for_inference(None, adapter_name_or_path=str(adapter_folder))
-
-
-def test_folders_that_are_no_adapters(tmp_path, tiny_tokenizer, tiny_model_dir, adapter_folder):
+def test_folders_that_are_no_adapters(tmp_path, tiny_tokenizer, tiny_model_dir):
     (tmp_path / "broken").mkdir()
     (tmp_path / "nameless").mkdir()
     (tmp_path / "broken" / "adapter_config.json").write_text("{")
@@ -280,17 +220,7 @@ def test_folders_that_are_no_adapters(tmp_path, tiny_tokenizer, tiny_model_dir, 
         (tiny_model_dir, tmp_path / "nowhere", "no folder"),
         (tiny_model_dir, tmp_path / "broken", "not valid JSON"),
         (None, tmp_path / "nameless", "name the base model"),
-        (other, adapter_folder, "hidden_size"),
+        (other, make_adapter(tiny_model_dir, tmp_path / "adapter"), "hidden_size"),
     ):
         with pytest.raises(ValueError, match=message):
             load_for_inference(base and str(base), adapter_name_or_path=str(adapter))
-
-
-@pytest.mark.parametrize(
-    "values,key",
-    [({"lora_rank": 0}, "lora_rank"), ({"lora_alpha": 0}, "lora_alpha"), ({"lora_dropout": 1.0}, "lora_dropout"),
-     ({"finetuning_type": "magic"}, "finetuning_type")],
-)  # fmt: skip
-def test_bad_adapter_settings(values, key):
-    with pytest.raises(ValueError, match=key):
-        AdapterConfig(**values)

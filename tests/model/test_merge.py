@@ -1,7 +1,6 @@
 """Merging an adapter: equal to PEFT's own merge, strict about every weight, safe for what is on disk."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -37,37 +36,15 @@ def peft_logits(base: Path, adapter: Path, *, merged: bool = True) -> torch.Tens
     ],
     ids=["plain", "rslora", "patterns", "modules_to_save"],
 )
-def test_equals_pefts_own_merge(tiny_model_dir, tmp_path, lora):
+def test_equals_pefts_own_merge_shard_by_shard(tiny_model_dir, tmp_path, lora):
     adapter = make_adapter(tiny_model_dir, tmp_path / "adapter", **lora)
-    merge(str(tiny_model_dir), str(adapter), tmp_path / "out")
-    found, expected = stock_logits(tmp_path / "out"), peft_logits(tiny_model_dir, adapter)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    assert (found - stock_logits(tiny_model_dir)).abs().max() > 1e-2, "the adapter of this test changes nothing"
-
-
-def to_bin(folder: Path) -> None:
-    """Turn the safetensors shards of `folder` into .bin shards."""
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    index["weight_map"] = {k: v.replace("safetensors", "bin") for k, v in index["weight_map"].items()}
-    for shard in folder.glob("model-*.safetensors"):
-        torch.save(load_file(shard), shard.with_suffix(".bin"))
-        shard.unlink()
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    (folder / "model.safetensors.index.json").unlink()
-
-
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
-def test_sharded_base_and_sharded_output(tiny_model_dir, tmp_path, safe):
-    base = tmp_path / "base"
-    AutoModelForCausalLM.from_pretrained(tiny_model_dir).save_pretrained(base, max_shard_size="100KB")
-    if not safe:
-        to_bin(base)
-    adapter = make_adapter(base, tmp_path / "adapter")
-    merge(None, str(adapter), tmp_path / "out", max_shard_size=150_000)
+    merge(str(tiny_model_dir), str(adapter), tmp_path / "out", max_shard_size=150_000)
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 2 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     assert all(shard.stat().st_size < 155_000 for shard in shards)
-    torch.testing.assert_close(stock_logits(tmp_path / "out"), peft_logits(base, adapter), atol=1e-6, rtol=1e-5)
+    found, expected = stock_logits(tmp_path / "out"), peft_logits(tiny_model_dir, adapter)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert (found - stock_logits(tiny_model_dir)).abs().max() > 1e-2, "the adapter of this test changes nothing"
 
 
 @pytest.mark.parametrize(
@@ -105,19 +82,6 @@ def test_nf4_weights_are_those_of_the_loaded_4bit_model(tiny_model_dir, dtype):
     for name, module in layers.items():
         expected = dequantize_4bit(module.weight.data, module.weight.quant_state)
         assert torch.equal(through_nf4(stored[f"{name}.weight"].to(dtype)).to(expected.device), expected), name
-
-
-def test_merge_into_nf4_equals_the_live_4bit_model(tiny_model_dir, tmp_path):
-    adapter = make_adapter(tiny_model_dir, tmp_path / "adapter", modules_to_save=["norm", "embed_tokens"])
-    words = {"adapter_name_or_path": str(adapter), "load_in_4bit": True, "dtype": torch.float32}
-    live = load_for_inference(str(tiny_model_dir), **words).model
-    with torch.no_grad():
-        expected = live(IDS.to(live.device)).logits.cpu()
-    merge(str(tiny_model_dir), str(adapter), tmp_path / "out", load_in_4bit=True)
-    torch.testing.assert_close(stock_logits(tmp_path / "out"), expected, atol=1e-4, rtol=1e-4)
-    merge(str(tiny_model_dir), str(adapter), tmp_path / "plain")
-    assert (stock_logits(tmp_path / "plain") - expected).abs().max() > 1e-3
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_result_is_complete_and_keeps_rope(tiny_model_dir, tiny_tokenizer, tmp_path):
@@ -166,8 +130,11 @@ FAULTS = {
     "no weights": (lambda file: edit_weights(file, lambda _: {}), "holds no weights"),
     "cut off": (lambda file: file.write_bytes(file.read_bytes()[:999]), "cannot be read"),
 }
+# Those that loading refuses in words of its own.
+LOADING = {"unmatched lora": "has no place", "half a pair": "is missing from it", "shape": "does not fit"}
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_adapter_is_refused_and_leaves_the_old_result(tiny_model_dir, tmp_path, fault):
     adapter, (changes, message) = make_adapter(tiny_model_dir, tmp_path / "adapter"), FAULTS[fault]
@@ -178,35 +145,15 @@ def test_a_faulty_adapter_is_refused_and_leaves_the_old_result(tiny_model_dir, t
         edit_weights(file, lambda w: {n: x for n, x in {**w, **changes}.items() if x is not None})
     else:
         edit_json(adapter / "adapter_config.json", **changes)
+    if fault in LOADING:
+        with pytest.raises(ValueError, match=LOADING[fault]):
+            load_for_inference(None, adapter_name_or_path=str(adapter))
     out.mkdir()
     (out / "merge.json").write_text("kept")
     with pytest.raises(ValueError, match=message):
         merge(str(tiny_model_dir), str(adapter), out, dtype=torch.float16, overwrite=True)
     assert (out / "merge.json").read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
-
-
-def test_save_path_must_not_lose_anything(tiny_model_dir, tmp_path, monkeypatch):
-    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "models" / "base"))
-    adapter = make_adapter(base, tmp_path / "adapter")
-    foreign, merged = tmp_path / "foreign", tmp_path / "merged"
-    for folder, name in ((foreign, "thesis.txt"), (merged, "merge.json")):
-        folder.mkdir()
-        (folder / name).write_text("x")
-    before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("longqlora.model.merge.read_updates", lambda *_: pytest.fail("the checks let it pass"))
-    for target, overwrite, message in (
-        (base, True, "overlaps"),
-        (base / "merged", True, "overlaps"),
-        (tmp_path / "models", True, "overlaps"),
-        (adapter, True, "overlaps"),
-        (foreign, True, "merge.json is missing"),
-        (foreign / "thesis.txt", True, "is a file"),
-        (merged, False, "pass --overwrite"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            merge(str(base), str(adapter), target, overwrite=overwrite)
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_sizes():

@@ -56,12 +56,6 @@ def test_weights_trained_in_full_are_fp32():
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_fp32_runs_cast_nothing():
-    model = build(dtype=torch.float32)
-    assert not any(module._forward_hooks for module in model.modules())
-    assert not model.get_base_model().get_output_embeddings()._forward_pre_hooks
-
-
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_no_frozen_twin_is_held_and_the_model_still_works(is_tied):
     model = build(tie_word_embeddings=is_tied)

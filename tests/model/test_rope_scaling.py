@@ -10,11 +10,10 @@ from transformers import AutoConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from longqlora.model.context import context_length, extend_rope
+from longqlora.model.context import ContextRequest, context_length, extend_rope
 from longqlora.model.rope_scaling import ROPE_METHODS, Rope, scale_rope
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
-MODEL_TYPES = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gpt_neox"]
 every_method = pytest.mark.parametrize("rope_type", list(ROPE_METHODS))
 
 
@@ -44,19 +43,6 @@ def test_a_target_within_the_context_changes_nothing_but_theta():
         assert decide(target) == Rope(DEFAULT, 64)
     config = extended(tiny_config(), 64, "theta")
     assert config.rope_parameters["rope_theta"] == 5e5 and context_length(config) == 64
-
-
-@every_method
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_twice_is_once_and_saving_keeps_it(tmp_path, model_type, rope_type):
-    config = extended(tiny_config(model_type), 200, rope_type)
-    once = facts(config)
-    assert facts(extended(config, 200, rope_type)) == once
-    config.save_pretrained(tmp_path)
-    loaded = AutoConfig.from_pretrained(tmp_path)
-    assert loaded.rope_parameters == once[0] and loaded.original_max_position_embeddings == 64
-    assert context_length(loaded) == 200
-    assert facts(extended(loaded, 200, rope_type)) == once
 
 
 def expected_inv_freq(rope_type, s, *, theta, dim, original, num_tokens):
@@ -100,32 +86,26 @@ def test_stock_cos_sin_follow_the_formula(rope_type, target):
         assert torch.allclose(found[0].double(), expected * factor, atol=2e-4)
 
 
-def test_linear_is_exact_and_dynamic_leaves_short_inputs_alone():
-    plain = cos_sin(tiny_config(), torch.arange(64))
-    dynamic = extended(tiny_config(), 256, "dynamic")
-    assert dynamic.max_position_embeddings == 64 and context_length(dynamic) == 256
-    for config, positions in ((extended(tiny_config(), 256), 4 * torch.arange(64)), (dynamic, torch.arange(64))):
-        for found, expected in zip(cos_sin(config, positions), plain, strict=True):
-            assert torch.equal(found, expected)
+def test_dynamic_leaves_short_inputs_alone():
+    config = extended(tiny_config(), 256, "dynamic")
+    assert config.max_position_embeddings == 64 and context_length(config) == 256
+    pairs = zip(cos_sin(config, torch.arange(64)), cos_sin(tiny_config(), torch.arange(64)), strict=True)
+    assert all(torch.equal(found, expected) for found, expected in pairs)
 
 
-@pytest.mark.parametrize(
-    ("config", "rotary", "num_pairs"),
-    [
-        (tiny_config(head_dim=32), LlamaRotaryEmbedding, 16),
-        (tiny_config("gpt_neox", hidden_size=128), GPTNeoXRotaryEmbedding, 4),  # a quarter of the head is rotated
-    ],
-)
-def test_ntk_interpolates_the_slowest_pair_by_s_and_keeps_the_fastest(config, rotary, num_pairs):
-    plain = rotary(config).inv_freq
-    ratio = plain / rotary(extended(config, 4 * 64, "ntk")).inv_freq
-    assert len(ratio) == num_pairs and ratio[0] == 1 and ratio[-1].item() == pytest.approx(4, rel=1e-5)
+def test_ntk_interpolates_the_slowest_pair_by_s_and_keeps_the_fastest():
+    """Of a head of which a quarter is rotated."""
+    config = tiny_config("gpt_neox", hidden_size=128)
+    plain = GPTNeoXRotaryEmbedding(config).inv_freq
+    ratio = plain / GPTNeoXRotaryEmbedding(extended(config, 4 * 64, "ntk")).inv_freq
+    assert len(ratio) == 4 and ratio[0] == 1 and ratio[-1].item() == pytest.approx(4, rel=1e-5)
 
 
 @every_method
 def test_extending_further_starts_from_the_original(rope_type):
     twice, once = extended(extended(tiny_config(), 128, rope_type), 512, rope_type), tiny_config()
     assert facts(twice) == facts(extended(once, 512, rope_type)) and context_length(twice) == 512
+    assert facts(extended(once, 512, rope_type)) == facts(twice), "twice is once"
     assert (twice.original_max_position_embeddings, twice.original_rope_theta) == (64, 10000.0)
 
 
@@ -148,21 +128,15 @@ def test_llama31_goes_further_by_its_own_method():
     assert decide(512, yarn, length=256).rope_parameters == {**yarn, "factor": 8.0}
 
 
-@pytest.mark.parametrize(
-    "target,options,text",
-    [
-        (128, {"rope_type": "theta"}, "rope_theta"),
-        (128, {"rope_theta": 5e5}, "rope_type: theta"),
-        (128, {"rope_type": "theta", "rope_theta": float("nan")}, "finite"),
-        (128, {"rope_type": "theta", "rope_theta": 0.5}, "above 1"),
-        (128, {"rope_type": "linear", "rope_theta": 5e5}, "rope_type: theta"),
-        (128, {"rope_type": "magic"}, "rope_type: 'magic'"),
-        (0, {}, "model_max_length"),
-    ],
-)
-def test_requests_that_are_refused(target, options, text):
-    with pytest.raises(ValueError, match=text):
-        decide(target, **options)
+def test_requests_that_are_refused():
+    """tests/script/test_bad_inputs.py has what a YAML can get wrong."""
+    for values, text in (
+        ({"rope_type": "theta", "rope_theta": float("nan")}, "finite"),
+        ({"rope_type": "linear", "rope_theta": 5e5}, "rope_type: theta"),
+        ({"context_size": 0}, "context_size"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ContextRequest(**values)
 
 
 def test_a_released_config_that_kept_its_old_length():

@@ -10,22 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import save_tiny_model, sentences, tiny_config
+from conftest import save_tiny_model, tiny_config
 from model_folders import IDS, edit_json, edit_weights, make_adapter, stock_logits
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 import longqlora.model.base
 import longqlora.training.run
 import train
 from longqlora.cli import run_main
 from longqlora.inference.load import load_for_inference
-from longqlora.model.adapter import attach_adapter
-from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.base import empty_model, load_config, load_model, refuse_hub_code
+from longqlora.model.context import ContextRequest
 from longqlora.model.merge import merge
 from longqlora.model.weight_files import check_base
-from longqlora.settings.config import AdapterConfig
 
 UP = "model.layers.1.mlp.up_proj.weight"
 INDEX = "model.safetensors.index.json"
@@ -34,6 +32,10 @@ INDEX = "model.safetensors.index.json"
 def edit(change):
     """A change of a folder that changes the weights in its one file; `change` gets and returns all of them."""
     return lambda folder: edit_weights(folder / "model.safetensors", change)
+
+
+def put(name: str, weight: torch.Tensor):
+    return edit(lambda weights: {**weights, name: weight})
 
 
 def says(**values):
@@ -61,60 +63,74 @@ def in_shards(folder: Path, change=lambda index: index) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": change(weight_map)}))
 
 
-def bin_then(change):
-    return lambda folder: (as_bin(folder), change(folder))
+def indexed(change):
+    """A change of a folder: shards whose index `change` spoils."""
+    return lambda folder: in_shards(folder, change)
 
 
+def with_another_token(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens("zzz")
+    tokenizer.save_pretrained(folder)
+
+
+def rope(**values):
+    return says(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, **values})
+
+
+NO_NUMBER = "no positive number; correct it"
+LENGTH = "original_max_position_embeddings"
 # name: (what is done to the folder, words of the error)
 FAULTS = {
     "missing": (edit(lambda w: {n: t for n, t in w.items() if n != UP}), [f"lacks {UP!r}"]),
-    "shape": (edit(lambda w: {**w, UP: torch.ones(96, 64)}), [UP, "[96, 64]", "config.json says [128, 64]"]),
-    "vocabulary": (
-        edit(lambda w: {**w, "model.embed_tokens.weight": torch.ones(300, 64)}), ["embed_tokens", "[300, 64]", "[320"]
-    ),
-    "more layers": (
-        edit(lambda w: {**w, UP.replace("1", "2"): torch.ones(128, 64)}), [UP.replace("1", "2"), "no place"]
-    ),
-    "a bias": (edit(lambda w: {**w, UP.replace("weight", "bias"): torch.ones(128)}), ["up_proj.bias", "no place"]),
+    "shape": (put(UP, torch.ones(96, 64)), [UP, "[96, 64]", "config.json says [128, 64]"]),
+    "vocabulary": (put("model.embed_tokens.weight", torch.ones(300, 64)), ["embed_tokens", "[300, 64]", "[320"]),
+    "more layers": (put(UP.replace("1", "2"), torch.ones(128, 64)), [UP.replace("1", "2"), "no place"]),
+    "a bias": (put(UP.replace("weight", "bias"), torch.ones(128)), ["up_proj.bias", "no place"]),
     "integers": (
         edit(lambda w: {n: (100 * t).to(torch.int8) if "proj" in n else t for n, t in w.items()}),
         ["lacks", "stored as integers", "16-bit model"],
     ),
-    "8-bit floats": (edit(lambda w: {**w, UP: w[UP].to(torch.float8_e4m3fn)}), [f"lacks {UP!r}", "quantised"]),
+    "8-bit floats": (put(UP, torch.ones(128, 64).to(torch.float8_e4m3fn)), [f"lacks {UP!r}", "quantised"]),
     "cut off": (cut("model.safetensors", -500), ["model.safetensors", "cannot be read as weights"]),
     "empty": (cut("model.safetensors", 0), ["model.safetensors", "cannot be read as weights"]),
     "text": (lambda f: (f / "model.safetensors").write_text("x" * 99), ["cannot be read as weights"]),
-    "empty .bin": (bin_then(cut("pytorch_model.bin", 0)), ["pytorch_model.bin", "cannot be read", "it is empty"]),
-    "cut .bin": (bin_then(cut("pytorch_model.bin", -500)), ["pytorch_model.bin", "cannot be read as weights"]),
+    "empty .bin": (lambda f: (as_bin(f), cut("pytorch_model.bin", 0)(f)), ["pytorch_model.bin", "it is empty"]),
+    "cut .bin": (lambda f: (as_bin(f), cut("pytorch_model.bin", -500)(f)), ["pytorch_model.bin", "cannot be read as"]),
     "a list in .bin": (lambda f: as_bin(f, lambda w: list(w.values())), ["pytorch_model.bin", "something else"]),
     "missing in .bin": (lambda f: as_bin(f, lambda w: w.pop(UP) is None or w), [f"lacks {UP!r}"]),
     "nothing": (lambda f: (f / "model.safetensors").unlink(), ["has no weights"]),
-    "shard gone": (lambda f: (in_shards(f), (f / "b.safetensors").unlink()), ["lacks b.safetensors"]),
-    "shard empty": (lambda f: (in_shards(f), cut("b.safetensors", 0)(f)), ["b.safetensors", "cannot be read"]),
+    "shard gone": (lambda f: (in_shards(f), (f / "b.safetensors").unlink()), ["b.safetensors", "cannot be read"]),
     "weight not where the index says": (
-        lambda f: in_shards(f, lambda index: {**index, UP: ({*index.values()} - {index[UP]}).pop()}),
-        [UP, "the index says"],
+        indexed(lambda index: {**index, UP: ({*index.values()} - {index[UP]}).pop()}), [UP, "the index says"]
     ),
-    "absolute shard": (lambda f: in_shards(f, lambda index: {**index, UP: "/etc/hosts"}), ["/etc/hosts", "no file of"]),
-    "shard outside": (lambda f: in_shards(f, lambda index: {**index, UP: "../x.safetensors"}), ["../x", "no file of"]),
-    "shard without name": (lambda f: in_shards(f, lambda index: {**index, UP: 3}), ["names 3"]),
-    "index without metadata": (lambda f: (in_shards(f), edit_json(f / INDEX, metadata=None)), ["no metadata"]),
-    "index of nothing": (lambda f: in_shards(f, lambda index: {}), ["lists no weights"]),
+    "absolute shard": (indexed(lambda index: {**index, UP: "/etc/hosts"}), ["/etc/hosts", "no file of"]),
+    "shard outside": (indexed(lambda index: {**index, UP: "../x.safetensors"}), ["../x", "no file of"]),
+    "shard without name": (indexed(lambda index: {**index, UP: 3}), ["names 3"]),
+    "index without metadata": (lambda f: (in_shards(f), edit_json(f / INDEX, metadata=None)), ["or has no metadata"]),
+    "index of nothing": (indexed(lambda index: {}), ["lists no weights"]),
     "twice": (
         lambda f: (in_shards(f), shutil.copy(f / "a.safetensors", f / "b.safetensors")), ["is in a.safetensors too"]
     ),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ["adapter_name_or_path"]),
-    "weights by another name": (
-        says(transformers_weights="other.safetensors"), ["transformers_weights"]
-    ),
-    "a length in quotes": (
-        says(max_position_embeddings="64"),
-        ["config.json cannot be read", "max_position_embeddings", "base"],
-    ),
+    "weights by another name": (says(transformers_weights="other.safetensors"), ["transformers_weights"]),
+    "a length in quotes": (says(max_position_embeddings="64"), ["config.json cannot be read", "max_position_embed"]),
     "an unknown dtype": (says(dtype="float17"), ["config.json cannot be read"]),
     "an empty tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer of", "base", "is it whole"]),
     "tokenizer settings in a list": (
         lambda f: (f / "tokenizer_config.json").write_text("[]"), ["tokenizer of", "base", "is it whole"]
+    ),
+    "a tokenizer of another model": (with_another_token, ["ids up to 320 ('zzz')", "320 embeddings"]),
+    "no length": (says(max_position_embeddings=0), ["max_position_embeddings", NO_NUMBER]),
+    "RoPE base below 0": (rope(rope_theta=-1.0), ["rope_parameters.rope_theta", NO_NUMBER]),
+    "RoPE base nan": (rope(rope_theta=float("nan")), ["rope_parameters.rope_theta", NO_NUMBER]),
+    "RoPE factor in quotes": (rope(factor="2"), ["rope_parameters.factor", NO_NUMBER]),
+    "RoPE factor below 0": (rope(factor=-2), ["rope_parameters.factor", NO_NUMBER]),
+    "original length in quotes": (says(**{LENGTH: "4096"}), [LENGTH, NO_NUMBER]),
+    "chunks in a list": (says(dual_chunk_attention_config=[32, 8]), ["dual_chunk_attention_config", "correct it"]),
+    "chunks in quotes": (
+        says(dual_chunk_attention_config={"chunk_size": 32, "local_size": 8, LENGTH: "64"}),
+        [f"dual_chunk_attention_config.{LENGTH}", NO_NUMBER],
     ),
 }  # fmt: skip
 
@@ -134,21 +150,17 @@ def spoiled(tmp_path, tiny_model_dir):
 
 @pytest.fixture
 def adapter(tmp_path, tiny_model_dir) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    save_adapter(attach_adapter(model, AdapterConfig(finetuning_type="lora", lora_rank=4)), tmp_path / "adapter")
-    return tmp_path / "adapter"
+    """Without a config.json, so that the base's counts."""
+    return make_adapter(tiny_model_dir, tmp_path / "adapter", context=None)
 
 
 @pytest.fixture
-def train_words(tmp_path, monkeypatch):
-    """train_words(base, *more) sets the command line of a run on `base` into tmp_path/out."""
-    (tmp_path / "train.jsonl").write_text(json.dumps({"text": sentences(100)}) + "\n")
-    (tmp_path / "run.yaml").write_text("max_steps: 1\nmodel_max_length: 64\nmax_seq_length: 64\nlora_rank: 4\n")
+def train_words(write_yaml, monkeypatch):
+    """train_words(base, *more) sets the command line of a run on `base`."""
 
     def train_words(base: Path, *more: str) -> None:
-        files = ["--train_file", str(tmp_path / "train.jsonl"), "--output_dir", str(tmp_path / "out")]
-        words = ["--train_args_file", str(tmp_path / "run.yaml"), "--model_name_or_path", str(base), *files, *more]
-        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        path, _ = write_yaml(model_name_or_path=str(base))
+        monkeypatch.setattr(sys, "argv", ["train.py", "--train_args_file", str(path), *more])
 
     return train_words
 
@@ -163,11 +175,12 @@ def test_a_faulty_base_is_refused_by_every_way_in(fault, spoiled, tmp_path, adap
 
     monkeypatch.setattr(longqlora.model.base.AutoModelForCausalLM, "from_pretrained", too_late)
     monkeypatch.setattr(longqlora.training.run, "start_run", too_late)
-    before = sorted(tmp_path.rglob("*"))
+    train_words(base)
+    before, context = sorted(tmp_path.rglob("*")), ContextRequest(context_size=128)
     for call in (
         lambda: load_for_inference(str(base)),
         lambda: load_for_inference(str(base), adapter_name_or_path=str(adapter), load_in_4bit=True),
-        lambda: merge(str(base), str(adapter), tmp_path / "merged"),
+        lambda: merge(str(base), str(adapter), tmp_path / "merged", context=context),
     ):
         with pytest.raises(ValueError) as error:
             call()
@@ -181,34 +194,6 @@ def test_a_faulty_base_is_refused_by_every_way_in(fault, spoiled, tmp_path, adap
         assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         assert not [word for word in words if word not in lines[0]], lines[0]
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# What config.json says of lengths and RoPE, and the name in the error.
-NO_NUMBERS = [
-    ({"max_position_embeddings": 0}, "max_position_embeddings"),
-    ({"rope_theta": -1.0}, "rope_parameters.rope_theta"),
-    ({"rope_theta": float("nan")}, "rope_parameters.rope_theta"),
-    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_parameters.factor"),
-    ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope_parameters.factor"),
-    ({"original_max_position_embeddings": "4096"}, "original_max_position_embeddings"),
-    ({"dual_chunk_attention_config": [32, 8]}, "dual_chunk_attention_config"),
-    (
-        {"dual_chunk_attention_config": {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings": "64"}},
-        "dual_chunk_attention_config.original_max_position_embeddings",
-    ),
-]
-
-
-@pytest.mark.parametrize(("values", "name"), NO_NUMBERS, ids=[str(values) for values, _ in NO_NUMBERS])
-def test_lengths_and_rope_that_are_no_positive_numbers(values, name, spoiled, train_words):
-    base = spoiled()
-    saved = json.loads((base / "config.json").read_text())
-    del saved["rope_parameters"]
-    (base / "config.json").write_text(json.dumps({**saved, **values}))
-    train_words(base, "--dry_run")
-    for call in (lambda: load_for_inference(str(base)), train.main):
-        with pytest.raises(ValueError, match=f"{name}.*correct it"):
-            call()
 
 
 def test_a_dry_run_without_weights_says_so(spoiled, train_words, capsys):
@@ -304,18 +289,6 @@ def test_a_large_model_is_checked_without_its_values(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6, "a gigabyte, in KiB"
 
 
-def test_a_tokenizer_of_another_model_is_refused(tiny_tokenizer, tmp_path, train_words, adapter):
-    base = save_tiny_model(tmp_path / "base", tiny_tokenizer, tiny_config(vocab_size=300))
-    edit_json(adapter / "config.json", vocab_size=300)
-    train_words(base, "--dry_run")
-    for call in (
-        train.main, lambda: merge(str(base), str(adapter), tmp_path / "merged"), lambda: load_for_inference(str(base))
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="ids up to 319 .*300 embeddings"):
-            call()
-    assert not (tmp_path / "merged").exists()
-
-
 # name: what config.json says
 KERNELS = {
     "as saved": {"_attn_implementation": "org/kernel"},
@@ -354,17 +327,15 @@ def test_a_kernel_named_by_config_json_is_not_fetched(name, spoiled, monkeypatch
     assert len(notices) == is_named and all("org/kernel" in line and base.name in line for line in notices), notices
 
 
-@pytest.mark.parametrize("method", ["mxfp4", "fp8", "eetq", "metal", "new"])
+@pytest.mark.parametrize("method", ["mxfp4", "fp8", "eetq", "metal", "new", None])
 def test_quantised_weights_whose_kernels_may_come_from_the_hub_need_trust(method, spoiled):
-    base = str(spoiled(says(quantization_config={"quant_method": method})))
-    with pytest.raises(ValueError, match=f"quantised as '{method}'.*trust_remote_code"):
-        load_config(base)
-    assert load_config(base, trust_remote_code=True)
-
-
-@pytest.mark.parametrize("values", [{"load_in_8bit": True}, {"load_in_4bit": True, "load_in_8bit": False}])
-def test_quantised_by_bitsandbytes_of_before_it_had_a_name(values, spoiled):
-    assert load_config(str(spoiled(says(quantization_config=values)))).quantization_config == values
+    """None: as bitsandbytes wrote it before it had a name."""
+    values = {"quant_method": method} if method else {"load_in_4bit": True, "load_in_8bit": False}
+    base = str(spoiled(says(quantization_config=values)))
+    if method:
+        with pytest.raises(ValueError, match=f"quantised as '{method}'.*trust_remote_code"):
+            load_config(base)
+    assert load_config(base, trust_remote_code=bool(method)).quantization_config == values
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optimum") is not None, reason="optimum, which is to be missing, is there")

@@ -29,12 +29,14 @@ KIB = 1024
 
 
 @pytest.fixture
-def run_here(monkeypatch):
-    """Run a benchmark in this process, which has the slow imports behind it."""
+def run_here(monkeypatch, capsys, tmp_path):
+    """Run a benchmark in this process, which has the slow imports behind it: what it printed, and its JSON file."""
 
     def run(script, *args):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        file = tmp_path / "out.json"
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args), "--output_file", str(file)])
         runpy.run_path(str(REPO / "benchmark" / f"{script}.py"), run_name="__main__")
+        return capsys.readouterr().out, json.loads(file.read_text())
 
     return run
 
@@ -158,14 +160,10 @@ def test_out_of_memory_is_told_from_other_errors():
         check_free_memory(2**60, torch.device("cpu"))
 
 
-def test_attention_benchmark(tmp_path, run_script):
-    out, plot = tmp_path / "out.json", tmp_path / "out.png"
-    outcome = run_script(
-        "benchmark/attention.py", "--lengths", 128, 256, "--heads", 4, "--kv_heads", 2, "--head_dim", 16,
-        "--repeats", 3, "--output_file", out, "--plot", plot, check=True, cwd=tmp_path,
-    )  # fmt: skip
-    record = json.loads(out.read_text())
-    assert record["results"].keys() == {"128", "256"} and plot.stat().st_size > 1000
+def test_attention_benchmark(tmp_path, run_here):
+    words = "--lengths 128 256 --heads 4 --kv_heads 2 --head_dim 16 --repeats 3 --threads 1 --plot"
+    printed, record = run_here("attention", *words.split(), tmp_path / "out.png")
+    assert record["results"].keys() == {"128", "256"} and (tmp_path / "out.png").stat().st_size > 1000
     for figures in record["results"].values():
         assert list(figures) == ["s2", "materialized", "rolled_sdpa", "full_sdpa"]
         for result in figures.values():
@@ -175,14 +173,13 @@ def test_attention_benchmark(tmp_path, run_script):
     # Output and gradients: at least these must be held.
     assert extra["full_sdpa"] >= 256 * 16 * 4 * (4 + 4 + 2 + 2)
     assert record["machine"]["num_threads"] == 1 and record["machine"]["versions"]["torch"] == torch.__version__
-    assert "torch" in outcome.stdout and "materialized" in outcome.stdout and "median" in outcome.stdout
+    assert "torch" in printed and "materialized" in printed and "median" in printed
 
 
-def test_attention_benchmark_of_packed_rows(tmp_path, run_script):
-    out = tmp_path / "out.json"
-    flags = ["--lengths", 256, "--document_length", 50, "--heads", 4, "--head_dim", 16, "--repeats", 1]
-    run_script("benchmark/attention.py", *flags, "--output_file", out, check=True)
-    extra = {name: result["extra_bytes"] for name, result in json.loads(out.read_text())["results"]["256"].items()}
+def test_attention_benchmark_of_packed_rows(run_here):
+    words = "--lengths 256 --document_length 50 --heads 4 --head_dim 16 --repeats 1"
+    _, record = run_here("attention", *words.split())
+    extra = {name: result["extra_bytes"] for name, result in record["results"]["256"].items()}
     assert {"s2_packed", "s2_masked", "full_packed", "full_masked"} < set(extra)
     assert extra["s2_packed"] < extra["s2_masked"] and extra["full_packed"] < extra["full_masked"]
 
@@ -197,9 +194,8 @@ BF16 = ["--dtype", "bf16"] if cpu_has_bf16() else []
      ["--memory", "max_length", "--tile_size", 16, "--profile"]],
     ids=["s2", "trains all", "full", "layer function"],
 )  # fmt: skip
-def test_train_step(tmp_path, run_here, capsys, flags):
-    run_here(*TRAIN_STEP, *flags, "--output_file", tmp_path / "out.json")
-    record, printed = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+def test_train_step(run_here, flags):
+    printed, record = run_here(*TRAIN_STEP, *flags)
     losses = record["losses"]
     assert len(losses) == 5 and abs(losses[0] - math.log(320)) < 0.3 and losses[-1] < losses[0]
     assert math.isclose(record["tokens_per_second"], 256 / record["median_seconds"]) and len(record["seconds"]) == 4
@@ -247,17 +243,16 @@ def test_random_model_is_like_a_loaded_one(tiny_model_dir):
     assert tied.lm_head.weight is tied.model.embed_tokens.weight and not tied.lm_head.weight.is_meta
 
 
-def test_units_of_a_layer(run_here, capsys, tmp_path):
-    words = ["--shapes", "7b", "--seq_len", 512, "--hidden_size", 320, "--tile_size", 32]
-    run_here("layer_memory", *words, "--output_file", tmp_path / "a.json", "--plot", tmp_path / "a.png")
-    result = json.loads((tmp_path / "a.json").read_text())["results"]["7b"]
+def test_units_of_a_layer(run_here, tmp_path):
+    words = "--shapes 7b --seq_len 512 --hidden_size 320 --tile_size 32 --plot"
+    printed, record = run_here("layer_memory", *words.split(), tmp_path / "a.png")
     units = {
         name.removeprefix("layer function, tiles of 32 tokens, "): row["units_per_token"]
-        for name, row in result.items()
+        for name, row in record["results"]["7b"].items()
     }
     assert units["attention kept, 4 head chunks"] < units["attention kept"] < 9 < units["all kept"] < 16
     assert units["gradient checkpointing off, layers as in transformers"] > 50
-    assert f"{units['attention kept']:.2f}" in capsys.readouterr().out and (tmp_path / "a.png").stat().st_size > 1000
+    assert f"{units['attention kept']:.2f}" in printed and (tmp_path / "a.png").stat().st_size > 1000
 
 
 def test_ratios_are_to_the_best_of_the_peers():
@@ -300,58 +295,116 @@ def test_a_prediction_grows_with_the_cap():
     assert longest.predicted_length(args, "balanced", 2**20) == 0
 
 
+PREFILL = ["prefill", "--shape", "tiny", "--device", "cpu"]
+
+
 @pytest.mark.parametrize(
-    "script,flags,message",
+    "words,message",
     [
-        ("attention", ["--lengths", 4098], "no multiple of the group size"),
-        ("attention", ["--lengths", 3], "too short"),
-        ("attention", ["--heads", 3], "odd number"),
-        ("attention", ["--heads", 4, "--kv_heads", 3], "does not divide"),
-        ("attention", ["--repeats", 0], "at least 1"),
-        ("attention", ["--document_length", 0], "--document_length: must be at least 1"),
-        ("attention", ["--methods", "s2", "full_packed"], "--methods: full_packed needs --document_length"),
-        ("attention", ["--group_size_ratio", 2], "group_size_ratio"),
-        ("attention", ["--dtype", "fp16"], "this CPU multiplies fp16 many times slower than fp32; use fp32"),
-        ("attention", ["--device", "tpu"], "cpu or cuda"),
-        ("attention", ["--plot", "figure.txt"], "--plot"),
-        ("attention", ["--lengths", "many"], "invalid int"),
-        ("train_step", ["--shape", "no-such-model"], "llama2-7b"),
-        ("train_step", ["--seq_len", 1], "at least 2"),
-        ("train_step", ["--memory_cap", "much"], "--memory_cap: 'much' is not a size"),
-        ("train_step", ["--v100", "--dtype", "bf16"], "fp16"),
-        ("train_step", ["--seq_len", 64, "--group_size_ratio", 0], "group_size_ratio"),
-        ("longest", ["--memory_cap", "much"], "--memory_cap: 'much' is not a size"),
-        ("longest", ["--memory_cap", "1GiB", "--resolution", "2"], "--resolution: must lie in"),
-        ("longest", ["--memory_cap", "1GiB", "--longest", "1"], "--longest: must be at least 2"),
-        ("layer_memory", ["--hidden_size", "500"], "--hidden_size: a multiple of 320"),
-        ("layer_memory", ["--plot", "a.txt"], "--plot"),
-        ("train_step", ["--plot", "a.png"], "name whom to compare with in --peers"),
-        ("train_step", ["--peers", "unsloth"], "--peers: unsloth is not installed"),
-        ("train_step", ["--memory", "fast", "--tile_size", "0"], "tile_size: 0 is not a whole number of at least 1"),
-        ("train_step", ["--optim", "paged_adamw_8bit", "--device", "cpu"], "paged_adamw_8bit pages GPU memory"),
+        ("attention --lengths 4098", "no multiple of the group size"),
+        ("attention --lengths 3", "too short"),
+        ("attention --heads 3", "odd number"),
+        ("attention --heads 4 --kv_heads 3", "does not divide"),
+        ("attention --repeats 0", "at least 1"),
+        ("attention --document_length 0", "--document_length: must be at least 1"),
+        ("attention --methods s2 full_packed", "--methods: full_packed needs --document_length"),
+        ("attention --group_size_ratio 2", "group_size_ratio"),
+        ("attention --dtype fp16", "this CPU multiplies fp16 many times slower than fp32; use fp32"),
+        ("attention --device tpu", "cpu or cuda"),
+        ("attention --plot figure.txt", "--plot"),
+        ("attention --lengths many", "invalid int"),
+        ("train_step --shape no-such-model", "llama2-7b"),
+        ("train_step --seq_len 1", "at least 2"),
+        ("train_step --memory_cap much", "--memory_cap: 'much' is not a size"),
+        ("train_step --v100 --dtype bf16", "fp16"),
+        ("train_step --seq_len 64 --group_size_ratio 0", "group_size_ratio"),
+        ("longest --memory_cap much", "--memory_cap: 'much' is not a size"),
+        ("longest --memory_cap 1GiB --resolution 2", "--resolution: must lie in"),
+        ("longest --memory_cap 1GiB --longest 1", "--longest: must be at least 2"),
+        ("layer_memory --hidden_size 500", "--hidden_size: a multiple of 320"),
+        ("layer_memory --plot a.txt", "--plot"),
+        ("train_step --plot a.png", "name whom to compare with in --peers"),
+        ("train_step --peers unsloth", "--peers: unsloth is not installed"),
+        ("train_step --memory fast --tile_size 0", "tile_size: 0 is not a whole number of at least 1"),
+        ("train_step --optim paged_adamw_8bit --device cpu", "paged_adamw_8bit pages GPU memory"),
+        ("prefill --num_tokens 0", "--num_tokens: must be at least 1"),
+        ("prefill --prefill_chunk_size -1", "--prefill_chunk_size: must be at least 1"),
+        ("prefill --pretraining_length 0", "--pretraining_length: must be at least 1"),
+        ("prefill --v100 --dtype bf16", "--v100 computes in fp16"),
+        ("prefill --v100 --device cpu", "--v100 needs a CUDA device"),
+        ("prefill --memory_cap much", "--memory_cap: 'much' is not a size"),
+        ("prefill --shape nothing-here", "--shape: 'nothing-here' is neither"),
+        ("prefill --pretraining_length 100", "pretraining_length: the model reads 64 tokens"),
+        ("dual_chunk_attention --lengths 0", "--lengths: "),
+        ("dual_chunk_attention --kv_heads 3", "--kv_heads: "),
+        ("dual_chunk_attention --head_dim 15", "--head_dim: "),
+        ("dual_chunk_attention --chunk_size 5000", "chunk_size: "),
+        ("dual_chunk_attention --local_window 0", "local_window: "),
+        ("dual_chunk_attention --pretraining_length 2", "pretraining_length: "),
     ],
 )
-def test_bad_flags_end_with_one_line(run_here, capsys, script, flags, message):
+def test_bad_flags_end_with_one_line(run_here, capsys, words, message):
     with pytest.raises(SystemExit) as stop:
-        run_here(script, *flags)
+        run_here(*words.split())
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
 
 
+def test_prefill_benchmark(run_here):
+    printed, record = run_here(*PREFILL, "--num_tokens", 210, "--prefill_chunk_size", 60)
+    assert list(record["results"]) == ["dca", "sdpa_with_past", "sdpa"]
+    for result in record["results"].values():
+        assert len(result["seconds_by_block"]) == 4
+        assert math.isclose(result["seconds"], sum(result["seconds_by_block"]))
+        assert math.isclose(result["tokens_per_second"], 210 / result["seconds"])
+        # Keys and values of 2 layers with 2 heads of 16 numbers, fp32: at least these must be held.
+        assert result["extra_bytes"] >= 2 * 2 * 210 * 2 * 16 * 4
+    assert "dual chunk attention (chunk 48, local window 8, pretraining length 64)" in printed
+    assert record["settings"]["dtype"] == "fp32" and record["machine"]["versions"]["torch"]
+
+
+def test_the_mask_of_a_block_is_what_sdpa_holds_more(run_here):
+    _, record = run_here(*PREFILL, "--num_tokens", 600, "--prefill_chunk_size", 300)
+    extra = {name: result["extra_bytes"] for name, result in record["results"].items()}
+    # A bool for each query of the block and each key.
+    assert extra["sdpa"] >= extra["sdpa_with_past"] + 300 * 600
+    assert extra["dca"] < extra["sdpa"]
+
+
+def test_methods_and_pretraining_length_are_obeyed(run_here):
+    printed, record = run_here(*PREFILL, *"--num_tokens 1 --methods dca --pretraining_length 32".split())
+    assert "pretraining length 32" in printed and "fp32" in printed and "sdpa" not in printed
+    assert list(record["results"]) == ["dca"]
+
+
+def test_dual_chunk_benchmark(tmp_path, run_here):
+    words = "--lengths 100 600 --heads 4 --kv_heads 2 --head_dim 16 --pretraining_length 64 --repeats 3 --plot"
+    printed, record = run_here("dual_chunk_attention", *words.split(), tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 1000 and record["results"].keys() == {"100", "600"}
+    assert (record["settings"]["chunk_size"], record["settings"]["local_window"]) == (48, 8)
+    result = record["results"]["600"]
+    # s is 40 tokens: 15 chunks.
+    assert (result["num_chunks"], result["num_chunk_pairs"], result["qkv_bytes"]) == (15, 120, 600 * 16 * 8 * 4)
+    for figures in result["methods"].values():
+        assert len(figures["seconds"]) == 3 and 0 < figures["min_cpu_seconds"]
+        assert 0 < figures["min_seconds"] <= figures["median_seconds"]
+        assert math.isclose(figures["extra_per_qkv"], figures["extra_bytes"] / result["qkv_bytes"])
+        # The output, at least.
+        assert figures["extra_bytes"] >= 600 * 16 * 4 * 4
+    assert "15 chunks" in printed and "full_sdpa" in printed
+
+
 @pytest.mark.slow
 def test_contestants_take_the_same_step(run_here, tmp_path):
-    words = ["--shape", "tiny", "--seq_len", 64, "--steps", 1, "--device", "cpu", "--peers", "transformers"]
-    run_here("train_step", *words, "--output_file", tmp_path / "a.json", "--plot", tmp_path / "a.png")
-    results = json.loads((tmp_path / "a.json").read_text())["results"]
-    first = {name: result["losses"][0] for name, result in results.items()}
+    words = "--shape tiny --seq_len 64 --steps 1 --device cpu --peers transformers --plot"
+    _, record = run_here("train_step", *words.split(), tmp_path / "a.png")
+    first = {name: result["losses"][0] for name, result in record["results"].items()}
     assert first["ours, full"] == pytest.approx(first["transformers"], rel=1e-4)
 
 
 @pytest.mark.slow
 def test_the_longest_row_of_a_tiny_model(run_here, tmp_path):
-    words = ["--shape", "tiny", "--memory_cap", "16MiB", "--sets", "checkpointing", "max_length", "--device", "cpu"]
-    words += ["--resolution", "0.2", "--output_file", tmp_path / "a.json", "--plot", tmp_path / "a.png"]
-    run_here("longest", *words)
-    results = json.loads((tmp_path / "a.json").read_text())["results"]
-    assert 0 < results["checkpointing"]["length"] < results["max_length"]["length"]
-    assert (tmp_path / "a.png").stat().st_size > 1000
+    words = "--shape tiny --memory_cap 16MiB --sets checkpointing max_length --device cpu --resolution 0.2 --plot"
+    _, record = run_here("longest", *words.split(), tmp_path / "a.png")
+    lengths = {name: result["length"] for name, result in record["results"].items()}
+    assert 0 < lengths["checkpointing"] < lengths["max_length"] and (tmp_path / "a.png").stat().st_size > 1000

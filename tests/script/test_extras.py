@@ -1,11 +1,9 @@
 """A script whose package is missing says in one line how to install it, before anything heavy."""
 
 import importlib.util
-import runpy
-import sys
 
 import pytest
-from conftest import REPO
+from rigged_model import load_script, run_main_of
 
 MODEL = ["--model_name_or_path", "MODEL"]
 
@@ -27,12 +25,8 @@ def test_a_missing_package_is_one_line(module, extra, script, arguments, tmp_pat
         (tmp_path / name).write_text(text)
     original = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == module else original(name, *a))
-    loads = "longqlora.inference.load.load_for_inference"
-    monkeypatch.setattr(loads, lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("longqlora.inference.load.load_for_inference", lambda *a, **k: pytest.fail("it was loaded"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script, *(str(tiny_model_dir) if x == "MODEL" else x for x in arguments)])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(REPO / "script" / script), run_name="__main__")
-    errors = capsys.readouterr().err
-    assert end.value.code == 2 and f"pip install -e .[{extra}]" in errors, errors
-    assert "Traceback" not in errors
+    words = [str(tiny_model_dir) if word == "MODEL" else word for word in arguments]
+    code, _, errors = run_main_of(load_script(f"script/{script}"), words, monkeypatch, capsys)
+    assert code == 2 and f"pip install -e .[{extra}]" in errors and "Traceback" not in errors, errors

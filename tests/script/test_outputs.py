@@ -3,14 +3,15 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import stat
-import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import REPO
+from rigged_model import load_script, run_main_of
 
 from longqlora.outputs import OutputFolder, check_outputs
 
@@ -135,18 +136,12 @@ def state(folder: Path) -> dict:
 def refused(work, monkeypatch, capsys):
     """Run a script in `work`; returns its error line after checking that it did nothing."""
 
-    def started(*args, **kwargs):
-        raise AssertionError("the work began")
-
     def run(name: str, *words: str) -> str:
         for target in WORK:
-            monkeypatch.setattr(target, started)
-        monkeypatch.setattr(sys, "argv", [name, *words])
+            monkeypatch.setattr(target, Mock(side_effect=AssertionError("the work began")))
         before = state(work)
-        with pytest.raises(SystemExit) as outcome:
-            runpy.run_path(str(REPO / name), run_name="__main__")
-        error = capsys.readouterr().err
-        assert outcome.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        code, _, error = run_main_of(load_script(name), words, monkeypatch, capsys)
+        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
         assert state(work) == before
         return error
 
@@ -167,53 +162,47 @@ def test_two_results_of_a_command_have_two_places(refused, name):
     assert "--plot: 'same.png' overlaps 'same.png', which --output_file writes" in error
 
 
-# name: (outputs, inputs, words of the error; none where it is allowed)
-PLACES = {
-    "new file": ({"--o": "new/sub/x.json"}, {"--i": "ids.bin"}, None),
-    "earlier result": ({"--o": "old.json"}, {"--i": ["ids.bin", "texts"]}, None),
-    "nothing asked": ({"--o": None, "--p": None}, {"--i": None}, None),
-    "hub name": ({"--o": "x.json"}, {"--i": "meta-llama/Llama-2-7b-hf"}, None),
-    "name that only begins alike": ({"--o": "ids"}, {"--i": "ids.bin"}, None),
-    "beside what is read": ({"--o": "texts.json"}, {"--i": "texts"}, None),
-    "folder": ({"--o": "texts"}, {}, "'texts' is a folder"),
-    "here": ({"--o": "."}, {}, "is a folder"),
-    "pipe": ({"--o": "pipe"}, {}, "is a device, pipe or socket"),
-    "device": ({"--o": "/dev/null"}, {}, "is a device, pipe or socket"),
-    "stdout": ({"--o": "/dev/stdout"}, {}, "is a device, pipe or socket"),
-    "link to a device": ({"--o": "to_null"}, {}, "is a device, pipe or socket"),
-    "below a file": ({"--o": "ids.bin/x.json"}, {}, "cannot write in 'ids.bin' (Not a directory)"),
-    "kernel": ({"--o": "/proc/absent/x.json"}, {}, "cannot write in '/proc/absent'"),
-    "home": ({"--o": "~/x.json"}, {}, "would be a folder named '~'; write '/"),
-    "home of nobody": ({"--o": "x.json"}, {"--i": "~no-such-user/x"}, None),
-    "long name": ({"--o": "x" * 250}, {}, "cannot write in '.' (File name too long)"),
-    "dotted spelling": ({"--o": "texts/../ids.bin"}, {"--i": "ids.bin"}, "overlaps 'ids.bin', which --i reads"),
-    "link to the input": ({"--o": "link"}, {"--i": "ids.bin"}, "overlaps"),
-    "input is a link": ({"--o": "ids.bin"}, {"--i": "link"}, "overlaps"),
-    "hard link": ({"--o": "hard"}, {"--i": "ids.bin"}, "overlaps"),
-    "through a linked folder": ({"--o": "linked/a.txt"}, {"--i": "texts/a.txt"}, "overlaps"),
-    "inside a folder": ({"--o": "linked/new.json"}, {"--i": "texts"}, "overlaps"),
-    "temporary name": ({"--o": "x"}, {"--i": ".x.partial"}, "overlaps"),
-    "temporary name is a link": ({"--o": "y"}, {"--i": "ids.bin"}, "overlaps"),
-    "kept trials": ({"--o": "x"}, {"--i": ".x.trials-0.jsonl"}, "overlaps"),
-    "two outputs": ({"--o": "new.json", "--p": "./new.json"}, {}, "--p: 'new.json' overlaps 'new.json', which --o"),
-    "sidecar": ({"--o": ["a.bin", "a.bin.json"], "--p": "a.bin.json"}, {}, "--p: 'a.bin.json'"),
-    "temporary name of another": ({"--p": ".a.partial", "--o": "a"}, {}, "overlaps"),
-    "temporary name of the first": ({"--o": "a", "--p": ".a.partial"}, {}, "overlaps"),
-    "new folder": ({"--o": OutputFolder("new/sub", "mark")}, {"--i": "texts"}, None),
-    "empty folder": ({"--o": OutputFolder("empty", "mark")}, {}, None),
-    "own folder": ({"--o": OutputFolder("own", "mark")}, {}, None),
-    "own folder, to be kept": ({"--o": OutputFolder("own", "mark", overwrite=False)}, {}, "not empty; c"),
-    "foreign folder": ({"--o": OutputFolder("texts", "mark")}, {}, "no folder of this command (mark"),
-    "folder is a file": ({"--o": OutputFolder("ids.bin", "mark")}, {}, "is a file; give the path of a folder"),
-    "folder around": ({"--o": OutputFolder("own", "mark")}, {"--i": "own/mark"}, "overlaps"),
-    "folder within": ({"--o": OutputFolder("texts/new", "mark")}, {"--i": "texts"}, "overlaps"),
-    "nameless folder": ({"--o": OutputFolder(".", "mark")}, {}, "has no name of its own"),
-}  # fmt: skip
+SPECIAL, IS_READ = "is a device, pipe or socket", "which --i reads"
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_places(work, name):
-    outputs, inputs, words = PLACES[name]
+def folder(path: str, **options) -> OutputFolder:
+    return OutputFolder(path, "mark", **options)
+
+
+# Outputs (alone: of --o), inputs (of --i), words of the error; none where it is allowed.
+PLACES = [
+    # New, an earlier result, nothing asked, a name of the hub, of nobody's home, and one that only begins alike.
+    ("new/sub/x.json", "ids.bin", ""), ("old.json", ["ids.bin", "texts"], ""), (None, None, ""),
+    ("x.json", "meta-llama/Llama-2-7b-hf", ""), ("x.json", "~no-such-user/x", ""), ("ids", "ids.bin", ""),
+    ("texts.json", "texts", ""),
+    # No plain file, or nowhere to write.
+    ("texts", None, "'texts' is a folder"), (".", None, "is a folder"), ("pipe", None, SPECIAL),
+    ("/dev/null", None, SPECIAL), ("/dev/stdout", None, SPECIAL), ("to_null", None, SPECIAL),
+    ("ids.bin/x.json", None, "cannot write in 'ids.bin' (Not a directory)"),
+    ("/proc/absent/x.json", None, "cannot write in '/proc/absent'"),
+    ("~/x.json", None, "would be a folder named '~'; write '/"),
+    ("x" * 250, None, "cannot write in '.' (File name too long)"),
+    # What is read, in another spelling, behind links, or in a folder of it.
+    ("texts/../ids.bin", "ids.bin", "overlaps 'ids.bin', which --i reads"), ("link", "ids.bin", IS_READ),
+    ("ids.bin", "link", IS_READ), ("hard", "ids.bin", IS_READ), ("linked/a.txt", "texts/a.txt", IS_READ),
+    ("linked/new.json", "texts", IS_READ),
+    # The hidden names beside an output: temporary, the same as a link, finished trials.
+    ("x", ".x.partial", IS_READ), ("y", "ids.bin", IS_READ), ("x", ".x.trials-0.jsonl", IS_READ),
+    # Two outputs.
+    ({"--o": "new.json", "--p": "./new.json"}, None, "--p: 'new.json' overlaps 'new.json', which --o"),
+    ({"--o": ["a.bin", "a.bin.json"], "--p": "a.bin.json"}, None, "--p: 'a.bin.json'"),
+    ({"--p": ".a.partial", "--o": "a"}, None, "overlaps"), ({"--o": "a", "--p": ".a.partial"}, None, "overlaps"),
+    # Folders: new, empty, the command's own, one of others, a file, around and within what is read.
+    (folder("new/sub"), "texts", ""), (folder("empty"), None, ""), (folder("own"), None, ""),
+    (folder("own", overwrite=False), None, "not empty; c"), (folder("texts"), None, "no folder of this command (mark"),
+    (folder("ids.bin"), None, "is a file; give the path of a folder"), (folder("own"), "own/mark", IS_READ),
+    (folder("texts/new"), "texts", IS_READ), (folder("."), None, "has no name of its own"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("outputs,inputs,words", PLACES, ids=lambda value: str(value)[:40])
+def test_places(work, outputs, inputs, words):
+    outputs = outputs if isinstance(outputs, dict) else {"--o": outputs}
     for file in (".x.partial", ".x.trials-0.jsonl", "old.json"):
         Path(file).write_text("{}")
     for folder in ("empty", "own"):
@@ -223,10 +212,6 @@ def test_places(work, name):
     Path(".y.partial").symlink_to("ids.bin")
     Path("to_null").symlink_to("/dev/null")
     before = state(work)
-    if words is None:
-        check_outputs(outputs, inputs)
-    else:
-        with pytest.raises(ValueError) as caught:
-            check_outputs(outputs, inputs)
-        assert words in str(caught.value)
+    with pytest.raises(ValueError, match=re.escape(words)) if words else nullcontext():
+        check_outputs(outputs, {"--i": inputs})
     assert state(work) == before, "a check writes nothing"

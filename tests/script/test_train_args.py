@@ -76,21 +76,6 @@ def test_dry_run(path, dry):
         assert table["LoRA"][2] == f"{NUM_LORA[path.stem]:,}" and table["linear"][3] == f"{NUM_LINEAR[path.stem]:,}"
 
 
-@pytest.mark.parametrize(
-    ("stem", "factor"),
-    [("llama2-7b-pretrain", 2), ("llama2-13b-pretrain", 2), ("llama2-7b-12k", 3), ("llama2-7b-96k", 24),
-     ("vicuna-13b-sft", 2), ("mistral-7b-pretrain", 2), ("tiny-llama-sft", 2), ("qwen2.5-7b-pretrain", None)],
-)  # fmt: skip
-def test_the_header_says_what_becomes_of_the_context(stem, factor):
-    values = yaml.safe_load((REPO / "train_args" / f"{stem}.yaml").read_text())
-    shape = SHAPES.get(values["model_name_or_path"])
-    original = shape.max_position_embeddings if shape else 256
-    extended = values["model_max_length"] / original
-    assert extended == factor or (factor is None and extended <= 1)
-    head = (REPO / "train_args" / f"{stem}.yaml").read_text().split("\n\n")[0]
-    assert str(original) in head and str(values["model_max_length"]) in head
-
-
 def test_a_mistral_with_a_sliding_window_is_refused_by_name(dry):
     with pytest.raises(ValueError, match="mistral has sliding-window layers .*4096"):
         dry(REPO / "train_args" / "mistral-7b-pretrain.yaml", name="mistralai/Mistral-7B-v0.1")
@@ -123,7 +108,9 @@ def test_a_yaml_is_flat_and_says_what_it_is(path):
     text = path.read_text(encoding="utf-8")
     head, values = text.split("\n\n")[0], yaml.safe_load(text)
     assert f"train_args/{path.name}" in head
-    for label in ("command:", "hardware:", "expected:"):
+    shape = SHAPES.get(values["model_name_or_path"])
+    lengths = [str(shape.max_position_embeddings if shape else 256), str(values["model_max_length"])]
+    for label in ("command:", "hardware:", "expected:", *lengths):
         assert label in head, label
     assert not [key for key, value in values.items() if isinstance(value, (dict, list))]
     for title in ("model and context", "adapter", "data", "optimisation", "logging and saving"):
@@ -135,10 +122,9 @@ def test_a_yaml_is_flat_and_says_what_it_is(path):
 
 @pytest.mark.parametrize("path", sorted((REPO / "train_args" / "deepspeed").glob("*.json")), ids=lambda p: p.stem)
 def test_a_deepspeed_file_leaves_to_the_yaml_what_the_yaml_decides(path):
-    config = json.loads(path.read_text())
+    config, stem = json.loads(path.read_text()), path.resolve().stem
     assert config["gradient_clipping"] == config["train_micro_batch_size_per_gpu"] == "auto"
     assert config["fp16"]["enabled"] == config["bf16"]["enabled"] == "auto"
-    stem = path.resolve().stem
     assert re.fullmatch(r"zero[123](_offload)?", stem)
     assert config["zero_optimization"]["stage"] == int(stem[4])
     assert ("offload_optimizer" in config["zero_optimization"]) == stem.endswith("_offload")
@@ -160,8 +146,7 @@ def test_upstreams_names_are_links():
 def test_upstreams_yaml_with_zero_3_is_refused_in_one_line(dry, tmp_path):
     """4-bit weights, which upstream always trains on, do not go with ZeRO-3."""
     path = tmp_path / "upstream.yaml"
-    values = {**upstream.PRETRAIN, "model_name_or_path": "meta-llama/Llama-2-7b-hf"}
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump({**upstream.PRETRAIN, "model_name_or_path": "meta-llama/Llama-2-7b-hf"}))
     words = ["--deepspeed", str(REPO / "train_args" / "deepspeed" / "deepspeed_config_s3.json")]
     with pytest.raises(ValueError, match="deepspeed: ZeRO-3 cannot shard 4-bit .*zero2_offload.json.*type: lora"):
         dry(path, *words)

@@ -6,7 +6,6 @@ import logging
 import os
 import platform
 import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,34 +29,17 @@ OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cp
 
 @pytest.fixture
 def read(tmp_path):
-    """read(changes, *words) resolves a valid YAML with `changes`; returns settings and notices."""
-    train_file = tmp_path / "train.jsonl"
-    train_file.write_text('{"text": "a"}\n')
+    """read(changes, *words) resolves and checks a valid YAML with `changes`: settings, and the level of each notice."""
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    places = {"train_file": str(tmp_path / "train.jsonl"), "output_dir": str(tmp_path / "out")}
 
     def read(changes: dict | None = None, *words: str):
-        values = {"model_name_or_path": "some/model", "train_file": str(train_file), "output_dir": str(tmp_path / "o")}
         path = tmp_path / "run.yaml"
-        path.write_text(yaml.safe_dump({**values, **(changes or {})}))
-        return resolve_settings(str(path), list(words))
+        path.write_text(yaml.safe_dump({"model_name_or_path": "some/model", **places, **(changes or {})}))
+        settings, notices = resolve_settings(str(path), list(words))
+        return settings, {notice.text: notice.level for notice in notices + check_settings(settings)}
 
     return read
-
-
-@pytest.fixture
-def checked(read):
-    """The same, checked, with the texts of all notices."""
-
-    def checked(changes: dict | None = None, *words: str):
-        settings, notices = read(changes, *words)
-        return settings, [notice.text for notice in notices + check_settings(settings)]
-
-    return checked
-
-
-def test_command_line_over_yaml_over_defaults(read):
-    settings, _ = read({"lora_rank": 8, "lora_alpha": 32}, "--lora_alpha", "4")
-    assert (settings.adapter.lora_rank, settings.adapter.lora_alpha, settings.adapter.lora_dropout) == (8, 4, 0.05)
-    assert settings.given["lora_rank"] == 8 and "lora_dropout" not in settings.given
 
 
 def test_nothing_writes_into_settings(read):
@@ -68,25 +50,21 @@ def test_nothing_writes_into_settings(read):
         with pytest.raises(TypeError, match="assignment"):
             values["optim"] = "sgd"
     assert settings.given["deepspeed"] == OFFLOAD != settings.training["deepspeed"], "completed in a copy"
-    assert not {"hub_token", "hf_secret"} & set(repr(read({"hub_token": "hf_secret"})[0]).split("'"))
 
 
-@pytest.mark.parametrize(
-    ("words", "overrides"),
-    [
-        ("--max_steps -1", {"max_steps": "-1"}),
-        ("--max_steps=-1", {"max_steps": "-1"}),
-        ("--sft --pack false", {"sft": "true", "pack": "false"}),
-        ("--learning-rate 1e-4", {"learning_rate": "1e-4"}),
-        ("--run_name a=b", {"run_name": "a=b"}),
-        ("--run_name=a=b", {"run_name": "a=b"}),
-        ("--run_name=", {"run_name": ""}),
-        ("--seed 1 --seed 2", {"seed": "2"}),
-        ("", {}),
-    ],
-)
-def test_words_of_the_command_line(words, overrides):
-    assert read_overrides(words.split()) == overrides
+def test_the_record_is_plain_and_keeps_no_secret(read):
+    settings, _ = read({"hub_token": "hf_secret", "max_steps": 3})
+    assert settings.training["hub_token"] == "hf_secret" and settings.as_dict()["training"]["max_steps"] == 3
+    assert "hf_secret" not in json.dumps(settings.as_dict()) + repr(settings)
+
+
+def test_words_of_the_command_line():
+    words = "--max_steps -1 --lora_alpha=-2 --sft --pack false --learning-rate 1e-4 --run_name a=b --report_to=a=b "
+    assert read_overrides(f"{words} --optim= --seed 1 --seed 2 --train_norm".split()) == {
+        "max_steps": "-1", "lora_alpha": "-2", "sft": "true", "pack": "false", "learning_rate": "1e-4",
+        "run_name": "a=b", "report_to": "a=b", "optim": "", "seed": "2", "train_norm": "true",
+    }  # fmt: skip
+    assert read_overrides([]) == {}
 
 
 @pytest.mark.parametrize(
@@ -111,40 +89,49 @@ def test_no_whole_number(value):
         coerce("key", value, int)
 
 
-def test_words_that_yaml_reads_as_something_else(checked):
-    settings, _ = checked({"eval_strategy": False, "save_strategy": False})
+def test_words_that_yaml_reads_as_something_else(read):
+    settings, _ = read({"eval_strategy": False, "save_strategy": False})
     assert settings.training["eval_strategy"] == settings.training["save_strategy"] == "no"
     for value in (True, False, "true", "false"):
-        assert checked({"resume_from_checkpoint": value})[0].training["resume_from_checkpoint"] == str(value).lower()
+        assert read({"resume_from_checkpoint": value})[0].training["resume_from_checkpoint"] == str(value).lower()
     for word in ("none", None, "None"):
-        assert build_arguments(checked({"report_to": word})[0]).report_to == []
+        assert build_arguments(read({"report_to": word})[0]).report_to == []
 
 
-def test_former_names_become_present_ones(checked):
-    settings, notices = checked(
-        {"warmup_ratio": "0.03", "no_cuda": True, "group_by_length": True, "save_safetensors": True,
-         "per_gpu_train_batch_size": 3, "gradient_checkpointing": True, "evaluation_strategy": "no"}
-    )  # fmt: skip
+def test_former_names_become_present_ones(read):
+    former = {"warmup_ratio": "0.03", "no_cuda": True, "group_by_length": True, "save_safetensors": True,
+              "per_gpu_train_batch_size": 3, "gradient_checkpointing": True, "evaluation_strategy": "no"}  # fmt: skip
+    settings, notices = read(former)
     arguments = build_arguments(settings)
     assert arguments.warmup_steps == 0.03 and arguments.use_cpu and arguments.per_device_train_batch_size == 3
     assert arguments.train_sampling_strategy == "group_by_length" and arguments.gradient_checkpointing
-    for name in ("warmup_ratio", "no_cuda", "group_by_length", "save_safetensors", "evaluation_strategy"):
+    for name in former.keys() - {"gradient_checkpointing", "per_gpu_train_batch_size"}:
         assert sum(name in notice for notice in notices) == 1, notices
 
 
-def test_a_former_name_in_the_yaml_gives_way_to_the_present_one_on_the_command_line(read):
-    old = {"evaluation_strategy": "steps", "warmup_ratio": 0.1}
-    settings, _ = read(old, "--eval_strategy", "no", "--warmup_steps", "7")
-    assert settings.training["eval_strategy"] == "no" and settings.training["warmup_steps"] == 7
-    settings, _ = read({"eval_strategy": "steps"}, "--evaluation_strategy", "no")
-    assert settings.training["eval_strategy"] == "no"
-
-
-@pytest.mark.parametrize("given", ["gradient_checkpointing", "activation_checkpointing"])
 @pytest.mark.parametrize(
-    "known",
-    [["gradient_checkpointing"], ["activation_checkpointing"], ["gradient_checkpointing", "activation_checkpointing"]],
+    ("changes", "words", "expected"),
+    [
+        ({"lora_rank": 8, "lora_alpha": 32}, "--lora_alpha 4", {"lora_rank": 8, "lora_alpha": 4, "lora_dropout": 0.05}),
+        ({"evaluation_strategy": "steps"}, "--eval_strategy no", {"eval_strategy": "no"}),
+        ({"eval_strategy": "steps"}, "--evaluation_strategy no", {"eval_strategy": "no"}),
+        ({"warmup_ratio": 0.1}, "--warmup_steps 7", {"warmup_steps": 7}),
+        ({"logging_steps": 3}, "", {"logging_steps": 3, "per_device_train_batch_size": 1, "report_to": "tensorboard"}),
+    ],
 )
+def test_command_line_over_yaml_over_defaults(changes, words, expected, read):
+    """Also where one of them has the former name."""
+    settings, _ = read(changes, *words.split())
+    values = {**settings.as_dict()["adapter"], **settings.training}
+    assert {key: values[key] for key in expected} == expected
+    assert "lora_dropout" not in settings.given
+
+
+CHECKPOINTING = ["gradient_checkpointing", "activation_checkpointing"]
+
+
+@pytest.mark.parametrize("given", CHECKPOINTING)
+@pytest.mark.parametrize("known", [CHECKPOINTING[:1], CHECKPOINTING[1:], CHECKPOINTING])
 def test_checkpointing_has_the_name_that_the_installed_transformers_knows(given, known, monkeypatch):
     monkeypatch.setattr(longqlora.settings.reader, "fields_of", lambda cls: dict.fromkeys(known))
     renamed, notices = rename({given: True})
@@ -152,49 +139,43 @@ def test_checkpointing_has_the_name_that_the_installed_transformers_knows(given,
     assert len(notices) == (given != known[-1])
 
 
-def test_a_yaml_of_upstream_runs_with_its_paths_changed_alone(checked, tmp_path):
+def test_a_yaml_of_upstream_runs_with_its_paths_changed_alone(read, tmp_path):
     ds = tmp_path / "ds.json"
     ds.write_text(json.dumps(upstream.DEEPSPEED_S2))
     places = {"train_file": str(tmp_path / "train.jsonl"), "output_dir": str(tmp_path / "out"), "deepspeed": str(ds)}
-    settings, notices = checked({**upstream.PRETRAIN, **places})
-    training = settings.training
-    assert training["learning_rate"] == 2e-4 and training["max_grad_norm"] == 0.3 and training["max_steps"] == 1000
-    assert training["deepspeed"]["gradient_clipping"] == "auto"
-    assert training["deepspeed"]["zero_force_ds_cpu_optimizer"] is False
-    assert training["optim"] == "adamw_torch" and "num_train_epochs has no effect with max_steps" in notices
-    expected = ["optim: paged_adamw_32bit becomes adamw_torch", "deepspeed: added gradient_clipping"]
+    settings, notices = read({**upstream.PRETRAIN, **places})
+    expected = {"learning_rate": 2e-4, "max_grad_norm": 0.3, "max_steps": 1000, "optim": "adamw_torch"}
+    assert settings.training.items() >= expected.items() and build_arguments(settings).gradient_checkpointing
+    deepspeed = settings.training["deepspeed"]
+    assert deepspeed["gradient_clipping"] == "auto" and deepspeed["zero_force_ds_cpu_optimizer"] is False
+    said = ["num_train_epochs has no effect with max_steps", "optim: paged_adamw_32bit becomes adamw_torch",
+            "deepspeed: added gradient_clipping"]  # fmt: skip
     if not torch.cuda.is_available():
-        expected.append("fp16 becomes false")
-        assert training["fp16"] is False
-    assert [text for text in expected if any(n.startswith(text) for n in notices)] == expected
-    assert build_arguments(settings).gradient_checkpointing
+        said.append("fp16 becomes false")
+        assert settings.training["fp16"] is False
+    assert [text for text in said if any(notice.startswith(text) for notice in notices)] == said
 
 
 @pytest.mark.parametrize(
     ("gpu", "offload", "optim", "expected"),
-    [
-        (True, True, "paged_adamw_32bit", "adamw_torch"),
-        (True, True, "adamw_bnb_8bit", "adamw_torch"),
-        (True, False, "paged_adamw_32bit", "paged_adamw_32bit"),
-        (False, False, "paged_adamw_8bit", "adamw_torch"),
-        (False, False, "rmsprop_bnb_8bit", "rmsprop"),
-        (False, True, "adamw_torch_fused", "adamw_torch_fused"),
-        (False, False, "sgd", "sgd"),
-    ],
-)
+    [(True, True, "paged_adamw_32bit", "adamw_torch"), (True, True, "adamw_bnb_8bit", "adamw_torch"),
+     (True, False, "paged_adamw_32bit", "paged_adamw_32bit"), (False, False, "paged_adamw_8bit", "adamw_torch"),
+     (False, False, "rmsprop_bnb_8bit", "rmsprop"), (False, True, "adamw_torch_fused", "adamw_torch_fused"),
+     (False, False, "sgd", "sgd")],
+)  # fmt: skip
 def test_an_optimizer_of_the_gpu_without_one(gpu, offload, optim, expected, read, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     settings, notices = read({"optim": optim, **({"deepspeed": OFFLOAD} if offload else {})})
     assert settings.training["optim"] == expected and settings.uses_gpu == gpu
-    changed = [notice.text for notice in notices if notice.level == logging.WARNING]
+    changed = [text for text, level in notices.items() if level == logging.WARNING]
     assert [text.split(",")[0] for text in changed] == [f"optim: {optim} becomes {expected}"] * (optim != expected)
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_bf16_on_a_cpu(has_bf16, checked, monkeypatch):
+def test_bf16_on_a_cpu(has_bf16, read, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(longqlora.settings.machine, "cpu_has_bf16", lambda: has_bf16)
-    settings, notices = checked({"bf16": True, "bf16_full_eval": True})
+    settings, notices = read({"bf16": True, "bf16_full_eval": True})
     arguments = build_arguments(settings)
     assert arguments.bf16 == arguments.bf16_full_eval == has_bf16 and not settings.training["dataloader_pin_memory"]
     reason = "becomes false: this CPU has no bf16 instructions; the run computes in fp32"
@@ -255,8 +236,8 @@ def test_a_missing_deepspeed_package(read, monkeypatch):
     [({"stage": 2, "overlap_comm": True}, 1.9), ({"stage": 2}, 0.9), ({"stage": 2, "reduce_bucket_size": 2e7}, None),
      ({"stage": 3}, None), ({"stage": 2, "contiguous_gradients": False}, None)],
 )  # fmt: skip
-def test_large_gradient_buckets_are_named(checked, zero, gib):
-    _, notices = checked({"deepspeed": {"zero_optimization": zero}, "finetuning_type": "lora"})
+def test_large_gradient_buckets_are_named(read, zero, gib):
+    _, notices = read({"deepspeed": {"zero_optimization": zero}, "finetuning_type": "lora"})
     said = [notice for notice in notices if "reduce_bucket_size" in notice]
     assert said == ([] if gib is None else [said[0]]) and (gib is None or f"holds {gib} GiB" in said[0])
 
@@ -275,37 +256,35 @@ def test_large_gradient_buckets_are_named(checked, zero, gib):
     ],
 )
 def test_a_setting_without_effect_is_a_warning(changes, key, cause, read):
-    notices = check_settings(read(changes)[0])
-    found = [n for n in notices if n.text.startswith(f"{key} has no effect with") and cause in n.text]
-    assert [notice.level for notice in found] == [logging.WARNING], notices
+    _, notices = read(changes)
+    found = [text for text in notices if text.startswith(f"{key} has no effect with") and cause in text]
+    assert len(found) == 1 and notices[found[0]] == logging.WARNING, notices
 
 
-def test_settings_that_have_an_effect_are_not_named(checked):
+def test_settings_that_have_an_effect_are_not_named(read):
     changes = {"group_size_ratio": 0.5, "lora_rank": 8, "model_max_length": 9000, "rope_type": "linear", "max_steps": 3}
-    assert checked(changes)[1] == []
-    assert checked({"finetuning_type": "full"}, "--train_norm", "false")[1] == []
+    assert read(changes)[1] == {}
+    assert read({"finetuning_type": "full"}, "--train_norm", "false")[1] == {}
 
 
 def test_paths_are_found_below_the_repository_and_home(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    settings, _ = read({"train_file": "data/dummy_pretrain.jsonl", "model_name_or_path": "data/tiny-llama"})
-    assert Path(settings.data.train_file) == REPO / "data" / "dummy_pretrain.jsonl"
-    assert Path(settings.model.model_name_or_path) == REPO / "data" / "tiny-llama"
-    (tmp_path / "data").mkdir()
+    places = {"train_file": "data/dummy_pretrain.jsonl", "model_name_or_path": "data/tiny-llama"}
+    settings, _ = read(places)
+    assert settings.given["train_file"] == settings.data.train_file == str(REPO / places["train_file"])
+    assert settings.model.model_name_or_path == str(REPO / places["model_name_or_path"])
+    for folder in ("data", "o/c"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "data" / "dummy_pretrain.jsonl").write_text("")
-    assert read({"train_file": "data/dummy_pretrain.jsonl"})[0].data.train_file == "data/dummy_pretrain.jsonl"
-    assert read({"train_file": "~/train.jsonl"})[0].data.train_file == str(tmp_path / "train.jsonl")
+    assert read(places)[0].data.train_file == places["train_file"]
     folders = {"output_dir": "~/o", "logging_dir": "~/l", "resume_from_checkpoint": "~/o/c", "data_cache_dir": "~/d"}
-    settings, _ = read(folders)
-    found = {
-        **settings.training,
-        "logging_dir": settings.output.logging_dir,
-        "data_cache_dir": settings.data.data_cache_dir,
-    }
+    settings, _ = read({**folders, "train_file": "~/train.jsonl"})
+    found = {**settings.training, **vars(settings.output), **vars(settings.data)}
     assert {key: found[key] for key in folders} == {k: v.replace("~", str(tmp_path)) for k, v in folders.items()}
+    assert found["train_file"] == str(tmp_path / "train.jsonl")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
-    assert build_arguments(settings).output_dir == settings.training["output_dir"], "one folder, not two"
+    assert build_arguments(settings).output_dir == found["output_dir"], "one folder, not two"
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "l")
 
 
@@ -316,13 +295,6 @@ def test_the_yaml_may_have_a_byte_order_mark_windows_lines_and_anchors(tmp_path)
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     settings, notices = resolve_settings(str(path), [])
     assert settings.training["output_dir"] == settings.model.model_name_or_path == "a/b" and notices == []
-
-
-def test_the_record_is_plain_and_keeps_no_secret(read):
-    settings, _ = read({"hub_token": "hf_secret", "max_steps": 3})
-    text = json.dumps(settings.as_dict())
-    assert "hf_secret" not in text and settings.as_dict()["training"]["max_steps"] == 3
-    assert settings.training["hub_token"] == "hf_secret"
 
 
 def test_every_own_key_has_help_and_one_owner():

@@ -9,16 +9,23 @@ import sys
 import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
+
+from longqlora.distributed import free_port
 
 REPO = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["training_process_imports"])
+# What a script imports, once, so that each run of a test starts in a fraction of a second.
+CONTEXT.set_forkserver_preload([
+    "bitsandbytes", "datasets", "deepspeed", "matplotlib.figure", "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama", "longqlora.training.trainer",
+])  # fmt: skip
 
 
 def run_main_of_script(words: list[str], streams: list[str], environment: dict[str, str], cwd, max_file_bytes) -> None:
     """Body of the child: `python WORDS`; streams: files of stdin, stdout and stderr."""
     # The server passes over what it cannot import, and each run takes seconds more.
-    assert "training_process_imports" in sys.modules, "the fork server has imported nothing"
+    assert "longqlora.training.trainer" in sys.modules, "the fork server has imported nothing"
     os.environ.update(environment)
     if max_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
@@ -42,19 +49,20 @@ def start_script(words: list, streams: list, environment: dict, *, cwd=None, max
 
     max_file_bytes: size at which writing a file fails, as on a full disk.
     """
-    # The server imports from the path of its environment, whatever this process has (Python 3.11).
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO / "tests" / "support"), str(REPO)])
-    try:
+    with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}):
         forkserver.ensure_running()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
     arguments = ([str(word) for word in words], [str(file) for file in streams], environment, cwd, max_file_bytes)
     process = CONTEXT.Process(target=run_main_of_script, args=arguments, daemon=daemon)
     process.start()
     return process
+
+
+def start_world(words: list, streams: list, *, num_processes: int, environment: dict | None = None, **options) -> list:
+    """Start `python WORDS` in the processes of one world, with the variables that a launcher sets."""
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **(environment or {})}
+    world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
+    environments = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    return [start_script(words, streams, environment, **options) for environment in environments]
 
 
 def run_forked(words: list[str], *, cwd, input: str, timeout: float, environment: dict) -> subprocess.CompletedProcess:

@@ -6,9 +6,7 @@ import time
 from pathlib import Path
 
 from safetensors.torch import load_file
-from script_process import REPO, start_script
-
-from longqlora.distributed import free_port
+from script_process import REPO, start_script, start_world
 
 
 def start(*arguments: object, log: Path, environment: dict[str, str] | None = None, **options):
@@ -20,10 +18,8 @@ def start_ranks(*arguments: object, log: Path, num_processes: int, **options) ->
     """Start training in one or several processes of one world."""
     if num_processes == 1:
         return [start(*arguments, log=log, **options)]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
-    environments = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
-    return [start(*arguments, log=log, environment=environment, **options) for environment in environments]
+    words, streams = [REPO / "train.py", *arguments], [os.devnull, log, log]
+    return start_world(words, streams, num_processes=num_processes, **options)
 
 
 def wait_for(log: Path, text: str, timeout: float = 60) -> None:
@@ -59,9 +55,9 @@ def history_of(output_dir: Path) -> list[dict]:
     return json.loads((output_dir / "train_results.json").read_text())["log_history"]
 
 
-def losses_of(history: list[dict]) -> dict[int, float]:
-    """Training losses by step."""
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+def losses_of(output_dir: Path) -> dict[int, float]:
+    """Training losses of a finished run by step."""
+    return {entry["step"]: entry["loss"] for entry in history_of(output_dir) if "loss" in entry}
 
 
 def weights_of(folder: Path) -> dict:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import ZERO2
-from training_process import contents, fail, history_of, losses_of, same_weights, train
+from training_process import contents, fail, losses_of, same_weights, train
 
 from longqlora.training.checkpoint import check_contents, check_file, check_resumable, load_without_code
 
@@ -52,22 +52,21 @@ def check(checkpoint: Path, *, world_size: int = 1, changes: dict | None = None,
     return check_resumable(checkpoint, arguments, world_size=world_size, data_sha256=data)
 
 
+TRACE = Path("trace-of-evil")
+
+
 class Evil:
     """Makes a file when it is read as a pickle."""
 
-    def __init__(self, trace: Path):
-        self.trace = trace
-
     def __reduce__(self):
-        return os.system, (f"touch {self.trace}",)
+        return os.system, (f"touch {TRACE}",)
 
 
 def poison(file: Path, **how) -> None:
     state = torch.load(file, weights_only=False) if file.is_file() else {}
-    torch.save({**state, "evil": Evil(TRACE)}, file, **how)
+    torch.save({**state, "evil": Evil()}, file, **how)
 
 
-TRACE = Path("trace-of-evil")
 DAMAGES = {
     "missing": lambda file: file.unlink(),
     "empty": lambda file: file.write_bytes(b""),
@@ -132,16 +131,15 @@ def test_deepspeed_itself_runs_no_code_from_a_file(whole, tmp_path, monkeypatch)
     assert torch.load(tmp_path / "x.pt", weights_only=False)["loss_scaler"].cur_scale == 2**16
 
 
-@pytest.mark.parametrize(
-    "settings,files",
-    [
-        ({}, ["rng_state_1.pth", "optimizer.pt"]),
-        ({"fp16": True}, ["scaler.pt"]),
-        ({"finetuning_type": "full"}, ["model.safetensors"]),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, ["zero_pp_rank_1_mp_rank_00_model_states.pt"]),
-        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, ["zero_pp_rank_1_mp_rank_00_optim_states.pt"]),
-    ],
-)
+NEEDED = [
+    ({}, ["rng_state_1.pth", "optimizer.pt"]), ({"fp16": True}, ["scaler.pt"]),
+    ({"finetuning_type": "full"}, ["model.safetensors"]),
+    ({"deepspeed": {"zero_optimization": {"stage": 3}}}, ["zero_pp_rank_1_mp_rank_00_model_states.pt"]),
+    ({"deepspeed": {"zero_optimization": {"stage": 1}}}, ["zero_pp_rank_1_mp_rank_00_optim_states.pt"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings,files", NEEDED)
 def test_what_each_kind_of_run_needs(tmp_path, settings, files):
     (tmp_path / "trainer_state.json").write_text('{"global_step": 2, "log_history": []}')
     (tmp_path / "latest").write_text("global_step2")
@@ -189,11 +187,11 @@ def test_a_resumed_run_ends_with_the_same_weights_and_then_stays_as_it_is(interr
     (output / "checkpoint-9" / "adapter_model.safetensors").write_bytes(b"cut off")
     assert f"resuming from {output / 'checkpoint-2'}" in train(path, *RESUME)
     assert same_weights(output / "final", whole[kind] / "final")
-    assert losses_of(history_of(output)) == losses_of(history_of(whole[kind]))
+    assert losses_of(output) == losses_of(whole[kind])
     before = contents(output)
     (tmp_path / "other.jsonl").write_text('{"text": "the quick brown fox"}')
     log = train(path, *RESUME, "--train_file", tmp_path / "other.jsonl")
     assert "nothing left to train" in log and "step 4 of 4" in log
-    assert "WARNING content of train_file" in log and "the losses will differ" in log
+    assert "WARNING train_file was" in log and "the losses will differ" in log
     after = contents(output)
     assert {name for name in before if after.get(name) != before[name]} <= {"train.log", "run_record.json"}

@@ -16,7 +16,7 @@ from training_process import contents, fail, same_weights, start_ranks, train, w
 
 from longqlora.files import atomic_folder, write_json
 from longqlora.training.checkpoint import list_checkpoints
-from longqlora.training.run_folder import RunFolder, lock_output_dir
+from longqlora.training.run_folder import lock_output_dir
 
 RESUME, OVERWRITE = ("--resume_from_checkpoint", "true"), ("--overwrite_output_dir", "true")
 
@@ -69,7 +69,7 @@ def test_overwriting_replaces_the_first_run_by_a_result(finished_run, save_steps
         assert record["arguments"]["training"]["learning_rate"] == 5e-3
     log = (out / "train.log").read_text()
     assert log.count("versions:") == 1 and "finished: global_step 3" in log and "the earlier run" in log
-    assert not [name for name in names_in(out) if name.endswith((".new", ".old", ".overwritten"))]
+    assert not [name for name in names_in(out) if name.endswith((".new", ".old", ".abandoned"))]
 
 
 def test_an_overwriting_run_that_was_killed_before_its_end_saves_its_own_final(write_yaml):
@@ -96,58 +96,25 @@ def test_resuming_before_the_last_checkpoint_keeps_the_later_one_apart(write_yam
     assert contents(out / "checkpoint-6.abandoned") == abandoned
     assert "checkpoint-6 is later than the start of this run" in log
     assert f"resuming from {out / 'checkpoint-5'}" in train(path, *RESUME, "--save_steps", 1)
-    assert (out / "checkpoint-6").is_dir() and contents(out / "checkpoint-6.abandoned") == abandoned
-
-
-def checkpoint(folder: Path, name: str) -> Path:
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / name / "trainer_state.json").write_text("{}")
-    return folder / name
-
-
-def test_abandoned_checkpoints_get_names_of_their_own(tmp_path):
-    first = checkpoint(tmp_path, "checkpoint-4")
-    for expected in ("checkpoint-6.abandoned", "checkpoint-6.abandoned1"):
-        late = checkpoint(tmp_path, "checkpoint-6")
-        folder = RunFolder(tmp_path, first)
-        assert folder.earlier == [late] and expected in folder.describe()[0]
-        assert folder.last_checkpoint().endswith("checkpoint-4")
-        folder.set_earlier_aside()
-        assert (tmp_path / expected).is_dir() and not late.exists()
-
-
-def test_a_linked_checkpoint_is_never_followed(tmp_path):
-    """Deleting a checkpoint that is a symbolic link deletes the link, in a rotation and where a run overwrites it."""
-    out, behind = tmp_path / "out", checkpoint(tmp_path, "elsewhere")
-    checkpoint(out, "checkpoint-6")
-    for number in (2, 4):
-        (out / f"checkpoint-{number}").symlink_to(behind, target_is_directory=True)
-    folder = RunFolder(out, out / "checkpoint-6")
-    checkpoint(folder.staging, "checkpoint-8")
-    folder.publish("checkpoint-8", limit=1)
-    assert names_in(out) == ["checkpoint-8"]
-    (out / "checkpoint-2").symlink_to(behind, target_is_directory=True)
-    folder = RunFolder(out, None)
-    for name in ("train.log", "run_record.json"):
-        folder.place(name).touch()
-    checkpoint(folder.staging, "checkpoint-1")
-    folder.publish("checkpoint-1")
-    assert names_in(out) == ["checkpoint-1", "run_record.json", "train.log"]
-    assert (behind / "trainer_state.json").is_file()
+    # Once more: the second one abandoned gets a name of its own.
+    train(path, "--resume_from_checkpoint", out / "checkpoint-5", "--save_steps", 1, "--seed", 8)
+    assert (out / "checkpoint-6").is_dir() and (out / "checkpoint-6.abandoned1").is_dir()
+    assert contents(out / "checkpoint-6.abandoned") == abandoned
 
 
 def test_linked_folders_of_a_run_are_replaced_not_followed(write_yaml, tmp_path):
-    path, out = write_yaml(max_steps=2)
+    """Those of an earlier run too, which are links to whole checkpoints, and in a rotation."""
+    path, out = write_yaml(max_steps=4, save_total_limit=1)
     out.mkdir()
-    behind = []
-    for name in (".saving", "checkpoint-2", ".checkpoint-2.old", ".final.partial", ".final.old"):
-        behind.append(tmp_path / f"behind{name}")
-        behind[-1].mkdir()
-        (behind[-1] / "precious").touch()
-        (out / name).symlink_to(behind[-1], target_is_directory=True)
-    train(path)
-    assert all(names_in(folder) == ["precious"] for folder in behind)
-    assert not (out / "checkpoint-2").is_symlink() and not (out / "final").is_symlink()
+    names = (".saving", "checkpoint-2", "checkpoint-9", ".checkpoint-2.old", ".final.partial", ".final.old", "final")
+    for name in names:
+        behind = tmp_path / f"behind-{name}"
+        behind.mkdir()
+        (behind / "trainer_state.json").touch()
+        (out / name).symlink_to(behind, target_is_directory=True)
+    train(path, *OVERWRITE)
+    assert len(list(tmp_path.glob("behind-*/trainer_state.json"))) == len(names)
+    assert not [folder for folder in out.iterdir() if folder.is_symlink()]
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -171,7 +138,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     no_locks = Mock(side_effect=OSError(37, "No locks available"))
     monkeypatch.setattr("longqlora.training.run_folder.fcntl.lockf", no_locks)
     file, (notice,) = lock_output_dir(tmp_path / "out")
-    assert "no locks" in notice
+    assert "no locks" in notice.text
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
@@ -185,19 +152,19 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 LIMIT = 10_000
 
 
+def write_text(path: Path) -> None:
+    write_json(path, "x" * 2 * LIMIT)
+
+
 def write_weights(path: Path) -> None:
     with atomic_folder(path) as folder:
         (folder / "small").write_text("done")
         save_file({"weight": torch.zeros(LIMIT)}, folder / "model.safetensors")
 
 
-WRITERS = {"file": lambda path: write_json(path, "x" * 2 * LIMIT), "folder": write_weights}
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_writer_on_a_full_disk_leaves_what_was_there(tmp_path, kind):
-    path = tmp_path / "result"
-    kept = path / "kept" if kind == "folder" else path
+@pytest.mark.parametrize("write,kept", [(write_text, "result"), (write_weights, "result/kept")])
+def test_a_writer_on_a_full_disk_leaves_what_was_there(tmp_path, write, kept):
+    path, kept = tmp_path / "result", tmp_path / kept
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("before")
     # Around the write alone: pytest's own log may be a file, and longer.
@@ -205,7 +172,7 @@ def test_a_writer_on_a_full_disk_leaves_what_was_there(tmp_path, kind):
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
     try:
         with pytest.raises(OSError, match=f"could not write '{path}'.*File too large"):
-            WRITERS[kind](path)
+            write(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert kept.read_text() == "before" and names_in(tmp_path) == ["result"]

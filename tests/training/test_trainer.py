@@ -2,14 +2,15 @@
 
 import json
 import math
+import re
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ZERO2, sentences
-from safetensors.torch import load_file
-from training_process import fail, history_of, same_weights, train
+from training_process import fail, history_of, same_weights, train, weights_of
 from transformers import Trainer
 
 from longqlora.training.checkpoint import list_checkpoints
@@ -25,7 +26,7 @@ def test_only_public_methods_of_transformers_are_overridden():
     private = {name for name in own if name.startswith("_") and hasattr(Trainer, name)}
     assert not private, f"LongContextTrainer overrides {private}, private to transformers: use a public method"
     seams = {
-        "train", "get_train_dataloader", "get_total_train_batch_size", "get_batch_samples", "training_step", "evaluate",
+        "get_train_dataloader", "get_total_train_batch_size", "get_batch_samples", "training_step", "evaluate",
         "prediction_step", "log", "save_model",
     }  # fmt: skip
     gone = {name for name in seams if not hasattr(Trainer, name)}
@@ -56,24 +57,17 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_that_step(write_yaml, ch
     num_processes = settings.pop("num_processes", 1)
     path, out = write_yaml(**settings)
     error = fail(path, num_processes=num_processes)
-    assert "training diverged at step" in error and "learning_rate" in error
+    step = int(re.search(r"training diverged at step (\d+) .*learning_rate", error)[1])
     assert ("its weights are not finite" in error) or "max_steps" not in changes
-    step = int(error.split("training diverged at step ")[1].split()[0])
     assert "save_strategy" not in changes or ("(loss " in error and step < settings["max_steps"])
     checkpoints = list_checkpoints(out)
     assert (f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no earlier checkpoint") in error
     assert not (out / "final").exists() and not (out / ".saving").exists()
-    assert all(int(folder.name.split("-")[1]) < step for folder in checkpoints)
     for folder in checkpoints:
-        assert all(tensor.isfinite().all() for tensor in load_file(folder / "adapter_model.safetensors").values())
+        assert int(folder.name.split("-")[1]) < step
+        assert all(tensor.isfinite().all() for tensor in weights_of(folder).values())
     given = changes.get("logging_nan_inf_filter")
     assert ("logging_nan_inf_filter has no effect" in (out / "train.log").read_text()) == bool(given)
-
-
-def test_a_high_learning_rate_that_stays_finite_is_no_divergence(write_yaml):
-    path, out = write_yaml(learning_rate="0.3", warmup_steps=0, save_strategy="no")
-    train(path)
-    assert (out / "final").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -105,21 +99,17 @@ def test_watch_lets_fp16_skip_steps_but_not_without_end():
     assert step(INF) == f"fp16 skipped {MAX_SKIPPED_STEPS} steps in a row"
 
 
-def at_minimum(self):
-    raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
-
-
 @pytest.mark.parametrize(
     "call,step,message",
     [
         # As DeepSpeed says that fp16 cannot go on.
         ("training_step", 4, "diverged at step 5 .*loss scale.* minimum"),
         ("evaluate", 4, "diverged at step 4 .eval_loss nan"),
-        ("save_final", 0, "without a single step"),
     ],
 )
 def test_what_ends_training(monkeypatch, call, step, message):
-    monkeypatch.setattr("transformers.Trainer.training_step", at_minimum)
+    at_minimum = Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+    monkeypatch.setattr("transformers.Trainer.training_step", Mock(side_effect=at_minimum))
     monkeypatch.setattr("transformers.Trainer.evaluate", lambda self: {"eval_loss": NAN})
     trainer = LongContextTrainer.__new__(LongContextTrainer)
     folder = SimpleNamespace(last_checkpoint=lambda: "there is no earlier checkpoint")
@@ -142,8 +132,8 @@ def test_too_few_rows_are_refused_before_the_model_loads(write_yaml):
     assert "dataloader_drop_last: train_file makes" in fail(path)
     assert "trainable" not in (out / "train.log").read_text() and not (out / "final").exists()
     arguments = SimpleNamespace(train_batch_size=1, eval_batch_size=8, world_size=2, dataloader_drop_last=True)
-    check_num_rows(arguments, 2, None, processes_per_row=1)
-    check_num_rows(arguments, 2, 16, processes_per_row=1)
+    for enough in (None, 16):
+        check_num_rows(arguments, 2, enough, processes_per_row=1)
     with pytest.raises(ValueError, match="eval_file makes 15 rows, a batch of all processes takes 16"):
         check_num_rows(arguments, 2, 15, processes_per_row=1)
 

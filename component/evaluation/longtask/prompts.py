@@ -8,11 +8,13 @@ Dimensions: S sequence, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from os.path import commonprefix
+from typing import Any
 
-from longqlora.data.prompt import CHAT_TEMPLATE, TURN_TEMPLATES, encode_answer, encode_text
+from longqlora.data.prompt import CHAT_TEMPLATE, TURN_TEMPLATES, encode_after, encode_answer, encode_text
 from longqlora.evaluation.longtask.questions import Question
-from longqlora.evaluation.longtask.scores import option_letter
+from longqlora.evaluation.longtask.scores import OPTION_LETTERS
 from longqlora.inference.generation import NO_TEMPLATE, encode_prompt
 
 CHOICE_REQUEST = "Answer with the letter of the right option."
@@ -23,10 +25,11 @@ QUESTION_LEAD, ANSWER_LEAD = "Question: ", "Answer:"
 class PromptForm:
     """How prompts are made. template: of `encode_prompt`; max_new_tokens is kept free in context_size (tokens)."""
 
+    tokenizer: Any
     template: str
     context_size: int
     max_new_tokens: int
-    shots: tuple[Question, ...] = ()
+    shots: Sequence[Question] = ()
     num_shots: int = 0
 
     @property
@@ -39,25 +42,48 @@ class PromptForm:
         others = [shot for shot in self.shots if (shot.context, shot.question) != (task.context, task.question)]
         return others[: self.num_shots]
 
+    def check(self, task: Question) -> None:
+        """Raise ValueError where examples are missing, or the prompt is too long even without its context."""
+        shots = self.shots_for(task)
+        if len(shots) < self.num_shots:
+            raise ValueError(
+                f"--num_shots {self.num_shots}: --shots_file has {len(self.shots)} examples, and none may be the "
+                "question itself; give more or lower --num_shots"
+            )
+        num_tokens = len(encode_prompt(self.tokenizer, prompt_text(task, "", shots), template=self.template))
+        if num_tokens >= self.room:
+            examples = f" and {len(shots)} examples" if shots else ""
+            raise ValueError(
+                f"question {task.id} of {task.task}: question, options{examples} make {num_tokens} tokens, but "
+                f"{self.room} fit in the context of {self.context_size} beside --max_new_tokens {self.max_new_tokens}; "
+                "raise --context_size or lower --num_shots"
+            )
 
-@dataclass(frozen=True)
-class FittedPrompt:
-    """Text and ids of a prompt; lengths in tokens, num_tokens_cut those of the context that were left out."""
+    def fit(self, task: Question) -> tuple[list[int], int, int]:
+        """Ids of the prompt with as much of the context as fits; tokens of the whole context, and how many were cut.
 
-    text: str
-    ids: list[int]
-    num_context_tokens: int
-    num_tokens_cut: int
+        Raises ValueError as `check` does.
+        """
+        self.check(task)
+        shots, context_ids = self.shots_for(task), encode_text(self.tokenizer, task.context)
+        num_kept, context = len(context_ids), task.context
+        while True:
+            ids = encode_prompt(self.tokenizer, prompt_text(task, context, shots), template=self.template)
+            num_over = len(ids) - self.room
+            if num_over <= 0:
+                return ids, len(context_ids), len(context_ids) - num_kept
+            # Tokens at the new seam may split in two, so that one cut may not be enough.
+            num_kept = max(0, num_kept - num_over)
+            context = without_middle(self.tokenizer, context_ids, num_kept)
 
 
 def question_block(task: Question, context: str, *, is_asked: bool) -> str:
     """Context, own examples, question, options and the place of the answer; with `is_asked` False the answer too."""
     examples = [f"{QUESTION_LEAD}{question.strip()}\n{ANSWER_LEAD} {answer}" for question, answer in task.examples]
     lines = [f"{QUESTION_LEAD}{task.question.strip()}"] if task.question.strip() else []
-    lines += [f"({option_letter(index)}) {option}" for index, option in enumerate(task.options)]
+    lines += [f"({letter}) {option}" for letter, option in zip(OPTION_LETTERS, task.options, strict=False)]
     lines += [CHOICE_REQUEST] if task.options else []
-    answer = option_letter(task.answer_index) if task.options else task.references[0]
-    lines.append(ANSWER_LEAD if is_asked else f"{ANSWER_LEAD} {answer}")
+    lines.append(ANSWER_LEAD if is_asked else f"{ANSWER_LEAD} {task.right_letter or task.references[0]}")
     return "\n\n".join([*filter(None, [context.strip()]), *examples, "\n".join(lines)])
 
 
@@ -67,37 +93,6 @@ def prompt_text(task: Question, context: str, shots: Sequence[Question]) -> str:
         return context
     return "\n\n".join([*(question_block(shot, shot.context, is_asked=False) for shot in shots),
                         question_block(task, context, is_asked=True)])  # fmt: skip
-
-
-def check_fits(tokenizer, task: Question, form: PromptForm) -> None:
-    """Raise ValueError where the prompt is too long even without its context."""
-    shots = form.shots_for(task)
-    num_tokens = len(encode_prompt(tokenizer, prompt_text(task, "", shots), template=form.template))
-    if num_tokens >= form.room:
-        examples = f" and {len(shots)} examples" if shots else ""
-        raise ValueError(
-            f"question {task.id} of {task.task}: question, options{examples} make {num_tokens} tokens, but {form.room} "
-            f"fit in the context of {form.context_size} beside --max_new_tokens {form.max_new_tokens}; raise "
-            "--context_size or lower --num_shots"
-        )
-
-
-def fitted_prompt(tokenizer, task: Question, form: PromptForm) -> FittedPrompt:
-    """The prompt of `task` with as much of its context as fits. Raises ValueError as `check_fits` does."""
-    shots = form.shots_for(task)
-    context_ids = encode_text(tokenizer, task.context)
-    num_kept, context = len(context_ids), task.context
-    while True:
-        text = prompt_text(task, context, shots)
-        ids = encode_prompt(tokenizer, text, template=form.template)
-        num_over = len(ids) - form.room
-        if num_over <= 0:
-            return FittedPrompt(text, ids, len(context_ids), len(context_ids) - num_kept)
-        if num_kept == 0:
-            check_fits(tokenizer, task, form)
-        # Tokens at the new seam may split in two, so that one cut may not be enough.
-        num_kept = max(0, num_kept - num_over)
-        context = without_middle(tokenizer, context_ids, num_kept)
 
 
 def without_middle(tokenizer, ids: Sequence[int], num_kept: int) -> str:
@@ -111,18 +106,14 @@ def without_middle(tokenizer, ids: Sequence[int], num_kept: int) -> str:
     return head.rstrip("\ufffd") + tail.lstrip("\ufffd")
 
 
-def letter_ids(tokenizer, prompt: FittedPrompt, num_options: int, template: str) -> list[list[int]]:
-    """Ids of each option's letter as it follows the prompt."""
-    letters = [option_letter(index) for index in range(num_options)]
+def letter_ids(tokenizer, num_options: int, template: str) -> list[list[int]]:
+    """Ids of each option's letter as it follows a prompt."""
+    letters = OPTION_LETTERS[:num_options]
     if template == CHAT_TEMPLATE:
         return [encode_text(tokenizer, letter) for letter in letters]
-    if template != NO_TEMPLATE:
-        return [encode_answer(tokenizer, letter, TURN_TEMPLATES[template]) for letter in letters]
-    whole = [encode_prompt(tokenizer, f"{prompt.text} {letter}", template=template) for letter in letters]
-    num_shared = len(prompt.ids)
-    if all(ids[:num_shared] == prompt.ids and len(ids) > num_shared for ids in whole):
-        return [ids[num_shared:] for ids in whole]
-    return [encode_text(tokenizer, f" {letter}") for letter in letters]
+    if template == NO_TEMPLATE:
+        return [encode_after(tokenizer, ANSWER_LEAD, f" {letter}") for letter in letters]
+    return [encode_answer(tokenizer, letter, TURN_TEMPLATES[template]) for letter in letters]
 
 
 def log_likelihoods(model, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
@@ -134,14 +125,14 @@ def log_likelihoods(model, prompt_ids: Sequence[int], continuations: Sequence[Se
 
     num_shared = min(len(commonprefix([list(ids) for ids in continuations])), min(map(len, continuations)) - 1)
     start = [*prompt_ids, *continuations[0][:num_shared]]
-    passes: dict[tuple, torch.Tensor] = {}  # fp32 [positions, V]
-    sums = []
-    for rest in (list(ids[num_shared:]) for ids in continuations):
-        given = tuple(rest[:-1])
-        if given not in passes:
-            ids = torch.tensor([[*start, *given]], device=model.device)
-            with torch.inference_mode():
-                logits = model(input_ids=ids, logits_to_keep=len(rest), use_cache=False).logits
-            passes[given] = logits[0, -len(rest) :].float().log_softmax(-1).cpu()
-        sums.append(float(sum(row[token] for row, token in zip(passes[given], rest, strict=True))))
-    return sums
+
+    @cache
+    def log_probabilities(given: tuple[int, ...]) -> torch.Tensor:
+        """What follows `start` and each token of `given`: fp32 [S, V]."""
+        ids = torch.tensor([[*start, *given]], device=model.device)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, logits_to_keep=len(given) + 1, use_cache=False).logits
+        return logits[0, -len(given) - 1 :].float().log_softmax(-1).cpu()
+
+    rests = [tuple(ids[num_shared:]) for ids in continuations]
+    return [float(log_probabilities(rest[:-1])[range(len(rest)), rest].sum()) for rest in rests]

@@ -11,26 +11,21 @@ A row is one question: a text under "context" (or "document", "input"), a questi
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from longqlora.cli import require_file
-from longqlora.data.jsonl import UTF8_BOM, check_unread, checked_text, error_at, found_keys, parse_line
-from longqlora.evaluation.longtask.scores import (
-    LETTERS_REFERENCE,
-    MAX_OPTIONS,
-    METRICS,
-    normalize_answer,
-    option_letter,
-)
+from longqlora.data.jsonl import check_unread, error_at, found_keys, read_rows
+from longqlora.data.prompt import checked_text
+from longqlora.evaluation.longtask.scores import LETTERS_REFERENCE, METRICS, OPTION_LETTERS, normalize_answer
 
 CONTEXT_KEYS = ("context", "document", "input")
 QUESTION_KEYS = ("question", "instruction", "query")
 ANSWER_KEYS = ("references", "answers", "answer", "outputs", "output")
-OPTION_KEYS = ("options", *(f"choice_{option_letter(index)}" for index in range(MAX_OPTIONS)))
+OPTION_KEYS = ("options", *(f"choice_{letter}" for letter in OPTION_LETTERS))
 TASK_KEYS = ("task", "dataset")
 ID_KEYS = ("id", "_id")
 # ChunkLlama's few-shot rows: examples of their own, between the text and the question.
@@ -48,8 +43,7 @@ MAX_ANSWER_WORDS = 30
 class Question:
     """One question. references: accepted answers; with options, the text of the right one.
 
-    answer_index: of the right option; None without options. metric: what the row asks for, or None. examples: pairs
-    of a question about the same text and its answer.
+    metric: what the row asks for, or None. examples: pairs of a question about the same text and its answer.
     """
 
     id: str
@@ -58,25 +52,23 @@ class Question:
     question: str
     references: tuple[str, ...]
     options: tuple[str, ...] = ()
-    answer_index: int | None = None
     metric: str | None = None
     examples: tuple[tuple[str, str], ...] = ()
 
-    @classmethod
-    def from_dict(cls, fields: Mapping) -> "Question":
-        """What `asdict` made of a question, also where JSON has turned its tuples into lists."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    @property
+    def right_letter(self) -> str | None:
+        """Letter of the right option; None without options."""
+        return OPTION_LETTERS[self.options.index(self.references[0])] if self.options else None
 
     @property
     def has_letters(self) -> bool:
         """Whether the answer is letters of options that stand in the question."""
         return not self.options and all(map(LETTERS_REFERENCE.fullmatch, self.references))
 
-    @property
-    def usual_metric(self) -> str:
-        """The metric of `--metric auto`: the row's; accuracy with options; ROUGE-L for long references, else F1."""
-        if self.metric:
-            return self.metric
+    def metric_for(self, asked: str) -> str:
+        """`asked`; for auto the row's metric, or accuracy with options, ROUGE-L for long references, else F1."""
+        if asked != "auto" or self.metric:
+            return asked if asked != "auto" else self.metric
         if self.options:
             return "accuracy"
         num_words = max(len(normalize_answer(reference).split()) for reference in self.references)
@@ -93,28 +85,17 @@ def read_questions(
     """
     questions = []
     for path in map(Path, paths):
-        found = []
-        for number, row in islice(numbered_rows(path, flag), max_rows):
-            try:
-                found += questions_of_row(row, number, path.name.removesuffix(".jsonl"), needs_context=needs_context)
-            except ValueError as error:
-                raise error_at(path, number, error, flag=flag) from None
+        found, task = [], path.name.removesuffix(".jsonl")
+        with require_file(path, flag).open("rb") as file:
+            for number, row in islice(read_rows(file, path, flag=flag), max_rows):
+                try:
+                    found += questions_of_row(row, number, task, needs_context=needs_context)
+                except ValueError as error:
+                    raise error_at(path, number, error, flag=flag) from None
         if not found:
             raise ValueError(f"{flag}: {str(path)!r} holds no rows; give one JSON object per line")
         questions += merged(found)
     return questions
-
-
-def numbered_rows(path: Path, flag: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of a jsonl file; blank lines, CRLF and a byte order mark are tolerated."""
-    with require_file(path, flag).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(UTF8_BOM) if number == 1 else line
-            if line.strip():
-                try:
-                    yield number, parse_line(line)
-                except ValueError as error:
-                    raise error_at(path, number, error, flag=flag) from None
 
 
 def questions_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_context: bool) -> list[Question]:
@@ -122,34 +103,32 @@ def questions_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_
     context_key = first_key(row, CONTEXT_KEYS)
     if context_key is None and needs_context:
         raise ValueError(f'no text under "context", "document" or "input" (found {found_keys(row)}); give one')
-    context = checked_text(row[context_key], f'"{context_key}"') if context_key else ""
+    context = text_under(row, context_key)
     if context_key and not context.strip():
         raise ValueError(f'"{context_key}" is empty; give the text that the question is about')
-    task_key = first_key(row, (*TASK_KEYS, "source") if "instructions" in row else TASK_KEYS)
-    task = name_of(row[task_key], task_key) if task_key else file_name
-    id_key = first_key(row, ID_KEYS)
-    name = name_of(row[id_key], id_key) if id_key else str(number)
+    is_l_eval = "instructions" in row
+    name = name_of(row, ID_KEYS, str(number))
+    task = name_of(row, (*TASK_KEYS, "source") if is_l_eval else TASK_KEYS, file_name)
     one = Question(name, task, context, "", (), metric=metric_of_row(row), examples=pairs_of(row, *EXAMPLE_KEYS))
-    read = [key for key in (context_key, task_key, id_key, "metric", "evaluation", *EXAMPLE_KEYS) if key]
-    if "instructions" in row:
+    read = [context_key, *ID_KEYS, *TASK_KEYS, "metric", "evaluation", *EXAMPLE_KEYS]
+    if is_l_eval:
         check_unread(row, [*read, "instructions", "outputs"])
         if not (pairs := pairs_of(row, "instructions", "outputs")):
             raise ValueError('"instructions" is empty; give at least one question')
         numbered = enumerate(pairs, start=1)
         return [part for k, (q, a) in numbered for part in asked(replace(one, id=f"{name}-{k}", question=q), a)]
-    question_key = first_key(row, QUESTION_KEYS)
-    if question_key is None and context_key != "input" and "input" in row:
-        question_key = "input"
-    question = checked_text(row[question_key], f'"{question_key}"') if question_key else ""
-    options = options_of_row(row)
+    question_key = first_key(row, QUESTION_KEYS if context_key == "input" else (*QUESTION_KEYS, "input"))
     answer_key = first_key(row, ANSWER_KEYS)
     if answer_key is None:
         raise ValueError(f'no "references", "answers" or "answer" (found {found_keys(row)}); give the right answers')
     check_unread(row, [*read, question_key, answer_key, *OPTION_KEYS])
-    if options:
-        index = option_index(row[answer_key], options, answer_key)
-        return [replace(one, question=question, references=(options[index],), options=options, answer_index=index)]
-    one = replace(one, question=question, references=references_of(row[answer_key], answer_key))
+    one = replace(one, question=text_under(row, question_key))
+    if options := options_of_row(row):
+        return [replace(one, references=(right_option(row[answer_key], options, answer_key),), options=options)]
+    answers = row[answer_key] if isinstance(row[answer_key], list) else [row[answer_key]]
+    if not answers:
+        raise ValueError(f'"{answer_key}" is empty; give at least one right answer')
+    one = replace(one, references=tuple(answer_text(answer, f'"{answer_key}"') for answer in answers))
     if one.metric == "accuracy" and not one.has_letters:
         raise ValueError('"metric" is accuracy, but there are no "options"; give them or another metric')
     return [one]
@@ -176,10 +155,15 @@ def first_key(row: dict, keys: Sequence[str]) -> str | None:
     return next((key for key in keys if row.get(key) is not None), None)
 
 
-def name_of(value: Any, key: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError(f'"{key}" is of type {type(value).__name__}; give a string')
-    return checked_text(str(value), f'"{key}"')
+def text_under(row: dict, key: str | None) -> str:
+    return checked_text(row[key], f'"{key}"') if key else ""
+
+
+def name_of(row: dict, keys: Sequence[str], default: str) -> str:
+    """The string or whole number under the first of `keys` that is there."""
+    key = first_key(row, keys)
+    value = row[key] if key else default
+    return checked_text(str(value) if type(value) is int else value, f'"{key}"')
 
 
 def metric_of_row(row: dict) -> str | None:
@@ -206,41 +190,35 @@ def options_of_row(row: dict) -> tuple[str, ...]:
     if options is None and "choice_A" in row:
         options, key = [row[name] for name in OPTION_KEYS[1:] if name in row], "choice_A"
     # InfiniteBench has an empty list where there is nothing to choose.
-    if options is None or options == []:
+    if options in (None, []):
         return ()
-    if not isinstance(options, list) or not 2 <= len(options) <= MAX_OPTIONS:
-        raise ValueError(f'"{key}" is not a list of 2 to {MAX_OPTIONS} options; give one')
+    if not isinstance(options, list) or not 2 <= len(options) <= len(OPTION_LETTERS):
+        raise ValueError(f'"{key}" is not a list of 2 to {len(OPTION_LETTERS)} options; give one')
     options = tuple(answer_text(option, f'"{key}"') for option in options)
     if len(set(options)) < len(options):
         raise ValueError(f'"{key}" has the same option twice; remove one')
     return options
 
 
-def option_index(answer: Any, options: Sequence[str], key: str) -> int:
-    """Index of the right option, given as its text, its letter or its index from 0."""
+def right_option(answer: Any, options: Sequence[str], key: str) -> str:
+    """The right option, given as its text, its letter or its index from 0."""
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
-        return answer
+    if type(answer) is int and 0 <= answer < len(options):
+        return options[answer]
     if isinstance(answer, str):
-        letters = [option_letter(index) for index in range(len(options))]
-        for candidates, given in ((options, answer), ([option.strip() for option in options], answer.strip()),
-                                  (letters, answer.strip().strip("()").upper())):  # fmt: skip
-            if given in candidates:
-                return list(candidates).index(given)
+        texts = {option.strip(): option for option in reversed(options)} | {option: option for option in options}
+        letters = dict(zip(OPTION_LETTERS, options, strict=False))
+        given = answer.strip()
+        # Options may be letters themselves, so that their texts come first.
+        if found := texts.get(answer) or texts.get(given) or letters.get(given.strip("()").upper()):
+            return found
     raise ValueError(f'"{key}" is {str(answer)[:60]!r}, none of the {len(options)} options; give one\'s letter or text')
-
-
-def references_of(value: Any, key: str) -> tuple[str, ...]:
-    values = value if isinstance(value, list) else [value]
-    if not values:
-        raise ValueError(f'"{key}" is empty; give at least one right answer')
-    return tuple(answer_text(entry, f'"{key}"') for entry in values)
 
 
 def answer_text(value: Any, name: str) -> str:
     """An answer or option as text; numbers count as their digits."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if type(value) in (int, float) and math.isfinite(value):
         value = str(value)
     text = checked_text(value, name)
     if not text.strip():

@@ -12,13 +12,11 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import takewhile
-from typing import Any
+from types import SimpleNamespace
 
-from longqlora.cli import require_extra
-
-MAX_OPTIONS = 26
+OPTION_LETTERS = string.ascii_uppercase
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
 METRICS = ("exact_match", "f1", *ROUGE_METRICS, "exam", "accuracy")
 # Han, kana: scripts that are written without spaces.
@@ -63,55 +61,33 @@ def f1(prediction: str, reference: str) -> float:
     return 2 * num_common / (len(words) + len(expected))
 
 
-def rouge(prediction: str, reference: str, metric: str, *, use_stemmer: bool = True) -> float:
-    """F-measure of ROUGE-1, -2 or -L (`metric` of `ROUGE_METRICS`), with or without Porter's stemmer.
+@cache
+def rouge(metric: str, *, use_stemmer: bool) -> Callable[[str, str], float]:
+    """(prediction, reference) -> F-measure of ROUGE-1, -2 or -L (`metric` of `ROUGE_METRICS`), by rouge-score.
 
-    Raises ValueError where the package rouge-score is not installed.
+    Words of other scripts, which its own tokenizer drops, count too. use_stemmer: Porter's, for English words.
     """
-    return rouge_scorer(use_stemmer).score(reference, prediction)[metric].fmeasure
-
-
-@lru_cache(maxsize=2)
-def rouge_scorer(use_stemmer: bool) -> Any:
-    require_rouge()
+    from nltk.stem.porter import PorterStemmer
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(list(ROUGE_METRICS), tokenizer=RougeTokenizer(use_stemmer=use_stemmer))
+    stem = PorterStemmer().stem
 
-
-def require_rouge() -> None:
-    """Raise ValueError where the package rouge-score is not installed."""
-    require_extra("rouge_score", "rouge-score", extra="eval")
-
-
-class RougeTokenizer:
-    """The words that ROUGE compares: rouge-score's own for ASCII text, and those of other scripts, which it drops."""
-
-    def __init__(self, *, use_stemmer: bool):
-        self.stem: Callable[[str], str] | None = None
-        if use_stemmer:
-            from nltk.stem.porter import PorterStemmer
-
-            self.stem = PorterStemmer().stem
-
-    def tokenize(self, text: str) -> list[str]:
+    def words(text: str) -> list[str]:
         # Letters, digits and the marks upon them; Python's \w would cut the words of India's scripts at their vowels.
         text = unicodedata.normalize("NFC", text).lower()
         text = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text)
-        words = UNSPACED_CHARACTER.sub(r" \1 ", text).split()
-        return [self.stem(word) if self.stem and STEMMABLE.fullmatch(word) else word for word in words]
+        found = UNSPACED_CHARACTER.sub(r" \1 ", text).split()
+        return [stem(word) if use_stemmer and STEMMABLE.fullmatch(word) else word for word in found]
+
+    scorer = RougeScorer([metric], tokenizer=SimpleNamespace(tokenize=words))
+    return lambda prediction, reference: scorer.score(reference, prediction)[metric].fmeasure
 
 
 def best_score(metric: str, prediction: str, references: Sequence[str], *, use_stemmer: bool = True) -> float:
-    """The best score of `prediction` over `references`, by any of `METRICS` but accuracy, which has `is_choice`."""
-    if not references:
-        raise ValueError("there are no references to score against; give at least one")
-    if metric in ROUGE_METRICS:
-        return max(rouge(prediction, reference, metric, use_stemmer=use_stemmer) for reference in references)
+    """The best score of `prediction` over `references`, by any of `METRICS` but accuracy, which has `parse_choice`."""
     scores = {"exact_match": exact_match, "f1": f1, "exam": exam}
-    if metric not in scores:
-        raise ValueError(f"unknown metric {metric!r}; use one of {', '.join(METRICS[:-1])}")
-    return max(scores[metric](prediction, reference) for reference in references)
+    score = scores.get(metric) or rouge(metric, use_stemmer=use_stemmer)
+    return max(score(prediction, reference) for reference in references)
 
 
 def exam(prediction: str, reference: str) -> float:
@@ -127,12 +103,13 @@ def exam(prediction: str, reference: str) -> float:
             return 1.0 if found == wanted else PART_OF_THE_LETTERS * (found < wanted)
         option = normalize_answer(re.sub(r"^\s*\([A-J]\)", "", reference))
         return float(normalize_answer(prediction) == option)
-    if TRUTH.fullmatch(reference.strip()):
+    reference = reference.strip()
+    if TRUTH.fullmatch(reference):
         found = TRUTH.search(prediction)
-        return float(found is not None and found[0].lower() == reference.strip().lower())
-    if NUMBER.fullmatch(reference.strip()):
+        return float(found is not None and found[0].lower() == reference.lower())
+    if NUMBER.fullmatch(reference):
         return float(last_number(prediction) == last_number(reference))
-    if reference.strip().startswith("[") and (wanted := last_list(reference)):
+    if reference.startswith("[") and (wanted := last_list(reference)):
         return float(last_list(prediction) == wanted)
     wanted, found = ("".join(text.lower().split()) for text in (reference, prediction))
     return float(wanted in found)
@@ -142,9 +119,7 @@ def last_number(text: str) -> float | None:
     """The number after the first "the answer is", else the last number; None where there is none."""
     stated = re.split(r"(?i)\bthe answer is\b", text, maxsplit=1)
     numbers = NUMBER.findall(stated[-1])
-    if not numbers:
-        return None
-    return float(numbers[0 if len(stated) > 1 else -1].replace(",", ""))
+    return float(numbers[0 if len(stated) > 1 else -1].replace(",", "")) if numbers else None
 
 
 def last_list(text: str) -> list[str]:
@@ -159,18 +134,14 @@ def last_list(text: str) -> list[str]:
     return []
 
 
-def option_letter(index: int) -> str:
-    return string.ascii_uppercase[index]
-
-
-def parse_choice(text: str, options: Sequence[str]) -> int | None:
-    """Index of the option that an answer names; None where it names none, or more than one.
+def parse_choice(text: str, options: Sequence[str]) -> str | None:
+    """Letter of the option that an answer names; None where it names none, or more than one.
 
     In this order: a letter at the start ("B", "(b)", "B. because"), a letter after "answer is", "answer:", "option" or
     "choice", the only letter in brackets, the whole text of an option, the only option whose text occurs, and the only
     capital letter that stands alone and is no English word.
     """
-    letters = string.ascii_uppercase[: len(options)]
+    letters = OPTION_LETTERS[: len(options)]
     span = f"[{letters}{letters.lower()}]"
     stripped = text.strip()
     patterns = [
@@ -180,19 +151,17 @@ def parse_choice(text: str, options: Sequence[str]) -> int | None:
     ]
     for pattern in patterns:
         if found := re.search(pattern, stripped):
-            return letters.index(next(filter(None, found.groups())).upper())
-    named = set(re.findall(rf"\(\s*({span})\s*\)", stripped))
-    if named:
-        return only({letters.index(letter.upper()) for letter in named})
+            return next(filter(None, found.groups())).upper()
     words = normalize_answer(stripped)
-    wanted = [normalize_answer(option) for option in options]
-    if words and words in wanted:
-        return only({index for index, option in enumerate(wanted) if option == words})
-    occurring = {index for index, option in enumerate(wanted) if option and f" {option} " in f" {words} "}
-    if occurring:
-        return only(occurring)
-    alone = set(re.findall(rf"(?<![\w'’])([{letters}])(?![\w'’])", stripped)) - {"A", "I"}
-    return only({letters.index(letter) for letter in alone})
+    texts = [(letter, normalize_answer(option)) for letter, option in zip(letters, options, strict=True)]
+    rules = (
+        set(map(str.upper, re.findall(rf"\(\s*({span})\s*\)", stripped))),
+        {letter for letter, option in texts if option and option == words},
+        {letter for letter, option in texts if option and f" {option} " in f" {words} "},
+        set(re.findall(rf"(?<![\w'’])([{letters}])(?![\w'’])", stripped)) - {"A", "I"},
+    )
+    named = next(filter(None, rules), set())
+    return named.pop() if len(named) == 1 else None
 
 
 def parse_letters(text: str) -> frozenset[str]:
@@ -209,10 +178,4 @@ def parse_letters(text: str) -> frozenset[str]:
         return frozenset(found[1] or found[2] for found in takewhile(bool, starts))
     if found := re.search(rf"(?i:\b(?:answers|options|choices)\s+are)\s*:?({LETTERS})\b", text):
         return frozenset(re.findall(r"[A-J]", found[1]))
-    index = parse_choice(text, [""] * 10)
-    return frozenset() if index is None else frozenset(option_letter(index))
-
-
-def only(indices: set[int]) -> int | None:
-    """The one element of a set; None where there are none or several."""
-    return next(iter(indices)) if len(indices) == 1 else None
+    return frozenset(parse_choice(text, [""] * 10) or "")

@@ -8,23 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
+from longqlora.cli import require_extra
 from longqlora.evaluation.frame import ModelSource, Task, check_at_least
-from longqlora.evaluation.longtask.prompts import (
-    QUESTION_LEAD,
-    PromptForm,
-    check_fits,
-    fitted_prompt,
-    letter_ids,
-    log_likelihoods,
-)
+from longqlora.evaluation.longtask.prompts import QUESTION_LEAD, PromptForm, letter_ids, log_likelihoods
 from longqlora.evaluation.longtask.questions import Question, read_questions
 from longqlora.evaluation.longtask.scores import (
+    OPTION_LETTERS,
     ROUGE_METRICS,
     best_score,
-    option_letter,
     parse_choice,
     parse_letters,
-    require_rouge,
 )
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, generate_text
 from longqlora.plot import mark_lengths, new_figure
@@ -64,8 +57,8 @@ class LongTask(Task):
             if self.metric == "accuracy" and not (question.options or question.has_letters):
                 where = f"question {question.id} of {question.task}"
                 raise ValueError(f"--metric accuracy: {where} has no options; choose another metric")
-        if any(metric_of(question, self.metric) in ROUGE_METRICS for question in self.questions):
-            require_rouge()
+        if any(question.metric_for(self.metric) in ROUGE_METRICS for question in self.questions):
+            require_extra("rouge_score", "rouge-score", extra="eval")
 
     def make_trials(self, source: ModelSource) -> list[list[dict]]:
         if self.max_new_tokens >= source.context_size:
@@ -74,33 +67,29 @@ class LongTask(Task):
                 f"{source.context_size} tokens; give fewer"
             )
         template = source.template(self.prompt_template)
-        self.form = PromptForm(template, source.context_size, self.max_new_tokens, tuple(self.shots), self.num_shots)
+        sizes = {"context_size": source.context_size, "max_new_tokens": self.max_new_tokens}
+        self.form = PromptForm(source.tokenizer, template, shots=self.shots, num_shots=self.num_shots, **sizes)
         for question in self.questions:
-            if len(self.form.shots_for(question)) < self.num_shots:
-                raise ValueError(
-                    f"--num_shots {self.num_shots}: --shots_file has {len(self.shots)} examples, and none may be "
-                    "the question itself; give more or lower --num_shots"
-                )
-            check_fits(source.tokenizer, question, self.form)
-        decisive = {name: getattr(self, name) for name in ("max_new_tokens", "num_shots", "choice_scoring")}
-        self.settings = {**decisive, "prompt_template": template, "shots": [asdict(shot) for shot in self.shots]}
+            self.form.check(question)
+        self.told = {name: getattr(self, name) for name in ("max_new_tokens", "num_shots", "choice_scoring")}
+        self.told["prompt_template"] = template
+        self.settings = {**self.told, "shots": [asdict(shot) for shot in self.shots]}
         return [[asdict(question) for question in self.questions]]
 
     def ask(self, trial: Mapping) -> dict:
-        question = Question.from_dict(trial)
-        model, tokenizer, template = self.loaded.model, self.loaded.tokenizer, self.form.template
-        prompt = fitted_prompt(tokenizer, question, self.form)
-        facts = {"num_context_tokens": prompt.num_context_tokens, "num_tokens_cut": prompt.num_tokens_cut}
-        facts["num_prompt_tokens"] = len(prompt.ids)
+        question, template = Question(**trial), self.form.template
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        ids, num_context, num_cut = self.form.fit(question)
+        facts = {"num_context_tokens": num_context, "num_tokens_cut": num_cut, "num_prompt_tokens": len(ids)}
         if question.options and self.choice_scoring == "loglikelihood":
-            letters = letter_ids(tokenizer, prompt, len(question.options), template)
-            scores = log_likelihoods(model, prompt.ids, letters)
-            choice = scores.index(max(scores))
-            return {"answer": question.options[choice], "choice": choice, "log_likelihoods": scores, **facts}
+            scores = log_likelihoods(model, ids, letter_ids(tokenizer, len(question.options), template))
+            best = scores.index(max(scores))
+            choice = {"answer": question.options[best], "choice": OPTION_LETTERS[best]}
+            return {**choice, "log_likelihoods": scores, **facts}
         # Raw text goes on with the next question after an answer, in our own layout.
         stop = (f"\n{QUESTION_LEAD.strip()}",) if template == NO_TEMPLATE else ()
         options = GenerationOptions(do_sample=False, max_new_tokens=self.max_new_tokens, stop=stop)
-        generated = generate_text(model, tokenizer, prompt.ids, options)
+        generated = generate_text(model, tokenizer, ids, options)
         facts |= {"num_new_tokens": generated.num_new_tokens, "finish_reason": generated.finish_reason}
         return {"answer": generated.text.strip(), **facts}
 
@@ -112,11 +101,10 @@ class LongTask(Task):
             f"greedy answers{likeliest}, {self.num_shots} examples of --shots_file, contexts cut in the middle to "
             f"{self.form.context_size} tokens with prompt"
         )
-        told = ("max_new_tokens", "num_shots", "choice_scoring", "metric", "rouge_stemmer", "max_rows")
-        settings = {"prompt_template": self.form.template, **{name: getattr(self, name) for name in told}}
+        scoring = {name: getattr(self, name) for name in ("metric", "rouge_stemmer", "max_rows")}
         return {
             "protocol": protocol,
-            "settings": {"data_path": list(map(str, self.data_path)), **settings},
+            "settings": {"data_path": list(map(str, self.data_path)), **self.told, **scoring},
             "tasks": summarize_tasks(rows),
             "by_length": summarize_lengths(rows),
             "rows": rows,
@@ -134,25 +122,17 @@ class LongTask(Task):
         plot_tasks(record["tasks"], record["by_length"], path)
 
 
-def metric_of(question: Question, metric: str) -> str:
-    """`metric`, or what is usual for the question where it is auto."""
-    return question.usual_metric if metric == "auto" else metric
-
-
 def score_answer(question: Question, result: Mapping, metric: str, *, use_stemmer: bool) -> dict:
     """One row of the result file: `result` of generating, with metric, score and references.
 
-    result: has "answer", and "choice" (an index) where the likelihoods chose. metric: as in `metric_of`.
+    result: has "answer", and "choice" (a letter) where the likelihoods chose. metric: as in `Question.metric_for`.
     """
-    metric = metric_of(question, metric)
-    answer, choice = result["answer"], result.get("choice")
+    metric, answer = question.metric_for(metric), result["answer"]
     row = {**result, "num_examples": len(question.examples), "id": question.id, "task": question.task}
     row |= {"metric": metric, "references": list(question.references)}
     if metric in ("accuracy", "exam") and question.options:
-        choice = parse_choice(answer, question.options) if choice is None else choice
-        letter = None if choice is None else option_letter(choice)
-        right = option_letter(question.answer_index)
-        return {**row, "choice": letter, "right_choice": right, "score": float(choice == question.answer_index)}
+        choice, right = result.get("choice") or parse_choice(answer, question.options), question.right_letter
+        return {**row, "choice": choice, "right_choice": right, "score": float(choice == right)}
     by = "exam" if metric == "accuracy" else metric
     score = best_score(by, answer, question.references, use_stemmer=use_stemmer)
     if by == "exam" and question.has_letters:

@@ -1,13 +1,12 @@
 """A grid of prompt lengths and depths, as passkey and needle tests share it: arguments, checks, table, heat map."""
 
 import argparse
-import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from longqlora.evaluation.frame import ModelSource, Task, check_lengths
-from longqlora.plot import save_figure
+from longqlora.plot import new_figure
 from longqlora.table import text_table
 
 DEFAULT_NUM_DEPTHS = 5
@@ -15,7 +14,6 @@ DEFAULT_NUM_DEPTHS = 5
 COLOUR_MAP = "viridis"
 # Above this value cells are light, and their text has to be dark.
 LIGHT_FROM = 0.6
-MAX_COLUMNS = 3
 # More cells than this in a row or column leave no room for a value in each.
 MAX_CELLS_WITH_TEXT = 24
 
@@ -31,27 +29,23 @@ def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
                         "from 0 to 1, instead of --depths (default: %(default)s)")  # fmt: skip
 
 
-def grid_depths(args: argparse.Namespace) -> Sequence[float]:
-    return even_depths(args.num_depths) if args.depths is None else args.depths
-
-
 @dataclass
 class GridTask(Task):
-    """A task whose record has "cells": {"length", "depth", `value`}.
+    """A task whose record has "cells": {"length", "depth", `value`}, one for each length and depth.
 
-    lengths: of prompts in tokens; None for those that suit the context. depths: 0 (start) to 1 (end). value: name of a
-    cell's score, between 0 and 1. label: of the heat map's colours.
+    lengths: of prompts in tokens; None for those that suit the context. depths: 0 (start) to 1 (end); None for
+    `num_depths` of them, spread evenly. value: name of a cell's score, between 0 and 1. label: of the colour bar.
     """
 
     lengths: Sequence[int] | None
-    depths: Sequence[float]
+    depths: Sequence[float] | None
+    num_depths: int = field(default=DEFAULT_NUM_DEPTHS, kw_only=True)
     value = label = ""
 
     def __post_init__(self) -> None:
-        lengths = [1] if self.lengths is None else self.lengths
-        if not lengths or not self.depths:
-            raise ValueError("give at least one length (--lengths) and one depth (--depths)")
-        check_lengths(lengths)
+        check_lengths(self.lengths or ())
+        if self.depths is None:
+            self.depths = even_depths(self.num_depths)
         for depth in self.depths:
             if not 0 <= depth <= 1:
                 raise ValueError(f"--depths: must be between 0 (start) and 1 (end), got {depth}")
@@ -59,9 +53,9 @@ class GridTask(Task):
     def cells_for(self, source: ModelSource) -> list[dict]:
         """Every {"length", "depth"} once; warns of lengths beyond the model's context."""
         size = source.context_size
-        cells = grid_cells(self.lengths or [size // 4, size // 2, size], self.depths)
-        source.warn_beyond_context(list(dict.fromkeys(cell["length"] for cell in cells)))
-        return cells
+        lengths = list(dict.fromkeys(self.lengths or [size // 4, size // 2, size]))
+        source.warn_beyond_context(lengths)
+        return grid_cells(lengths, self.depths)
 
     def table(self, record: Mapping) -> str:
         return grid_table(record["cells"], self.value)
@@ -87,64 +81,52 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.4g}%"
 
 
-def by_place(cells: Sequence[Mapping], value: str) -> tuple[list[int], list[float], dict]:
-    """Lengths, depths and {(length, depth): value} of cells."""
+def by_place(cells: Sequence[Mapping], value: str) -> tuple[list[int], list[float], list[list[float]]]:
+    """Lengths, depths and their cells' `value`, a list for each depth, of cells that fill a grid."""
     lengths, depths = (sorted({cell[name] for cell in cells}) for name in ("length", "depth"))
-    return lengths, depths, {(cell["length"], cell["depth"]): cell[value] for cell in cells}
+    found = {(cell["length"], cell["depth"]): cell[value] for cell in cells}
+    return lengths, depths, [[found[length, depth] for length in lengths] for depth in depths]
 
 
 def grid_table(cells: Sequence[Mapping], value: str) -> str:
-    """The cells' `value` in percent: a row for each depth, a column for each length, means; no cell is a dash."""
-    lengths, depths, found = by_place(cells, value)
-    rows = [[percent(depth), *(100 * found[at] if (at := (length, depth)) in found else None for length in lengths)]
-            for depth in depths]  # fmt: skip
-    columns = [[cell[value] for cell in cells if cell["length"] == length] for length in lengths]
-    rows.append(["mean", *(100 * sum(values) / len(values) for values in columns)])
+    """The cells' `value` in percent: a row for each depth, a column for each length, and the means of columns."""
+    lengths, depths, scores = by_place(cells, value)
+    means = [sum(column) / len(column) for column in zip(*scores, strict=True)]
+    rows = zip([*map(percent, depths), "mean"], [*scores, means], strict=True)
+    rows = [[name, *(100 * score for score in row)] for name, row in rows]
     return text_table(["depth", *lengths], rows, digits=1, num_left=0)
 
 
 def plot_heatmap(
-    panels: Mapping[str, Sequence[Mapping]],
-    path: str | os.PathLike,
-    *,
-    value: str = "accuracy",
-    label: str | None = None,
+    panels: Mapping[str, Sequence[Mapping]], path: str | os.PathLike, *, value: str = "accuracy", label: str
 ) -> None:
     """Draw a panel for each title -> cells {"length", "depth", `value`}: length on x, depth downwards on y.
 
-    value: name of what a cell shows, between 0 and 1; None stays white, as does a pair without a cell. label: of the
-    colour bar (default: the name). Panels stand side by side, in rows of three. Raises ValueError without any cell.
+    value: name of what a cell shows, between 0 and 1. label: of the colour bar.
     """
-    from matplotlib.figure import Figure
-
-    if not any(panels.values()):
-        raise ValueError("there are no cells to draw")
-    num_columns = min(MAX_COLUMNS, len(panels))
-    num_rows = math.ceil(len(panels) / num_columns)
-    widest = max(len({cell["length"] for cell in cells}) for cells in panels.values())
-    highest = max(len({cell["depth"] for cell in cells}) for cells in panels.values())
-    size = (num_columns * max(3.2, 1.6 + 0.52 * widest) + 1.0, num_rows * max(2.6, 1.4 + 0.3 * highest))
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    axes = figure.subplots(num_rows, num_columns, squeeze=False)
-    for axis, (title, cells) in zip(axes.flat, panels.items(), strict=False):
-        # Dollar signs would start a formula.
-        axis.set_title(title.replace("$", r"\$"), fontsize=10)
-        image = draw_panel(axis, *by_place(cells, value))
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    figure.colorbar(image, ax=axes, label=label or value, shrink=0.9)
-    save_figure(figure, path)
+    grids = {title: by_place(cells, value) for title, cells in panels.items()}
+    widest = max(len(lengths) for lengths, _, _ in grids.values())
+    highest = max(len(depths) for _, depths, _ in grids.values())
+    size = (max(3.2, 1.6 + 0.52 * widest), max(2.6, 1.4 + 0.3 * highest))
+    with new_figure(path, len(panels), panel_size=size) as axes:
+        figure = axes[0].figure
+        # The colour bar's inch.
+        figure.set_figwidth(figure.get_figwidth() + 1.0)
+        for axis, (title, grid) in zip(axes, grids.items(), strict=True):
+            # Dollar signs would start a formula.
+            axis.set_title(title.replace("$", r"\$"), fontsize=10)
+            image = draw_panel(axis, *grid)
+        figure.colorbar(image, ax=figure.axes, label=label, shrink=0.9)
 
 
-def draw_panel(axis, lengths: Sequence[int], depths: Sequence[float], found: Mapping):
-    grid = [[found.get((length, depth)) for length in lengths] or [None] for depth in depths] or [[None]]
-    image = axis.imshow([[math.nan if score is None else score for score in row] for row in grid],
-                        vmin=0, vmax=1, cmap=COLOUR_MAP, aspect="auto")  # fmt: skip
-    places = [(column, row, score) for row, scores in enumerate(grid) for column, score in enumerate(scores)]
-    for column, row, score in places if max(len(lengths), len(depths)) <= MAX_CELLS_WITH_TEXT else []:
-        if score is not None:
-            colour = "black" if score > LIGHT_FROM else "white"
-            axis.text(column, row, f"{score:.2f}", ha="center", va="center", color=colour, fontsize=8)
+def draw_panel(axis, lengths: Sequence[int], depths: Sequence[float], scores: Sequence[Sequence[float]]):
+    axis.grid(visible=False)
+    image = axis.imshow(scores, vmin=0, vmax=1, cmap=COLOUR_MAP, aspect="auto")
+    if max(len(lengths), len(depths)) <= MAX_CELLS_WITH_TEXT:
+        for row, values in enumerate(scores):
+            for column, score in enumerate(values):
+                colour = "black" if score > LIGHT_FROM else "white"
+                axis.text(column, row, f"{score:.2f}", ha="center", va="center", color=colour, fontsize=8)
     axis.set_xticks(range(len(lengths)), [str(length) for length in lengths], rotation=45 if len(lengths) > 4 else 0)
     axis.set_yticks(range(len(depths)), [percent(depth) for depth in depths])
     axis.set_xlabel("prompt length (tokens)")

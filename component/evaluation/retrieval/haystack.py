@@ -1,16 +1,18 @@
-"""Long text in which a needle is hidden: the user's own files, as token ids with their sentence borders.
+"""Prompts of an exact length with a needle in them, and the user's own text as the haystack around it.
 
 haystack = Haystack(tokenizer, read_haystack(["essays/", "book.txt"]))
-before, after = haystack.split(4000, depth=0.5)
+ids = NeedlePrompt(before, needle, after, haystack.split).build(length=4000, depth=0.5)
 """
 
 import bisect
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from longqlora.data.prompt import encode_text
+from longqlora.cli import require_file
+from longqlora.data.prompt import encode_after
 from longqlora.files import decode_utf8
 
 # After a full stop with its closing quotes, and before a line break.
@@ -20,20 +22,50 @@ MAX_PIECE_CHARACTERS = 1000
 BETWEEN_TEXTS = "\n\n"
 
 
-def read_haystack(paths: Sequence[str | os.PathLike], flag: str = "--haystack") -> str:
+@dataclass(frozen=True)
+class NeedlePrompt:
+    """Ids of a prompt: `before`, haystack, `needle`, haystack, `after`.
+
+    split: (number of tokens, depth 0 .. 1) -> so much haystack, in two parts that the needle comes between.
+    """
+
+    before: list[int]
+    needle: list[int]
+    after: list[int]
+    split: Callable[[int, float], tuple[list[int], list[int]]]
+
+    @property
+    def min_length(self) -> int:
+        """Tokens of a prompt without any haystack."""
+        return len(self.before) + len(self.needle) + len(self.after)
+
+    def num_haystack_tokens(self, length: int) -> int:
+        """Tokens of haystack in a prompt of `length` tokens; ValueError where not even the needle fits."""
+        if length < self.min_length:
+            raise ValueError(
+                f"length {length} is too short for needle and question, which need {self.min_length} tokens of this "
+                "tokenizer; give a longer one"
+            )
+        return length - self.min_length
+
+    def build(self, *, length: int, depth: float) -> list[int]:
+        """Ids of a prompt of exactly `length` tokens."""
+        first, second = self.split(self.num_haystack_tokens(length), depth)
+        return [*self.before, *first, *self.needle, *second, *self.after]
+
+
+def read_haystack(paths: Sequence[str | os.PathLike]) -> str:
     """The text of all files, in the order given; of a folder its .txt files, by name, subfolders included.
 
     Raises ValueError for what is no file of UTF-8 text, and where there is no text at all.
     """
-    texts = []
+    texts, flag = [], "--haystack"
     for path in map(Path, paths):
         files = sorted(found for found in path.rglob("*.txt") if found.is_file()) if path.is_dir() else [path]
         if not files:
             raise ValueError(f"{flag}: no .txt file in the folder {str(path)!r}; give text files")
         for file in files:
-            if not file.is_file():
-                raise ValueError(f"{flag}: no file at {str(file)!r}; give text files or folders of .txt files")
-            text = decode_utf8(file.read_bytes(), flag, str(file))
+            text = decode_utf8(require_file(file, flag).read_bytes(), flag, str(file))
             if "\0" in text:
                 raise ValueError(f"{flag}: {str(file)!r} is a binary file; give text")
             texts.append(text.replace("\r\n", "\n").replace("\r", "\n").strip())
@@ -55,12 +87,6 @@ def pieces(text: str) -> Iterator[str]:
         if end > start:
             yield text[start:end]
             start = end
-
-
-def encode_after(tokenizer, before: str, text: str) -> list[int]:
-    """Ids of `text` as they follow `before`: without the space that SentencePiece puts before a first word."""
-    first, both = encode_text(tokenizer, before), encode_text(tokenizer, before + text)
-    return both[len(first) :] if first and both[: len(first)] == first else encode_text(tokenizer, text)
 
 
 class Haystack:

@@ -16,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
+from longqlora.data.jsonl import checked_text
+from longqlora.data.prompt import encode_after
 from longqlora.evaluation.frame import ModelSource
 from longqlora.evaluation.retrieval.grid import GridTask
-from longqlora.evaluation.retrieval.haystack import Haystack, encode_after, read_haystack
+from longqlora.evaluation.retrieval.haystack import Haystack, NeedlePrompt, read_haystack
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, encode_prompt, generate_text
 
 NEEDLE = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
@@ -32,29 +34,13 @@ CHAT_TAIL = "\n\n{question} Answer with what the text says, in one line."
 MARKS = ("Apple", "zoo")
 
 
-class NeedlePrompt:
-    """Prompts of an exact length for one tokenizer, haystack, needle and question."""
-
-    def __init__(self, tokenizer, haystack: Haystack, needle: str, question: str, *, template: str):
-        self.haystack = haystack
-        tail = RAW_TAIL if template == NO_TEMPLATE else CHAT_TAIL
-        # No format(): braces in a question are the user's own.
-        tail = tail.replace("{question}", question.strip())
-        self.before, self.after = ids_around(tokenizer, HEAD, tail, template=template)
-        self.needle = encode_after(tokenizer, ".", f"\n{needle.strip()}\n")
-        self.min_length = len(self.before) + len(self.needle) + len(self.after)
-
-    def num_haystack_tokens(self, length: int) -> int:
-        """Tokens of haystack in a prompt of `length` tokens; ValueError where not even the needle fits."""
-        least = self.min_length
-        if length < least:
-            raise ValueError(f"length {length} is too short for needle and question, which need {least} tokens")
-        return length - self.min_length
-
-    def build(self, *, length: int, depth: float) -> list[int]:
-        """Ids of a prompt of exactly `length` tokens, the needle at the sentence border nearest to `depth` (0 .. 1)."""
-        first, second = self.haystack.split(self.num_haystack_tokens(length), depth)
-        return [*self.before, *first, *self.needle, *second, *self.after]
+def needle_prompt(haystack: Haystack, needle: str, question: str, *, template: str) -> NeedlePrompt:
+    """The prompt that hides `needle` at the border of sentences nearest to a depth, and ends with `question`."""
+    tail = RAW_TAIL if template == NO_TEMPLATE else CHAT_TAIL
+    # No format(): braces in a question are the user's own.
+    tail = tail.replace("{question}", question.strip())
+    before, after = ids_around(haystack.tokenizer, HEAD, tail, template=template)
+    return NeedlePrompt(before, encode_after(haystack.tokenizer, ".", f"\n{needle.strip()}\n"), after, haystack.split)
 
 
 def ids_around(tokenizer, head: str, tail: str, *, template: str) -> tuple[list[int], list[int]]:
@@ -106,10 +92,8 @@ class Needle(GridTask):
         if self.answer is None:
             self.answer = ANSWER if self.needle == NEEDLE else self.needle
         for name in ("needle", "question", "answer"):
-            if not getattr(self, name).strip():
+            if not checked_text(getattr(self, name), f"--{name}").strip():
                 raise ValueError(f"--{name}: is empty; give some text")
-            if any("\ud800" <= character <= "\udfff" for character in getattr(self, name)):
-                raise ValueError(f"--{name}: is not valid Unicode text (it holds half a surrogate pair)")
         if not words(self.answer):
             raise ValueError(f"--answer: {self.answer!r} has no word to look for; give the expected answer")
         if self.needle != NEEDLE and self.question == QUESTION:
@@ -121,8 +105,8 @@ class Needle(GridTask):
         from longqlora.distributed import print_main
 
         template = source.template(self.prompt_template)
-        haystack = Haystack(source.tokenizer, self.text)
-        self.prompt = NeedlePrompt(source.tokenizer, haystack, self.needle, self.question, template=template)
+        self.endless_text = Haystack(source.tokenizer, self.text)
+        self.prompt = needle_prompt(self.endless_text, self.needle, self.question, template=template)
         self.settings = {
             "task": "needle in a haystack (Kamradt), needle at the sentence border nearest to the depth",
             "scoring": "greedy; recall of the expected answer's words (ROUGE-1, no stemming); is_contained: all in "
@@ -148,7 +132,7 @@ class Needle(GridTask):
             "answer": answer,
             "score": word_recall(self.answer, answer),
             "is_contained": contains(self.answer, answer),
-            "num_repeats": self.prompt.haystack.num_repeats(self.prompt.num_haystack_tokens(trial["length"])),
+            "num_repeats": self.endless_text.num_repeats(self.prompt.num_haystack_tokens(trial["length"])),
         }
 
     def score(self, results: Sequence[dict]) -> dict:

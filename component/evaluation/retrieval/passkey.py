@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from longqlora.data.prompt import bos_ids, encode_text
+from longqlora.data.prompt import bos_ids, encode_after, encode_text
 from longqlora.evaluation.frame import ModelSource
 from longqlora.evaluation.retrieval.grid import GridTask
-from longqlora.evaluation.retrieval.haystack import encode_after
+from longqlora.evaluation.retrieval.haystack import NeedlePrompt
 from longqlora.inference.generation import GenerationOptions, generate_text
 from longqlora.table import grouped
 
@@ -34,16 +34,16 @@ NUM_SPARE_TOKENS = 4
 
 
 class PasskeyTemplate:
-    """The parts of a passkey prompt as ids of one tokenizer: description, filler, needle, filler, question."""
+    """Passkey prompts as ids of one tokenizer: description, filler, needle, filler, question, each on a line."""
 
     def __init__(self, tokenizer):
         self.encode = partial(encode_after, tokenizer, "\n")
         self.opening = [*bos_ids(tokenizer), *encode_text(tokenizer, DESCRIPTION + "\n")]
-        self.newline, self.question = self.encode("\n"), self.encode(QUESTION)
         self.filler_ids: list[int] = []
 
-    def needle(self, key: str) -> list[int]:
-        return self.encode(NEEDLE.format(key=key))
+    def prompt(self, key: str) -> NeedlePrompt:
+        newline, needle = self.encode("\n"), self.encode(NEEDLE.format(key=key))
+        return NeedlePrompt(self.opening, [*newline, *needle, *newline], newline + self.encode(QUESTION), self.split)
 
     def filler(self, num_tokens: int) -> list[int]:
         """The first `num_tokens` tokens of the filler sentences, repeated without end."""
@@ -55,27 +55,10 @@ class PasskeyTemplate:
                 raise ValueError("the tokenizer turns English text into no tokens at all; give the model's own")
         return self.filler_ids[:num_tokens]
 
-    def min_length(self, key: str) -> int:
-        """Tokens of a prompt without any filler."""
-        return sum(map(len, [self.opening, self.newline, self.needle(key), self.newline, self.newline, self.question]))
-
-    def num_filler(self, length: int, key: str) -> int:
-        """Tokens of filler in a prompt of `length`; ValueError, with the least length, for one too short."""
-        least = self.min_length(key)
-        if length < least:
-            raise ValueError(
-                f"length {length} is too short for a passkey prompt: with this tokenizer and {len(key)} digits it "
-                f"needs at least {least} tokens"
-            )
-        return length - least
-
-    def build(self, *, length: int, depth: float, key: str) -> list[int]:
-        """Ids of a prompt of `length` tokens, BOS included, with `depth` (0 .. 1) of its filler before the needle."""
-        num_filler = self.num_filler(length, key)
-        num_before = round(depth * num_filler)
-        before, after = self.filler(num_before), self.filler(num_filler - num_before)
-        lines = [self.opening, before, self.newline, self.needle(key), self.newline, after, self.newline, self.question]
-        return [token for line in lines for token in line]
+    def split(self, num_tokens: int, depth: float) -> tuple[list[int], list[int]]:
+        """`num_tokens` tokens of filler in two parts, each from its start; `depth` (0 .. 1) of them in the first."""
+        num_before = round(depth * num_tokens)
+        return self.filler(num_before), self.filler(num_tokens - num_before)
 
 
 def make_trials(cells: Sequence[Mapping], *, num_trials: int, seed: int, num_digits: int = 5) -> list[dict]:
@@ -96,29 +79,23 @@ def make_trials(cells: Sequence[Mapping], *, num_trials: int, seed: int, num_dig
     return trials
 
 
-def first_number(text: str) -> str | None:
-    """The first run of digits 0-9 in `text`."""
-    found = re.search(r"[0-9]+", text)
-    return found[0] if found else None
-
-
 def answer_trial(loaded, trial: Mapping) -> dict:
     """Ask the model of `loaded` (longqlora.inference.load.LoadedModel) one trial; adds "answer" and "is_correct"."""
     template = PasskeyTemplate(loaded.tokenizer)
     num_key_tokens = len(template.encode(f" {trial['key']}"))
     options = GenerationOptions(do_sample=False, max_new_tokens=num_key_tokens + NUM_SPARE_TOKENS)
-    prompt = template.build(length=trial["length"], depth=trial["depth"], key=trial["key"])
+    prompt = template.prompt(trial["key"]).build(length=trial["length"], depth=trial["depth"])
     answer = generate_text(loaded.model, loaded.tokenizer, prompt, options).text
-    return {**trial, "answer": answer, "is_correct": first_number(answer) == trial["key"]}
+    return {**trial, "answer": answer, "is_correct": re.findall(r"[0-9]+", answer)[:1] == [trial["key"]]}
 
 
 def accuracy_cells(results: Sequence[Mapping]) -> list[dict]:
     """Results of `answer_trial` -> a cell {length, depth, num_trials, num_correct, accuracy} for each pair."""
     cells = []
     for (length, depth), group in grouped(results, "length", "depth").items():
-        counts = {"num_trials": len(group), "num_correct": sum(result["is_correct"] for result in group)}
-        accuracy = counts["num_correct"] / counts["num_trials"]
-        cells.append({"length": length, "depth": depth, **counts, "accuracy": accuracy})
+        num_correct = sum(result["is_correct"] for result in group)
+        counts = {"num_trials": len(group), "num_correct": num_correct, "accuracy": num_correct / len(group)}
+        cells.append({"length": length, "depth": depth, **counts})
     return cells
 
 
@@ -140,7 +117,7 @@ class Passkey(GridTask):
         trials = make_trials(self.cells_for(source), **self.options)
         template = PasskeyTemplate(source.tokenizer)
         for trial in trials:
-            template.num_filler(trial["length"], trial["key"])
+            template.prompt(trial["key"]).num_haystack_tokens(trial["length"])
         return [trials]
 
     def ask(self, trial: Mapping) -> dict:

@@ -11,14 +11,14 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from longqlora.evaluation.frame import ModelSource, Task
 from longqlora.evaluation.retrieval.haystack import read_haystack
-from longqlora.evaluation.ruler.tasks import TASKS, Sample, TextHaystack, check_tasks
+from longqlora.evaluation.ruler.tasks import TASKS, Sample, TextHaystack
 from longqlora.plot import mark_lengths, new_figure
 from longqlora.table import grouped, text_table
 
@@ -55,23 +55,27 @@ class Ruler(Task):
     name = "tasks and lengths"
 
     def __post_init__(self) -> None:
-        check_tasks(self.tasks, has_text=bool(self.haystack))
         self.inputs = {"--haystack": self.haystack, "--include_path": self.include_path}
-        self.told = {**vars(self), "include_path": str(self.include_path) if self.include_path else None}
-        self.told |= {"haystack": None, "lm_eval": metadata.version("lm_eval")}
-        del self.told["inputs"]
+        self.names = [name for name in self.tasks if name in TASKS]
+        told = {"include_path": self.include_path and str(self.include_path), "lm_eval": metadata.version("lm_eval")}
+        self.told = {**asdict(self), "haystack": None, **told}
         self.text = None
         if self.haystack:
             text = read_haystack(self.haystack)
             self.text = TextHaystack(text)
             files = [Path(path).name for path in self.haystack]
             self.told["haystack"] = {"files": files, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for name in self.names:
+            if TASKS[name].needs_text and not self.text:
+                raise ValueError(
+                    f"--tasks {name}: its haystack are essays, which are not part of this repository; give text files "
+                    "of your own with --haystack, or take niah_single_1"
+                )
 
     def make_trials(self, source: ModelSource) -> list[list[dict]]:
         from longqlora.evaluation.harness import data_state
 
-        names = [name for name in self.tasks if name in TASKS]
-        lengths = sorted(set(self.lengths or [source.context_size])) if names else []
+        lengths = sorted(set(self.lengths or [source.context_size])) if self.names else []
         source.warn_beyond_context(lengths)
         self.longest = max([source.context_size, *lengths])
         options = {"num_samples": self.num_samples, "max_new_tokens": self.max_new_tokens, "seed": self.seed}
@@ -80,7 +84,7 @@ class Ruler(Task):
             return len(source.tokenizer(prompt).input_ids)
 
         self.fitted = {(name, length): FittedTask(name, length, count_tokens, text=self.text, **options)
-                       for name in names for length in lengths}  # fmt: skip
+                       for name in self.names for length in lengths}  # fmt: skip
         self.others = self.read_other_tasks(source)
         # Which tasks and lengths a run asks for does not change the result of one.
         settings = {name: value for name, value in self.told.items() if name not in ("tasks", "lengths")}
@@ -90,19 +94,15 @@ class Ruler(Task):
 
     def read_other_tasks(self, source: ModelSource) -> dict:
         """Name -> loaded tasks of lm-eval."""
-        from longqlora.evaluation.harness import check_fit, load_tasks, set_answer_tokens
+        from longqlora.evaluation.harness import load_tasks
 
         # For those tasks of lm-eval that make their data themselves.
         given: dict[str, Any] = {"tokenizer": source.tokenizer.name_or_path}
         if self.lengths:
             given["max_seq_lengths"] = sorted(set(self.lengths))
         names = [name for name in self.tasks if name not in TASKS]
-        others = load_tasks(names, include_path=self.include_path, metadata=given)
-        for name, tasks in others.items():
-            if self.max_new_tokens is not None:
-                set_answer_tokens(tasks, self.max_new_tokens)
-            check_fit(name, tasks, context_size=source.context_size)
-        return others
+        sizes = {"max_new_tokens": self.max_new_tokens, "context_size": source.context_size}
+        return load_tasks(names, include_path=self.include_path, metadata=given, **sizes)
 
     def use(self, loaded: Any) -> None:
         from longqlora.evaluation.harness import wrap_model
@@ -120,7 +120,7 @@ class Ruler(Task):
         samples = fitted.samples()
         prompts = [sample.prompt for sample, _ in samples]
         answers = generate_answers(self.model, prompts, max_new_tokens=fitted.max_new_tokens)
-        return ruler_result(fitted, samples, answers)
+        return fitted.result(samples, answers)
 
     def score(self, results: Sequence[dict]) -> dict:
         of_ruler, _ = by_source(results)
@@ -128,8 +128,8 @@ class Ruler(Task):
         return {"protocol": PROTOCOL, "settings": self.told, **means, "results": results}
 
     def table(self, record: Mapping) -> str:
-        pairs = zip((score_table, metric_table), by_source(record["results"]), strict=True)
-        return "\n".join(table(results) for table, results in pairs if results)
+        tables = zip((score_table, metric_table), by_source(record["results"]), strict=True)
+        return "\n".join(table(results) for table, results in tables if results)
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
         plot_scores(by_source(record["results"])[0], path)
@@ -160,95 +160,87 @@ class FittedTask:
     def __post_init__(self) -> None:
         self.task = TASKS[self.name]
         self.max_new_tokens = self.max_new_tokens or self.task.max_new_tokens
-        smallest = max(self.num_tokens(self.task.min_units, index) for index in range(self.num_samples))
-        if smallest > self.length:
+        least = max(self.build(index, self.task.min_units)[1] for index in range(self.num_samples))
+        if least > self.room:
             raise ValueError(
-                f"--lengths {self.length}: {self.name} needs at least {smallest} tokens with this tokenizer, "
-                f"{self.max_new_tokens} of them for the answer; give a longer one"
+                f"--lengths {self.length}: {self.name} needs at least {least + self.max_new_tokens} tokens with this "
+                f"tokenizer, {self.max_new_tokens} of them for the answer; give a longer one"
             )
         self.num_units = self.fit()
 
     @property
-    def haystack(self) -> str:
-        """What surrounds the answer: noise, needles, words, or text (the user's own)."""
-        is_text = self.task.haystack == "text"
-        return ("text" if self.text else "noise") if is_text else self.task.haystack
+    def room(self) -> int:
+        """Most tokens that a prompt may have."""
+        return self.length - self.max_new_tokens
 
-    @property
-    def limit(self) -> float:
-        return self.task.max_units or math.inf
-
-    def build(self, index: int, num_units: int) -> Sample:
-        # A string seeds the same on every platform. A sample keeps its needles when it shrinks or grows.
+    def build(self, index: int, num_units: int) -> tuple[Sample, int]:
+        """Sample `index` with so many units, and the tokens of its prompt; it keeps its needles, whatever its size."""
+        # A string seeds the same on every platform.
         rng = random.Random(f"{self.seed}/{self.name}/{index}")
-        return self.task.build(rng, num_units, self.length, self.text)
-
-    def num_tokens(self, num_units: int, index: int = 0) -> int:
-        """Tokens of sample `index` and its answer."""
-        return self.count_tokens(self.build(index, num_units).prompt) + self.max_new_tokens
+        sample = self.task.build(rng, num_units, self.length, self.text)
+        return sample, self.count_tokens(sample.prompt)
 
     def fit(self) -> int:
         """The most units with which sample 0 fits, by doubling and halving."""
-        low, high = self.task.min_units, self.task.min_units + 1
-        while high <= self.limit and self.num_tokens(high) <= self.length:
+        limit, low, high = self.task.max_units, self.task.min_units, self.task.min_units + 1
+        while high <= limit and self.build(0, high)[1] <= self.room:
             low, high = high, high * 2
-        high = min(high, self.limit + 1)
+        high = min(high, limit + 1)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.num_tokens(middle) <= self.length else (low, middle)
-        if low == self.limit and self.num_tokens(low) < LEAST_FILLING * self.length:
+            low, high = (middle, high) if self.build(0, middle)[1] <= self.room else (low, middle)
+        num_tokens = self.build(0, low)[1] + self.max_new_tokens
+        if low == limit and num_tokens < LEAST_FILLING * self.length:
             raise ValueError(
-                f"--lengths {self.length}: {self.name} has words for about {self.num_tokens(low)} tokens; give a "
-                "shorter one"
+                f"--lengths {self.length}: {self.name} has words for about {num_tokens} tokens; give a shorter one"
             )
         return low
 
     def samples(self) -> list[tuple[Sample, int]]:
-        """All samples and the tokens of their prompts: never above the length, and close to it."""
+        """All samples and the tokens of their prompts: never above the room, and close to it."""
         return [self.sample(index) for index in range(self.num_samples)]
 
     def sample(self, index: int) -> tuple[Sample, int]:
         """Sample `index` and the tokens of its prompt: its words may have more or fewer than those of sample 0."""
         num_units, best = self.num_units, None
         while True:
-            sample = self.build(index, num_units)
-            num_tokens = self.count_tokens(sample.prompt)
-            slack = self.length - self.max_new_tokens - num_tokens
+            sample, num_tokens = self.build(index, num_units)
+            slack = self.room - num_tokens
             if slack < 0 and best:
                 return best
             if slack < 0:
                 num_units = max(self.task.min_units, num_units - math.ceil(-slack * num_units / num_tokens))
                 continue
             best, more = (sample, num_tokens), slack * num_units // num_tokens
-            if slack <= self.length * SPARE or more < 1 or num_units + more > self.limit:
+            if slack <= self.length * SPARE or more < 1 or num_units + more > self.task.max_units:
                 return best
             num_units += more
+
+    def result(self, samples: Sequence[tuple[Sample, int]], answers: Sequence[str]) -> dict:
+        """Ready for JSON: score of all samples in percent with its standard error, and every answer."""
+        answered = [
+            {"expected": list(sample.outputs), "answer": answer, "score": fraction_found(answer, sample.outputs)}
+            for (sample, _), answer in zip(samples, answers, strict=True)
+        ]
+        scores = [found["score"] for found in answered]
+        error = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
+        sizes = [num_tokens for _, num_tokens in samples]
+        return {
+            "task": self.name,
+            "length": self.length,
+            "score": 100 * statistics.fmean(scores),
+            "stderr": None if error is None else 100 * error,
+            "num_samples": len(scores),
+            "haystack": "noise" if self.task.haystack == "text" and not self.text else self.task.haystack,
+            "max_new_tokens": self.max_new_tokens,
+            "num_prompt_tokens": {"min": min(sizes), "max": max(sizes)},
+            "answers": answered,
+        }
 
 
 def fraction_found(answer: str, expected: Sequence[str]) -> float:
     """RULER's string_match_all: share of the `expected` strings that occur in `answer`, whatever their case."""
     return sum(text.lower() in answer.lower() for text in expected) / len(expected)
-
-
-def ruler_result(fitted: FittedTask, samples: Sequence[tuple[Sample, int]], answers: Sequence[str]) -> dict:
-    """One task at one length, ready for JSON: score in percent with its standard error, and every answer."""
-    scores = [fraction_found(answer, sample.outputs) for (sample, _), answer in zip(samples, answers, strict=True)]
-    error = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
-    sizes = [num_tokens for _, num_tokens in samples]
-    return {
-        "task": fitted.name,
-        "length": fitted.length,
-        "score": 100 * statistics.fmean(scores),
-        "stderr": None if error is None else 100 * error,
-        "num_samples": len(scores),
-        "haystack": fitted.haystack,
-        "max_new_tokens": fitted.max_new_tokens,
-        "num_prompt_tokens": {"min": min(sizes), "max": max(sizes)},
-        "answers": [
-            {"expected": list(sample.outputs), "answer": answer, "score": score}
-            for (sample, _), answer, score in zip(samples, answers, scores, strict=True)
-        ],
-    }
 
 
 def mean_by_length(results: Sequence[Mapping]) -> dict[int, float]:

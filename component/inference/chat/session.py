@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from longqlora.cli import USER_ERRORS, one_line
 from longqlora.data.documents import read_document, with_documents
-from longqlora.data.jsonl import checked_text
-from longqlora.data.prompt import encode_conversation
+from longqlora.data.prompt import checked_text, encode_conversation
 from longqlora.files import write_json
 from longqlora.inference.generation import GenerationOptions, generate_text
 from longqlora.outputs import check_outputs
@@ -28,9 +27,8 @@ Messages = list[dict[str, str]]
 
 
 class Prompt(NamedTuple):
-    """What to send: messages, their ids, how to answer within the context, and a line on what was left out."""
+    """What to send: ids, how to answer within the context, and a line on what was left out."""
 
-    messages: Messages
     ids: list[int]
     options: GenerationOptions
     notice: str | None
@@ -41,7 +39,7 @@ class ChatSession:
     """One conversation with the model of `loaded`, a longqlora.inference.load.LoadedModel.
 
     template: as for `encode_conversation`. documents: (name, text) of each. history: question and answer in turn. The
-    oldest of both, as many as `num_dropped_...` say, are not sent any more.
+    oldest of both, as many as `num_past_...` say, are not sent any more.
     """
 
     loaded: object
@@ -50,8 +48,8 @@ class ChatSession:
     system: str | None = None
     documents: list[tuple[str, str]] = field(default_factory=list)
     history: Messages = field(default_factory=list)
-    num_dropped_turns: int = 0
-    num_dropped_documents: int = 0
+    num_past_turns: int = 0
+    num_past_documents: int = 0
 
     @property
     def context_size(self) -> int:
@@ -64,7 +62,7 @@ class ChatSession:
 
     def encode(self, messages: Messages) -> list[int]:
         """Ids of a prompt that ends where the answer begins."""
-        return encode_conversation(self.loaded.tokenizer, messages, template=self.template, add_generation_prompt=True)
+        return encode_conversation(self.loaded.tokenizer, messages, template=self.template)
 
     def ask(self, question: str, on_text: Callable[[str], None], stop_event: threading.Event) -> bool:
         """Answer `question`; returns whether both are part of the conversation now.
@@ -100,32 +98,28 @@ class ChatSession:
         self.history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     def prompt(self, question: str) -> Prompt:
-        """The messages that ask `question`, without the oldest turns, then files, where all do not fit.
+        """What asks `question`, without the oldest turns, then files, where all do not fit.
 
-        The system message and the question always stay. Raises ValueError when these two alone are too
-        long; nothing is dropped then.
+        The system message and the question always stay. Raises ValueError when these two alone are too long.
         """
-        num_turns, num_documents = self.num_dropped_turns, self.num_dropped_documents
-        while True:
-            messages = self.messages(question, self.history[2 * num_turns :], self.documents[num_documents:])
-            ids = self.encode(messages)
+        all_turns, all_documents = len(self.history) // 2, len(self.documents)
+        without_turns = [(num, self.num_past_documents) for num in range(self.num_past_turns, all_turns + 1)]
+        without_files = [(all_turns, num) for num in range(self.num_past_documents + 1, all_documents + 1)]
+        for num_turns, num_documents in without_turns + without_files:
+            ids = self.encode(self.messages(question, self.history[2 * num_turns :], self.documents[num_documents:]))
             if len(ids) <= self.room:
                 break
-            if 2 * num_turns < len(self.history):
-                num_turns += 1
-            elif num_documents < len(self.documents):
-                num_documents += 1
-            else:
-                raise ValueError(
-                    f"the message makes a prompt of {len(ids)} tokens, but {self.room} fit in the context of "
-                    f"{self.context_size} beside an answer; shorten it"
-                )
-        new = {"turn": num_turns - self.num_dropped_turns, "file": num_documents - self.num_dropped_documents}
+        else:
+            raise ValueError(
+                f"the message makes a prompt of {len(ids)} tokens, but {self.room} fit in the context of "
+                f"{self.context_size} beside an answer; shorten it"
+            )
+        new = {"turn": num_turns - self.num_past_turns, "file": num_documents - self.num_past_documents}
         dropped = " and ".join(f"{num} oldest {noun}{'s' * (num > 1)}" for noun, num in new.items() if num)
         notice = f"the context of {self.context_size} tokens is full: left out {dropped}" if dropped else None
-        self.num_dropped_turns, self.num_dropped_documents = num_turns, num_documents
+        self.num_past_turns, self.num_past_documents = num_turns, num_documents
         max_new_tokens = min(self.options.max_new_tokens, self.context_size - len(ids))
-        return Prompt(messages, ids, replace(self.options, max_new_tokens=max_new_tokens), notice)
+        return Prompt(ids, replace(self.options, max_new_tokens=max_new_tokens), notice)
 
     def messages(self, question: str, history: Sequence = (), documents: Sequence = ()) -> Messages:
         """System message, `history` and `question`, with the documents in the first question: templates know no role
@@ -137,14 +131,14 @@ class ChatSession:
     def clear(self) -> None:
         """Forget turns and files; the system message stays."""
         self.history, self.documents = [], []
-        self.num_dropped_turns = self.num_dropped_documents = 0
+        self.num_past_turns = self.num_past_documents = 0
 
     def add_document(self, path: str, *, flag: str = "/file") -> int:
         """Read a document of any known format into the conversation; returns its length in tokens, as part of a prompt.
 
         A file read before is replaced. Raises ValueError or OSError for what cannot be read or is too long.
         """
-        document = (str(path), read_document(path, flag=flag).text)
+        document = (str(path), read_document(path, flag=flag))
         num_prompt_tokens = len(self.encode(self.messages("", documents=[document])))
         num_tokens = num_prompt_tokens - len(self.encode(self.messages("")))
         if num_prompt_tokens > self.room:
@@ -152,9 +146,8 @@ class ChatSession:
                 f"{flag}: {path!r} has {num_tokens} tokens, too many for a context of {self.context_size} with an "
                 f"answer of up to {self.context_size - self.room}; split the file or raise --context_size"
             )
-        kept = self.documents[self.num_dropped_documents :]
-        self.documents = [known for known in kept if known[0] != document[0]] + [document]
-        self.num_dropped_documents = 0
+        self.num_past_documents -= any(known[0] == document[0] for known in self.documents[: self.num_past_documents])
+        self.documents = [*(known for known in self.documents if known[0] != document[0]), document]
         return num_tokens
 
     def save(self, path: str) -> None:

@@ -9,44 +9,42 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
 from longqlora.data.documents import with_documents
 from longqlora.inference.chat.session import ChatSession
-from longqlora.inference.generation import GenerationOptions, end_token_ids, generate_text
+from longqlora.inference.generation import end_token_ids, generate_text
 from longqlora.inference.sink_cache import SinkCache
 
 # Seconds of reading after which its progress is shown.
 PROGRESS_DELAY = 2.0
 
 
+@dataclass
 class StreamingSession(ChatSession):
     """History and commands of `ChatSession`, with the cache that the conversation lives in.
 
-    Raises ValueError for a template in which the ids of a next turn cannot be told.
+    ids: of what the cache has seen since it last counted from 0, and of at most one answer's end beyond it. Raises
+    ValueError for a template in which the ids of a next turn cannot be told.
     """
 
+    cache: SinkCache = field(kw_only=True)
+    ids: list[int] = field(default_factory=list)
     # Nothing is ever too long.
     context_size = sys.maxsize
 
-    def __init__(
-        self, loaded, cache: SinkCache, *, template: str, options: GenerationOptions, system: str | None = None
-    ):
-        super().__init__(loaded, template, options, system)
-        self.cache = cache
-        self.end_ids = set(end_token_ids(loaded.model, loaded.tokenizer))
-        # The ids of what the cache has seen since it last counted from 0, and of at most one answer's end beyond it.
-        self.ids: list[int] = []
-        self.documents_read: list[tuple[str, str]] = []
+    def __post_init__(self):
+        self.end_ids = set(end_token_ids(self.loaded.model, self.loaded.tokenizer))
         self.next_turn_ids("a")
         logging.getLogger("transformers.generation.stopping_criteria").addFilter(is_no_length_reminder)
 
     def clear(self) -> None:
         super().clear()
         self.cache.reset()
-        self.ids, self.documents_read = [], []
+        self.ids = []
 
     def reply(self, question: str, on_text: Callable[[str], None], stop_event: threading.Event) -> bool:
         """Read the new files and `question`, and answer; returns whether they are part of the conversation now.
@@ -55,9 +53,8 @@ class StreamingSession(ChatSession):
         and when anything else is raised, everything is as it was before.
         """
         snapshot, is_kept = self.cache.snapshot(), False
-        documents = [document for document in self.documents if not any(document is old for old in self.documents_read)]
         try:
-            text = with_documents(question, documents)
+            text = with_documents(question, self.documents[self.num_past_documents :])
             new_ids = self.next_turn_ids(text) if self.ids else self.encode(self.messages(text))
             ids = self._read(self.ids + new_ids, stop_event)
             if ids is not None:
@@ -68,7 +65,7 @@ class StreamingSession(ChatSession):
                 # The end token of an answer is not in the cache yet: the next turn begins with that of the template.
                 is_ended = answer.new_ids[-1] in self.end_ids
                 ids = [*ids, *answer.new_ids[: len(answer.new_ids) - is_ended]]
-                self.ids, self.documents_read, is_kept = ids, list(self.documents), True
+                self.ids, self.num_past_documents, is_kept = ids, len(self.documents), True
         except KeyboardInterrupt:
             stop_event.set()
         finally:
@@ -86,7 +83,7 @@ class StreamingSession(ChatSession):
         ids = self.encode([*before, {"role": "assistant", "content": "b"}, {"role": "user", "content": question}])
         after_prompt = ids[len(prompt) :]
         end = next((position for position, token in enumerate(after_prompt) if token in self.end_ids), None)
-        if ids[: len(prompt)] != prompt or end is None:
+        if end is None or ids[: len(prompt)] != prompt:
             reason = "does not end an answer with a token of its own" if end is None else "rewrites earlier turns"
             raise ValueError(
                 f"--streaming: the template {self.template!r} {reason}, so a next turn cannot be read by itself; leave "

@@ -58,14 +58,14 @@ class PageSession(ChatSession):
         """
         documents, question = {}, ""
         for message in history:
-            text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
+            parts = message["content"]
+            text = "".join(part["text"] for part in parts if part["type"] == "text")
+            documents.update(uploaded_document(part["file"]["path"]) for part in parts if part["type"] == "file")
             if message["role"] == "assistant":
                 self.add_turn(question, text)
-            else:
-                paths = [part["file"]["path"] for part in message["content"] if part["type"] == "file"]
-                question, documents = text, {**documents, **dict(map(uploaded_document, paths))}
-        paths = [file if isinstance(file, str) else file["path"] for file in files]
-        self.documents = list({**documents, **dict(map(uploaded_document, paths))}.items())
+            question = text
+        documents.update(uploaded_document(file if isinstance(file, str) else file["path"]) for file in files)
+        self.documents = list(documents.items())
         return self
 
 
@@ -74,7 +74,7 @@ def uploaded_document(path: str) -> tuple[str, str]:
     """(file name, text) of an upload. Raises ValueError for one that cannot be read."""
     folder, name = os.path.split(path)
     try:
-        return name, read_document(path).text
+        return name, read_document(path)
     except USER_ERRORS as error:
         raise ValueError(one_line(error).removeprefix("document: ").replace(f"{folder}/", "")) from None
 
@@ -182,13 +182,13 @@ class OwnPageOnly:
                 MutableHeaders(scope=message)["content-security-policy"] = POLICY
             await send(message)
 
-        refusal = None if scope["type"] == "lifespan" else self.refusal(scope, Headers(scope=scope))
-        app = PlainTextResponse(*refusal) if refusal else self.app
-        await app(scope, receive, send_with_policy)
+        refusal = None if scope["type"] == "lifespan" else self.refusal(scope)
+        await (PlainTextResponse(*refusal) if refusal else self.app)(scope, receive, send_with_policy)
 
-    def refusal(self, scope, headers: Headers) -> tuple[str, int] | None:
+    def refusal(self, scope) -> tuple[str, int] | None:
         """Text and status of the answer to a request that is refused."""
-        host, is_reading = headers.get("host", "").lower(), scope.get("method") in ("GET", "HEAD", "OPTIONS")
+        headers, is_reading = Headers(scope=scope), scope.get("method") in ("GET", "HEAD", "OPTIONS")
+        host = headers.get("host", "").lower()
         try:
             name, page = urlsplit(f"//{host}").hostname or "", urlsplit(headers.get("origin", "").lower())
             is_known = name in self.names | self.proxies or ipaddress.ip_address(name)
