@@ -57,7 +57,7 @@ def main() -> None:
 
     settings, notices = resolve_settings(args.train_args_file, overrides)
     notices += check_settings(settings)
-    config, context = load_extended_config(settings.model, settings.context, settings.attention)
+    config, context = load_extended_config(settings)
     empty_model, on_model = check_model(settings, config, needs_weights=not args.dry_run)
     plan, settings, on_memory = plan_memory(settings, config)
     notices += [*on_model, Notice(context), *on_memory]
@@ -76,8 +76,7 @@ def main() -> None:
     train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log)
     num_eval_rows = len(eval_dataset) if eval_dataset else None
     check_num_rows(arguments, len(train_dataset), num_eval_rows, processes_per_row=size)
-    is_quantized = settings.adapter.finetuning_type == "qlora"
-    model = load_training_model(settings.model, config, arguments, load_in_4bit=is_quantized)
+    model = load_training_model(settings, config, arguments)
     length = settings.data.max_seq_length
     shared = {"sequence_parallel_size": size, "is_packed": is_packed}
     run.log(bind_attention(model, settings.attention, length, **shared))

@@ -23,16 +23,13 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longqlora.cli import run_main
-from longqlora.evaluation.retrieval.grid import grid_cells, grid_table
 from longqlora.evaluation.retrieval.passkey import (
     DESCRIPTION,
     FILLER,
     NEEDLE,
     QUESTION,
+    Passkey,
     PasskeyTemplate,
-    accuracy_cells,
-    answer_trial,
-    make_trials,
 )
 from longqlora.files import atomic_folder, write_json
 from longqlora.inference.load import load_for_inference
@@ -112,12 +109,10 @@ def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     return (nll * weights).sum() / weights.sum()
 
 
-def ask(model_dir: Path) -> list[dict]:
-    """Results of the passkey test at five depths on the saved model, up to twice its context."""
-    loaded = load_for_inference(str(model_dir), dtype=torch.float32)
-    cells = grid_cells([128, 192, CONTEXT, 2 * CONTEXT], [0, 0.25, 0.5, 0.75, 1])
-    trials = make_trials(cells, num_trials=NUM_TEST_TRIALS, seed=TEST_SEED)
-    return [answer_trial(loaded, trial) for trial in tqdm(trials, desc="passkey", unit="trial")]
+def ask(model_dir: Path, test: Passkey) -> dict:
+    """The record of the passkey test on the saved model."""
+    test.use(load_for_inference(str(model_dir), dtype=torch.float32))
+    return test.score([test.ask(trial) for trial in tqdm(test.trials(), desc="passkey", unit="trial")])
 
 
 def parse_args() -> argparse.Namespace:
@@ -171,11 +166,13 @@ def main() -> None:
     figures = train(model, rows, args)
     with atomic_folder(args.output_dir) as folder:
         save_model(model, tokenizer, folder)
-        results = ask(folder)
+        # At five depths, up to twice its context.
+        test = Passkey([128, 192, CONTEXT, 2 * CONTEXT], None, num_trials=NUM_TEST_TRIALS, seed=TEST_SEED)
+        record = ask(folder, test)
         settings = {"context": CONTEXT, "learning_rate": args.learning_rate, "seed": args.seed}
-        test = {"passkey_seed": TEST_SEED, "passkey": accuracy_cells(results)}
-        write_json(folder / RECORD, {**settings, **figures, **test})
-    print(grid_table(test["passkey"], "accuracy"))
+        found = {"passkey_seed": TEST_SEED, "passkey": record["cells"]}
+        write_json(folder / RECORD, {**settings, **figures, **found})
+    print(test.table(record))
     print(f"wrote {args.output_dir}")
 
 

@@ -25,7 +25,7 @@ from trl_step import trl_step
 
 from longqlora.attention.binding import bind_attention
 from longqlora.memory.layer_binding import apply_policy
-from longqlora.memory.policy import CHECKPOINTED, POLICIES, STOCK, ActivationPolicy, own_settings
+from longqlora.memory.policy import CHECKPOINTED, POLICIES, STOCK, ActivationPolicy
 from longqlora.model.adapter import attach_adapter, trainable_table
 from longqlora.model.context import extend_rope
 from longqlora.model.loss_binding import bind_chunked_loss
@@ -36,9 +36,9 @@ def policy_of(args: argparse.Namespace) -> ActivationPolicy:
     """The policy that the flags ask for, as train.py resolves them."""
     names = ("layer_function", "keep_activations", "tile_size", "num_head_chunks", "offload_activations")
     memory = MemoryConfig(memory=args.memory, **{name: getattr(args, name) for name in names})
-    if memory.layer_function is False or not (memory.memory or own_settings(memory)):
+    if memory.layer_function is False or not (memory.memory or memory.parts):
         return CHECKPOINTED if args.gradient_checkpointing else STOCK
-    return replace(POLICIES[memory.memory or "balanced"], **own_settings(memory))
+    return replace(POLICIES[memory.memory or "balanced"], **memory.parts)
 
 
 def build(

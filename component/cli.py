@@ -1,8 +1,4 @@
-"""What command lines share: how bad input ends, what they ask of the machine, the names of dtypes.
-
-if __name__ == "__main__":
-    run_main(main)
-"""
+"""What command lines share: how bad input ends, what they ask of the machine, the names of dtypes."""
 
 import importlib.util
 import os
@@ -19,9 +15,9 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def run_main(main: Callable[[], None]) -> None:
     """Run `main`; turn a user's mistake into one line on stderr and exit code 2.
 
-    `ValueError` and `OSError` are the user's to correct (a bad value, a missing file, a full disk). Any
-    other exception is our defect and keeps its traceback. LONGQLORA_TRACEBACK=1 keeps it always.
-    Under a launcher only rank 0 prints, since every rank meets the same bad input.
+    `ValueError` and `OSError` are the user's to correct (a bad value, a missing file, a full disk). Any other exception
+    is our defect and keeps its traceback. LONGQLORA_TRACEBACK=1 keeps it always. Under a launcher only rank 0 prints,
+    since every rank meets the same bad input.
     """
     try:
         main()

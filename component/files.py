@@ -80,12 +80,15 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | os.PathLike, flag: str = "file") -> Any:
-    """Parse a JSON file; `flag` names the option that gave it, for the error."""
+def read_json(path: str | os.PathLike, flag: str = "file") -> dict[str, Any]:
+    """The JSON object in a file; `flag` names the option that gave it, for the error."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{flag}: {str(path)!r} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{flag}: {str(path)!r} holds no JSON object; give a file that does")
+    return value
 
 
 def decode_utf8(data: bytes, flag: str, path: str) -> str:

@@ -94,18 +94,14 @@ def fault_of_place(path: Path, *, is_folder: bool) -> str | None:
 
 
 def overlaps(output: Path, other: Path) -> bool:
-    """Whether writing `output`, or its temporary file, would touch `other`."""
-    for path in (output, partial_name(output)):
-        for own in spellings(path):
-            if any(own.is_relative_to(found) or found.is_relative_to(own) for found in spellings(other)):
-                return True
-        with suppress(OSError):
-            if os.path.samefile(path, other):
-                return True
-    # Trials and windows that are done are kept there.
-    beside = f".{output.name}."
-    return any(found.name.startswith(beside) and found.parent == spellings(output)[0].parent
-               for found in spellings(other))  # fmt: skip
+    """Whether writing `output`, its temporary file or the trials kept beside it, would touch `other`."""
+    places, found = (output, partial_name(output)), spellings(other)
+    own = [spelling for path in places for spelling in spellings(path)]
+    return (
+        any(a.is_relative_to(b) or b.is_relative_to(a) for a in own for b in found)
+        or any(os.path.exists(path) and os.path.exists(other) and path.samefile(other) for path in places)
+        or any(b.name.startswith(f".{output.name}.") and b.parent == own[0].parent for b in found)
+    )
 
 
 def spellings(path: Path) -> tuple[Path, Path]:
@@ -114,9 +110,7 @@ def spellings(path: Path) -> tuple[Path, Path]:
 
 
 def check_writable(name: str, path: Path) -> None:
-    folder = path.parent
-    while not os.path.lexists(folder):
-        folder = folder.parent
+    folder = next(parent for parent in path.parents if os.path.lexists(parent))
     try:
         with suppress(FileNotFoundError):
             # Its name is the longer one.

@@ -1,7 +1,4 @@
-"""Plots written to image files, without a display: perplexity, loss by position, training loss, lengths.
-
-matplotlib is imported when the first is drawn.
-"""
+"""Plots written to image files, without a display; matplotlib is imported when the first is drawn."""
 
 import math
 import os
@@ -17,20 +14,13 @@ from longqlora.files import atomic_file
 LOG_RATIO = 20
 BINS_PER_DOUBLING = 4
 MAX_COLUMNS = 3
-# Label -> points (window length, perplexity); None and inf are left out.
-PerplexityCurves = Mapping[str, Sequence[tuple[int, float | None]]]
-# Label -> blocks {"start", "end", "loss"} (end exclusive), as evaluation reports them.
-PositionCurves = Mapping[str, Sequence[Mapping]]
 
 
 @contextmanager
 def new_figure(
     path: str | os.PathLike, num_panels: int = 1, *, panel_size: tuple[float, float] = (6.4, 4.2)
 ) -> Iterator[Sequence]:
-    """The axes of panels in rows of three, which are saved as `path` once they are drawn; no display is ever opened.
-
-    panel_size: width and height in inches.
-    """
+    """The axes of panels in rows of three, saved as `path` once they are drawn; `panel_size` is in inches."""
     from matplotlib.figure import Figure
 
     num_columns = min(MAX_COLUMNS, num_panels)
@@ -54,7 +44,8 @@ def mark_lengths(axis, lengths: Sequence[int]) -> None:
     axis.minorticks_off()
 
 
-def draw_perplexity(axis, curves: PerplexityCurves) -> None:
+def draw_perplexity(axis, curves: Mapping[str, Sequence[tuple[int, float | None]]]) -> None:
+    """curves: label -> points (window length, perplexity); None and inf are left out."""
     drawn = []
     for label, points in curves.items():
         finite = sorted((length, value) for length, value in points if value is not None and math.isfinite(value))
@@ -67,7 +58,8 @@ def draw_perplexity(axis, curves: PerplexityCurves) -> None:
     axis.legend()
 
 
-def draw_loss_by_position(axis, curves: PositionCurves) -> None:
+def draw_loss_by_position(axis, curves: Mapping[str, Sequence[Mapping]]) -> None:
+    """curves: label -> blocks {"start", "end", "loss"} (end exclusive), as evaluation reports them."""
     for label, blocks in curves.items():
         finite = [block for block in blocks if block["loss"] is not None and math.isfinite(block["loss"])]
         centers = [(block["start"] + block["end"] - 1) / 2 for block in finite]

@@ -1,7 +1,4 @@
-"""What a run was: its resolved settings, software versions and commit, kept beside its weights.
-
-Later tools read it from the adapter folder instead of asking the user again.
-"""
+"""What a run was: settings, software versions and commit, kept beside its weights for the tools that read them."""
 
 import platform
 import re
@@ -30,10 +27,9 @@ def software_versions() -> dict[str, str]:
 def commit() -> str:
     """Commit of the checkout this file is in, "+dirty" with uncommitted changes, or "unknown"."""
     # No tag is looked for, so the commit itself is the description.
-    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+dirty"]
-    git = ["git", "-C", str(Path(__file__).parent), *describe]
+    git = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+dirty"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.check_output(git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -65,9 +61,9 @@ def read_run_record(folder: str | Path) -> dict | None:
     return None
 
 
-def has_form_of_record(record: object) -> bool:
+def has_form_of_record(record: dict) -> bool:
     """Whether `record` holds what its readers take for granted: settings by section, hashes by key, a count."""
-    arguments = record.get("arguments") if isinstance(record, dict) else None
+    arguments = record.get("arguments")
     if not isinstance(arguments, dict):
         return False
     num_processes = record.get("world_size", 1)

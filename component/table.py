@@ -14,10 +14,7 @@ def grouped(rows: Sequence[Mapping], *names: str) -> dict[tuple, list[Mapping]]:
 
 
 def text_table(header: Sequence[object], rows: Sequence[Sequence], *, digits: int = 2, num_left: int = 1) -> str:
-    """Rows under `header`, two spaces between columns, all but `num_left` of them aligned right.
-
-    Floats get `digits` decimals, None is a dash.
-    """
+    """Rows under `header`, all columns but `num_left` aligned right, floats with `digits` decimals, None as a dash."""
 
     def shown(cell: object) -> str:
         return "-" if cell is None else f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)

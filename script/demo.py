@@ -2,11 +2,9 @@
 
     python script/demo.py [--train_args_file train_args/tiny-llama-pretrain.yaml] [--output_dir output/demo]
 
-Writes Python source of this machine's standard library as training data and unseen validation ids,
-stretches data/tiny-llama from 256 to 1024 tokens with `deepspeed train.py`, measures the base, the
-base with untrained position interpolation, the adapter and two merged models at 256, 512 and 1024
-tokens, and generates once. Ends with a table, a plot and report.json, and fails if the method did not
-do what it claims.
+Trains on Python source of this machine's standard library: stretches data/tiny-llama from 256 to 1024 tokens with
+`deepspeed train.py`, measures the base, the base with untrained position interpolation, the adapter and two merged
+models on unseen source, and generates once. Ends with a table, two plots and report.json; fails if a claim fails.
 """
 
 import argparse
@@ -98,12 +96,6 @@ def check(report: dict) -> list[str]:
     return [claim for claim, holds in claims.items() if not holds]
 
 
-def table(report: dict) -> str:
-    rows = [[name, *row.values(), report["loss_beyond_256"][name]] for name, row in report["perplexity"].items()]
-    formats = ("", *[".2f"] * len(LENGTHS), ".3f")
-    return tabulate(rows, ["perplexity", *LENGTHS, "loss past 256"], tablefmt="plain", floatfmt=formats)
-
-
 def main() -> None:
     args = parse_args()
     started, steps, out = time.monotonic(), Steps(), args.output_dir.resolve()
@@ -164,19 +156,21 @@ def main() -> None:
         "total_seconds": round(time.monotonic() - started, 1),
     }
     write_json(out / "report.json", report)
+    perplexity = report["perplexity"].items()
     with new_figure(out / "perplexity.png") as (axis,):
-        rows = report["perplexity"].items()
-        draw_perplexity(axis, {name: list(zip(LENGTHS, row.values(), strict=True)) for name, row in rows})
+        draw_perplexity(axis, {name: list(zip(LENGTHS, row.values(), strict=True)) for name, row in perplexity})
     with new_figure(out / "position.png") as (axis,):
         draw_loss_by_position(axis, {name: result["loss_by_position"] for name, result in longest.items()})
 
-    print(f"\n{table(report)}\n\n{longest['adapter']['protocol']}\n")
+    rows = [[name, *row.values(), report["loss_beyond_256"][name]] for name, row in perplexity]
+    formats = ("", *[".2f"] * len(LENGTHS), ".3f")
+    table = tabulate(rows, ["perplexity", *LENGTHS, "loss past 256"], tablefmt="plain", floatfmt=formats)
+    print(f"\n{table}\n\n{longest['adapter']['protocol']}\n")
     print(f"merging changed the loss by {report['merge_difference_nf4']:.1e} (NF4 weights) and "
                f"{report['merge_difference_16bit']:.1e} (16-bit weights: the adapter never saw these)")  # fmt: skip
     print(f"seconds: {json.dumps(steps.seconds)}, {report['total_seconds']} in all")
     print(f"wrote {out / 'report.json'}, perplexity.png and position.png")
-    failed = check(report)
-    if failed:
+    if failed := check(report):
         raise ValueError(f"the demo did not reach: {'; '.join(failed)}")
 
 

@@ -4,9 +4,9 @@
     python script/plan_memory.py --train_args_file F --seq 8192 32768 131072 --output_file plan.json [--key value ...]
 
 Reads the YAML and the model's config.json alone: no weights, no data. `--key value` overrides a setting as in
-train.py. Every line is the peak of GPU memory in GiB at each length, the longest length that fits and the host
-memory that it needs, and the time of a step against one that keeps everything; below it stand the settings that
-ask for the fastest set that fits each length.
+train.py; gpu_memory is by default that of this machine's GPU, or 32GiB without one. Every line is the peak of GPU
+memory in GiB at each length, the longest length that fits and the host memory that it needs, and the time of a step
+against one that keeps everything; below it stand the settings that ask for the fastest set that fits each length.
 """
 
 import argparse
@@ -16,17 +16,12 @@ from pathlib import Path
 
 from longqlora.cli import run_main
 
-DEFAULT_MEMORY = "32GiB"
-
 
 def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--train_args_file", required=True, help="YAML with the settings of the run")
-    parser.add_argument(
-        "--gpu_memory", help=f"memory of the GPU (default: that of this machine, else {DEFAULT_MEMORY})"
-    )
     parser.add_argument("--num_gpus", type=int, default=1, help="GPUs of the run, for sequence_parallel_size and ZeRO "
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--seq", type=int, nargs="+", help="lengths in tokens (default: max_seq_length, x2, x4, x8)")
@@ -45,7 +40,6 @@ def main() -> None:
 
     import torch
 
-    from longqlora.device import parse_size
     from longqlora.files import write_json
     from longqlora.memory.plan import MemoryPlan
     from longqlora.model.base import load_config
@@ -56,10 +50,8 @@ def main() -> None:
     model, data = settings.model, settings.data
     inputs = {"model_name_or_path": model.model_name_or_path, "--train_args_file": args.train_args_file}
     check_results(args, inputs | data.files)
-    if args.gpu_memory:
-        parse_size(args.gpu_memory, "--gpu_memory")
-    default = str(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else DEFAULT_MEMORY
-    memory = replace(settings.memory, gpu_memory=args.gpu_memory or settings.memory.gpu_memory or default)
+    default = str(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else "32GiB"
+    memory = replace(settings.memory, gpu_memory=settings.memory.gpu_memory or default)
     config = load_config(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
     lengths = args.seq or [data.max_seq_length * factor for factor in (1, 2, 4, 8)]
     table = MemoryPlan.of(replace(settings, memory=memory), config).table(sorted(set(lengths)))

@@ -2,10 +2,9 @@
 
 import copy
 import functools
+import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +37,18 @@ def sentences(num_words: int, seed: int = 0) -> str:
         state = (state * 1103515245 + 12345) % 2**31
         out.append(WORDS[(state >> 8) % len(WORDS)])
     return " ".join(out)
+
+
+def pytest_runtest_setup(item) -> None:
+    import torch
+
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch.cuda.is_available() is false")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -162,30 +173,12 @@ def write_yaml(write_yaml_in, tmp_path):
     return functools.partial(write_yaml_in, tmp_path)
 
 
-def run_script(script: str, *args, cwd=None, input="", timeout=120, env=None, check=False):
-    """Run a script of the repository in a process of its own, quietly, on one thread.
+@pytest.fixture(scope="session")
+def run_script():
+    """`script_process.run_script`: a script to its end in a process of its own."""
+    import script_process
 
-    The process is forked, unless `env` asks for variables that imports may read, or there is a GPU.
-    """
-    import torch
-    from script_process import run_forked
-
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    words = [str(REPO / script), *map(str, args)]
-    options = {"cwd": cwd, "input": input, "timeout": timeout}
-    if env or torch.cuda.is_available():
-        options |= {"capture_output": True, "text": True, "env": {**os.environ, **quiet, **(env or {})}}
-        outcome = subprocess.run([sys.executable, *words], **options)
-    else:
-        outcome = run_forked(words, **options, environment={**os.environ, **quiet})
-    said = f"{outcome.stdout[-3000:]}\n{outcome.stderr[-3000:]}"
-    assert not check or outcome.returncode == 0, f"{script} ended with {outcome.returncode}\n{said}"
-    return outcome
-
-
-@pytest.fixture(scope="session", name="run_script")
-def run_script_fixture():
-    return run_script
+    return script_process.run_script
 
 
 @pytest.fixture
@@ -193,7 +186,11 @@ def run_in_process(monkeypatch, capsys):
     """run_in_process("script/x.py", *arguments): the script's main in this process: exit code, stdout, stderr."""
     from rigged_model import load_script, run_main_of
 
-    return lambda script, *arguments: run_main_of(load_script(script), arguments, monkeypatch, capsys)
+    def run(script, *arguments, input=""):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
+        return run_main_of(load_script(script), arguments, monkeypatch, capsys)
+
+    return run
 
 
 @pytest.fixture

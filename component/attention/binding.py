@@ -49,17 +49,15 @@ def bind_attention(
     (sliding-window layers, an odd number of heads, a model that bypasses AttentionInterface) or differs from it.
     """
     size, group_size, description = sequence_parallel_size, None, "full causal attention"
+    check_attention(model, config, max_seq_length, size)
     if config.attention == "dca":
         return bind_inference_attention(model, is_packed=is_packed)
     kernel, package = (flash_kernel(), "flash-attn") if config.use_flash_attn else (causal_attention, "SDPA")
     if config.attention == "full" and size == 1:
         bind_full_attention(model, is_packed=is_packed, use_flash_attn=config.use_flash_attn)
         return f"{description} ({package})"
-    if config.attention == "full":
-        check_model_supports(model, "sequence parallelism", fix="leave out sequence_parallel_size")
-    else:
+    if config.attention == "s2":
         group_size = config.group_size(max_seq_length)
-        check_model_supports_shift_short(model, group_size)
         description = f"S2-Attn, groups of {group_size} tokens, no wrap-around"
     # How groups are cut and rows shared by processes is the same for every model type, and not tried.
     in_one_group = partial(shift_short_forward, group_size=PROOF_GROUP_SIZE, kernel=causal_attention)
@@ -192,10 +190,17 @@ def call_attention(module: torch.nn.Module, attention_mask, query, key, value, *
     return function(module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **kwargs)[0]
 
 
-def check_model_supports_shift_short(model: PreTrainedModel, group_size: int) -> None:
-    """Raise ValueError where S2-Attn is not defined for `model`."""
-    check_model_supports(model, "S2-Attn")
-    check_shift_short(model.config.num_attention_heads, group_size)
+def check_attention(
+    model: PreTrainedModel, config: AttentionConfig, max_seq_length: int, sequence_parallel_size: int
+) -> None:
+    """Raise ValueError where the attention of `config` is not defined for `model`, of which only the config is read."""
+    if config.attention == "dca":
+        check_model_supports(model, "dual chunk attention")
+    elif config.attention == "s2":
+        check_model_supports(model, "S2-Attn")
+        check_shift_short(model.config.num_attention_heads, config.group_size(max_seq_length))
+    elif sequence_parallel_size > 1:
+        check_model_supports(model, "sequence parallelism", fix="leave out sequence_parallel_size")
 
 
 def check_model_supports(model: PreTrainedModel, method: str, *, fix: str = "use attention: full") -> None:
@@ -211,10 +216,8 @@ def check_model_supports(model: PreTrainedModel, method: str, *, fix: str = "use
 
 
 def has_sliding_window(config: PretrainedConfig) -> bool:
-    layer_types = getattr(config, "layer_types", None) or []
-    return any("sliding" in kind for kind in layer_types) or (
-        not layer_types and getattr(config, "sliding_window", None) is not None
-    )
+    kinds = getattr(config, "layer_types", None)
+    return any("sliding" in kind for kind in kinds) if kinds else getattr(config, "sliding_window", None) is not None
 
 
 def flash_kernel() -> AttentionKernel:

@@ -12,9 +12,8 @@ section 3 of the paper counts one less at the upper end). Each of the three is a
 log-sum-exp: memory is linear in the length, gradients are exact, and a key/value cache holds each key once. Query and
 key come rotated by RoPE at position mod s; the other two queries are that query rotated further.
 
-Dimensions: B batch, H query heads, K key/value heads (K divides H), Q queries, S keys, D head dim, R frequencies.
-
 Pure maths: knows nothing of Hugging Face.
+Dimensions: B batch, H query heads, K key/value heads (K divides H), Q queries, S keys, D head dim, R frequencies.
 """
 
 import math
@@ -141,10 +140,8 @@ def chunk_rotation(
 ) -> QueryRotation:
     """From the positions offset, ..., offset + num_rows - 1 in a chunk to those towards `keys` (previous, earlier)."""
     positions = torch.arange(offset, offset + num_rows, device=inv_freq.device)
-    targets = torch.full_like(positions, sizes.inter_position)
-    if keys == "previous":
-        targets = (positions + sizes.stride).clamp_max(sizes.chunk_size)
-    return query_rotation(targets - positions, inv_freq.detach(), layout, dtype)
+    targets = (positions + sizes.stride).clamp_max(sizes.chunk_size) if keys == "previous" else sizes.inter_position
+    return query_rotation(targets - positions, inv_freq.detach(), dtype, layout)
 
 
 def attention_mscale(num_tokens: int, pretraining_length: int) -> float:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from longqlora.attention.dual_chunk import DualChunkSizes, attention_mscale, dual_chunk_attention
 from longqlora.attention.model_internals import attention_layers, rotary_embedding
-from longqlora.attention.rotation import LLAMA_LAYOUT, RotaryLayout, rotate
+from longqlora.attention.rotation import LLAMA_LAYOUT, RotaryLayout, query_rotation
 from longqlora.attention.sdpa import causal_attention
 from longqlora.attention.shift_short_binding import segment_ids_of_rows
 
@@ -85,9 +85,8 @@ def number_real_tokens(module: torch.nn.Module, args: tuple, kwargs: dict) -> tu
     """
     mask = kwargs.get("attention_mask")
     if kwargs.get("position_ids") is None and mask is not None and mask.ndim == 2 and not bool(mask.all()):
-        inputs = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs.get("input_ids")
-        num_queries = (args[0] if inputs is None else inputs).shape[1]
-        kwargs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -num_queries:]
+        inputs = next(x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if x is not None)
+        kwargs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -inputs.shape[1] :]
     return args, kwargs
 
 
@@ -122,11 +121,11 @@ def layout_between(query, shifted, shift: int, inv_freq: torch.Tensor) -> Rotary
     rest, tolerance = query.shape[-1] - 2 * len(inv_freq), 1e-3 * float(query.abs().max())
     if torch.allclose(query, shifted, rtol=0, atol=tolerance):
         return None
-    for start in sorted({0, rest}) if rest >= 0 else ():
-        for layout in (RotaryLayout(start, is_interleaved) for is_interleaved in (False, True)):
-            rotated = rotate(query, torch.full((query.shape[2],), shift), inv_freq, layout)
-            if torch.allclose(rotated, shifted, rtol=0, atol=tolerance):
-                return layout
+    positions, starts = torch.full((query.shape[2],), shift), sorted({0, rest}) if rest >= 0 else []
+    for layout in (RotaryLayout(start, is_interleaved) for start in starts for is_interleaved in (False, True)):
+        rotated = query_rotation(positions, inv_freq, query.dtype, layout).rotate(query)
+        if torch.allclose(rotated, shifted, rtol=0, atol=tolerance):
+            return layout
     raise ValueError("positions enter its attention in another way than by RoPE alone")
 
 

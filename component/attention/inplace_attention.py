@@ -3,10 +3,8 @@
 For a backward pass that need not run attention again (memory/layer_function.py). Gradients overwrite the queries, keys
 and values that they belong to: the backward pass holds 3/4 of one [B, S, H, D] tensor more than the forward pass.
 
+Pure maths: knows nothing of Hugging Face. Tensors are laid out as the projections give them: [B, S, H, D].
 Dimensions: B batch, S sequence, H query heads, K key/value heads (K divides H), D head dim, G group size, N groups.
-Tensors are laid out as the projections give them: [B, S, H, D].
-
-Pure maths: knows nothing of Hugging Face.
 """
 
 from itertools import pairwise

@@ -1,15 +1,11 @@
 """Exact attention merged from ranges of keys: each range by a fast kernel, the results by their log-sum-exp.
 
-    causal_attention_with_past(query, key, value)      # the last Q of S positions, without a mask
-    merged_attention(query, key, value, blocks, scaling=...)
-
 A `QueryBlock` is a range of query rows with the key ranges that they see, each whole or under a causal mask, and
 possibly through rotated queries (dual chunk attention). Memory is linear in the length, forward and backward: only the
 inputs, the output and one log-sum-exp per row are kept for the backward pass, whatever the number of key ranges.
 
-Dimensions: B batch, H query heads, K key/value heads (K divides H), Q queries, S keys, D head dim, N chunks.
-
 Pure maths: knows nothing of Hugging Face.
+Dimensions: B batch, H query heads, K key/value heads (K divides H), Q queries, S keys, D head dim, N chunks.
 """
 
 from collections.abc import Sequence

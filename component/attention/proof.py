@@ -67,23 +67,6 @@ def prove_attention(
         check_equal(pairs)
 
 
-def prove_training(
-    model: PreTrainedModel, method: str, bind: Bind, *, fix: str, prepare: Callable | None
-) -> torch.nn.Module:
-    """A copy of the first two layers, bound; raises ValueError unless its logits and gradients are the stock ones.
-
-    prepare: makes of the copy what is trained (attaches an adapter, say); method and fix as in `prove_attention`.
-    """
-    small, inputs = tiny_copy(model, num_layers=2), trial_inputs()
-    small.set_attn_implementation("sdpa")
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), refusing(model, method, fix):
-        small = (prepare(small) if prepare else small).train()
-        expected = outputs_and_gradients(small, **inputs)
-        bind(small)
-        check_equal(zip(outputs_and_gradients(small, **inputs), expected, strict=True))
-    return small
-
-
 @contextmanager
 def refusing(model: PreTrainedModel, method: str, fix: str) -> Iterator[None]:
     """Turn what goes wrong within into one ValueError that names model type, method and fix."""
@@ -170,9 +153,7 @@ def shrink(config: PretrainedConfig) -> None:
         config.mamba_n_heads = config.mamba_expand * config.hidden_size // config.mamba_d_head
     for name, largest in LARGEST.items():
         value = getattr(config, name, None)
-        if isinstance(value, int) and value > largest:
-            setattr(config, name, largest)
-        elif isinstance(value, list) and name.endswith("_token_id"):
+        if (isinstance(value, int) and value > largest) or (isinstance(value, list) and name.endswith("_token_id")):
             setattr(config, name, largest)
 
 

@@ -1,15 +1,12 @@
 """Rotation of queries by further positions, after RoPE has rotated them; RoPE's pairs may lie in any known layout.
 
-Dimensions: Q queries, D head dim, R frequencies (2 R <= D; dimensions in no pair pass through).
-
-Pure maths: knows nothing of Hugging Face.
+Pure maths: knows nothing of Hugging Face. Dimensions: Q queries, D head dim, R frequencies (2 R <= D; the rest of a
+head passes through).
 """
 
 from dataclasses import dataclass
 
 import torch
-
-from longqlora.attention.sdpa import sum_dtype
 
 
 @dataclass(frozen=True)
@@ -52,18 +49,8 @@ class QueryRotation:
 
 
 def query_rotation(
-    delta_positions: torch.Tensor, inv_freq: torch.Tensor, layout: RotaryLayout, dtype: torch.dtype
+    delta_positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype, layout: RotaryLayout = LLAMA_LAYOUT
 ) -> QueryRotation:
     """Rotation by `delta_positions` [Q]; inv_freq [R] in radians per position; angles are in `dtype`."""
     angles = torch.outer(delta_positions.to(inv_freq.device, dtype), inv_freq.to(dtype))
     return QueryRotation(angles.cos(), angles.sin(), layout)
-
-
-def rotate(
-    query: torch.Tensor, delta_positions: torch.Tensor, inv_freq: torch.Tensor, layout: RotaryLayout = LLAMA_LAYOUT
-) -> torch.Tensor:
-    """Rotate queries [..., Q, D], which RoPE has rotated, by `delta_positions` [Q] further; inv_freq [R].
-
-    Angles are in fp32 (fp64 for fp64 queries), the result in the dtype of query.
-    """
-    return query_rotation(delta_positions, inv_freq, layout, sum_dtype(query)).rotate(query)

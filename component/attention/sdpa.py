@@ -1,16 +1,12 @@
 """torch's attention kernels: causal attention through SDPA, and the kernels below it that return the log-sum-exp.
 
-    causal_attention(query, key, value)                                      # one differentiable call
-    output, lse = attend(query, key, value, is_causal=True, scaling=0.125)   # and attend_backward
-
 SDPA does not return the log-sum-exp, so `attend` calls its kernels by their operator names: flash on a CPU, flash on
 CUDA (Ampere or later, 16 bit), memory-efficient on CUDA (V100, fp32), and plain torch in blocks of rows everywhere
 else. The backward kernels recompute the probabilities as exp(score - lse): given the output and log-sum-exp of a row
 over *all* its keys, they return the exact gradients for the range of keys that they are called with (merged.py).
 
-Dimensions: B batch, H query heads, K key/value heads (K divides H), Q queries, S keys, D head dim.
-
 Pure maths: knows nothing of Hugging Face.
+Dimensions: B batch, H query heads, K key/value heads (K divides H), Q queries, S keys, D head dim.
 """
 
 import math
@@ -100,10 +96,7 @@ def attend(query, key, value, *, is_causal: bool, scaling: float) -> tuple[torch
 def attend_backward(
     gradient, query, key, value, output, lse, *, is_causal: bool, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value, given those of the output [B, H, Q, D].
-
-    output and lse [B, H, Q] are those of whole rows, which may attend to other keys as well.
-    """
+    """Gradients of query, key and value for that of the output [B, H, Q, D]; output and lse are those of whole rows."""
     kernel, num_queries, num_kv_heads = choose_kernel(query, value), query.shape[2], key.shape[1]
     layout, head_dims = head_layout(kernel, query, key, is_causal=is_causal), [x.shape[-1] for x in (query, key, value)]
     if layout == "fold":

@@ -2,9 +2,7 @@
 
 Tokens attend within equal ids only. Where the tokens of each id are adjacent, lengths say as much as a mask.
 
-Dimensions: B batch, S sequence.
-
-Pure maths: knows nothing of Hugging Face.
+Pure maths: knows nothing of Hugging Face. Dimensions: B batch, S sequence.
 """
 
 from functools import lru_cache
@@ -42,8 +40,7 @@ def segment_lengths(segment_ids: torch.Tensor) -> SegmentLengths | None:
 def segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
     """Bool mask [B, 1, S, S]: causal and within a segment.
 
-    Padding sees padding, so that no row of the softmax is empty (an empty row is NaN, and its gradient reaches
-    real tokens).
+    Padding sees padding: an empty row of the softmax would be NaN, and its gradient reaches real tokens.
     """
     positions = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     same = segment_ids[:, :, None] == segment_ids[:, None, :]

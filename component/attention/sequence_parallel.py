@@ -1,7 +1,5 @@
 """Sequence parallelism: several GPUs share each row, through DeepSpeed's Ulysses.
 
-    deepspeed --num_gpus 2 train.py --train_args_file F --sequence_parallel_size 2
-
 Between the layers a process holds its part of the row's tokens; for attention an all-to-all gives it all tokens of
 its part of the heads (DeepSpeed-Ulysses, arXiv 2309.14509; ALST, arXiv 2506.13996). Which heads S2-Attn shifts depends
 on a head's place among ALL heads, and packed documents are told apart by their positions, since no process has the

@@ -8,9 +8,8 @@ lets the first tokens see the last).
 Every group is plain causal attention on a view, without a mask; packed documents end groups early. The views come from
 `split`, whose backward is one concatenation; slices would each fill a gradient of full length.
 
-Dimensions: B batch, H query heads, K key/value heads (K divides H), S sequence, D head dim, G group size, N groups.
-
 Pure maths: knows nothing of Hugging Face.
+Dimensions: B batch, H query heads, K key/value heads (K divides H), S sequence, D head dim, G group size, N groups.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,10 +26,8 @@ def shift_short_attention(
 ) -> torch.Tensor:
     """Shift-short attention over any sequence length.
 
-    query [B, H, S, D]; key and value [B, K, S, D]; any float dtype.
-    group_size: tokens per group, even; the last group may be shorter.
-    num_shifted: how many heads, the last ones, have shifted groups; None for half of them. Other numbers are
-        for calls with some of a layer's heads.
+    query [B, H, S, D]; key and value [B, K, S, D]; group_size: tokens per group, even; the last group may be shorter.
+    num_shifted: how many heads, the last ones, are shifted: half by default, another number for part of a layer.
     segment_ids and options (kernel, scaling, dropout): as in `grouped_attention`.
     Returns [B, H, S, D], laid out in memory as [B, S, H, D].
     Raises ValueError for an odd number of query heads or an odd or non-positive group size.

@@ -39,11 +39,7 @@ def shift_short_forward(
 def dense_forward(
     module, query, key, value, attention_mask, *, dropout=0.0, scaling=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
-    """Attention function of transformers' interface: dense causal attention.
-
-    query [B, H, Q, D]; key and value [B, K, S, D]; attention_mask as `segment_mask_function` makes it.
-    Returns ([B, Q, H, D], None).
-    """
+    """Attention function of transformers' interface: dense, else as `shift_short_forward`, for Q queries of S keys."""
     options = {"scaling": scaling, "dropout": dropout}
     if attention_mask is not None and attention_mask.ndim == 2:
         return grouped_attention(query, key, value, [query.shape[2]], segment_ids=attention_mask, **options), None

@@ -79,9 +79,7 @@ def build_datasets(
     return built["train_file"], built.get("eval_file")
 
 
-def build_dataset(
-    tokenizer: Any, config: DataConfig, *, flag: str = "train_file"
-) -> tuple[datasets.Dataset, DataReport]:
+def build_dataset(tokenizer: Any, config: DataConfig, flag: str = "train_file") -> tuple[datasets.Dataset, DataReport]:
     """Rows of the file of key `flag`: columns input_ids, labels and, where `config.pack`, position_ids (int32 lists).
 
     The first process of each node tokenises; the others wait for its cache. A damaged cache is built again, with a
@@ -139,9 +137,7 @@ def build_rows(
         cached=(folder / REPORT_NAME).exists(),
     )
     if not len(lengths):
-        raise ValueError(
-            f"{flag}: no row is left to train on ({report.summary()}); raise max_seq_length or correct the file"
-        )
+        raise ValueError(f"{flag}: no row is left ({report.summary()}); raise max_seq_length or correct the file")
     if config.pack:
         # In one process: it only copies, and others would have to be sent all ids.
         rows = cached_map(
@@ -266,12 +262,7 @@ def cache_folder(path: Path, tokenizer: Any, config: DataConfig) -> Path:
     }
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:24]
     root = Path(os.path.expanduser(config.data_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "longqlora"))
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"data_cache_dir: no folder can be made at {str(root)!r} ({error.strerror}); give one that can be written"
-        ) from None
+    root.mkdir(parents=True, exist_ok=True)
     return root / f"{path.stem[:80]}-{key}"
 
 

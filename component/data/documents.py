@@ -1,7 +1,5 @@
 """A document as text: PDF by PDFium, EPUB and HTML by markitdown's converters, Markdown and other text as it stands.
 
-    text = read_document("paper.pdf")
-
 Nothing is fetched: a converter gets the bytes of the file, and links and images are left out of the text. The packages
 are optional (`pip install -e .[web]`) and imported only when such a file is read.
 """

@@ -1,7 +1,5 @@
 """The rows of jsonl files: every error names the key, the file, the line, and the fix.
 
-    for number, row in read_rows(file, path, flag="--data_path"): ...
-
 A row is read whole or refused: a key that carries text and is not read ends the run (`check_unread`).
 """
 
@@ -103,9 +101,7 @@ def text_of_row(row: dict[str, Any]) -> str:
     if "text" not in row:
         keys = found_keys(row)
         if is_sft_row(row):
-            raise ValueError(
-                f'no key "text" but those of an SFT file ({keys}); set sft: true or give a pretraining file'
-            )
+            raise ValueError(f'no key "text" but those of an SFT file ({keys}); set sft: true or give pretraining rows')
         raise ValueError(f'no key "text" (found {keys}); give {{"text": ...}}')
     text = checked_text(row["text"], '"text"')
     check_unread(row, ("text",))

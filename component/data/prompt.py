@@ -1,13 +1,12 @@
 """Prompt templates: the one place that turns a conversation into token ids, for training and inference.
 
-A prompt and the answer to it are always encoded apart, so the ids that a model sees before its first
-answer token are the same ids in a training row and at inference, whatever the answer is.
+A prompt and the answer to it are always encoded apart, so the ids that a model sees before its first answer token are
+the same ids in a training row and at inference, whatever the answer is.
 """
 
 import inspect
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
@@ -21,8 +20,7 @@ DEFAULT_SYSTEM = (
 )
 
 
-@dataclass(frozen=True)
-class TurnTemplate:
+class TurnTemplate(NamedTuple):
     """A template of plain text: `{system}{separator}USER: {user}{separator}ASSISTANT: {answer}</s>USER: ...`.
 
     lead_in_prompt: whether the space before the answer belongs to the prompt or to the answer.
@@ -54,9 +52,7 @@ def prompt_template_for(tokenizer: Any, requested: str | None) -> str:
     if requested not in PROMPT_TEMPLATES:
         raise ValueError(f"prompt_template: unknown template {requested!r}; use one of {', '.join(PROMPT_TEMPLATES)}")
     if requested == CHAT_TEMPLATE and not has_chat_template:
-        raise ValueError(
-            f"prompt_template: the tokenizer has no chat template of its own; use {DEFAULT_PROMPT_TEMPLATE!r}"
-        )
+        raise ValueError(f"prompt_template: the tokenizer has no chat template; use {DEFAULT_PROMPT_TEMPLATE!r}")
     return requested
 
 
@@ -117,9 +113,7 @@ def check_messages(messages: Any, *, last_role: str) -> None:
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or turns != [("user", "assistant")[position % 2] for position in range(len(turns))]:
-        raise ValueError(
-            f"the roles are {', '.join(roles)}; give an optional system message, then user and assistant in turn"
-        )
+        raise ValueError(f"the roles are {', '.join(roles)}; give user and assistant in turn, after at most one system")
     if roles[-1] != last_role:
         fix = "add the answer or remove the last message" if last_role == "assistant" else "remove the last message"
         raise ValueError(f"the conversation ends with {roles[-1]!r}, not {last_role!r}; {fix}")
@@ -164,17 +158,13 @@ def encode_turns(tokenizer: Any, messages: list[dict], template: TurnTemplate) -
             prompt = encode_text(tokenizer, f"{opening}USER: {content}{assistant}")
             ids, labels, opening = ids + prompt, labels + [IGNORE_INDEX] * len(prompt), ""
         elif message["role"] == "assistant":
-            answer = [*encode_answer(tokenizer, content, template), eos]
-            ids, labels = ids + answer, labels + answer
+            if template.lead_in_prompt:
+                answer = encode_text(tokenizer, content)
+            else:
+                # After the prompt's last character, so that " Yes" is the one token a model writes after "ASSISTANT:".
+                answer = encode_after(tokenizer, ":", f" {content}")
+            ids, labels = [*ids, *answer, eos], [*labels, *answer, eos]
     return ids, labels
-
-
-def encode_answer(tokenizer: Any, answer: str, template: TurnTemplate) -> list[int]:
-    """Ids of an answer as they follow the prompt."""
-    if template.lead_in_prompt:
-        return encode_text(tokenizer, answer)
-    # After the prompt's last character, so that " Yes" is the one token that a model writes after "ASSISTANT:".
-    return encode_after(tokenizer, ":", f" {answer}")
 
 
 def apply_chat_template(tokenizer: Any, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:

@@ -24,13 +24,6 @@ SCAN_TOKENS = 2**22
 DTYPE_PROBE_TOKENS = 64
 
 
-def dtype_for_vocab(vocab_size: int) -> str:
-    """The smallest dtype name that holds the ids 0 .. vocab_size - 1."""
-    if not 1 <= vocab_size <= 2**32:
-        raise ValueError(f"vocab_size {vocab_size} is outside 1 .. 2**32")
-    return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
 def sidecar_path(path: str | os.PathLike) -> Path:
     return Path(f"{Path(path)}.json")
 
@@ -88,11 +81,9 @@ def open_token_file(path: str | os.PathLike, *, dtype: str | None = None, flag: 
     if num_bytes % id_bytes:
         raise ValueError(f"{place} has {num_bytes} bytes, no multiple of {id_bytes}: not a {name} file, or cut off")
     tokens = np.memmap(path, dtype=ID_DTYPES[name], mode="r")
-    if sidecar and len(tokens) != sidecar["num_tokens"]:
-        raise ValueError(
-            f"{place} holds {len(tokens)} {name} tokens, but its sidecar says {sidecar['num_tokens']}; the file is cut "
-            "off or not the one that was described"
-        )
+    if sidecar and len(tokens) != sidecar.get("num_tokens"):
+        found = f"holds {len(tokens)} {name} tokens, but its sidecar says {sidecar.get('num_tokens')!r}"
+        raise ValueError(f"{place} {found}; the file is cut off or not the one that was described")
     if sidecar is None and dtype is None:
         probe = tokens[1::2][:DTYPE_PROBE_TOKENS]
         if len(probe) == DTYPE_PROBE_TOKENS and not probe.any() and tokens[0::2][:DTYPE_PROBE_TOKENS].any():
@@ -106,13 +97,9 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     if not location.is_file():
         return None
     sidecar = read_json(location, "sidecar")
-    if not isinstance(sidecar, dict):
-        raise ValueError(f"sidecar {str(location)!r} is not a JSON object")
-    dtype, num_tokens = sidecar.get("dtype"), sidecar.get("num_tokens")
+    dtype = sidecar.get("dtype")
     if dtype not in ID_DTYPES:
         raise ValueError(f"sidecar {str(location)!r}: dtype {dtype!r} is not one of {', '.join(ID_DTYPES)}")
-    if type(num_tokens) is not int:
-        raise ValueError(f"sidecar {str(location)!r}: num_tokens {num_tokens!r} is not a whole number")
     return sidecar
 
 
@@ -130,7 +117,7 @@ def write_token_file(
     bos_token_id, eos_token_id: put before / after each document when not None. Both files appear when all is written.
     Raises ValueError for an id outside the vocabulary, and when there is no token to write.
     """
-    path, dtype = Path(path), dtype_for_vocab(vocab_size)
+    path, dtype = Path(path), "uint16" if vocab_size <= 2**16 else "uint32"
     prefix, suffix = ([] if token is None else [token] for token in (bos_token_id, eos_token_id))
     lengths: list[int] = []
     digest = hashlib.sha256()

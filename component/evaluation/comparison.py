@@ -1,8 +1,5 @@
 """Compare context methods on one base model: every method at every length, by perplexity or passkey accuracy.
 
-    comparison = read_comparison("script/evaluate/compare.yaml", {})
-    run_task(comparison, comparison.make_trials(), args, name="", fingerprint={}, facts={})
-
 A method is a few settings: how RoPE is scaled, which attention reads, or which adapter was trained. The base model is
 loaded once; RoPE and attention are changed in place. A trial is a batch of windows or a passkey prompt of one method,
 so a comparison that was killed goes on within a cell, and torchrun splits it.
@@ -22,18 +19,18 @@ from longqlora.data.token_file import open_token_file, sidecar_path
 from longqlora.evaluation.frame import Task, from_flags
 from longqlora.evaluation.perplexity import PROTOCOLS
 from longqlora.evaluation.perplexity_task import TokenScorer, Windows
-from longqlora.evaluation.retrieval.grid import even_depths, grid_cells, plot_heatmap
-from longqlora.evaluation.retrieval.passkey import accuracy_cells, answer_trial, make_trials
+from longqlora.evaluation.retrieval.grid import plot_heatmap
+from longqlora.evaluation.retrieval.passkey import Passkey, accuracy_cells
 from longqlora.inference.load import LoadedModel, folder_state, load_for_inference, set_context
 from longqlora.model.context import context_length, resolve_config
 from longqlora.model.context_request import ATTENTIONS, ContextRequest
 from longqlora.plot import draw_perplexity, new_figure
-from longqlora.settings.reader import input_path, read_yaml
-from longqlora.settings.values import coerce
+from longqlora.settings.reader import coerce, input_path, read_yaml
 from longqlora.table import grouped, text_table
 
-MEASURES = ("perplexity", "passkey")
-CHOICES = {"measure": MEASURES, "protocol": PROTOCOLS, "dtype": ("auto", *DTYPES), "attention": ATTENTIONS}
+CHOICES = {
+    "measure": ("perplexity", "passkey"), "protocol": PROTOCOLS, "dtype": ("auto", *DTYPES), "attention": ATTENTIONS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,7 @@ class Method(ContextRequest):
 
 @dataclass
 class Comparison(Task):
-    """Every method at every length; the fields are the keys of the YAML, with lengths, strides and windows in tokens.
-
-    One model is in memory at a time; its context is changed in place.
-    """
+    """Every method at every length; the fields are the keys of the YAML; lengths, strides and windows in tokens."""
 
     base_model: str
     lengths: list
@@ -117,8 +111,8 @@ class Comparison(Task):
             self.windows = from_flags(Windows, self, data=open_token_file(self.data_path, flag="data_path"))
             trials = [trial for length in self.lengths for trial in self.windows.trials(length)]
         else:
-            options = {"num_trials": self.num_trials, "num_digits": self.num_digits, "seed": self.seed}
-            trials = make_trials(grid_cells(self.lengths, even_depths(self.num_depths)), **options)
+            self.passkey = from_flags(Passkey, self, depths=None)
+            trials = self.passkey.trials()
         self.models = {name: {length: self.describe(name, length) for length in self.lengths} for name in self.methods}
         common = {name: str(value) for name, value in asdict(self).items() if name not in ("lengths", "methods")}
         self.settings = {"settings": common, "base_model": folder_state(self.base_model), "torch": torch.__version__}
@@ -131,7 +125,10 @@ class Comparison(Task):
     def ask(self, trial: Mapping) -> dict:
         trial = {name: value for name, value in trial.items() if name != "settings"}
         loaded = self.model(trial["method"], trial["length"])
-        return self.windows.ask(self.scorer, trial) if self.windows else answer_trial(loaded, trial)
+        if self.windows:
+            return self.windows.ask(self.scorer, trial)
+        self.passkey.use(loaded)
+        return self.passkey.ask(trial)
 
     def model(self, name: str, length: int) -> LoadedModel:
         """The model of the method `name`, set up for `length` tokens; loads weights only for another adapter."""
@@ -177,9 +174,8 @@ class Comparison(Task):
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
         if self.windows:
-            curves = {name: self.curve(cells).items() for name, cells in record["results"].items()}
             with new_figure(path) as (axis,):
-                draw_perplexity(axis, {name: sorted(curve) for name, curve in curves.items()})
+                draw_perplexity(axis, {name: self.curve(cells).items() for name, cells in record["results"].items()})
         else:
             plot_heatmap(record["results"], path, label="passkey accuracy")
 

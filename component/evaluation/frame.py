@@ -10,41 +10,17 @@ torch is imported after the flags are checked, which keeps --help and bad input 
 
 import argparse
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from longqlora.files import write_json
-from longqlora.inference.arguments import add_model_arguments, check_model_arguments, load_from_arguments, model_sources
-from longqlora.inference.generation import template_for
-from longqlora.model.context_request import context_request
+from longqlora.inference.arguments import load_from_arguments, model_sources, parse, source_from_arguments
+from longqlora.inference.source import ModelSource
 from longqlora.outputs import check_results
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model before its weights are loaded: what it takes to make trials and to refuse bad ones. Lengths in tokens."""
-
-    tokenizer: Any
-    config: Any
-    base_model_name_or_path: str
-    adapter_name_or_path: str | None
-    context_size: int
-    longest_input: float
-
-    def template(self, requested: str) -> str:
-        """The prompt template that --prompt_template means; raw text where auto finds none."""
-        return template_for(requested, self)
-
-    def warn_beyond_context(self, lengths: Sequence[int]) -> None:
-        from longqlora.distributed import print_main
-
-        for length in lengths:
-            if length > self.longest_input:
-                print_main(f"warning: length {length} is beyond the model's context of {self.context_size} tokens")
 
 
 class Task(ABC):
@@ -92,16 +68,12 @@ def add_result_arguments(parser: argparse.ArgumentParser, plot: str) -> None:
 
 
 def check_at_least(given: object, **least: int) -> None:
-    """Raise ValueError for an attribute of `given`, named as its flag, that is below its least value and not None."""
+    """Raise ValueError for an attribute of `given`, named as its flag, that is or holds less than its least value."""
     for name, minimum in least.items():
         value = getattr(given, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"--{name}: must be at least {minimum}, got {value}")
-
-
-def check_lengths(lengths: Sequence[int]) -> None:
-    if lengths and min(lengths) < 1:
-        raise ValueError(f"--lengths: must be at least 1 token, got {min(lengths)}")
+        for number in value if isinstance(value, Sequence) else [value]:
+            if number is not None and number < minimum:
+                raise ValueError(f"--{name}: must be at least {minimum}, got {number}")
 
 
 def from_flags(kind: type, args: argparse.Namespace, **others: object) -> Any:
@@ -117,53 +89,21 @@ def evaluate(
     *,
     plot: str,
 ) -> None:
-    """The main of a script that evaluates one model.
-
-    add_arguments: declares the task's own flags. make_task: makes it from what was parsed; raises ValueError. plot:
-    what --plot draws.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
-    add_arguments(parser)
-    add_result_arguments(parser, plot)
-    args = parser.parse_args()
-    if args.context_size == -1:
-        # So upstream's commands write the model's own context.
-        args.context_size = None
-    check_model_arguments(args)
+    """The main of a script that evaluates one model; make_task may raise ValueError, `plot` says what --plot draws."""
+    args = parse(description, add_arguments, partial(add_result_arguments, plot=plot))
     task = make_task(args)
     check_results(args, {**task.inputs, **model_sources(args)})
 
     from longqlora.distributed import init_process_group
     from longqlora.inference.load import model_facts, model_fingerprint
 
-    parts = task.make_trials(read_source(args))
+    source = source_from_arguments(args)
+    parts = task.make_trials(source)
     init_process_group()
-    loaded = load_from_arguments(args)
+    loaded = load_from_arguments(args, source)
     task.use(loaded)
     name = Path(args.adapter_name_or_path or args.model_name_or_path).resolve().name
     run_task(task, parts, args, name=name, fingerprint=model_fingerprint(loaded), facts=model_facts(loaded))
-
-
-def read_source(args: argparse.Namespace) -> ModelSource:
-    """Tokenizer, config and lengths of the model that the arguments name."""
-    from longqlora.attention.dual_chunk_binding import dual_chunk_sizes
-    from longqlora.model.base import load_tokenizer
-    from longqlora.model.context import context_length, resolve_config, tokenizer_source
-
-    name, adapter = args.model_name_or_path, args.adapter_name_or_path
-    try:
-        base, config = resolve_config(name, adapter, context_request(args), trust_remote_code=args.trust_remote_code)
-        # Prompts may be longer than the context, about which the tokenizer would warn.
-        tokenizer = load_tokenizer(
-            tokenizer_source(base, adapter), model_max_length=10**12, trust_remote_code=args.trust_remote_code
-        )
-    except OSError as error:
-        # The hub's own message need not say which name it could not find.
-        raise ValueError(f"cannot load {name or adapter!r}: {error}") from None
-    length = context_length(config)
-    longest = length if dual_chunk_sizes(config) is None else math.inf
-    return ModelSource(tokenizer, config, base, adapter, length, longest)
 
 
 def run_task(

@@ -50,11 +50,6 @@ class WindowPlan:
     num_windows_skipped: int
 
     @property
-    def num_windows_left_out(self) -> int:
-        """With the last one, which the longlora protocol drops."""
-        return self.num_windows_skipped + (self.protocol == "longlora")
-
-    @property
     def num_scored_tokens(self) -> int:
         return sum(window.num_scored for window in self.windows)
 

@@ -30,6 +30,7 @@ CHUNK_FLOATS = 2**24
 PROBE_TOKENS = 16
 
 
+@dataclass
 class TokenScorer:
     """Gives the negative log-likelihood of every token of a window under `model`, and whether it is the likeliest.
 
@@ -39,17 +40,15 @@ class TokenScorer:
     chunk; a model that does more (soft-capping, scaling, prompts) is asked for its own logits.
     """
 
-    def __init__(self, model: torch.nn.Module, *, prefill_chunk_size: int | None = None):
-        self.model = model
-        self.prefill_chunk_size = prefill_chunk_size
-        self.split: tuple[torch.nn.Module, torch.nn.Module] | None = None
+    model: torch.nn.Module
+    prefill_chunk_size: int | None = None
+    split: tuple[torch.nn.Module, torch.nn.Module] | None = None
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids int [B, S] -> losses fp32 and hits bool, [B, S - 1].
 
-        Entry p of the losses is -log p(token p + 1 | tokens 0 .. p), in nats; of the hits, whether that token is
-        the likeliest.
+        Entry p is -log p(token p + 1 | tokens 0 .. p), in nats, and whether that token is the likeliest.
         """
         if not self.split:
             self.split = find_split(self.model, input_ids[:1, :PROBE_TOKENS]) or (self.model, torch.nn.Identity())
@@ -65,8 +64,7 @@ class TokenScorer:
         for first, states in blocks:
             # A block also predicts the first token of the next; the last one has none to predict.
             pieces += chunked_scores(states, input_ids[:, first : first + states.shape[1] + 1], head)
-        nll, hits = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
-        return nll, hits
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
 
 
 def find_split(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module] | None:
@@ -87,14 +85,11 @@ def find_split(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.n
 def chunked_scores(
     states: torch.Tensor, input_ids: torch.Tensor, head: torch.nn.Module
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield next-token losses fp32 and hits bool, [B, chunk], of `input_ids` [B, S] from `states` [B, S, any].
-
-    `head` makes logits [B, chunk, V] of a chunk of the states.
-    """
+    """Yield next-token losses fp32 and hits bool, [B, chunk], of `input_ids` [B, S] from `states` [B, S, any]."""
     targets = input_ids[:, 1:].to(states.device)
     step = max(1, CHUNK_FLOATS // (len(targets) * head(states[:, :1]).shape[-1]))
     for chunk, wanted in zip(states[:, : targets.shape[1]].split(step, 1), targets.split(step, 1), strict=True):
-        logits = head(chunk).float()
+        logits = head(chunk).float()  # [B, chunk, V]
         losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
         yield losses.view_as(wanted), logits.argmax(-1) == wanted
 
@@ -199,11 +194,8 @@ class Perplexity(Task):
     def table(self, record: Mapping) -> str:
         lines = []
         for result in record["results"]:
-            plan = self.windows.plan(result["seq_len"])
             lines += [
                 f"protocol: {result['protocol']}",
-                f"left out: {plan.num_windows_left_out} windows; {plan.num_uncovered_tokens} tokens of the file are in "
-                "no window",
                 f"seq_len {result['seq_len']}: perplexity {result['perplexity']:.4f}, loss {result['loss']:.6f}, "
                 f"accuracy {result['accuracy']:.6f} ({result['num_windows']} windows, {result['num_tokens']} tokens "
                 "scored)",

@@ -40,9 +40,7 @@ def run_trials(
     run_one: gives the JSON-ready result of one trial. Unfinished trials are dealt out to the ranks in turn.
     output_file: finished trials are kept beside it for a later run with the same fingerprint, whatever its number of
     processes and whatever trials were added or left out; None keeps nothing.
-    fingerprint: JSON-ready facts that decide a result and are not in the trials (model, dtype, protocol), as rank 0
-    has them.
-    desc: label of the progress bar.
+    fingerprint: JSON-ready facts that decide a result beside the trials (model, dtype, protocol), as rank 0 has them.
 
     A `ValueError` or `OSError` of `run_one` and a GPU out of memory end the run with one line on any rank.
     """
@@ -55,7 +53,10 @@ def run_trials(
         print_main(f"resuming: {len(done)} of {len(by_key)} trials already done")
     own = [key for key in by_key if key not in done][rank() :: world_size()]
     finished: dict[str, dict] = {}
-    path = _kept_file(output_file) if output_file else Path(os.devnull)
+    path = Path(os.devnull)
+    if output_file:
+        output_file.parent.mkdir(parents=True, exist_ok=True)
+        path = output_file.with_name(f".{output_file.name}.trials-{rank()}.jsonl")
     with path.open("a", encoding="utf-8") as file:
         for key in tqdm(own, desc=desc, unit="trial", disable=not is_main_process()):
             line = json.dumps({"run": run, "trial": key, "result": attempt(run_one, by_key[key])})
@@ -79,11 +80,6 @@ def finish_trials(output_file: Path | None) -> None:
 
 def _digest(value: Mapping) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _kept_file(output_file: Path) -> Path:
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    return output_file.with_name(f".{output_file.name}.trials-{rank()}.jsonl")
 
 
 def _kept_files(output_file: Path | None) -> list[Path]:
@@ -118,9 +114,8 @@ def attempt(run_one: Callable[[Trial], dict], trial: Trial) -> dict:
             # The numbers of a trial say its size; its texts may be long.
             numbers = [f"{name} {value}" for name, value in trial.items() if isinstance(value, (int, float))]
             where = ", ".join(numbers) or "one trial"
-            error = ValueError(
-                f"out of GPU memory at {where}; lower the length or --batch_size, or pass --load_in_4bit"
-            )
+            advice = "lower the length or --batch_size, or pass --load_in_4bit"
+            error = ValueError(f"out of GPU memory at {where}; {advice}")
         # Only this rank meets it, so that this rank has to say it.
         error.from_one_rank = True
         raise error from error.__cause__

@@ -6,30 +6,43 @@ torch is imported where it is used, which keeps --help and bad input fast.
 import argparse
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 
 from longqlora.cli import DTYPES, dtype_of
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions
+from longqlora.inference.source import ModelSource, read_source
 from longqlora.model.context_request import add_context_arguments, context_request
 from longqlora.settings.config import PROMPT_TEMPLATES
 
 
 def parse(
-    description: str, add_arguments: Callable[[argparse.ArgumentParser], None], *, template: str, epilog: str = ""
-) -> tuple[argparse.Namespace, GenerationOptions]:
-    """The checked command line of a script that generates.
-
-    add_arguments: declares the script's own flags. template: as for `add_template_argument`.
-    """
+    description: str, *add_arguments: Callable[[argparse.ArgumentParser], None], epilog: str = ""
+) -> argparse.Namespace:
+    """The command line of a script that loads a model; each of `add_arguments` declares flags beside the model's."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=raw)
-    add_model_arguments(parser)
-    add_template_argument(parser, template)
-    parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
-    add_arguments(parser)
-    add_generation_arguments(parser)
+    for add in (add_model_arguments, *add_arguments):
+        add(parser)
     args = parser.parse_args()
-    check_model_arguments(args)
-    return args, GenerationOptions(**{item.name: getattr(args, item.name) for item in fields(GenerationOptions)})
+    if not args.model_name_or_path and not args.adapter_name_or_path:
+        raise ValueError("--model_name_or_path: give a model, or --adapter_name_or_path with an adapter that names one")
+    if args.context_size == -1:
+        # So upstream's commands write the model's own context.
+        args.context_size = None
+    context_request(args)
+    return args
+
+
+def parse_generation(
+    description: str, add_arguments: Callable[[argparse.ArgumentParser], None], *, template: str, epilog: str = ""
+) -> tuple[argparse.Namespace, GenerationOptions]:
+    """`parse` for a script that generates; template: as for `add_template_argument`."""
+    add_template = partial(add_template_argument, template=template)
+    args = parse(description, add_template, add_arguments, add_generation_arguments, epilog=epilog)
+    try:
+        return args, GenerationOptions(**{item.name: getattr(args, item.name) for item in fields(GenerationOptions)})
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +53,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter_name_or_path", "--peft_model", help="folder of a trained adapter")
     group.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
                        help="quantise the base to NF4, as in training (default: no)")  # fmt: skip
-    group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                       help="dtype of the weights (default: auto)")  # fmt: skip
+    group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="that of the weights (default: auto)")
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add_context_arguments(parser)
 
@@ -57,20 +69,14 @@ def add_template_argument(parser: argparse.ArgumentParser, template: str = NO_TE
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """One argument for each field of `GenerationOptions`."""
+    """--system, and one argument for each field of `GenerationOptions`."""
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: that of the template)")
     group = parser.add_argument_group("generation")
     kinds = {"do_sample": {"action": argparse.BooleanOptionalAction}, "seed": {"type": int},
              "stop": {"nargs": "+", "metavar": "TEXT"}}  # fmt: skip
     for item in fields(GenerationOptions):
         kind = kinds.get(item.name, {"type": item.type})
         group.add_argument(f"--{item.name}", default=item.default, help=item.metadata["help"], **kind)
-
-
-def check_model_arguments(args: argparse.Namespace) -> None:
-    """Refuse, before anything heavy is imported, what `add_model_arguments` cannot mean."""
-    if not args.model_name_or_path and not args.adapter_name_or_path:
-        raise ValueError("--model_name_or_path: give a model, or --adapter_name_or_path with an adapter that names one")
-    context_request(args)
 
 
 def model_sources(args: argparse.Namespace) -> dict[str, str | None]:
@@ -83,15 +89,14 @@ def model_sources(args: argparse.Namespace) -> dict[str, str | None]:
     return {"--model_name_or_path": base, "--adapter_name_or_path": adapter}
 
 
-def load_from_arguments(args: argparse.Namespace):
-    """The longqlora.inference.load.LoadedModel that `add_model_arguments` parsed."""
-    from longqlora.inference.load import load_for_inference
+def source_from_arguments(args: argparse.Namespace) -> ModelSource:
+    """The model that `add_model_arguments` parsed, without its weights."""
+    base, adapter, trust_remote_code = args.model_name_or_path, args.adapter_name_or_path, args.trust_remote_code
+    return read_source(base, adapter, context_request(args), trust_remote_code=trust_remote_code)
 
-    return load_for_inference(
-        args.model_name_or_path,
-        adapter_name_or_path=args.adapter_name_or_path,
-        context=context_request(args),
-        load_in_4bit=args.load_in_4bit,
-        dtype=dtype_of(args.dtype),
-        trust_remote_code=args.trust_remote_code,
-    )
+
+def load_from_arguments(args: argparse.Namespace, source: ModelSource):
+    """The longqlora.inference.load.LoadedModel of what `source_from_arguments` gave."""
+    from longqlora.inference.load import load_weights
+
+    return load_weights(source, load_in_4bit=args.load_in_4bit, dtype=dtype_of(args.dtype))

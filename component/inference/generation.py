@@ -1,65 +1,45 @@
 """Generate text: the options, the prompt as ids, and a streaming `generate_text`.
 
-Streaming runs in the calling thread: a stopping criterion sees every new token, turns it into text,
-looks for stop strings and asks whether it was told to stop. So there is no thread to leave behind,
-and what was streamed is exactly what is returned.
+Streaming runs in the calling thread, as a stopping criterion that sees every new token. So there is no thread to leave
+behind, and what was streamed is exactly what is returned.
 
 torch is imported where it is used, which keeps --help and bad input fast.
-
-Dimensions: B batch (always 1), S sequence.
 """
 
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from longqlora.data.prompt import (
-    CHAT_TEMPLATE,
-    bos_ids,
-    checked_text,
-    encode_conversation,
-    encode_text,
-    prompt_template_for,
-)
-from longqlora.run_record import read_run_record
-from longqlora.settings.config import key
+from longqlora.data.prompt import bos_ids, checked_text, encode_conversation, encode_text
+from longqlora.settings.config import Section, at_least, key
 
 NO_TEMPLATE = "none"
-# What a value must be, in words and as a test.
-COUNT = "at least 1", lambda value: value >= 1
 TEMPERATURE = "0 (greedy) or above", lambda value: 0 <= value < math.inf
 MASS = "above 0 and at most 1", lambda value: 0 < value <= 1
-TOP_K = "0 (no limit) or above", lambda value: value >= 0
 POSITIVE = "above 0", lambda value: 0 < value < math.inf
-SEED = "between 0 and 2**63 - 1", lambda value: value is None or 0 <= value < 2**63
+SEED = "between 0 and 2**63 - 1", lambda value: 0 <= value < 2**63
 TEXTS = "free of empty text, which would stop before the first token", lambda value: "" not in value
 # Tokens of the prompt that are decoded along with the answer.
 NUM_PROMPT_TOKENS_DECODED = 4
 
 
 @dataclass(frozen=True)
-class GenerationOptions:
+class GenerationOptions(Section):
     """How to sample, with the help text and the limit of each flag. Raises ValueError for a value beyond its limit.
 
     temperature 0 means greedy, as does do_sample False. The seed is set before every answer, so that each is
     reproducible by itself. `stop` strings end the text and are not part of it.
     """
 
-    max_new_tokens: int = key(256, "longest answer in tokens (default: %(default)s)", COUNT)
+    max_new_tokens: int = key(256, "longest answer in tokens (default: %(default)s)", at_least(1))
     temperature: float = key(0.35, "0 means greedy (default: %(default)s)", TEMPERATURE)
     top_p: float = key(0.9, "nucleus mass (default: %(default)s)", MASS)
-    top_k: int = key(0, "most likely tokens to choose from, 0 for no limit (default: %(default)s)", TOP_K)
+    top_k: int = key(0, "most likely tokens to choose from, 0 for no limit (default: %(default)s)", at_least(0))
     repetition_penalty: float = key(1.0, "above 1 discourages repetition (default: %(default)s)", POSITIVE)
     do_sample: bool = key(True, "sample, or take the most likely token (default: sample)")
     seed: int | None = key(None, "makes every answer reproducible (default: none)", SEED)
     stop: Sequence[str] = key((), "end the answer before any of these", TEXTS)
-
-    def __post_init__(self):
-        for item in fields(self):
-            value, limit = getattr(self, item.name), item.metadata["limit"]
-            if limit and not limit[1](value):
-                raise ValueError(f"--{item.name}: must be {limit[0]}, got {value}")
 
     @property
     def is_greedy(self) -> bool:
@@ -78,22 +58,6 @@ class Generation:
     num_new_tokens: int
     finish_reason: str
     new_ids: tuple[int, ...]
-
-
-def template_for(requested: str, loaded, *, default: str = NO_TEMPLATE) -> str:
-    """The template that --prompt_template means for `loaded`, a longqlora.inference.load.LoadedModel.
-
-    auto is the one that the model was tuned with, by the run record of adapter or base, or the tokenizer's own, and
-    `default` where neither is known. Raises ValueError as `prompt_template_for`.
-    """
-    tokenizer = loaded.tokenizer
-    if requested != "auto":
-        return requested if requested == NO_TEMPLATE else prompt_template_for(tokenizer, requested)
-    for folder in filter(None, (loaded.adapter_name_or_path, loaded.base_model_name_or_path)):
-        data = (read_run_record(folder) or {}).get("arguments", {}).get("data", {})
-        if data.get("sft"):
-            return prompt_template_for(tokenizer, data.get("prompt_template"))
-    return CHAT_TEMPLATE if getattr(tokenizer, "chat_template", None) else default
 
 
 def encode_prompt(tokenizer, text: str, *, template: str, system: str | None = None) -> list[int]:
@@ -124,10 +88,10 @@ class AnswerStream:
         self.text, self.num_given_out, self.is_stopped = "", 0, False
 
     def __call__(self, input_ids, scores, **kwargs):
-        """input_ids [B, S] int64; returns [B] bool, True to end."""
+        """input_ids [1, num_tokens] int64; returns [1] bool, True to end."""
         self.put(input_ids[0, self.num_seen :].tolist())
         self.num_seen = input_ids.shape[1]
-        return input_ids.new_full((input_ids.shape[0],), self.is_stopped or self.stop_event.is_set(), dtype=bool)
+        return input_ids.new_full((1,), self.is_stopped or self.stop_event.is_set(), dtype=bool)
 
     def put(self, new_ids: Sequence[int], *, is_end: bool = False) -> None:
         """Take the next ids and give out the text that is certain now, at the end all of it."""
@@ -146,8 +110,7 @@ class AnswerStream:
             self.text, self.is_stopped = self.text[: min(found)], True
         beginnings = [] if is_end or found else [stop[:size] for stop in self.stop for size in range(1, len(stop))]
         num_held = max((len(start) for start in beginnings if self.text.endswith(start)), default=0)
-        piece = self.text[self.num_given_out : len(self.text) - num_held]
-        if piece:
+        if piece := self.text[self.num_given_out : len(self.text) - num_held]:
             self.num_given_out += len(piece)
             self.on_text(piece)
 
@@ -171,9 +134,7 @@ def generate_text(
 ) -> Generation:
     """Continue `prompt_ids`; `on_text` gets each piece of the text as soon as it is certain.
 
-    Setting `stop_event`, from a signal handler or another thread, ends the answer after the current
-    token; the text so far is returned. Raises ValueError for an empty prompt.
-
+    Setting `stop_event`, from a signal handler or another thread, ends the answer after the current token.
     past_key_values: a transformers Cache that has seen the beginning of `prompt_ids`, not all of them. It then holds
     all of `prompt_ids` and the new ids but the last.
     """

@@ -1,19 +1,19 @@
 """Load a base or merged model, with or without an adapter, for generation, evaluation and merging."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from longqlora.attention.binding import bind_inference_attention
-from longqlora.attention.dual_chunk_binding import dual_chunk_sizes
 from longqlora.distributed import local_device, print_notice
+from longqlora.inference.source import ModelSource, read_source
 from longqlora.model.adapter_folder import adapter_vocabulary, add_embeddings, load_adapter
-from longqlora.model.base import check_vocabulary, default_dtype, is_slow_on_cpu, load_model, load_tokenizer
-from longqlora.model.context import ContextRequest, context_length, copy_context, resolve_config, tokenizer_source
+from longqlora.model.base import check_vocabulary, default_dtype, is_slow_on_cpu, load_model
+from longqlora.model.context import context_length, copy_context, resolve_config, tokenizer_source
+from longqlora.model.context_request import ContextRequest
 from longqlora.model.weight_files import check_base
 from longqlora.run_record import software_versions
 
@@ -21,75 +21,49 @@ FILES_THAT_DECIDE = ("*.safetensors", "*.bin", "config.json", "adapter_config.js
 PACKAGES_THAT_DECIDE = ("torch", "transformers", "peft", "bitsandbytes")
 
 
-@dataclass
-class LoadedModel:
-    """A model ready for inference, with what its folders and the user say about it.
-
-    context_size: in tokens. attention: description of the attention that is bound.
-    """
+@dataclass(kw_only=True)
+class LoadedModel(ModelSource):
+    """A model ready for inference. attention: description of the attention that is bound."""
 
     model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    config: PretrainedConfig
-    base_model_name_or_path: str
-    adapter_name_or_path: str | None
-    context_size: int
     attention: str
     dtype: torch.dtype
     load_in_4bit: bool
 
-    @property
-    def longest_input(self) -> float:
-        """Tokens that the model is meant to read: its context, or any number with dual chunk attention."""
-        return self.context_size if dual_chunk_sizes(self.config) is None else math.inf
-
 
 def load_for_inference(
-    model_name_or_path: str | None,
-    *,
-    adapter_name_or_path: str | None = None,
-    context: ContextRequest | None = None,
-    load_in_4bit: bool = False,
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
+    model_name_or_path: str | None, *, load_in_4bit: bool = False, dtype: torch.dtype | None = None, **source: object
 ) -> LoadedModel:
-    """Load a base or merged model, with or without an adapter.
+    """`load_weights` of what `read_source` reads, whose other arguments are `source`."""
+    return load_weights(read_source(model_name_or_path, **source), load_in_4bit=load_in_4bit, dtype=dtype)
 
-    The adapter names its base model, and config.json RoPE, length and attention; `context` changes the latter.
-    """
-    base, config = resolve_config(
-        model_name_or_path, adapter_name_or_path, context, trust_remote_code=trust_remote_code
-    )
-    empty = check_base(base, config, trust_remote_code=trust_remote_code)
-    num_embeddings = adapter_vocabulary(adapter_name_or_path, empty) if adapter_name_or_path else config.vocab_size
-    length = context_length(config)
-    source = tokenizer_source(base, adapter_name_or_path)
-    tokenizer = load_tokenizer(source, model_max_length=length, trust_remote_code=trust_remote_code)
-    check_vocabulary(tokenizer, num_embeddings, source)
+
+def load_weights(source: ModelSource, *, load_in_4bit: bool = False, dtype: torch.dtype | None = None) -> LoadedModel:
+    """The model of `source`, in the dtype that suits the device where none is given."""
+    base, adapter, config = source.base_model_name_or_path, source.adapter_name_or_path, source.config
+    trust = {"trust_remote_code": source.trust_remote_code}
+    empty = check_base(base, config, **trust)
+    num_embeddings = adapter_vocabulary(adapter, empty) if adapter else config.vocab_size
+    check_vocabulary(source.tokenizer, num_embeddings, tokenizer_source(base, adapter))
+    source.tokenizer.model_max_length = source.context_size
     dtype, device = dtype or default_dtype(), local_device()
     if device.type == "cpu" and is_slow_on_cpu(dtype):
-        name = str(dtype).removeprefix("torch.")
-        print_notice(f"this CPU has no {name} arithmetic; fp32 is many times faster")
-    model = load_model(
-        base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device, trust_remote_code=trust_remote_code
-    )
+        print_notice(f"this CPU has no {str(dtype).removeprefix('torch.')} arithmetic; fp32 is many times faster")
+    model = load_model(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device, **trust)
     attention = bind_inference_attention(model)
-    if adapter_name_or_path:
+    if adapter:
         config.vocab_size = num_embeddings
         add_embeddings(model, num_embeddings)
-        model = load_adapter(model, adapter_name_or_path)
-    return LoadedModel(
-        model.eval(), tokenizer, config, base, adapter_name_or_path, length, attention, dtype, load_in_4bit
-    )
+        model = load_adapter(model, adapter)
+    return LoadedModel(**vars(source), model=model.eval(), attention=attention, dtype=dtype, load_in_4bit=load_in_4bit)
 
 
 def set_context(loaded: LoadedModel, context: ContextRequest, *, is_chunked: bool = False) -> None:
-    """Give a loaded model another context, RoPE or attention, as if it had been loaded with `context`.
-
-    is_chunked: as for `bind_inference_attention`.
-    """
+    """Give a loaded model another context, RoPE or attention, as if it had been loaded with `context`; is_chunked: as
+    for `bind_inference_attention`."""
     model = loaded.model
-    _, config = resolve_config(loaded.base_model_name_or_path, loaded.adapter_name_or_path, context)
+    names = loaded.base_model_name_or_path, loaded.adapter_name_or_path
+    _, config = resolve_config(*names, context, trust_remote_code=loaded.trust_remote_code)
     for live in (model.config, loaded.config):
         copy_context(config, live)
     decoder = model.get_decoder()

@@ -24,7 +24,8 @@ from longqlora.attention.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
 from longqlora.attention.dual_chunk_binding import rotary_layouts
 from longqlora.attention.model_internals import rotary_embedding
 from longqlora.attention.proof import refusing, tiny_copy
-from longqlora.attention.rotation import LLAMA_LAYOUT, rotate
+from longqlora.attention.rotation import LLAMA_LAYOUT, query_rotation
+from longqlora.attention.sdpa import sum_dtype
 from longqlora.model.context import context_length
 
 DEFAULT_NUM_SINKS = 4
@@ -84,7 +85,8 @@ class SinkLayer(DynamicLayer):
             self.num_seen = self.window
 
     def _rotated(self, keys: torch.Tensor, num_positions: int) -> torch.Tensor:
-        return rotate(keys, self.inv_freq.new_full((1,), num_positions), self.inv_freq)
+        positions = self.inv_freq.new_full((1,), num_positions)
+        return query_rotation(positions, self.inv_freq, sum_dtype(keys)).rotate(keys)
 
     def _kept(self, states: torch.Tensor) -> list[torch.Tensor]:
         """Sinks and latest tokens, [B, K, S, D] each, of the states after the last forward pass."""
@@ -153,10 +155,7 @@ def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int
 def sink_cache(
     model: PreTrainedModel | PeftModel, *, window: int | None = None, num_sinks: int | None = None
 ) -> SinkCache:
-    """An empty cache for `model`; None is the default of `check_streaming`.
-
-    Raises ValueError as `check_streaming` does, and for a model without RoPE in Llama's layout in every layer.
-    """
+    """An empty cache for `model`. Raises ValueError as `check_streaming`, and where a layer lacks Llama's RoPE."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     window, num_sinks = check_streaming(model.config, window, num_sinks)
     num_layers = model.config.get_text_config().num_hidden_layers

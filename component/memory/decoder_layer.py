@@ -9,8 +9,7 @@ Llama, Mistral, Qwen2 and Qwen3 layers differ only in biases and in norms on que
 Norms and activations are the layer's own modules; linear layers, quantised or not, with LoRA or without, are
 read into `AdaptedLinear`. Nothing here looks beyond the tile.
 
-Dimensions: B batch, T tokens of a tile, C hidden size, F intermediate size, H query heads, K key/value heads,
-D head dim.
+Dimensions: B batch, T tokens of a tile, C hidden size, F intermediate size, H query and K key/value heads, D head dim.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +26,7 @@ LINEARS = (*PROJECTIONS, "o_proj", *MLP)
 # linear(name, x [B, T, C], **options of AdaptedLinear.__call__) -> [B, T, N], under the tile's dropout mask.
 Linear = Callable[..., torch.Tensor]
 # cos and sin [B or 1, T, D]
-Rope = Sequence[torch.Tensor]
+CosSin = Sequence[torch.Tensor]
 
 
 class DecoderLayer:
@@ -49,7 +48,7 @@ class DecoderLayer:
         modules += [self.norm2] if "up_proj" in names else []
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
-    def project(self, x: torch.Tensor, linear: Linear, rope: Rope, *, are_values_needed=True) -> list[torch.Tensor]:
+    def project(self, x: torch.Tensor, linear: Linear, rope: CosSin, *, are_values_needed=True) -> list[torch.Tensor]:
         """Queries, keys and values of x [B, T, C] after RoPE: [B, T, H, D], [B, T, K, D] twice.
 
         are_values_needed: if not, what comes back is meaningless, but gradients flow through it.

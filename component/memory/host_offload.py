@@ -9,9 +9,6 @@ be done: what was put stays until the next put, what is fetched waits for the wo
 holds the tensors of two layers, however far the CPU runs ahead, and nothing waits on the CPU.
 (torch's `save_on_cpu` copies on the computing stream, which waits.)
 
-Host blocks are pinned at their exact size (torch's own pinned allocator rounds each up to a power of two) and
-used again by the next step.
-
 Pure maths: knows nothing of Hugging Face.
 """
 
@@ -106,26 +103,24 @@ class HostOffload:
             return stream.record_event()
 
     def host_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Host memory of the shape and dtype of `tensor`: a free block of exactly this size, or a new one."""
-        free = self.blocks[tensor.nbytes]
-        block = free.pop() if free else self.new_block(tensor.nbytes)
-        return block.view(tensor.dtype).view(tensor.shape)
+        """Host memory of the shape and dtype of `tensor`: a free block of exactly this size, or a new one, pinned.
 
-    def new_block(self, num_bytes: int) -> torch.Tensor:
-        """uint8 [num_bytes], registered with CUDA; pageable, with a warning, where that is refused."""
-        free = free_host_memory()
-        if num_bytes > free:
-            raise ValueError(
-                f"offload_activations: {num_bytes / GIB:.1f} GiB more of host memory are needed, {free / GIB:.1f} GiB "
-                "are free; lower max_seq_length, or set keep_activations: input"
-            )
-        block = torch.empty(num_bytes, dtype=torch.uint8)
-        if self.is_pinned and register(block):
-            self.registered.append(block)
-        elif self.is_pinned:
-            self.is_pinned = False
-            warnings.warn("offload_activations: host memory cannot be pinned (ulimit -l), copies wait", stacklevel=2)
-        return block
+        torch's own pinned allocator rounds sizes up to powers of two. Where CUDA refuses to pin, memory is pageable
+        from then on, with a warning.
+        """
+        if self.blocks[tensor.nbytes]:
+            block = self.blocks[tensor.nbytes].pop()
+        elif tensor.nbytes > (free := free_host_memory()):
+            needed = f"{tensor.nbytes / GIB:.1f} GiB more of host memory are needed, {free / GIB:.1f} GiB are free"
+            raise ValueError(f"offload_activations: {needed}; lower max_seq_length, or set keep_activations: input")
+        else:
+            block = torch.empty(tensor.nbytes, dtype=torch.uint8)
+            if self.is_pinned and register(block):
+                self.registered.append(block)
+            elif self.is_pinned:
+                self.is_pinned, text = False, "host memory cannot be pinned (ulimit -l), copies wait"
+                warnings.warn(f"offload_activations: {text}", stacklevel=2)
+        return block.view(tensor.dtype).view(tensor.shape)
 
 
 def register(block: torch.Tensor) -> bool:

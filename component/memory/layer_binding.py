@@ -7,7 +7,6 @@ transformers' does. In evaluation and generation nothing of ours is called. What
 arguments stands here and in decoder_layer.py, for `decoder_layer.MODEL_TYPES`, with an adapter or trained in full.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -20,16 +19,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longqlora.attention.binding import attention_pattern, call_attention
-from longqlora.attention.proof import prove_training
+from longqlora.attention.proof import check_equal, outputs_and_gradients, refusing, tiny_copy, trial_inputs
 from longqlora.memory.decoder_layer import DecoderLayer, reason_unsupported
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.layer_function import LayerCall, LayerFunction
 from longqlora.memory.policy import ActivationPolicy
 from longqlora.model.adapter import attach_adapter
 from longqlora.settings.config import AdapterConfig
-
-# Several tiles, the last one shorter, in the few tokens of a proof.
-PROOF_TILE_SIZE = 5
 
 
 def apply_policy(model: nn.Module, policy: ActivationPolicy, device: torch.device) -> None:
@@ -38,8 +34,8 @@ def apply_policy(model: nn.Module, policy: ActivationPolicy, device: torch.devic
     Raises ValueError where the function's outputs or gradients are not those of the model's layers.
     """
     if policy.layer_function:
-        few_tokens = replace(policy, tile_size=PROOF_TILE_SIZE)
-        prove_layers(model, partial(bind_layers, policy=few_tokens), fix="set layer_function: false")
+        # Several tiles, the last one shorter, in the few tokens of a proof.
+        prove_layers(model, replace(policy, tile_size=5))
         # On a CPU, host memory is where tensors are anyway.
         is_offloaded = policy.offload_activations and device.type == "cuda"
         bind_layers(model, policy, store=HostOffload(device) if is_offloaded else None)
@@ -100,18 +96,22 @@ def tiled_norm(norm: nn.Module, tile_size: int, x: torch.Tensor) -> torch.Tensor
     return torch.cat([checkpoint(stock, tile, **options).to(x.dtype) for tile in x.split(tile_size, dim=1)], dim=1)
 
 
-def prove_layers(model: PreTrainedModel | PeftModel, bind: Callable[[PreTrainedModel], None], *, fix: str) -> None:
-    """Raise ValueError unless the first two layers, in a copy, have the stock logits and gradients after `bind(copy)`.
+def prove_layers(model: PreTrainedModel | PeftModel, policy: ActivationPolicy) -> None:
+    """Raise ValueError unless the first two layers, bound in a copy, have the stock logits and gradients.
 
     Trained are all weights, or, where `model` has an adapter, norms and the random LoRA matrices of another.
     """
-    base, prepare = (model.get_base_model(), attach_random_adapter) if isinstance(model, PeftModel) else (model, None)
-    small = prove_training(base, "layer_function", bind, fix=fix, prepare=prepare)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    small, inputs, fix = tiny_copy(base, num_layers=2), trial_inputs(), "set layer_function: false"
+    small.set_attn_implementation("sdpa")
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), refusing(base, "layer_function", fix):
+        small = (small if base is model else attach_random_adapter(small)).train()
+        expected = outputs_and_gradients(small, **inputs)
+        bind_layers(small, policy)
+        check_equal(zip(outputs_and_gradients(small, **inputs), expected, strict=True))
     if not all(layer._gradient_checkpointing_func.was_called for layer in decoder_layers(small)):
-        raise ValueError(
-            f"layer_function: transformers {transformers.__version__} does not call its layers' checkpointing "
-            f"function; {fix}"
-        )
+        cause = f"transformers {transformers.__version__} does not call its layers' checkpointing function"
+        raise ValueError(f"layer_function: {cause}; {fix}")
 
 
 def attach_random_adapter(model: PreTrainedModel) -> PeftModel:

@@ -1,12 +1,12 @@
 """One decoder layer as one node of the graph, whose backward pass keeps and recomputes only what it must.
 
+decoder_layer.py says what a layer computes, and which model types have such layers.
+
 Forward and backward pass walk over tiles of the sequence; only attention sees it whole. What is kept between them
 is chosen (KEPT); the rest is recomputed, each dropout mask from its seed. Products whose values no gradient needs
 (the down projection; queries, keys and values, where they were kept) are not recomputed.
 
-In units of one [B, S, C] tensor, the backward pass of a layer with as many key/value heads as query heads
-holds: input, incoming and outgoing gradient, attention output and its gradient, queries, keys, values (in
-whose memory their gradients are written) = 8, 3/4 for the attention kernel at work, and one tile.
+docs/memory.md counts what the backward pass of a layer holds.
 
 Dimensions: B batch, S sequence, T tokens of a tile, C hidden size, H query heads, K key/value heads, D head dim.
 """
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from longqlora.attention.inplace_attention import CausalPattern, attention_backward, attention_forward
 from longqlora.attention.sdpa import sum_dtype
-from longqlora.memory.decoder_layer import MLP, PROJECTIONS, DecoderLayer, Linear, Rope, adapted_linear
+from longqlora.memory.decoder_layer import MLP, PROJECTIONS, CosSin, DecoderLayer, Linear, adapted_linear
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.policy import ActivationPolicy
 from longqlora.settings.config import KEPT
@@ -39,7 +39,7 @@ class LayerCall:
     layer: DecoderLayer
     policy: ActivationPolicy
     dtype: torch.dtype
-    rope: Rope
+    rope: CosSin
     pattern: CausalPattern | None
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     seed: int

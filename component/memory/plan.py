@@ -15,18 +15,9 @@ from longqlora.device import GIB, free_host_memory, is_out_of_memory, parse_size
 from longqlora.distributed import world_size
 from longqlora.memory.decoder_layer import reason_unsupported
 from longqlora.memory.estimate import MemoryEstimate, ModelShape, RunShape, optimizer_bytes, predict
-from longqlora.memory.policy import (
-    CANDIDATES,
-    CHECKPOINTED,
-    CHECKPOINTING_KEY,
-    POLICIES,
-    STOCK,
-    STOCK_CANDIDATES,
-    ActivationPolicy,
-    own_settings,
-)
+from longqlora.memory.policy import CANDIDATES, CHECKPOINTED, CHECKPOINTING_KEY, POLICIES, STOCK, ActivationPolicy
 from longqlora.settings.config import INPUT, Notice, Settings, warning
-from longqlora.settings.deepspeed import gradient_buffers, offloads_optimizer, shards, zero_stage
+from longqlora.settings.deepspeed import gradient_buffers, offloads, shards, zero_stage
 
 # `memory: auto` plans for this part of the memory: the prediction was held to 10% of counted bytes, on a CPU.
 AUTO_SHARE = 0.92
@@ -63,7 +54,7 @@ def plan_memory(settings: Settings, config: PretrainedConfig) -> tuple["MemoryPl
 
 def asked_for(settings: Settings, plan: "MemoryPlan") -> tuple[list[ActivationPolicy], list[Notice]]:
     """The policy that the settings ask for, or those that auto can take; and what becomes of what they ask in vain."""
-    memory, own, reason = settings.memory, own_settings(settings.memory), plan.reason
+    memory, own, reason = settings.memory, settings.memory.parts, plan.reason
     if memory.layer_function and reason:
         raise ValueError(f"layer_function: not available, since {reason}; set layer_function: false")
     if reason or memory.layer_function is False or not (memory.memory or own):
@@ -72,7 +63,7 @@ def asked_for(settings: Settings, plan: "MemoryPlan") -> tuple[list[ActivationPo
         if reason and memory.memory:
             notices.append(Notice(f"memory: the layer function is not used, since {reason}"))
         unnamed = [CHECKPOINTED if settings.training.get(CHECKPOINTING_KEY) else STOCK]
-        policies = {None: unnamed, "fast": [STOCK], "auto": [*STOCK_CANDIDATES]}
+        policies = {None: unnamed, "fast": [STOCK], "auto": [STOCK, CHECKPOINTED]}
         return policies.get(memory.memory, [CHECKPOINTED]), notices
     notices = []
     if settings.given.get(CHECKPOINTING_KEY):
@@ -93,8 +84,7 @@ def asked_for(settings: Settings, plan: "MemoryPlan") -> tuple[list[ActivationPo
 class MemoryPlan:
     """What decides the memory of a run, the policies that it can have, from the fastest to the leanest, and the chosen.
 
-    reason: why the layer function is not among them, if so; capacity and host_capacity: bytes, infinite where nothing
-    limits them.
+    reason: why the layer function is not among them, if so; capacity, host_capacity: bytes, infinite without a limit.
     """
 
     model: ModelShape
@@ -117,9 +107,9 @@ class MemoryPlan:
             capacity = torch.cuda.get_device_properties(0).total_memory
         host_capacity = free_host_memory() if settings.uses_gpu else math.inf
         run = run_shape(settings, model, is_gpu=math.isfinite(capacity))
-        candidates = STOCK_CANDIDATES if reason else CANDIDATES
+        candidates = (STOCK, CHECKPOINTED) if reason else CANDIDATES
         # A policy brings its optimizer where nobody else chose one, and to a GPU, where its state lives.
-        is_taken = settings.given.get("optim") or "optimizer" in (deepspeed or {}) or offloads_optimizer(deepspeed)
+        is_taken = settings.given.get("optim") or "optimizer" in (deepspeed or {}) or offloads(deepspeed, "optimizer")
         if is_taken or not run.is_gpu:
             candidates = tuple(replace(policy, optim=None) for policy in candidates)
         return cls(model, run, candidates, reason, capacity, host_capacity)
@@ -164,8 +154,7 @@ class MemoryPlan:
         for leaner in self.candidates:
             peak = self.predict(leaner).peak
             if peak < 0.95 * limit or peak <= self.capacity < here:
-                lines = leaner.as_settings()
-                return f"add {'; '.join(lines)} (predicted {peak / GIB:.1f} GiB)"
+                return f"add {'; '.join(leaner.as_settings())} (predicted {peak / GIB:.1f} GiB)"
         leanest = self.candidates[-1]
         longest = self.longest(leanest, 0.95 * limit)
         text = f"the leanest settings ({'; '.join(leanest.as_settings())})"
@@ -189,7 +178,7 @@ class MemoryPlan:
         """JSON-ready: for each policy its predicted GiB by length, the longest length, host GiB there, relative time;
         and for each length the settings of the fastest policy that fits (None where none does)."""
         rows, room = [], AUTO_SHARE * self.capacity / GIB
-        for policy in dict.fromkeys((*STOCK_CANDIDATES, *self.candidates)):
+        for policy in dict.fromkeys((STOCK, CHECKPOINTED, *self.candidates)):
             longest, estimates = self.longest(policy, self.capacity), {n: self.predict(policy, n) for n in lengths}
             rows.append({
                 "mechanisms": policy.describe(),
@@ -227,7 +216,7 @@ def run_shape(settings: Settings, model: ModelShape, *, is_gpu: bool) -> RunShap
         # The mean over all steps: memory does not depend on it.
         attended=round(attended + attention.dense_finish * (length - attended)),
         by_kernels=attention.attention in ("s2", "full") and not attention.use_flash_attn and row_shards == 1,
-        optimizer_bytes=0 if offloads_optimizer(deepspeed) else optimizer_bytes(training.get("optim", "")),
+        optimizer_bytes=0 if offloads(deepspeed, "optimizer") else optimizer_bytes(training.get("optim", "")),
         buffers=gradient_buffers(deepspeed, element_bytes=2 if is_16_bit else 4),
         row_shards=row_shards,
         weight_shards=weight_shards,

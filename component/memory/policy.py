@@ -3,20 +3,18 @@
     memory: auto | fast | balanced | max_length
 
 docs/memory.md says what each word means; auto is the fastest of CANDIDATES that fits the GPU (plan.py).
-Without `memory`, `gradient_checkpointing` decides as in transformers. A part that is set by its own key overrules the
-policy.
+Without `memory`, `gradient_checkpointing` decides as in transformers. A part set by its own key overrules the policy.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from transformers import TrainingArguments
 
-from longqlora.settings.config import MemoryConfig
+from longqlora.settings.config import MEMORY_POLICIES
 
 # transformers 5 renamed it.
-CHECKPOINTING_KEY = next(
-    key for key in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, key)
-)
+IS_RENAMED = hasattr(TrainingArguments, "activation_checkpointing")
+CHECKPOINTING_KEY = "activation_checkpointing" if IS_RENAMED else "gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,10 @@ STOCK = ActivationPolicy(layer_function=False)
 CHECKPOINTED = ActivationPolicy(layer_function=False, gradient_checkpointing=True)
 FAST = ActivationPolicy(keep_activations="all")
 BALANCED = ActivationPolicy()
-MAX_LENGTH = ActivationPolicy(
-    keep_activations="attention", offload_activations=True, tile_size=1024, num_head_chunks=4, optim="paged_adamw_8bit"
-)
+MAX_LENGTH = replace(BALANCED, offload_activations=True, tile_size=1024, num_head_chunks=4, optim="paged_adamw_8bit")
 POLICIES = {"fast": FAST, "balanced": BALANCED, "max_length": MAX_LENGTH}
-# From the fastest to the one that reaches furthest.
+assert ("auto", *POLICIES) == MEMORY_POLICIES, "name each policy in settings/config.py"
+# What `auto` chooses from, each leaner than the one before it.
 CANDIDATES = (
     FAST,
     replace(FAST, keep_activations="projections"),
@@ -74,11 +71,3 @@ CANDIDATES = (
     replace(MAX_LENGTH, keep_activations="input"),
     replace(MAX_LENGTH, num_head_chunks=8, keep_activations="input"),
 )
-# For models whose layers the layer function does not know.
-STOCK_CANDIDATES = (STOCK, CHECKPOINTED)
-
-
-def own_settings(memory: MemoryConfig) -> dict[str, object]:
-    """The parts of a policy that are set by their own key."""
-    values = {item.name: getattr(memory, item.name, None) for item in fields(ActivationPolicy)}
-    return {name: value for name, value in values.items() if value is not None}

@@ -66,10 +66,8 @@ def refuse_without_adapter(module: torch.nn.Module, inputs: tuple) -> None:
 
 
 def target_module_names(model: PreTrainedModel, requested: str | None) -> list[str]:
-    """The LoRA targets: the requested ones, each checked against the model, or all linear layers.
-
-    Left out are names that PEFT reads as the experts' fused weights; requested, they are refused.
-    """
+    """The LoRA targets: the requested ones, each checked against the model, or all linear layers. Names that PEFT reads
+    as the experts' fused weights are left out; requested, they are refused."""
     available = sorted({name.split(".")[-1] for name in linear_layers(model)})
     fused = fused_expert_names(model, available)
     if not requested:
@@ -92,9 +90,7 @@ def frozen_experts_notice(model: PreTrainedModel) -> list[str]:
         return []
     names = sorted({name.split(".")[-1] for name in linear_layers(model)} - {*target_module_names(model, None)})
     also = f", as do linear layers named {', '.join(names)}, which PEFT takes for them" if names else ""
-    return [
-        f"finetuning_type: the experts of {model.config.model_type} are no linear layers and stay as they are{also}"
-    ]
+    return [f"finetuning_type: experts of {model.config.model_type} are no linear layers and stay as they are{also}"]
 
 
 def trained_module_names(model: PreTrainedModel, *, embedding: bool | str, norm: bool) -> list[str]:
@@ -112,11 +108,8 @@ def trained_module_names(model: PreTrainedModel, *, embedding: bool | str, norm:
 
 
 def trainable_table(model: torch.nn.Module) -> str:
-    """Text table of parameter counts by module kind and dtype, trained against all.
-
-    4-bit weights count as the numbers they stand for, not as the bytes that hold them. A module that
-    PEFT trains as a copy counts once: the frozen twin is no part of the model.
-    """
+    """Text table of parameter counts by module kind and dtype, trained against all. 4-bit weights count as the numbers
+    they stand for. A module that PEFT trains as a copy counts once: the frozen twin is no part of the model."""
     counts: dict[tuple[str, str], list[int]] = {}
     for name, parameter in model.named_parameters():
         if ".original_module." in name:

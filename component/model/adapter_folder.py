@@ -1,12 +1,12 @@
-"""Save an adapter folder, and read one strictly: every weight in it finds its place, or the load fails.
+"""Save an adapter folder, and read one strictly, to load or to merge it: every weight finds its place, or it fails.
 
-Ours is a PEFT folder that holds everything trained (LoRA matrices and, as `modules_to_save`, the
-embedding and norm weights) with the extended config.json and the tokenizer beside it. Folders of
-LongQLoRA and LongLoRA keep the embedding and norm weights in trainable_params.bin instead, under
-the base model's names with or without PEFT's prefix.
+Ours is a PEFT folder that holds everything trained (LoRA matrices and, as `modules_to_save`, the embedding and norm
+weights) with the extended config.json and the tokenizer beside it. Folders of LongQLoRA and LongLoRA keep embedding
+and norm weights in trainable_params.bin instead, under the base model's names with or without PEFT's prefix.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,13 +17,23 @@ from transformers import PreTrainedModel
 from longqlora.cli import require_folder
 from longqlora.files import read_json
 from longqlora.model.base import embedding_names
+from longqlora.model.library_internals import lora_scale
 from longqlora.model.saved_folder import save_config
 from longqlora.model.weight_files import read_weights
 
 UPSTREAM_EXTRA_WEIGHTS = "trainable_params.bin"
 FLAG = "adapter_name_or_path"
 PEFT_PREFIX = "base_model.model."
-# LongLoRA adds [PAD] and whichever of EOS, BOS and UNK a tokenizer lacks.
+# A value other than the one here changes what the adapter computes in a way that merge.py does not reproduce.
+PLAIN_LORA = {
+    "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False,
+    "use_qalora": False, "alora_invocation_tokens": None, "trainable_token_indices": None, "layer_replication": None,
+    "target_parameters": None, "use_bdlora": None, "arrow_config": None, "kasa_config": None, "velora_config": None,
+    "monteclora_config": None,
+}  # fmt: skip
+# Initialisations that also change the base weights, so that the adapter does not fit the base as it is stored.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# LongLoRA adds [PAD] and whichever of EOS, BOS and UNK a tokenizer lacks; its released checkpoints have 32001.
 MOST_ADDED_TOKENS = 4
 
 
@@ -39,10 +49,7 @@ def read_adapter_config(folder: str | Path) -> dict:
     path = require_folder(folder, FLAG) / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{FLAG}: {str(folder)!r} has no {CONFIG_NAME}; give the folder of a saved adapter")
-    config = read_json(path, FLAG)
-    if not isinstance(config, dict):
-        raise ValueError(f"{FLAG}: {str(path)!r} holds no JSON object; give the folder of a saved adapter")
-    return config
+    return read_json(path, FLAG)
 
 
 def base_model_of(folder: str | Path) -> str:
@@ -75,10 +82,7 @@ def base_weight_name(key: str) -> str:
 
 def adapter_vocabulary(folder: str | Path, model: PreTrainedModel) -> int:
     """Embeddings that the adapter in `folder` was trained with, on a base like `model`, which needs no weights.
-
-    LongLoRA adds [PAD], and whichever special tokens a tokenizer lacks, and grows the embeddings by them: the
-    checkpoints it released have 32001. Raises ValueError where the adapter has fewer than the base, or many more.
-    """
+    LongLoRA grows them by tokens it adds. Raises ValueError where the adapter has fewer than the base, or many more."""
     own, path = model.config.vocab_size, Path(folder) / "config.json"
     weights = read_adapter_weights(folder, device="meta") | read_extra_weights(folder, device="meta")
     rows = {n: weight.shape[0] for n, weight in weights.items() if base_weight_name(n) in embedding_names(model)}
@@ -110,24 +114,15 @@ def add_embeddings(model: PreTrainedModel, num_embeddings: int) -> None:
         module.weight.data.copy_(grown(module.weight.data[:num_own], num_embeddings))
 
 
-def load_extra_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
-    """Copy `weights` over the base model's of the same names and shapes; others are an error."""
-    try:
-        strange = model.load_state_dict(weights, strict=False).unexpected_keys
-        fault = f"{strange[0]!r} is no weight of {model.config.model_type}" if strange else None
-    except RuntimeError as error:
-        fault = str(error)
-    if fault:
-        raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {fault}; wrong base model?")
-
-
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Put the adapter of `folder` on `model`, in the model's dtype.
-
-    Raises ValueError naming the first weight that is missing from the folder or has no place in the model.
-    """
+    """Put the adapter of `folder` on `model`, in the model's dtype. Raises ValueError naming the first weight that is
+    missing from the folder or has no place in the model."""
     saved = read_adapter_weights(folder, device="meta").keys()
-    load_extra_weights(model, read_extra_weights(folder))
+    own, extra = model.state_dict(), read_extra_weights(folder)
+    for name, weight in extra.items():
+        if name not in own or own[name].shape != weight.shape:
+            raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {name!r} has no place in the base model; wrong base model?")
+    model.load_state_dict(extra, strict=False)
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
     except (RuntimeError, KeyError, TypeError) as error:
@@ -140,3 +135,75 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         name, fault = faults[0]
         raise ValueError(f"{FLAG}: {name!r} in {str(folder)!r} {fault}; wrong base model or damaged adapter?")
     return peft_model
+
+
+@dataclass
+class LoraUpdate:
+    """scale * B @ A, to be added to a weight [out, in]; a [r, in], b [out, r]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    @property
+    def shape(self) -> list[int]:
+        """Of the weight that it fits; empty where the two matrices do not fit each other."""
+        return [self.b.shape[0], self.a.shape[1]] if self.a.shape[0] == self.b.shape[1] else []
+
+
+@dataclass
+class AdapterUpdates:
+    """What an adapter does to the weights of its base model: LoRA and whole weights, by weight name.
+
+    keeps_tie: the input embedding was trained together with the output embedding tied to it.
+    """
+
+    lora: dict[str, LoraUpdate]
+    replacements: dict[str, torch.Tensor]
+    keeps_tie: bool
+
+    def check(self, base: dict[str, torch.Tensor]) -> None:
+        """Raise ValueError for an update of a weight that is not in `base`, by name, or has another shape there."""
+        for name, update in sorted([*self.lora.items(), *self.replacements.items()], key=lambda item: item[0]):
+            shape = list(base[name].shape) if name in base else None
+            if list(update.shape) != shape:
+                text = f"its weights for {name!r} do not fit the base model's ({shape or 'none of that name'})"
+                raise ValueError(f"{FLAG}: {text}; give the base model of the adapter")
+
+
+def read_updates(folder: str | Path, names: dict[str, str]) -> AdapterUpdates:
+    """All that the adapter in `folder` changes, under the name that `names` maps a weight's to, or its own; ValueError
+    for a kind of adapter that merge.py cannot merge."""
+    config = read_adapter_config(folder)
+    check_plain_lora(config)
+    extra = read_extra_weights(folder)
+    lora, whole = {}, dict(extra)
+    # PEFT's files do not name the adapter; a state dict that was saved as it is calls it "default".
+    saved = read_adapter_weights(folder).items()
+    weights = {key.removeprefix(PEFT_PREFIX).replace(".default.", "."): tensor for key, tensor in saved}
+    for key, tensor in weights.items():
+        module, _, matrix = key.rpartition(".lora_")
+        if matrix in ("A.weight", "B.weight"):
+            a, b = (weights.get(f"{module}.lora_{letter}.weight") for letter in "AB")
+            if a is None or b is None:
+                lacking = "A" if a is None else "B"
+                raise ValueError(f"{FLAG}: no lora_{lacking} for '{module}.weight'; is the adapter complete?")
+            lora[f"{module}.weight"] = LoraUpdate(a, b, lora_scale(config, module, rank=a.shape[0]))
+        elif "lora_" in key:
+            raise ValueError(f"{FLAG}: cannot merge {key!r}; only LoRA on linear layers is supported")
+        else:
+            whole[base_weight_name(key)] = tensor
+    lora, whole = ({names.get(name, name): found[name] for name in found} for found in (lora, whole))
+    return AdapterUpdates(lora, whole, keeps_tie=bool(extra) or bool(config.get("ensure_weight_tying")))
+
+
+def check_plain_lora(config: dict) -> None:
+    """Raise ValueError, naming the setting, for an adapter that is more than LoRA matrices and whole weights."""
+    more = [name for name, plain in PLAIN_LORA.items() if config.get(name) not in (plain, None, False, [], {})]
+    if str(config.get("init_lora_weights")).lower().startswith(BASE_CHANGING_INITS):
+        more.append("init_lora_weights")
+    if more:
+        value = config[more[0]]
+        raise ValueError(f"{FLAG}: cannot merge an adapter with {more[0]} = {value!r}; convert it to plain LoRA first")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise ValueError(f"{FLAG}: adapter_config.json has no lora_alpha; is it a LoRA adapter?")

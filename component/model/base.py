@@ -23,7 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from longqlora.device import cpu_has_bf16
 from longqlora.distributed import print_notice
 from longqlora.model.library_internals import drop_kernels, keep_4bit_weights_trainable
-from longqlora.settings.config import ModelConfig
+from longqlora.settings.config import Settings
 
 # Forms of quantised weights whose kernels come from installed packages; for others transformers may ask the hub.
 QUANTIZERS_WITHOUT_HUB = ("bitsandbytes", "gptq", "awq")
@@ -104,13 +104,12 @@ def training_dtype(arguments: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
 
 
-def load_training_model(
-    model: ModelConfig, config: PretrainedConfig, arguments: TrainingArguments, *, load_in_4bit: bool
-) -> PreTrainedModel:
+def load_training_model(settings: Settings, config: PretrainedConfig, arguments: TrainingArguments) -> PreTrainedModel:
     """The base model in the precision of the run, on this process's device."""
+    model, is_quantised = settings.model, settings.adapter.finetuning_type == "qlora"
     device = None if is_deepspeed_zero3_enabled() else arguments.device
     options = {"dtype": training_dtype(arguments), "device": device, "trust_remote_code": model.trust_remote_code}
-    return load_model(model.model_name_or_path, config, load_in_4bit=load_in_4bit, **options)
+    return load_model(model.model_name_or_path, config, load_in_4bit=is_quantised, **options)
 
 
 def load_model(
@@ -149,11 +148,8 @@ def load_model(
 
 
 def check_loaded(info: dict, model: PreTrainedModel, name: str, *, hint: str = "; is it whole?") -> None:
-    """Raise ValueError for the first weight in which `info`, transformers' report on loading, finds a fault.
-
-    A weight that the model has no place for is one where it belongs to a decoder layer: such models compute
-    something else without it.
-    """
+    """Raise ValueError for the first weight in which `info`, transformers' report on loading, finds a fault. A surplus
+    weight is one where it belongs to a decoder layer: such models compute something else without it."""
     layers = next((n for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)), "layers")
     in_layers = re.compile(rf"(^|\.){layers.rpartition('.')[2]}\.\d+\.")
     faults = [f"lacks {weight!r}" for weight in sorted(info["missing_keys"])]
@@ -170,10 +166,8 @@ def empty_model(config: PretrainedConfig, *, name: str, trust_remote_code: bool 
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"model_name_or_path: config.json of {name!r} describes no model ({error}); correct it"
-        ) from None
+    except Exception as error:
+        raise ValueError(f"model_name_or_path: config.json of {name!r} makes no model ({error}); correct it") from None
 
 
 def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:

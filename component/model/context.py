@@ -17,7 +17,7 @@ from longqlora.model.adapter_folder import base_model_of
 from longqlora.model.base import load_config
 from longqlora.model.context_request import ContextRequest
 from longqlora.model.rope_scaling import Rope, scale_rope
-from longqlora.settings.config import AttentionConfig, ContextConfig, ModelConfig
+from longqlora.settings.config import Settings
 
 # The shortest length that a released model was pretrained with (Llama).
 SHORTEST_PRETRAINING = 2048
@@ -39,10 +39,8 @@ def context_length(config: PretrainedConfig) -> int:
 
 
 def apply_context(config: PretrainedConfig, request: ContextRequest) -> str:
-    """Set RoPE and dual chunk attention in `config`; returns a one-line description for the log.
-
-    Twice is the same as once. Raises ValueError, naming the setting, for what the model cannot be given.
-    """
+    """Set RoPE and dual chunk attention in `config`; returns a one-line description for the log. Twice is the same as
+    once. Raises ValueError, naming the setting, for what the model cannot be given."""
     check_lengths_of(config)
     complete_lengths(config)
     is_dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) is not None
@@ -83,11 +81,9 @@ def complete_lengths(config: PretrainedConfig) -> None:
         config.max_position_embeddings = known["original_max_position_embeddings"]
     parameters, length = rope.rope_parameters, config.max_position_embeddings
     says_original = "original_max_position_embeddings" in (*parameters, *config.to_dict())
-    if parameters.get("rope_type") != "linear" or says_original:
-        return
     factor = parameters.get("factor") or 1
     original = int(length / factor)
-    if original >= SHORTEST_PRETRAINING:
+    if parameters.get("rope_type") == "linear" and not says_original and original >= SHORTEST_PRETRAINING:
         print_notice(
             f"config.json says {length} tokens and linear RoPE x{factor:g}, read as {rope_of(config).context_length} "
             f"tokens; if {length} is what it reaches, add original_max_position_embeddings: {original} to it"
@@ -173,18 +169,16 @@ def copy_context(source: PretrainedConfig, target: PretrainedConfig) -> None:
             delattr(target, name)
 
 
-def load_extended_config(
-    model: ModelConfig, context: ContextConfig, attention: AttentionConfig
-) -> tuple[PretrainedConfig, str]:
+def load_extended_config(settings: Settings) -> tuple[PretrainedConfig, str]:
     """Config of the base model with the context of the run, and a one-line description for the log."""
-    is_dual_chunk = attention.attention == "dca"
-    values = {**vars(context), **vars(attention), "attention": "dca" if is_dual_chunk else "full"}
-    values["context_size"] = context.model_max_length
-    if context.model_max_length is None and not is_dual_chunk:
+    attention = "dca" if settings.attention.attention == "dca" else "full"
+    values = {**vars(settings.context), **vars(settings.attention), "attention": attention}
+    values["context_size"] = settings.context.model_max_length
+    if values["context_size"] is None and attention != "dca":
         # Without a length to reach they have no effect, which the checks say.
         values |= {"rope_type": None, "rope_theta": None}
     request = ContextRequest(**{field.name: values[field.name] for field in fields(ContextRequest)})
-    config = load_config(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+    config = load_config(settings.model.model_name_or_path, trust_remote_code=settings.model.trust_remote_code)
     return config, apply_context(config, request)
 
 

@@ -23,11 +23,8 @@ HELP = {
 
 @dataclass(frozen=True)
 class ContextRequest:
-    """None and "auto" leave a thing to what the model's config says. context_size: tokens to read.
-
-    The rest is named as in a training YAML. With dca, RoPE is scaled to `pretraining_length` only, and only if
-    rope_type is given; chunks reach the rest.
-    """
+    """None and "auto" leave a thing to what the model's config says. context_size: tokens to read. The rest is named as
+    in a training YAML. With dca, a rope_type scales RoPE to `pretraining_length` only; chunks reach the rest."""
 
     context_size: int | None = None
     rope_type: str | None = None

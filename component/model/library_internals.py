@@ -7,9 +7,6 @@ names what another version changed. loss_binding.py holds the one method of tran
   nothing public reads them, or drops them from a config that a file filled in.
 - `revert_weight_conversion`: transformers renames and fuses weights when it loads them, and offers the way back in
   save_pretrained only, which needs the weights.
-- `convert_peft_config_for_transformers`: which targets PEFT takes for fused experts.
-- `get_pattern_key`: how PEFT reads `alpha_pattern`.
-- `support_avx512bf16_for_cpu` of bitsandbytes' Linear4bit.
 """
 
 from peft import LoraConfig
@@ -48,10 +45,8 @@ def names_in_files(model: PreTrainedModel, saved: set[str]) -> dict[str, str]:
 
 
 def fused_expert_names(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Those of `names` that PEFT takes for the experts' fused weights of this model type, as transformers 4 named them.
-
-    Where experts stand beside shared experts or dense layers, linear layers have the same names.
-    """
+    """Those of `names` that PEFT takes for the experts' fused weights of this model type, as transformers 4 named them:
+    linear layers beside the experts (shared experts, dense layers) may have the same names."""
     fused = []
     for name in names:
         lora = LoraConfig(target_modules=[name])
@@ -73,11 +68,8 @@ def lora_scale(config: dict, module: str, rank: int) -> float:
 
 
 def keep_4bit_weights_trainable(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in place on CPUs with avx512_bf16.
-
-    It does so at the first evaluation without gradient; gradients through repacked weights are then
-    silently lost (nn/modules.py, Linear4bit.forward).
-    """
+    """Stop bitsandbytes repacking 4-bit weights in place on CPUs with avx512_bf16, as it does at the first evaluation
+    without gradient: gradients through repacked weights are silently lost (nn/modules.py, Linear4bit.forward)."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

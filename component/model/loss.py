@@ -4,9 +4,7 @@ At 8192 tokens and 32000 words fp32 logits, their shifted copy and their gradien
 chunk of tokens at a time is projected, reduced and turned into gradients. torch >= 2.13 has the
 operation for full precision; `ChunkedLinearCrossEntropy` does the same elsewhere and in 16 bit.
 
-Dimensions: B batch, S sequence, T tokens, C hidden size, V vocabulary.
-
-Pure maths: knows nothing of Hugging Face.
+Pure maths: knows nothing of Hugging Face. Dimensions: B batch, S sequence, T tokens, C hidden size, V vocabulary.
 """
 
 import torch
@@ -30,37 +28,29 @@ def next_token_loss(
 
     hidden [B, S, C]; weight [V, C], the output embedding; labels int [B, S], the tokens themselves, or with is_shifted
     the next ones, IGNORE_INDEX where nothing is to be learned. The sum over tokens is divided by `num_items`, or by the
-    number of labels that count when it is None. Returns a scalar; zero when no label counts.
+    number of labels that count when it is None. Returns a scalar, fp64 for fp64 input and else fp32; 0 without labels.
     """
     if not is_shifted:
         # Shifting the labels rather than the states spares a copy of the states at batch size one.
         hidden, labels = hidden[:, :-1], labels[:, 1:]
-    targets = labels.reshape(-1).to(hidden.device)
-    total = linear_cross_entropy_sum(hidden.reshape(-1, hidden.shape[-1]), weight, targets)
+    states, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).to(hidden.device)
+    # torch's operation returns the sum in the input's dtype: infinite in fp16 from some 5000 tokens on.
+    is_full_precision = states.dtype == weight.dtype and states.dtype in (torch.float32, torch.float64)
+    if hasattr(F, "linear_cross_entropy") and is_full_precision:
+        options = {"ignore_index": IGNORE_INDEX, "options": torch.nn.LinearCrossEntropyOptions()}
+        total = F.linear_cross_entropy(states, weight, targets, reduction="sum", **options)
+    else:
+        total = ChunkedLinearCrossEntropy.apply(states, weight, targets)
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum().clamp_min(1)
     return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)
 
 
-def linear_cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of cross_entropy(hidden @ weight.T, targets). hidden [T, C], weight [V, C], targets int [T].
-
-    Returns a scalar in fp32, or fp64 for fp64 input.
-    """
-    # torch's operation returns the sum in the input's dtype: infinite in fp16 from some 5000 tokens on.
-    is_full_precision = hidden.dtype == weight.dtype and hidden.dtype in (torch.float32, torch.float64)
-    if hasattr(F, "linear_cross_entropy") and is_full_precision:
-        options = torch.nn.LinearCrossEntropyOptions()
-        return F.linear_cross_entropy(
-            hidden, weight, targets, reduction="sum", ignore_index=IGNORE_INDEX, options=options
-        )
-    return ChunkedLinearCrossEntropy.apply(hidden, weight, targets)
-
-
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """Gradients are computed chunk by chunk in the forward pass, while the chunk's logits exist.
+    """Sum of cross_entropy(hidden @ weight.T, targets), a scalar. hidden [T, C], weight [V, C], targets int [T].
 
-    Softmax in fp32 (fp64 for fp64 input); matrix products in the input dtype.
+    Gradients are computed chunk by chunk in the forward pass, while the chunk's logits exist. Softmax and sum in fp32
+    (fp64 for fp64 input); matrix products in the input dtype.
     """
 
     @staticmethod

@@ -1,11 +1,9 @@
 """Merge an adapter into its base model, shard by shard, and save a model that stock transformers loads.
 
-W' = W + scale * B @ A in fp32, rounded once; scale = alpha / r, or alpha / sqrt(r) with rsLoRA
-(arXiv 2106.09685 section 4.1, arXiv 2312.03732). Optionally W is first taken through NF4 with double
-quantisation, so that the adapter meets exactly the weights it was trained against.
-
-Every weight of the adapter is used exactly once, or the merge fails with its name. Tied embeddings
-stay tied where input and output embedding end up equal, and are untied where they do not.
+W' = W + scale * B @ A in fp32, rounded once; scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2106.09685,
+section 4.1, arXiv 2312.03732). Optionally W is first taken through NF4 with double quantisation, so that the adapter
+meets exactly the weights it was trained against. Every weight of the adapter is used exactly once, or the merge fails
+with its name. Tied embeddings are untied where input and output embedding end up different.
 """
 
 import os
@@ -16,9 +14,9 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig
 
+from longqlora.distributed import local_device
 from longqlora.files import atomic_folder, write_json
-from longqlora.model.adapter_folder import adapter_vocabulary, grown
-from longqlora.model.adapter_updates import merged_weight, read_updates
+from longqlora.model.adapter_folder import AdapterUpdates, adapter_vocabulary, grown, read_updates
 from longqlora.model.base import (
     check_vocabulary,
     embedding_names,
@@ -58,26 +56,24 @@ def merge(
 ) -> dict:
     """Merge and save to the folder `save_path`; returns the record written there as merge.json.
 
-    context: for an adapter folder without config.json. dtype: of the saved weights, None
-    for the base's. load_in_4bit: merge into the NF4 weights. max_shard_size: in bytes. Nothing that stood
-    at `save_path` is touched before the merge is complete. Raises ValueError for whatever does not fit.
+    context: for an adapter folder without config.json. dtype: of the saved weights, None for the base's. load_in_4bit:
+    merge into the NF4 weights. max_shard_size: in bytes. What stood at `save_path` stays until the merge is complete.
+    Raises ValueError for whatever does not fit.
     """
     save_path, adapter = Path(os.path.expanduser(save_path)), Path(adapter_name_or_path)
-    base, config = resolve_config(
-        model_name_or_path, adapter_name_or_path, context, trust_remote_code=trust_remote_code
-    )
+    trust = {"trust_remote_code": trust_remote_code}
+    base, config = resolve_config(model_name_or_path, adapter_name_or_path, context, **trust)
     if (context is None or context.context_size is None) and not (adapter / "config.json").is_file():
         raise ValueError(f"--context_size: {str(adapter)!r} has no config.json; give the context of its training")
     sources = {"model_name_or_path": base, "adapter_name_or_path": adapter}
     check_outputs({"--save_path": OutputFolder(save_path, MERGE_RECORD, overwrite=overwrite)}, sources)
-    if getattr(load_config(base, trust_remote_code=trust_remote_code), "quantization_config", None):
+    if getattr(load_config(base, **trust), "quantization_config", None):
         raise ValueError(f"model_name_or_path: {base!r} is saved quantised; give the 16-bit base model")
-    model = empty_model(config, name=base, trust_remote_code=trust_remote_code)
+    model = empty_model(config, name=base, **trust)
     num_embeddings = adapter_vocabulary(adapter, model)
     tokenizer = tokenizer_source(base, adapter_name_or_path)
     if (Path(tokenizer) / "tokenizer_config.json").is_file():
-        loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-        check_vocabulary(loaded, num_embeddings, tokenizer)
+        check_vocabulary(load_tokenizer(tokenizer, **trust), num_embeddings, tokenizer)
     folder = base_folder(base)
     weights = check_weights(folder, model, config)
     in_files = names_in_files(model, set(weights.file_of))
@@ -135,6 +131,36 @@ def merge(
         }
         write_json(output / MERGE_RECORD, record)
     return record
+
+
+def merged_weight(
+    name: str, weight: torch.Tensor, updates: AdapterUpdates, *, dtype: torch.dtype, in_nf4: bool = False
+) -> torch.Tensor:
+    """The weight `name` after the merge, in `dtype`; `weight` [out, in] is the base's."""
+    lora, is_replaced = updates.lora.get(name), name in updates.replacements
+    if is_replaced:
+        weight = updates.replacements[name]
+    if not weight.is_floating_point():
+        return weight
+    if in_nf4 and not is_replaced:
+        weight = through_nf4(weight.to(dtype))
+    if lora is not None:
+        weight = weight.float() + lora.scale * (lora.b.float() @ lora.a.float())
+    result = weight.to(dtype)
+    if not result.isfinite().all():
+        kind = "overflows" if weight.isfinite().all() else "holds values that are not finite"
+        raise ValueError(f"{name!r} {kind} in {str(dtype).removeprefix('torch.')}; try --dtype bf16 or fp32")
+    return result
+
+
+def through_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` quantised as a 4-bit base is when loaded (blocks of 64, double quantisation), and dequantised to its
+    dtype, which is the one that the model is loaded in."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = weight.contiguous().to(local_device())
+    data, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return dequantize_4bit(data, state).cpu()
 
 
 def base_folder(base: str) -> Path:

@@ -1,10 +1,8 @@
 """Decide the RoPE parameters that let a model read a given number of tokens.
 
 Pure maths: works on plain values. A method is a row of `ROPE_METHODS`; the result is a `rope_parameters` dictionary
-that stock transformers understands and saves.
-
-Throughout, s = target / original, d is the number of rotated dimensions of a head, and dimension pair
-i turns at theta^(-2i/d) per position.
+that stock transformers understands and saves. Throughout, s = target / original, d is the number of rotated dimensions
+of a head, and dimension pair i turns at theta^(-2i/d) per position.
 """
 
 import math
@@ -95,14 +93,11 @@ assert tuple(ROPE_METHODS) == ROPE_TYPES, "name each method in settings/config.p
 def scale_rope(
     rope: Rope, target: int, *, rotary_dim: int, rope_type: str | None = None, rope_theta: float | None = None
 ) -> Rope:
-    """RoPE for `target` tokens.
+    """RoPE for `target` tokens. rope_type None is the method that scales the model already, else linear.
 
-    Idempotent: the result follows from the original length and base and the target alone, so scaling what is already
-    scaled gives the same answer. A target within the present context changes nothing. rope_type None is the method
-    that scales the model already, else linear.
-
-    Raises ValueError for a model whose RoPE is already scaled by another method (the two would have to be composed,
-    which no method here defines).
+    Idempotent: the result follows from the original length and base and the target alone. A target within the present
+    context changes nothing. Raises ValueError for a model whose RoPE is already scaled by another method (the two would
+    have to be composed, which no method here defines).
     """
     parameters, present, original = rope.rope_parameters, rope.context_length, rope.original_length
     present_type = parameters.get("rope_type", "default")

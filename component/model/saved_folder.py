@@ -42,10 +42,9 @@ def keys_of_other_readers(values: dict) -> dict:
     if "rope_theta" not in rope:
         return {}
     old_names = OLD_NAMES.get(values["model_type"], {})
-    for name in ("rope_theta", "partial_rotary_factor"):
-        if name in rope:
-            added[old_names.get(name, name)] = rope[name]
-    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    plain = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    added |= {old_names.get(name, name): value for name, value in plain.items()}
+    scaling = {name: value for name, value in rope.items() if name not in plain}
     if scaling.keys() > {"rope_type"}:
         added["rope_scaling"] = scaling
     length = values.get("max_position_embeddings")

@@ -76,13 +76,13 @@ def weight_file(folder: Path) -> Path | None:
 def read_index(path: Path) -> dict[str, str]:
     """The weight_map of an index of shards, whose files lie in its folder."""
     index, flag = read_json(path, "model_name_or_path"), f"model_name_or_path: {str(path)!r}"
-    parts = [index.get(name) if isinstance(index, dict) else None for name in ("weight_map", "metadata")]
-    if not all(isinstance(part, dict) for part in parts) or not parts[0]:
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not files or not isinstance(index.get("metadata"), dict):
         raise ValueError(f"{flag} lists no weights, or has no metadata; is it whole?")
-    for file in parts[0].values():
+    for file in files.values():
         if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
             raise ValueError(f"{flag} names {file!r}, which is no file of its folder; download the model again")
-    return parts[0]
+    return files
 
 
 def save_in_shards(
@@ -102,11 +102,7 @@ def save_in_shards(
 
 
 def check_base(
-    name_or_path: str,
-    config: PretrainedConfig,
-    *,
-    trust_remote_code: bool = False,
-    needs_weights: bool = True,
+    name_or_path: str, config: PretrainedConfig, *, trust_remote_code: bool = False, needs_weights: bool = True
 ) -> PreTrainedModel:
     """Check the weights in a model folder against `config`; returns the model without weights.
 
@@ -129,9 +125,7 @@ def check_weights(folder: Path, model: PreTrainedModel, config: PretrainedConfig
     transformers loads: both."""
     weights = SavedWeights(folder)
     if (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(
-            f"model_name_or_path: {str(folder)!r} holds an adapter ({ADAPTER_CONFIG}); give it as adapter_name_or_path"
-        )
+        raise ValueError(f"model_name_or_path: {str(folder)!r} is an adapter; give it as adapter_name_or_path")
     of_integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
     # Of 8 bits and fewer are quantised ones.
     usable = {

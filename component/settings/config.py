@@ -55,6 +55,13 @@ LIMITS = {name: limit for names, limit in {
     **{key: (f"supported; leave it out ({fix})", lambda value: not value) for key, fix in UNSUPPORTED.items()},
 }.items() for name in names.split()}  # fmt: skip
 
+# Keys that a resumed run may change without a warning: no loss depends on them.
+CHANGES_NO_LOSS = {
+    "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "save_strategy",
+    "logging_steps", "logging_dir", "disable_tqdm", "report_to", "dataloader_num_workers", "dataloader_pin_memory",
+    "local_rank", "gpu_memory", "data_cache_dir", "preprocessing_num_workers",
+}  # fmt: skip
+
 
 def check_limit(name: str, value: Any, limit: Limit | None) -> None:
     """Raise ValueError naming the key and the value where it is beyond the limit. None never is."""
@@ -131,9 +138,7 @@ class AdapterConfig(Section):
 
     finetuning_type: str = key("qlora", "qlora (4-bit base), lora (16-bit base) or full", one_of(FINETUNING_TYPES))
     lora_rank: int = key(64, "rank of the LoRA matrices", at_least(1))
-    lora_alpha: float = key(
-        16, "LoRA scale numerator: the update is alpha / rank * B A", ("positive", lambda value: value > 0)
-    )
+    lora_alpha: float = key(16, "LoRA scale: the update is alpha / rank * B A", ("positive", lambda value: value > 0))
     lora_dropout: float = key(0.05, "dropout on the input of the LoRA matrices", PART)
     target_modules: str | None = key(None, "comma-separated names of linear layers; default: all but the output layer")
     train_embedding: bool | str = key(
@@ -154,9 +159,7 @@ class MemoryConfig(Section):
         "gradient_checkpointing decides",
         one_of(MEMORY_POLICIES),
     )
-    layer_function: bool | None = key(
-        None, "train each decoder layer as one function that works in tiles; default: by the policy"
-    )
+    layer_function: bool | None = key(None, "train each layer as one function, in tiles; default: by the policy")
     keep_activations: str | None = key(
         None,
         "layer_function: what is kept of each layer for the backward pass: input, attention (and its output), "
@@ -164,13 +167,15 @@ class MemoryConfig(Section):
         one_of(KEPT),
     )
     tile_size: int | None = key(None, "layer_function: tokens computed at a time", at_least(1))
-    num_head_chunks: int | None = key(
-        None, "layer_function: parts in which attention and its projections are computed", at_least(1)
-    )
-    offload_activations: bool | None = key(
-        None, "layer_function: keep activations in host memory between forward and backward"
-    )
+    num_head_chunks: int | None = key(None, "layer_function: parts of attention and its projections", at_least(1))
+    offload_activations: bool | None = key(None, "layer_function: keep activations in host memory until backward")
     gpu_memory: str | None = key(None, "memory to plan for, such as 32GiB; default: that of this machine's GPU")
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts of an activation policy that are set by their own key."""
+        own = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("memory", "gpu_memory")}
+        return {name: value for name, value in own.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -210,9 +215,7 @@ class DataConfig(Section):
 class OutputConfig(Section):
     """Where a run writes, and whether it may replace an earlier run there."""
 
-    overwrite_output_dir: bool = key(
-        False, "replace the results of an earlier run in output_dir as soon as this run has its own"
-    )
+    overwrite_output_dir: bool = key(False, "replace an earlier run's results in output_dir once this run has its own")
     logging_dir: str | None = key(None, "folder of the tensorboard events; default: tensorboard/ in output_dir")
 
 

@@ -12,9 +12,6 @@ from longqlora.device import GIB
 from longqlora.files import read_json
 from longqlora.settings.config import Notice, Settings
 
-LARGE_BUFFERS = 0.5 * GIB
-OBJECTS = ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler")
-
 
 def complete_deepspeed(settings: Settings) -> tuple[Settings, list[Notice]]:
     """Settings with the content of the DeepSpeed file, completed by what upstream's leaves out.
@@ -27,9 +24,7 @@ def complete_deepspeed(settings: Settings) -> tuple[Settings, list[Notice]]:
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("deepspeed: the package is not installed; pip install deepspeed, or leave the key out")
     config = value if isinstance(value, dict) else read_json(require_file(value, "deepspeed"), "deepspeed")
-    if not isinstance(config, dict):
-        raise ValueError(f"deepspeed: {value!r} must hold a JSON object")
-    for key in OBJECTS:
+    for key in ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler"):
         if not isinstance(config.get(key, {}), dict):
             raise ValueError(f"deepspeed: {key} is {config[key]!r} in {value!r}; give a JSON object")
     offload, stage = zero_section(config).get("offload_optimizer") or {}, zero_stage(config)
@@ -47,10 +42,10 @@ def complete_deepspeed(settings: Settings) -> tuple[Settings, list[Notice]]:
         config["gradient_clipping"] = "auto"
         notices.append(Notice("deepspeed: added gradient_clipping, without which max_grad_norm is ignored"))
     held = gradient_buffers(config, element_bytes=2)
-    if held > LARGE_BUFFERS:
+    if held > 0.5 * GIB:
         text = f"reduce_bucket_size holds {held / GIB:.1f} GiB of buffers in 16 bit; 2e7 is enough for adapters"
         notices.append(Notice(f"deepspeed: {text}"))
-    if offloads_optimizer(config) and "optimizer" not in config:
+    if offloads(config, "optimizer") and "optimizer" not in config:
         # Its own CPU optimizer is compiled at the first start and takes the place of the one in the settings.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     return settings.with_training(deepspeed=config), notices
@@ -69,17 +64,13 @@ def gradient_buffers(config: dict | None, *, element_bytes: int) -> float:
 def shards(config: dict | None, num_processes: int) -> tuple[float, float]:
     """Processes among which ZeRO splits the weights, and gradients and optimizer state; infinite: in host memory."""
     stage = zero_stage(config)
-    weight_shards = math.inf if is_offloaded(config, "offload_param") else num_processes
+    weight_shards = math.inf if offloads(config, "param") else num_processes
     return weight_shards if stage == 3 else 1, num_processes if stage else 1
 
 
-def offloads_optimizer(config: dict | None) -> bool:
-    return is_offloaded(config, "offload_optimizer")
-
-
-def is_offloaded(config: dict | None, name: str) -> bool:
-    """Whether the part that `offload_optimizer` or `offload_param` names is kept in host memory."""
-    return (zero_section(config).get(name) or {}).get("device") not in (None, "none")
+def offloads(config: dict | None, part: str) -> bool:
+    """Whether DeepSpeed keeps the "optimizer" state, or each "param", in host memory."""
+    return (zero_section(config).get(f"offload_{part}") or {}).get("device") not in (None, "none")
 
 
 def zero_stage(config: dict | None) -> int:

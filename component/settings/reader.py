@@ -1,12 +1,14 @@
 """The settings of a run: defaults < training YAML < `--key value` < what this machine forces, resolved once.
 
-A key nobody owns, a value of the wrong type or a file that is not there is a ValueError that names the key, the value
-and the fix.
+A key nobody owns, a value of a wrong type or a missing file is a ValueError that names the key, the value and the fix.
 """
 
 import dataclasses
 import difflib
+import enum
+import math
 import os
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,9 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+from longqlora.device import cpu_has_bf16
 from longqlora.settings.config import SECTIONS, Notice, Settings, warning
-from longqlora.settings.deepspeed import complete_deepspeed
-from longqlora.settings.machine import fit_optimizer, fit_precision
-from longqlora.settings.values import KIND_NAMES, coerce
+from longqlora.settings.deepspeed import complete_deepspeed, offloads
 
 REPO = Path(__file__).resolve().parents[2]
 PATH_KEYS = ("model_name_or_path", "train_file", "eval_file", "deepspeed")
@@ -38,6 +39,11 @@ RENAMED = {
 }
 # Names without a successor: what they switched is now always so, or decided by the machine.
 REMOVED = ("save_safetensors", "fp16_backend", "half_precision_backend", "fp16_opt_level", "use_mps_device", "use_ipex")
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+KIND_NAMES = {
+    bool: "true or false", int: "a whole number", float: "a finite number", str: "text", dict: "a mapping",
+    list: "a list",
+}  # fmt: skip
 
 
 def fields_of(cls: type) -> dict[str, dataclasses.Field]:
@@ -175,3 +181,85 @@ def resolve_settings(
         settings, changes = step(settings)
         notices += changes
     return settings, list(dict.fromkeys(notices))
+
+
+def coerce(key: str, value: Any, hint: Any, choices: typing.Sequence | None = None) -> Any:
+    """`value` as the type of the field, or a ValueError naming key, value and what was expected."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = list(typing.get_args(hint)) if is_union else [hint]
+    if value is None or (type(None) in options and isinstance(value, str) and value.lower() in ("none", "null")):
+        if type(None) not in options:
+            raise ValueError(f"{key}: has no value; give one, or leave the key out for its default")
+        # transformers takes no reporting at all from the word, not from None.
+        return "none" if key == "report_to" else None
+    if key == "resume_from_checkpoint" and isinstance(value, bool):
+        return str(value).lower()
+    # Text last: it would take what an option before it reads better.
+    kinds = sorted((typing.get_origin(o) or o for o in options if o is not type(None)), key=lambda kind: kind is str)
+    for kind in kinds:
+        converted = convert(value, kind)
+        if isinstance(kind, type) and issubclass(kind, enum.Enum):
+            # An unquoted `no` is false in YAML.
+            choices, converted = [member.value for member in kind], "no" if value is False else value
+        if converted is None:
+            continue
+        if choices and converted not in choices:
+            near = choices if len(choices) <= 12 else difflib.get_close_matches(str(value), choices, n=6, cutoff=0)
+            raise ValueError(f"{key}: {value!r} is not one of {', '.join(near)}{'' if near is choices else ', ...'}")
+        return converted
+    expected = " or ".join(KIND_NAMES.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+    hint = "; put it in quotes" if str in kinds and not isinstance(value, (dict, list)) else ""
+    raise ValueError(f"{key}: {value!r} is not {expected}{hint}")
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """`value` as `kind`, or None where it is not one. YAML reads 2e-4 as text, the command line everything."""
+    try:
+        if kind is bool:
+            return value if isinstance(value, bool) else BOOLEANS.get(str(value).lower())
+        if kind in (str, dict, list):
+            parsed = yaml.safe_load(value) if isinstance(value, str) and kind is not str else value
+            return parsed if isinstance(parsed, kind) else None
+        if kind not in (int, float) or not isinstance(value, (int, float, str)) or isinstance(value, bool):
+            return None
+        if kind is int and isinstance(value, int):
+            return value
+        number = float(value)
+        if not math.isfinite(number) or (kind is int and not number.is_integer()):
+            return None
+        return kind(number)
+    except (ValueError, OverflowError, yaml.YAMLError):
+        return None
+
+
+def fit_precision(settings: Settings) -> tuple[Settings, list[Notice]]:
+    """Settings in a precision that this GPU, or this CPU, computes in."""
+    training = settings.training
+    if training.get("fp16") and training.get("bf16"):
+        raise ValueError("fp16 and bf16 are both true; keep one (fp16 on V100, bf16 on A100 or later)")
+    if settings.uses_gpu:
+        if training.get("bf16") and torch.cuda.get_device_capability() < (8, 0):
+            raise ValueError("bf16: True, but this GPU has no bf16 arithmetic; set fp16: true and bf16: false")
+        return settings, []
+    reasons = {"fp16": "it needs a GPU"} | ({} if cpu_has_bf16() else {"bf16": "this CPU has no bf16 instructions"})
+    keys = {key: reason for name, reason in reasons.items() for key in (name, f"{name}_full_eval")}
+    lost = {key: reason for key, reason in keys.items() if training.get(key)}
+    # There is no device memory to copy into from pinned pages. Without use_cpu accelerate takes each of several CPU
+    # processes for a world of one.
+    forced = {"dataloader_pin_memory": training.get("dataloader_pin_memory", False), "use_cpu": True}
+    notices = [warning(f"{key} becomes false: {reason}; the run computes in fp32") for key, reason in lost.items()]
+    return settings.with_training(**forced, **dict.fromkeys(lost, False)), notices
+
+
+def fit_optimizer(settings: Settings) -> tuple[Settings, list[Notice]]:
+    """Settings without a bitsandbytes optimizer where its state cannot live on a GPU."""
+    name, deepspeed = settings.training.get("optim", ""), settings.training.get("deepspeed")
+    is_bitsandbytes = name.endswith("bit") and not name.startswith("adamw_torch") or "bnb" in name
+    is_offloaded = offloads(deepspeed, "optimizer")
+    if not is_bitsandbytes or "optimizer" in (deepspeed or {}) or (settings.uses_gpu and not is_offloaded):
+        return settings, []
+    where = "DeepSpeed keeps the optimizer on the CPU" if is_offloaded else "there is no GPU for its state"
+    plain = "adamw_torch" if "adamw" in name else "rmsprop" if "rmsprop" in name else None
+    if plain is None:
+        raise ValueError(f"optim: {name!r} cannot be used, since {where}; use adamw_torch")
+    return settings.with_training(optim=plain), [warning(f"optim: {name} becomes {plain}, since {where}")]

@@ -50,8 +50,7 @@ def build_arguments(settings: Settings) -> RunArguments:
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError, OSError) as error:
         raise ValueError(f"training settings: {error}") from None
     check_buildable(arguments)
-    mismatches = arguments.hf_deepspeed_config.mismatches if arguments.deepspeed else []
-    if mismatches:
+    if arguments.deepspeed and (mismatches := arguments.hf_deepspeed_config.mismatches):
         pairs = "; ".join(text.removeprefix("- ds ").replace(" vs hf ", " but ") for text in mismatches)
         raise ValueError(f'deepspeed: the file disagrees with the settings: {pairs}; write "auto" in the file')
     return arguments

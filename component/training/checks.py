@@ -8,16 +8,10 @@ import math
 import os
 from pathlib import Path
 
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
-from longqlora.attention.binding import check_model_supports, check_model_supports_shift_short, flash_kernel
+from longqlora.attention.binding import check_attention, flash_kernel
 from longqlora.data.jsonl import check_data_file
 from longqlora.data.prompt import eos_id, prompt_template_for
 from longqlora.distributed import is_main_process, world_size
@@ -27,7 +21,8 @@ from longqlora.model.base import check_vocabulary, routers
 from longqlora.model.context import context_length
 from longqlora.model.weight_files import check_base, weight_file
 from longqlora.settings.config import Notice, Settings, warning
-from longqlora.training.checkpoint import FINAL, list_checkpoints
+from longqlora.training.arguments import RunArguments
+from longqlora.training.resume import FINAL, list_checkpoints
 
 
 def check_settings(settings: Settings) -> list[Notice]:
@@ -60,8 +55,7 @@ def check_paths(settings: Settings) -> None:
     folders = {"output_dir": output_dir, "logging_dir": settings.output.logging_dir, "data_cache_dir": cache}
     for key, value in folders.items():
         path = Path(value or ".")
-        file = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
-        if file:
+        if file := next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None):
             raise ValueError(f"{key}: {value!r} cannot be a folder, since {str(file)!r} is a file; give another")
     for key, value in {"model_name_or_path": settings.model.model_name_or_path, **settings.data.files}.items():
         for place in (Path(output_dir, FINAL), *list_checkpoints(output_dir)):
@@ -76,22 +70,22 @@ def settings_without_effect(settings: Settings) -> list[Notice]:
     schedule = training.get("lr_scheduler_type", "linear")
     own_optimizer = (training.get("deepspeed") or {}).get("optimizer")
     lora = ["lora_rank", "lora_alpha", "lora_dropout", "target_modules", "train_embedding", "train_norm"]
-    groups = {
-        f"attention: {attention}": (attention != "s2", ["group_size_ratio", "dense_finish"]),
-        "attention: dca": (attention == "dca", ["use_flash_attn"]),
-        "finetuning_type: full": (settings.adapter.finetuning_type == "full", lora),
-        "sft: false": (not settings.data.sft, ["prompt_template"]),
-        "no model_max_length": (settings.context.model_max_length is None, ["rope_type", "rope_theta"]),
-        "no evaluation (eval_strategy)": (not evaluates(training), ["eval_file", "eval_steps"]),
-        f"lr_scheduler_type: {schedule}": (schedule == "constant", ["warmup_steps"]),
-        "max_steps": (training.get("max_steps", -1) > 0, ["num_train_epochs"]),
-        "save_strategy: no": (training.get("save_strategy") == "no", ["save_steps", "save_total_limit"]),
-        "an optimizer in the DeepSpeed file": (bool(own_optimizer), ["optim"]),
-        "training that stops at the first loss that is not finite": (True, ["logging_nan_inf_filter"]),
-    }
+    groups = [
+        (f"attention: {attention}", attention != "s2", ["group_size_ratio", "dense_finish"]),
+        ("attention: dca", attention == "dca", ["use_flash_attn"]),
+        ("finetuning_type: full", settings.adapter.finetuning_type == "full", lora),
+        ("sft: false", not settings.data.sft, ["prompt_template"]),
+        ("no model_max_length", settings.context.model_max_length is None, ["rope_type", "rope_theta"]),
+        ("no evaluation (eval_strategy)", not evaluates(training), ["eval_file", "eval_steps"]),
+        (f"lr_scheduler_type: {schedule}", schedule == "constant", ["warmup_steps"]),
+        ("max_steps", training.get("max_steps", -1) > 0, ["num_train_epochs"]),
+        ("save_strategy: no", training.get("save_strategy") == "no", ["save_steps", "save_total_limit"]),
+        ("an optimizer in the DeepSpeed file", bool(own_optimizer), ["optim"]),
+        ("training that stops at the first loss that is not finite", True, ["logging_nan_inf_filter"]),
+    ]
     return [
         warning(f"{key} has no effect with {cause}")
-        for cause, (holds, keys) in groups.items()
+        for cause, holds, keys in groups
         for key in keys
         if holds and settings.given.get(key) not in (None, False)
     ]
@@ -126,27 +120,16 @@ def check_model(
     if getattr(config, "quantization_config", None):
         raise ValueError(f"model_name_or_path: {name!r} is already quantised; give the model it was made from")
     model = check_base(name, config, trust_remote_code=trust, needs_weights=needs_weights)
-    check_attention(settings, model)
+    if not model._supports_sdpa:
+        text = f"{name!r} is a {config.model_type}, whose attention torch's SDPA cannot compute"
+        raise ValueError(f"model_name_or_path: {text}; give a model of another type")
+    attention, size = settings.attention, settings.parallel.sequence_parallel_size
+    check_sequence_parallel(size, config, attention=attention.attention, num_processes=world_size())
+    check_attention(model, attention, length, size)
     notices = check_adapter(settings, model)
     if Path(name).is_dir() and not weight_file(Path(name)):
         notices.append(Notice(f"model_name_or_path: {name!r} has no weights: a run would end here"))
     return model, notices
-
-
-def check_attention(settings: Settings, model: PreTrainedModel) -> None:
-    """Refuse an attention that is not defined for `model`."""
-    name, size = settings.model.model_name_or_path, settings.parallel.sequence_parallel_size
-    attention = settings.attention.attention
-    if not model._supports_sdpa:
-        text = f"{name!r} is a {model.config.model_type}, whose attention torch's SDPA cannot compute"
-        raise ValueError(f"model_name_or_path: {text}; give a model of another type")
-    check_sequence_parallel(size, model.config, attention=attention, num_processes=world_size())
-    if attention == "dca":
-        check_model_supports(model, "dual chunk attention")
-    if attention == "full" and size > 1:
-        check_model_supports(model, "sequence parallelism", fix="leave out sequence_parallel_size")
-    if attention == "s2":
-        check_model_supports_shift_short(model, settings.attention.group_size(settings.data.max_seq_length))
 
 
 def check_sequence_parallel(size: int, config: PretrainedConfig, *, attention: str, num_processes: int) -> None:
@@ -173,12 +156,10 @@ def check_adapter(settings: Settings, model: PreTrainedModel) -> list[Notice]:
     kind, targets = settings.adapter.finetuning_type, settings.adapter.target_modules
     if kind == "full":
         return []
-    more_than_linear = next(iter(routers(model).values()), None)
-    if kind == "qlora" and more_than_linear is not None:
-        layers = f"linear layers with more to them ({type(more_than_linear).__name__})"
-        raise ValueError(
-            f"finetuning_type: {model.config.model_type} has {layers}, which a 4-bit base would replace; use lora"
-        )
+    if kind == "qlora" and (more_than_linear := routers(model)):
+        name = type(next(iter(more_than_linear.values()))).__name__
+        layers = f"{model.config.model_type} has linear layers with more to them ({name})"
+        raise ValueError(f"finetuning_type: {layers}, which a 4-bit base would replace; use lora")
     if not target_module_names(model, targets):
         raise ValueError(f"target_modules: {targets!r} names no layer; leave it out for all")
     return [Notice(text) for text in frozen_experts_notice(model)]
@@ -196,15 +177,14 @@ def check_data(settings: Settings, config: PretrainedConfig, tokenizer: PreTrain
 
 
 def check_num_rows(
-    arguments: TrainingArguments, num_rows: int, num_eval_rows: int | None, *, processes_per_row: int
+    arguments: RunArguments, num_rows: int, num_eval_rows: int | None, *, processes_per_row: int
 ) -> None:
     """Refuse rows that do not make one batch of all processes, where dataloader_drop_last leaves out a part of one."""
     if not arguments.dataloader_drop_last:
         return
-    num_processes = arguments.world_size
     for key, rows, together in (
-        ("train", num_rows, arguments.train_batch_size * num_processes // processes_per_row),
-        ("eval", num_eval_rows, arguments.eval_batch_size * num_processes),
+        ("train", num_rows, arguments.train_batch_size * arguments.world_size // processes_per_row),
+        ("eval", num_eval_rows, arguments.eval_batch_size * arguments.world_size),
     ):
         if rows is not None and rows < together:
             text = f"{key}_file makes {rows} rows, a batch of all processes takes {together}"

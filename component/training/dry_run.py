@@ -5,7 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from longqlora.attention.binding import bind_attention
 from longqlora.attention.proof import refusing, tiny_copy, trial_inputs
@@ -16,15 +16,12 @@ from longqlora.model.adapter import attach_adapter, trainable_table
 from longqlora.model.base import linear_layers, training_dtype
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.config import Notice, Settings
-from longqlora.training.checkpoint import resume_point
+from longqlora.training.arguments import RunArguments
+from longqlora.training.resume import resume_point
 
 
 def dry_run(
-    settings: Settings,
-    arguments: TrainingArguments,
-    model: PreTrainedModel,
-    policy: ActivationPolicy,
-    notices: list[Notice],
+    settings: Settings, arguments: RunArguments, model: PreTrainedModel, policy: ActivationPolicy, notices: list[Notice]
 ) -> None:
     """Train a small copy of `model`, which is on the meta device, for a step, and print what a run would do."""
     _, on_start = resume_point(settings)
@@ -39,9 +36,8 @@ def dry_run(
                 module.weight.quant_state = SimpleNamespace(shape=module.weight.shape)
         with torch.device("meta"):
             model = attach_adapter(model, settings.adapter)
-    texts, texts_on_start = ([notice.text for notice in some] for some in (notices, on_start))
-    lines = [*texts, attention, trainable_table(model), *texts_on_start, "dry run: all settings are valid"]
-    print_main("\n".join(lines))
+    found = [*(notice.text for notice in notices), attention, trainable_table(model)]
+    print_main("\n".join([*found, *(notice.text for notice in on_start), "dry run: all settings are valid"]))
 
 
 def rehearse(model: PreTrainedModel, settings: Settings, policy: ActivationPolicy) -> str:

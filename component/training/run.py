@@ -19,8 +19,8 @@ from longqlora.plot import plot_loss_curve
 from longqlora.run_record import RECORD_NAME, make_run_record, read_run_record
 from longqlora.settings.config import Notice, Settings
 from longqlora.training.arguments import RunArguments
-from longqlora.training.checkpoint import FINAL, choose_start, data_hashes, load_without_code, resume_point
-from longqlora.training.run_folder import LOG_NAME, RunFolder, check_unlocked, lock_output_dir
+from longqlora.training.resume import FINAL, choose_start, data_hashes, load_without_code, resume_point
+from longqlora.training.run_folder import LOG_NAME, RESULTS_NAME, RunFolder, check_unlocked, lock_output_dir
 from longqlora.training.termination import end_on_sigterm
 from longqlora.training.trainer import LongContextTrainer
 
@@ -48,11 +48,11 @@ class Run:
 
         A run that was complete before it was resumed stays as it is.
         """
-        final, state = self.folder.path / FINAL, trainer.state
+        final, results, state = self.folder.path / FINAL, self.folder.path / RESULTS_NAME, trainer.state
         if self.checkpoint and trainer.start_up_seconds is None:
             trained_by = read_run_record(self.checkpoint)
             # They differ where a run overwrote another and was killed between its last checkpoint and its end.
-            if final.is_dir() and read_run_record(final) == trained_by:
+            if final.is_dir() and read_run_record(final) == trained_by and results.is_file():
                 steps = f"step {state.global_step} of {state.max_steps}"
                 return self.log(f"nothing left to train: {self.checkpoint} is at {steps}; {final} stays as it is")
             trainer.run_record = trained_by or trainer.run_record
@@ -70,7 +70,7 @@ class Run:
             "predicted_memory_gib": round(predicted_gib, 2),
         }
         if is_main_process():
-            write_json(self.folder.path / "train_results.json", {**result, "log_history": state.log_history})
+            write_json(results, {**result, "log_history": state.log_history})
             if losses:
                 plot_loss_curve(list(losses), list(losses.values()), self.folder.path / "loss.png")
         self.log("finished: " + ", ".join(f"{key} {value}" for key, value in result.items() if value is not None))

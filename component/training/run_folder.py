@@ -16,9 +16,9 @@ from longqlora.distributed import gather_objects, is_main_process
 from longqlora.files import partial_name, remove, replace_folder
 from longqlora.run_record import RECORD_NAME
 from longqlora.settings.config import Notice
-from longqlora.training.checkpoint import FINAL, list_checkpoints
+from longqlora.training.resume import FINAL, list_checkpoints
 
-LOG_NAME, LOCK_NAME = "train.log", ".lock"
+LOG_NAME, LOCK_NAME, RESULTS_NAME = "train.log", ".lock", "train_results.json"
 STAGING = ".saving"
 
 
@@ -122,8 +122,7 @@ def lock_output_dir(output_dir: str | Path) -> tuple[IO | None, list[Notice]]:
             refusal = one_line(error)
         except OSError as error:
             refusal = f"output_dir: cannot write in {str(output_dir)!r} ({error.strerror}); give another folder"
-    refusal = gather_objects(refusal)[0]
-    if refusal:
+    if refusal := gather_objects(refusal)[0]:
         raise ValueError(refusal)
     return file, notices
 
@@ -138,6 +137,5 @@ def acquire(file: IO, kind: int) -> list[Notice]:
         text = f"another run writes to {folder!r} ({file.read() or 'just started'})"
         raise ValueError(f"output_dir: {text}; wait for its end, or choose another folder") from None
     except OSError as error:
-        text = f"output_dir: the file system of {folder!r} has no locks ({error}); start no second run there"
-        return [Notice(text)]
+        return [Notice(f"output_dir: the file system of {folder!r} has no locks ({error}); start no second run there")]
     return []

@@ -31,8 +31,8 @@ from longqlora.files import atomic_folder, remove, write_json
 from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.saved_folder import save_config, save_tokenizer
 from longqlora.run_record import RECORD_NAME
-from longqlora.training.checkpoint import FINAL, TRAINER_STATE
-from longqlora.training.run_folder import RunFolder
+from longqlora.training.resume import FINAL, TRAINER_STATE
+from longqlora.training.run_folder import RESULTS_NAME, RunFolder
 
 logger = logging.getLogger("longqlora")
 
@@ -41,10 +41,7 @@ MAX_SKIPPED_STEPS = 40
 
 
 class LongContextTrainer(Trainer, TrainerCallback):
-    """Trains with next-token loss, and raises ValueError where that diverges.
-
-    Checkpoints hold everything trained, the extended config and the tokenizer, and appear only when complete.
-    """
+    """Checkpoints hold everything trained, the extended config and the tokenizer. Divergence raises ValueError."""
 
     def __init__(
         self, *args, folder: RunFolder, run_record: dict[str, Any], sequence_parallel_size: int = 1, **kwargs
@@ -105,8 +102,7 @@ class LongContextTrainer(Trainer, TrainerCallback):
         loss = self.watch.add(loss)
         # After the last micro-batch of a step, when the gradients are complete.
         if self.accelerator.sync_gradients:
-            sign = self.watch.end_step(self.gradient_norm(), is_fp16=self.args.fp16)
-            if sign:
+            if sign := self.watch.end_step(self.gradient_norm(), is_fp16=self.args.fp16):
                 self.stop(sign, step=self.state.global_step + 1)
         return loss
 
@@ -139,10 +135,8 @@ class LongContextTrainer(Trainer, TrainerCallback):
 
     def stop(self, sign: str, *, step: int) -> NoReturn:
         """End a run that has diverged; every rank comes here."""
-        raise ValueError(
-            f"training diverged at step {step} ({sign}), of which nothing is saved; {self.folder.last_checkpoint()}; "
-            "lower learning_rate, or give it more warmup_steps"
-        ) from None
+        text = f"training diverged at step {step} ({sign}), of which nothing is saved; {self.folder.last_checkpoint()}"
+        raise ValueError(f"{text}; lower learning_rate, or give it more warmup_steps") from None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what was trained as safetensors, config, tokenizer and run record; no pickled training arguments.
@@ -164,7 +158,7 @@ class LongContextTrainer(Trainer, TrainerCallback):
             model.save_pretrained(folder, state_dict=state_dict)
             save_config(model.config, folder)
         save_tokenizer(self.processing_class, folder)
-        write_json(Path(folder) / RECORD_NAME, self.run_record)
+        write_json(folder / RECORD_NAME, self.run_record)
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """Rename the checkpoint that every rank has finished, on rank 0; the others wait."""
@@ -194,6 +188,8 @@ class LongContextTrainer(Trainer, TrainerCallback):
                 with atomic_folder(target) as partial:
                     self.save_model(str(partial))
                     self.folder.set_earlier_aside()
+                    # Those of an earlier run, which must not pass for those of this one after a kill.
+                    remove(self.folder.path / RESULTS_NAME)
                 self.folder.replace_earlier()
             else:
                 self.save_model()
@@ -210,10 +206,8 @@ class LongContextTrainer(Trainer, TrainerCallback):
                 raise
             remove(self.folder.staging)
             reason = one_line(error.__cause__ or error.__context__ or error)
-            failure = OSError(
-                f"output_dir: could not write {self.unwritten} to {str(self.folder.path)!r} ({reason}); "
-                f"{self.folder.last_checkpoint()}"
-            )
+            text = f"output_dir: could not write {self.unwritten} to {str(self.folder.path)!r} ({reason})"
+            failure = OSError(f"{text}; {self.folder.last_checkpoint()}")
             failure.from_one_rank = True
             raise failure from error
 
@@ -237,10 +231,7 @@ class DivergenceWatch:
         return loss.nan_to_num(0.0, 0.0, 0.0)
 
     def end_step(self, grad_norm: torch.Tensor | float | None, *, is_fp16: bool) -> str | None:
-        """What shows that training has diverged, the same on every rank; None while it goes well.
-
-        grad_norm: norm of the gradients over all ranks, None where unknown.
-        """
+        """What shows that training has diverged, the same on every rank; None while it goes well."""
         loss, self.loss = self.loss / world_size(), None
         if world_size() > 1:
             dist.all_reduce(loss)

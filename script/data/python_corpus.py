@@ -2,11 +2,10 @@
 
     python script/data/python_corpus.py --output_dir output/corpus [--packages]
 
-Sources are the standard library and, with --packages, every installed package whose licence is
-permissive. A file belongs to the validation split by a hash of its path below its root
-("json/decoder.py"), so the split is the same on every machine and Python version, and a text that
-stands in both splits is kept in validation only. Output: train.jsonl and validation.jsonl, rows
-{"text", "path"}, and sources.json with the name, version, licence and size of what was read.
+Sources are the standard library and, with --packages, every installed package whose licence is permissive. A file
+belongs to the validation split by a hash of its path below its root ("json/decoder.py"), so the split is the same on
+every machine and Python version, and a text that stands in both splits is kept in validation only. Output: train.jsonl
+and validation.jsonl, rows {"text", "path"}, and sources.json with the name, version, licence and size of what was read.
 """
 
 import argparse
@@ -21,6 +20,7 @@ from longqlora.cli import run_main
 from longqlora.files import atomic_file, write_json
 from longqlora.outputs import OutputFolder, check_outputs
 
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
 VALIDATION_PERCENT = 5
 MIN_BYTES, MAX_BYTES, MAX_MEAN_LINE = 512, 1_000_000, 120
 SOURCES = "sources.json"
@@ -45,10 +45,9 @@ def read_source(file: Path) -> str | None:
 
 
 def stdlib_files() -> list[tuple[str, Path]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "encodings", "__pycache__", "lib-dynload"}
-    files = [path.relative_to(root) for path in root.rglob("*.py")]
-    return sorted((file.as_posix(), root / file) for file in files if skip.isdisjoint(file.parts))
+    files = [path.relative_to(STDLIB) for path in STDLIB.rglob("*.py")]
+    return sorted((file.as_posix(), STDLIB / file) for file in files if skip.isdisjoint(file.parts))
 
 
 def licence_of(dist: metadata.Distribution) -> str:
@@ -59,8 +58,8 @@ def licence_of(dist: metadata.Distribution) -> str:
 
 
 def package_files(dist: metadata.Distribution) -> list[tuple[str, Path]]:
-    files = sorted(str(f) for f in dist.files or [] if f.suffix == ".py" and ".." not in f.parts)
-    return [(f, Path(str(dist.locate_file(f)))) for f in files]
+    files = [f for f in dist.files or [] if f.suffix == ".py" and ".." not in f.parts]
+    return sorted((str(f), Path(str(dist.locate_file(f)))) for f in files)
 
 
 def main() -> None:
@@ -68,8 +67,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for train.jsonl and validation.jsonl")
     parser.add_argument("--packages", action="store_true", help="also read the installed packages")
     args = parser.parse_args()
-    library = {"the standard library": sysconfig.get_paths()["stdlib"]}
-    check_outputs({"--output_dir": OutputFolder(args.output_dir, SOURCES)}, library)
+    check_outputs({"--output_dir": OutputFolder(args.output_dir, SOURCES)}, {"the standard library": STDLIB})
 
     origins = [("python", sysconfig.get_python_version(), "PSF-2.0", stdlib_files())]
     if args.packages:

@@ -15,8 +15,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from tabulate import tabulate
-
 from longqlora.cli import require_folder, run_main
 from longqlora.data.documents import find_files
 from longqlora.data.jsonl import check_unread, found_keys, read_rows
@@ -25,10 +23,10 @@ from longqlora.data.token_file import sidecar_path, write_token_file
 from longqlora.files import decode_utf8
 from longqlora.outputs import check_outputs
 from longqlora.plot import plot_length_histogram
+from longqlora.table import text_table
 
 JSON_SUFFIX = ".jsonl"
 SUFFIXES = (".txt", ".text", ".md", JSON_SUFFIX)
-BAR_WIDTH = 40
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,17 +66,12 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
 
 
 def length_table(lengths: list[int]) -> str:
-    """Documents and tokens by length, in doublings, each with a bar, as text."""
+    """Documents and tokens by length, in doublings, as text."""
     powers = range(min(lengths).bit_length() - 1, max(lengths).bit_length())
     groups = {power: [length for length in lengths if length.bit_length() - 1 == power] for power in powers}
-    most = max(map(len, groups.values()))
-    rows = [
-        (f"{2**power} - {2 ** (power + 1) - 1}", len(own), f"{sum(own):,}", "#" * -(-BAR_WIDTH * len(own) // most))
-        for power, own in groups.items()
-    ]
-    rows.append(("all", len(lengths), f"{sum(lengths):,}", ""))
-    names = ("tokens in document", "documents", "tokens", "")
-    return tabulate(rows, names, tablefmt="plain", colalign=("right", "right", "right", "left"), disable_numparse=True)
+    rows = [(f"{2**power} - {2 ** (power + 1) - 1}", len(own), f"{sum(own):,}") for power, own in groups.items()]
+    rows.append(("all", len(lengths), f"{sum(lengths):,}"))
+    return text_table(("tokens in document", "documents", "tokens"), rows, num_left=0)
 
 
 def main() -> None:

@@ -19,17 +19,13 @@ from longqlora.outputs import check_results
 OVERRIDES = ("base_model", "data_path", "max_windows")
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare_args_file", required=True, help="YAML with the settings of the comparison")
     for name in OVERRIDES:
         parser.add_argument(f"--{name}", help=f"in place of the YAML's {name} (default: the YAML's)")
     add_result_arguments(parser, "perplexity by length, or passkey heat maps")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     require_file(args.compare_args_file, "--compare_args_file")
 
     import torch

@@ -4,11 +4,10 @@ r"""Measure the perplexity and next-token accuracy of a base, merged or adapter 
         --sliding_window 2048 --data_path pg19-validation.bin --output_file perplexity.json --plot perplexity.png
     torchrun --nproc_per_node 2 script/evaluate/evaluate.py ...        # the same numbers from two processes
 
-Attention is dense here, whatever the model was trained with, or dual chunk attention (--attention dca).
-The default protocol is LongLoRA's; evaluation/perplexity.py defines both. A document of 100k tokens and more is
-one window read in blocks: --seq_len 100000 --max_windows 1 --prefill_chunk_size 2048. With --output_file a
-killed run goes on where it stopped when it is started again with the same arguments. Token files are made
-by script/data/tokenize_corpus.py.
+Attention is dense here, whatever the model was trained with, or dual chunk attention (--attention dca). The default
+protocol is LongLoRA's; evaluation/perplexity.py defines both. A document of 100k tokens and more is one window read in
+blocks: --seq_len 100000 --max_windows 1 --prefill_chunk_size 2048. With --output_file a killed run goes on where it
+stopped when it is started again with the same arguments. Token files are made by script/data/tokenize_corpus.py.
 """
 
 import argparse

@@ -25,17 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", choices=("auto", *METRICS), default="auto",
                         help="auto: what the row names, else accuracy for options, rougeL for long references and f1 "
                         "for short ones (default: auto)")  # fmt: skip
-    parser.add_argument("--rouge_stemmer", action=argparse.BooleanOptionalAction, default=True,
-                        help="compare the stems of English words in ROUGE (default: yes)")  # fmt: skip
     parser.add_argument("--max_rows", type=int, metavar="N", help="the first N rows of each file (default: all)")
     parser.add_argument("--max_new_tokens", type=int, default=128,
                         help="longest answer in tokens; prompts leave room for it (default: %(default)s)")  # fmt: skip
     parser.add_argument("--num_shots", type=int, default=0, metavar="N",
                         help="examples with answers before each question (default: %(default)s)")  # fmt: skip
     parser.add_argument("--shots_file", metavar="PATH", help="jsonl file of the examples; the context may be missing")
-    parser.add_argument("--choice_scoring", choices=("generation", "loglikelihood"), default="generation",
-                        help="take the option that the answer names, or the one whose letter is most likely "
-                        "(default: generation)")  # fmt: skip
     add_template_argument(parser)
 
 

@@ -19,8 +19,7 @@ import os
 from pathlib import Path
 
 from longqlora.cli import go_offline_unless_reachable, require_extra, require_folder, run_main
-from longqlora.evaluation.frame import check_at_least, check_lengths, evaluate, from_flags
-from longqlora.evaluation.ruler.task import Ruler
+from longqlora.evaluation.frame import Task, check_at_least, evaluate, from_flags
 from longqlora.evaluation.ruler.tasks import TASKS, describe_tasks
 
 
@@ -47,9 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch_size", type=int, default=1, help="prompts at once (default: %(default)s)")
 
 
-def make_task(args: argparse.Namespace) -> Ruler:
-    check_at_least(args, num_samples=1, max_new_tokens=1, num_fewshot=0, limit=1, seed=0, batch_size=1)
-    check_lengths(args.lengths or ())
+def make_task(args: argparse.Namespace) -> Task:
+    check_at_least(args, lengths=1, num_samples=1, max_new_tokens=1, num_fewshot=0, limit=1, seed=0, batch_size=1)
     default_tasks = [name for name, task in TASKS.items() if args.haystack or not task.needs_text]
     args.tasks = list(dict.fromkeys(args.tasks or default_tasks))
     is_ruler = [name in TASKS for name in args.tasks]
@@ -64,6 +62,9 @@ def make_task(args: argparse.Namespace) -> Ruler:
     os.environ.setdefault("TQDM_DISABLE", "1")
     if not all(is_ruler):
         go_offline_unless_reachable()
+
+    from longqlora.evaluation.ruler.task import Ruler
+
     return from_flags(Ruler, args)
 
 

@@ -8,9 +8,8 @@ The whole conversation is sent each time, in the template the model was tuned wi
 full the oldest turns are left out, which is said. Answers go to stdout, everything else to stderr.
 Ctrl-C ends an answer; at the prompt, twice, the chat.
 
-With --streaming the model reads every token once, and memory does not grow however long conversation and
-files are (StreamingLLM, arXiv 2309.17453): it keeps the first tokens and the latest ones and forgets what
-lies between. That is no longer context, but a chat that never has to leave turns out.
+With --streaming memory does not grow however long conversation and files are (StreamingLLM, arXiv 2309.17453):
+the model keeps the first tokens and the latest ones and forgets what lies between.
 """
 
 import argparse
@@ -22,10 +21,9 @@ from functools import partial
 
 from longqlora.cli import one_line, run_main
 from longqlora.data.documents import FORMAT_LIST, read_document
-from longqlora.inference.arguments import load_from_arguments, parse
+from longqlora.inference.arguments import load_from_arguments, parse_generation, source_from_arguments
 from longqlora.inference.chat.session import HELP, ChatSession
-from longqlora.inference.generation import GenerationOptions, template_for
-from longqlora.model.context_request import context_request
+from longqlora.inference.generation import GenerationOptions
 from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE
 
 
@@ -33,26 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", metavar="PATH", action="append", default=[], help="document to begin with, as /file "
                         f"reads it ({FORMAT_LIST}); may be given several times")  # fmt: skip
     group = parser.add_argument_group("streaming")
-    group.add_argument("--streaming", action="store_true", help="endless chat in constant memory: keep the first and "
-                       "the latest tokens only (default: no)")  # fmt: skip
+    group.add_argument("--streaming", action="store_true", help="endless chat in constant memory (default: no)")
     group.add_argument("--streaming_window", type=int, metavar="N", help="tokens to keep, with --num_sinks among them; "
                        "the rest of the context, at most 1024 tokens, is the block in which long inputs are read "
                        "(default: 7/8 of the context, from 8192 tokens on all but 1024)")  # fmt: skip
     group.add_argument("--num_sinks", type=int, metavar="N", help="first tokens to keep for good (default: 4)")
-
-
-def check_streaming_arguments(args: argparse.Namespace) -> None:
-    """Refuse what the streaming flags cannot mean, by the config of the model and before its weights are read."""
-    if args.streaming:
-        from longqlora.inference.sink_cache import check_streaming
-        from longqlora.model.context import resolve_config
-
-        base, adapter, trusts = args.model_name_or_path, args.adapter_name_or_path, args.trust_remote_code
-        _, config = resolve_config(base, adapter, context_request(args), trust_remote_code=trusts)
-        check_streaming(config, args.streaming_window, args.num_sinks)
-    for name in () if args.streaming else ("streaming_window", "num_sinks"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name}: has an effect with --streaming only; add that, or leave it out")
 
 
 @contextlib.contextmanager
@@ -115,24 +98,27 @@ def answer(session: ChatSession, question: str) -> None:
 
 
 def make_session(args: argparse.Namespace, options: GenerationOptions) -> ChatSession:
-    """Load the model and say what it is."""
-    check_streaming_arguments(args)
+    """Load the model and say what it is; what flags and files cannot mean is refused before the weights are read."""
+    for name in () if args.streaming else ("streaming_window", "num_sinks"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: has an effect with --streaming only; add that, or leave it out")
     for path in args.file:
         read_document(path, flag="--file")
-    loaded = load_from_arguments(args)
-    template = template_for(args.prompt_template, loaded, default=DEFAULT_PROMPT_TEMPLATE)
+    source = source_from_arguments(args)
     if args.streaming:
         from longqlora.inference.chat.streaming import StreamingSession
-        from longqlora.inference.sink_cache import sink_cache
+        from longqlora.inference.sink_cache import check_streaming, sink_cache
 
+        check_streaming(source.config, args.streaming_window, args.num_sinks)
+    loaded = load_from_arguments(args, source)
+    template = loaded.template(args.prompt_template, default=DEFAULT_PROMPT_TEMPLATE)
+    if args.streaming:
         cache = sink_cache(loaded.model, window=args.streaming_window, num_sinks=args.num_sinks)
         session = StreamingSession(loaded, template, options, args.system, cache=cache)
-        size = f"streaming with a window of {cache.window} tokens"
     else:
         session = ChatSession(loaded, template, options, args.system)
-        size = f"context of {loaded.context_size} tokens"
     if sys.stdin.isatty():
-        note(f"template {template}, {size}; /help lists the commands")
+        note(session.greeting)
     for path in args.file:
         note(f"read {path}: {session.add_document(path, flag='--file')} tokens")
     return session
@@ -140,7 +126,7 @@ def make_session(args: argparse.Namespace, options: GenerationOptions) -> ChatSe
 
 def main() -> None:
     session = make_session(
-        *parse(__doc__, add_arguments, template=DEFAULT_PROMPT_TEMPLATE, epilog=f"commands:\n{HELP}")
+        *parse_generation(__doc__, add_arguments, template=DEFAULT_PROMPT_TEMPLATE, epilog=f"commands:\n{HELP}")
     )
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     sys.stdout.reconfigure(errors="replace")

@@ -6,13 +6,12 @@
     python script/inference/inference.py --model_name_or_path output/merged \\
         --input_file prompts.jsonl --output_file answers.jsonl
 
-A prompt is continued as raw text behind the BOS token, as in pretraining, or put as one user message
-into the template that the model was tuned with (--prompt_template). Text goes to stdout, everything
-else to stderr.
+A prompt is continued as raw text behind the BOS token, as in pretraining, or put as one user message into
+the template that the model was tuned with (--prompt_template). Text goes to stdout, everything else to stderr.
 
---input_file holds one JSON object with "prompt" per line; each line of --output_file is that object
-with "output", "finish_reason", "num_prompt_tokens" and "num_new_tokens" added. An interrupted run
-leaves OUTPUT_FILE.partial and is continued by the same command.
+--input_file holds one JSON object with "prompt" per line; each line of --output_file is that object with
+"output", "finish_reason", "num_prompt_tokens" and "num_new_tokens" added. An interrupted run leaves
+OUTPUT_FILE.partial and is continued by the same command.
 """
 
 import argparse
@@ -23,9 +22,10 @@ from pathlib import Path
 from longqlora.cli import require_file, run_main
 from longqlora.data.documents import FORMAT_LIST, read_document, with_documents
 from longqlora.files import decode_utf8
-from longqlora.inference.arguments import load_from_arguments, model_sources, parse
+from longqlora.inference.arguments import load_from_arguments, model_sources, parse_generation, source_from_arguments
 from longqlora.inference.batch import partial_path, read_prompts, write_answers
-from longqlora.inference.generation import NO_TEMPLATE, encode_prompt, generate_text, template_for
+from longqlora.inference.generation import NO_TEMPLATE, encode_prompt, generate_text
+from longqlora.inference.source import ModelSource
 from longqlora.outputs import check_outputs
 
 
@@ -39,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_file", metavar="PATH", help="jsonl file for the answers to --input_file")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output_file that is there")
     parser.add_argument("--raw", action="store_true", help="short for --prompt_template none")
-    parser.add_argument("--truncate_prompt", action="store_true",
-                        help="keep the end of a prompt longer than the context, instead of refusing it")  # fmt: skip
+    parser.add_argument("--truncate_prompt", action="store_true", help="keep the end of a prompt that is too long")
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True,
                         help="print the text as it is generated (default: yes)")  # fmt: skip
 
@@ -70,19 +69,19 @@ def requested_prompts(args: argparse.Namespace) -> list[dict]:
     return [{"prompt": with_documents(prompt, [(path, read_document(path, flag="--file")) for path in args.file])}]
 
 
-def fitted_prompts(args: argparse.Namespace, loaded, prompts: list[dict]) -> list[list[int]]:
+def fitted_prompts(args: argparse.Namespace, source: ModelSource, prompts: list[dict]) -> list[list[int]]:
     """Ids of every prompt, fitted to the context; a prompt at fault is named by its number.
 
     One that is cut keeps its first token (BOS) and leaves room for the answer, at most half of the context.
     """
-    template = template_for(NO_TEMPLATE if args.raw else args.prompt_template, loaded)
+    template = source.template(NO_TEMPLATE if args.raw else args.prompt_template)
     if template == NO_TEMPLATE and args.system:
         raise ValueError("--system: a raw prompt has no system message; give a --prompt_template too")
-    size, max_new_tokens, rows = loaded.context_size, args.max_new_tokens, []
+    size, max_new_tokens, rows = source.context_size, args.max_new_tokens, []
     for number, record in enumerate(prompts, start=1):
         where = f"prompt {number}: " if args.input_file else ""
         try:
-            ids = encode_prompt(loaded.tokenizer, record["prompt"], template=template, system=args.system)
+            ids = encode_prompt(source.tokenizer, record["prompt"], template=template, system=args.system)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from None
         if len(ids) >= size:
@@ -104,11 +103,12 @@ def warn(text: str) -> None:
 
 
 def main() -> None:
-    args, options = parse(__doc__, add_arguments, template=NO_TEMPLATE)
+    args, options = parse_generation(__doc__, add_arguments, template=NO_TEMPLATE)
     check_arguments(args)
     prompts = requested_prompts(args)
-    loaded = load_from_arguments(args)
-    rows = fitted_prompts(args, loaded, prompts)
+    source = source_from_arguments(args)
+    rows = fitted_prompts(args, source, prompts)
+    loaded = load_from_arguments(args, source)
     sys.stdout.reconfigure(errors="replace")
 
     def answer(position: int, on_text=None):

@@ -23,23 +23,18 @@ import tempfile
 import threading
 
 from longqlora.cli import require_extra, run_main
-from longqlora.inference.arguments import load_from_arguments, parse
-from longqlora.inference.generation import template_for
+from longqlora.inference.arguments import load_from_arguments, parse_generation, source_from_arguments
 from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1",
-                       help="address to listen at; 0.0.0.0 lets the network in (default: %(default)s)")  # fmt: skip
-    group.add_argument("--port", type=int, default=7860, help="port to listen at, 0 for a free one (default: "
-                       "%(default)s)")  # fmt: skip
-    group.add_argument("--share", action="store_true",
-                       help="also give the page a public address through gradio's servers (default: no)")  # fmt: skip
+    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the network in (default: %(default)s)")
+    group.add_argument("--port", type=int, default=7860, help="port, 0 for a free one (default: %(default)s)")
+    group.add_argument("--share", action="store_true", help="a public address through gradio's servers (default: no)")
     group.add_argument("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="further names of this server, "
                        "as behind a proxy (default: its own alone)")  # fmt: skip
-    group.add_argument("--max_upload_mb", type=int, default=50,
-                       help="largest file that is accepted, in MiB (default: %(default)s)")  # fmt: skip
+    group.add_argument("--max_upload_mb", type=int, default=50, help="largest file, in MiB (default: %(default)s)")
     group.add_argument("--max_total_upload_mb", type=int, default=500, help="most that is kept of files until they are "
                        "read, in MiB (default: %(default)s)")  # fmt: skip
 
@@ -64,7 +59,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args, options = parse(__doc__, add_arguments, template=DEFAULT_PROMPT_TEMPLATE)
+    args, options = parse_generation(__doc__, add_arguments, template=DEFAULT_PROMPT_TEMPLATE)
     require_extra("gradio", "gradio", extra="web")
     check_arguments(args)
     with tempfile.TemporaryDirectory(prefix="longqlora-web-", ignore_cleanup_errors=True) as upload_folder:
@@ -74,12 +69,10 @@ def main() -> None:
         os.environ["no_proxy"] = hosts
         from longqlora.inference.chat.web import build_page, serve
 
-        loaded = load_from_arguments(args)
-        template = template_for(args.prompt_template, loaded, default=DEFAULT_PROMPT_TEMPLATE)
+        loaded = load_from_arguments(args, source_from_arguments(args))
+        template = loaded.template(args.prompt_template, default=DEFAULT_PROMPT_TEMPLATE)
         page = build_page(loaded, template=template, options=options, system=args.system)
-        flags = ("host", "port", "share", "allowed_hosts", "max_upload_mb", "max_total_upload_mb")
-        url = serve(page, **{flag: getattr(args, flag) for flag in flags})
-        print(f"chat page at {url} (Ctrl-C ends it)", flush=True)
+        print(f"chat page at {serve(page, args)} (Ctrl-C ends it)", flush=True)
         # SIGTERM ends it as Ctrl-C does.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):

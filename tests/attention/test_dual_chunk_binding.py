@@ -22,7 +22,7 @@ from longqlora.attention.dual_chunk import DualChunkSizes
 from longqlora.attention.dual_chunk_binding import dual_chunk_sizes
 from longqlora.attention.model_internals import attention_layers
 from longqlora.evaluation.perplexity_task import TokenScorer
-from longqlora.inference.load import load_for_inference
+from longqlora.inference.source import read_source
 from longqlora.model.context import ContextRequest, apply_context, context_length
 
 PRETRAINING = 16  # chunk 12, window 2, so chunks of 10 tokens
@@ -208,7 +208,8 @@ def test_what_it_cannot_do_is_refused_by_name():
         make_pair(attention_dropout=0.1)[0].train()(ids_of(20))
 
 
-def test_any_length_suits_a_model_with_dual_chunk_attention(tiny_model_dir):
+def test_any_length_suits_a_model_with_dual_chunk_attention(tiny_model_dir, capsys):
     request = ContextRequest(attention="dca", pretraining_length=32)
-    assert load_for_inference(str(tiny_model_dir), context=request).longest_input == math.inf
-    assert load_for_inference(str(tiny_model_dir)).longest_input == 64
+    for context, warning in ((request, ""), (None, "warning: length 65 is beyond the model's context of 64 tokens\n")):
+        read_source(str(tiny_model_dir), context=context).warn_beyond_context([64, 65])
+        assert capsys.readouterr().out == warning

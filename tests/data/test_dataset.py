@@ -56,11 +56,13 @@ def documents_of(num_documents, seed=0):
 
 
 def test_pretraining_rows_are_bos_text_eos(tokenizer, build):
-    texts = ["the quick fox", "  a </s> b\n"]
-    dataset, report = build([{"text": text, "id": 1} for text in texts])
+    """Of a file with a byte order mark, blank lines, lines of Windows and no last line break."""
+    texts = ["the quick fox", "  a </s> b\n", "a \u2028 dog"]
+    lines = [json.dumps({"text": text, "id": 1}, ensure_ascii=False).encode() for text in texts]
+    dataset, report = build(b"\xef\xbb\xbf" + b"\r\n\r\n  \n".join(lines))
     assert dataset[:] == {name: [document(tokenizer, text) for text in texts] for name in ("input_ids", "labels")}
-    assert [row.count(tokenizer.eos_token_id) for row in dataset["input_ids"]] == [1, 1]
-    assert report.num_dropped_tokens == report.num_dropped_rows == 0
+    assert [row.count(tokenizer.eos_token_id) for row in dataset["input_ids"]] == [1, 1, 1]
+    assert report.num_source_rows == 3 and report.num_dropped_tokens == report.num_dropped_rows == 0
 
 
 def test_special_tokens_that_are_missing_or_the_same(tokenizer, build):
@@ -73,12 +75,6 @@ def test_special_tokens_that_are_missing_or_the_same(tokenizer, build):
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS token"):
         build(rows)
-
-
-def test_blank_lines_crlf_bom_and_no_last_line_break(tokenizer, build):
-    dataset, report = build(b'\xef\xbb\xbf{"text": "the fox"}\r\n\r\n  \n{"text": "a \xe2\x80\xa8 dog"}')
-    assert dataset["input_ids"][:] == [document(tokenizer, text) for text in ("the fox", "a \u2028 dog")]
-    assert report.num_source_rows == 2
 
 
 def test_conversations_take_the_template_asked_for(tokenizer, build):
@@ -138,19 +134,14 @@ def test_cut_answers(tokenizer, build):
 
 @pytest.mark.parametrize("max_seq_length", [2, 7, 64, 300, 10_000])
 @pytest.mark.parametrize("settings", [{}, {"pack": True}, {"sft": True}, {"sft": True, "pack": True}])
-def test_every_token_is_kept_or_counted(tokenizer, build, max_seq_length, settings):
-    texts = documents_of(25)
-    if settings.get("sft"):
-        rows = [{"input": text, "output": text} for text in texts]
-        pairs = [[{**TURNS[0], "content": text}, {**TURNS[1], "content": text}] for text in texts]
-        lengths = [len(encode_for_training(tokenizer, pair)[0]) for pair in pairs]
-    else:
-        rows = texts_of(*texts)
-        lengths = [len(document(tokenizer, text)) for text in texts]
+def test_every_token_is_kept_or_counted(build, max_seq_length, settings):
+    is_sft = settings.get("sft", False)
+    rows = [{"input": text, "output": text} if is_sft else {"text": text} for text in documents_of(25)]
+    lengths = [len(ids) for ids in build(rows, sft=is_sft)[0]["input_ids"]]
     try:
         dataset, report = build(rows, max_seq_length=max_seq_length, **settings)
     except ValueError as error:
-        assert settings.get("sft") and max_seq_length <= 64 and "no row is left" in str(error)
+        assert is_sft and max_seq_length <= 64 and "no row is left" in str(error)
         return
     assert report.num_tokens + report.num_dropped_tokens == sum(lengths)
     assert report.num_tokens == sum(map(len, dataset["input_ids"]))
@@ -159,7 +150,7 @@ def test_every_token_is_kept_or_counted(tokenizer, build, max_seq_length, settin
     assert report.num_predicted_tokens == sum(label != -100 for row in dataset["labels"] for label in row[1:])
     assert all(any(label != -100 for label in row[1:]) for row in dataset["labels"])
     if not settings.get("pack"):
-        assert report.num_rows + report.num_dropped_rows == report.num_source_rows == len(texts)
+        assert report.num_rows + report.num_dropped_rows == report.num_source_rows == len(rows)
         assert report.num_truncated_rows == sum(length > max_seq_length for length in lengths) - report.num_dropped_rows
 
 
@@ -270,12 +261,6 @@ def test_a_damaged_cache_is_built_again(build, encoded, tmp_path, capsys, name, 
     assert again[:] == first and not report.cached and len(encoded) == 4
     said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
     assert len(said) == 1 and said[0].startswith(f"notice: data_cache_dir: '{file.parent}' is damaged")
-
-
-def test_cache_folder_that_cannot_be_made(build, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="data_cache_dir: no folder can be made"):
-        build(texts_of("a"), data_cache_dir=str(tmp_path / "file" / "cache"))
 
 
 def test_random_state_is_untouched(build):

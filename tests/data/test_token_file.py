@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from longqlora.data.token_file import dtype_for_vocab, open_token_file, sidecar_path, write_token_file
+from longqlora.data.token_file import open_token_file, sidecar_path, write_token_file
 
 TOKENIZE = "script/data/tokenize_corpus.py"
 
@@ -26,6 +26,8 @@ def test_round_trip(tmp_path, vocab_size, dtype):
     assert file.sidecar["document_lengths"] == [4, 2, 3] and file.sidecar["dtype"] == dtype
     assert file.sidecar["sha256"] == file.sha256
     file.check_ids(vocab_size)
+    with pytest.raises(ValueError, match=f"is {dtype} by its sidecar, but int32"):
+        open_token_file(path, dtype="int32")
 
 
 def test_files_without_sidecar(tmp_path):
@@ -50,11 +52,11 @@ BROKEN = {
     "odd": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "5 bytes, no multiple of 2"),
     "short": (lambda path: path.write_bytes(path.read_bytes()[:-2]), "holds 2 uint16 tokens, but its sidecar says 3"),
     "changed": (lambda path: path.write_bytes(path.read_bytes()[::-1]), "sha256 differs"),
-    "count": (lambda path: change_sidecar(path, num_tokens="many"), "num_tokens 'many'"),
+    "count": (lambda path: change_sidecar(path, num_tokens="many"), "its sidecar says 'many'"),
     "dtype": (lambda path: change_sidecar(path, dtype="int8"), "dtype 'int8'"),
     "wrong dtype": (lambda path: change_sidecar(path, dtype="uint32"), "no multiple of 4"),
     "no json": (lambda path: sidecar_path(path).write_text("{"), "not valid JSON"),
-    "no object": (lambda path: sidecar_path(path).write_text("[1]"), "not a JSON object"),
+    "no object": (lambda path: sidecar_path(path).write_text("[1]"), "no JSON object"),
 }
 
 
@@ -65,11 +67,6 @@ def test_broken_file_is_refused(tmp_path, name):
     damage(path)
     with pytest.raises(ValueError, match=message):
         _ = open_token_file(path).sha256
-
-
-def test_asked_dtype_that_is_not_the_sidecars_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is uint16 by its sidecar, but uint32"):
-        open_token_file(write(tmp_path / "x.bin"), dtype="uint32")
 
 
 def test_first_id_outside_the_vocabulary_is_named(tmp_path, monkeypatch):
@@ -86,9 +83,6 @@ def test_writer_refuses_bad_ids_and_keeps_what_was_there(tmp_path, ids):
     with pytest.raises(ValueError, match=f"document 1: id {ids[-1]} at position .* outside the vocabulary"):
         write(path, [[1, 2], ids])
     assert path.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["x.bin", "x.bin.json"]
-    for vocab_size in (0, 2**32 + 1):
-        with pytest.raises(ValueError, match="vocab_size"):
-            dtype_for_vocab(vocab_size)
 
 
 # The script
@@ -120,7 +114,6 @@ BAD_CORPORA = {
     "key": ("x.jsonl", b'\n{"txt": "a"}\n', [], "x.jsonl line 2: no key 'text' (found txt)"),
     "lost text": ("x.jsonl", b'{"text": "a", "abstract": "b"}\n', [], 'line 1: the key "abstract" carries text'),
     "number": ("x.jsonl", b'{"text": 3}\n', [], "line 1: 'text' is of type int"),
-    "line bytes": ("x.jsonl", b'{"text": "\xe9"}\n', [], "line 1: not UTF-8"),
     "latin": ("x.txt", b"\xe9t\xe9", [], "x.txt' is not UTF-8"),
     "gzip": ("x.txt.gz", gzip.compress(b"text" * 99)[:-9], [], "not a complete gzip file"),
     "no gzip": ("x.txt.gz", b"plain", [], "not a complete gzip file"),

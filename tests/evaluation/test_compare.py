@@ -7,21 +7,17 @@ import numpy as np
 import pytest
 from conftest import save_tiny_model, tiny_config
 
+import longqlora.evaluation.comparison as module
 from longqlora.evaluation.comparison import read_comparison
 from longqlora.evaluation.trials import run_trials
 from longqlora.model.context_request import ContextRequest
 
-METHODS = """
-  none: {}
-  PI: {rope_type: linear}
-  NTK: {rope_type: ntk}
-  dynamic: {rope_type: dynamic}
-  YaRN: {rope_type: yarn}
-  llama3: {rope_type: llama3}
-  theta: {rope_type: theta, rope_theta: 500000}
-  DCA: {attention: dca}
-  DCA on PI: {attention: dca, rope_type: linear, pretraining_length: 128}
-"""
+LINEAR = {"rope_type": "linear"}
+METHODS = {
+    "none": {}, "PI": LINEAR, **{name: {"rope_type": name} for name in ("ntk", "dynamic", "yarn", "llama3")},
+    "theta": {"rope_type": "theta", "rope_theta": 500000}, "DCA": {"attention": "dca"},
+    "DCA on PI": {"attention": "dca", **LINEAR, "pretraining_length": 128},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,32 +32,17 @@ def base(tmp_path_factory, tiny_tokenizer):
     return save_tiny_model(tmp_path_factory.mktemp("base") / "model", tiny_tokenizer, tiny_config(head_dim=16))
 
 
-def write_yaml(folder, base, data, methods=METHODS, **settings):
-    values = {"base_model": base, "lengths": "[64, 160]", "data_path": data, "sliding_window": 200, "max_windows": 4,
-              "dtype": "fp32", **settings}  # fmt: skip
-    path = folder / "compare.yaml"
-    path.write_text("".join(f"{k}: {v}\n" for k, v in values.items() if v is not None) + f"methods:{methods}\n")
-    return path
-
-
-def run(path, output_file=None, seen=None):
-    """The record of the comparison in a YAML, of the trials that `seen` gets five before it is interrupted."""
-    task = read_comparison(str(path), {})
-    (trials,) = task.make_trials()
-
-    def ask(trial):
-        if seen is not None:
-            seen.append(trial)
-            if len(seen) == 6:
-                raise KeyboardInterrupt
-        return task.ask(trial)
-
-    return task.score(run_trials(trials, ask, output_file=output_file, fingerprint=task.settings, desc=""))
+def read(base, data, tmp_path, **settings):
+    """The comparison in a YAML with these settings; JSON is YAML."""
+    values = {"base_model": str(base), "lengths": [64, 160], "data_path": str(data), "sliding_window": 200,
+              "max_windows": 4, "dtype": "fp32", "methods": METHODS, **settings}  # fmt: skip
+    (tmp_path / "compare.yaml").write_text(json.dumps(values))
+    return read_comparison(str(tmp_path / "compare.yaml"), {})
 
 
 def test_every_cell_equals_evaluate(base, data, tmp_path, evaluate):
     """A context that was changed in place, through the methods in both orders, is that of a fresh load."""
-    task = read_comparison(str(write_yaml(tmp_path, base, data)), {})
+    task = read(base, data, tmp_path)
     (trials,) = task.make_trials()
     result = task.score([task.ask(trial) for trial in trials])
     assert result == task.score([task.ask(trial) for trial in reversed(trials)][::-1])
@@ -75,60 +56,62 @@ def test_every_cell_equals_evaluate(base, data, tmp_path, evaluate):
         single, model = json.loads((tmp_path / "single.json").read_text()), result["models"][name][160]
         assert result["results"][name][160]["loss"] == single["loss"]
         assert (model["context_size"], model["attention"]) == (single["context_size"], single["attention"])
-    at_64 = {result["results"][name][64]["loss"] for name in ("none", "PI", "NTK", "dynamic", "YaRN", "llama3")}
+    at_64 = {result["results"][name][64]["loss"] for name in ("none", "PI", "ntk", "dynamic", "yarn", "llama3")}
     assert len(at_64) == 1, "within its own length, a method scaled to that length changes nothing"
     assert len({cells[160]["loss"] for cells in result["results"].values()}) == len(result["results"])
 
 
 def test_a_comparison_goes_on_with_new_methods(base, data, tmp_path, monkeypatch):
-    import longqlora.evaluation.comparison as module
-
-    loads, load, seen = [], module.load_for_inference, []
+    loads, load = [], module.load_for_inference
     monkeypatch.setattr(module, "load_for_inference", lambda *a, **k: loads.append(1) or load(*a, **k))
-    yaml, output = write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: linear}"), tmp_path / "out.json"
-    with pytest.raises(KeyboardInterrupt):
-        run(yaml, output, seen)
-    write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: linear}\n  NTK: {rope_type: ntk}")
-    found = run(yaml, output, seen)
-    assert len(seen) - 1 == 3 * 2 * 4, "no window was scored twice"
-    assert found == run(yaml) and len(loads) == 3, "weights are loaded once for all RoPE methods"
-    write_yaml(tmp_path, base, data, "\n  none: {}\n  PI: {rope_type: yarn}")
-    run(yaml, output, seen)
-    assert len(seen) - 1 == 4 * 2 * 4, "a method of other settings is another, whatever its name"
+
+    def run(**methods) -> tuple[dict, list[str]]:
+        """The record, and the method of each trial that was asked."""
+        task, asked = read(base, data, tmp_path, methods=methods), []
+        options = {"output_file": tmp_path / "out.json", "fingerprint": task.settings, "desc": ""}
+
+        def ask(trial):
+            asked.append(trial["method"])
+            return task.ask(trial)
+
+        return task.score(run_trials(task.make_trials()[0], ask, **options)), asked
+
+    first, asked = run(none={}, PI=LINEAR)
+    assert asked == ["none"] * 8 + ["PI"] * 8 and len(loads) == 1, "weights are loaded once for all RoPE methods"
+    more, asked = run(none={}, PI=LINEAR, NTK={"rope_type": "ntk"})
+    assert asked == ["NTK"] * 8 and more["results"].items() > first["results"].items()
+    assert run(none={}, PI={"rope_type": "yarn"})[1] == ["PI"] * 8, "another method, whatever its name"
 
 
 def test_blocks_need_no_mask_in_any_method(base, data, tmp_path):
-    task = read_comparison(str(write_yaml(tmp_path, base, data, prefill_chunk_size=32)), {})
-    names = {name: task.model(name, 160).model.config._attn_implementation for name in ("none", "DCA", "YaRN")}
-    assert names["none"] == names["YaRN"] == "sdpa_no_mask" and names["DCA"].startswith("dca_")
+    task = read(base, data, tmp_path, prefill_chunk_size=32)
+    names = {name: task.model(name, 160).model.config._attn_implementation for name in ("none", "DCA", "yarn")}
+    assert names["none"] == names["yarn"] == "sdpa_no_mask" and names["DCA"].startswith("dca_")
 
 
-BAD = {
-    "unknown key": ({"lengthes": "[3]"}, METHODS, "lengthes: unknown setting"),
-    "bad rope_type": ({}, "\n  PI: {rope_type: spiral}", "methods: PI: rope_type"),
-    "theta without base": ({}, "\n  T: {rope_type: theta}", "rope_theta"),
-    "no methods": ({}, " {}", "methods: give a mapping"),
-    "method is a list": ({}, "\n  PI: [linear]", "methods: PI: give a mapping"),
-    "no adapter": ({}, "\n  A: {peft_model: nowhere}", "peft_model"),
-    "lengths": ({"lengths": "[0]"}, METHODS, "lengths: give"),
-    "no data": ({"data_path": None}, METHODS, "data_path: perplexity needs"),
-    "data not there": ({"data_path": "nowhere.bin"}, METHODS, "data_path: no file"),
-    "too short": ({"lengths": "[5000]"}, METHODS, "5000"),
-    "measure": ({"measure": "speed"}, METHODS, "measure: 'speed'"),
-    "dca without room": ({}, "\n  D: {attention: dca, pretraining_length: 4}", "pretraining_length"),
-    "dca beyond rope": ({}, "\n  D: {attention: dca, pretraining_length: 4096}", "methods: D: pretraining_length"),
-    "no base": ({"base_model": "./nowhere"}, METHODS, "nowhere"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_settings_are_one_line(name, base, data, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lengthes": [3]}, "lengthes: unknown setting"),
+        ({"methods": {"PI": {"rope_type": "spiral"}}}, "methods: PI: rope_type"),
+        ({"methods": {"T": {"rope_type": "theta"}}}, "rope_theta"),
+        ({"methods": {}}, "methods: give a mapping"),
+        ({"methods": {"PI": ["linear"]}}, "methods: PI: give a mapping"),
+        ({"methods": {"A": {"peft_model": "nowhere"}}}, "peft_model"),
+        ({"lengths": [0]}, "lengths: give"),
+        ({"data_path": None}, "data_path: perplexity needs"),
+        ({"data_path": "nowhere.bin"}, "data_path: no file"),
+        ({"lengths": [5000]}, "5000"),
+        ({"measure": "speed"}, "measure: 'speed'"),
+        ({"measure": "passkey", "num_trials": 0}, "num_trials: must be at least 1"),
+        ({"methods": {"D": {"attention": "dca", "pretraining_length": 4096}}}, "methods: D: pretraining_length"),
+        ({"base_model": "./nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, message, base, data, tmp_path):
     """Everything that the script does before weights are loaded."""
-    settings, methods, text = BAD[name]
-    path = write_yaml(tmp_path, base, data, methods, **settings)
-    with pytest.raises(ValueError) as error:
-        read_comparison(str(path), {}).make_trials()
-    assert text in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        read(base, data, tmp_path, **settings).make_trials()
 
 
 @pytest.mark.parametrize("name", ["compare", "compare-books", "compare-passkey"])

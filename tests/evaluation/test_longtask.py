@@ -1,27 +1,32 @@
-"""Long tasks: reading the rows of the benchmarks, prompts that fit, and the script from rows to scores."""
+"""Long tasks: the rows of the benchmarks, prompts that fit, and scores against SQuAD's, rouge-score's and L-Eval's."""
 
 import json
 import re
+from dataclasses import replace
 from os.path import commonprefix
-from types import SimpleNamespace
 
 import pytest
 from conftest import sentences
 from rigged_model import ask_all, rigged
 
 from longqlora.data.prompt import encode_text
-from longqlora.evaluation.longtask.prompts import PromptForm, letter_ids, log_likelihoods, prompt_text
-from longqlora.evaluation.longtask.questions import Question, read_questions
-from longqlora.evaluation.longtask.task import LongTask, summarize_lengths, summarize_tasks
+from longqlora.evaluation.longtask.prompts import PromptForm, prompt_text
+from longqlora.evaluation.longtask.questions import IN_THE_STORY, Question, read_questions
+from longqlora.evaluation.longtask.scores import (
+    best_score,
+    exact_match,
+    f1,
+    normalize_answer,
+    parse_choice,
+    parse_letters,
+    rouge,
+)
+from longqlora.evaluation.longtask.task import LongTask, score_answer, summarize_lengths, summarize_tasks
 from longqlora.inference.generation import encode_prompt
 
-CHOICE = {
-    "context": "the quick brown fox",
-    "question": "What is quick?",
-    "options": ["dog", "fox", "box"],
-    "answer": "B",
-}
-OPEN = {"context": "the quick brown fox", "question": "What is quick?", "answers": ["fox", "the fox"]}
+ASKED = {"context": "the quick brown fox", "question": "What is quick?"}
+CHOICE = {**ASKED, "options": ["dog", "fox", "box"], "answer": "B"}
+OPEN = {**ASKED, "answers": ["fox", "the fox"]}
 
 
 def write_rows(path, *rows):
@@ -50,75 +55,29 @@ def write_rows(path, *rows):
         ({**OPEN, "length": 9, "dataset": "trec", "language": "en", "all_classes": ["a b"], "_id": "x"}, {"id": "x"}),
         ({**OPEN, "_id": "x", "domain": "a b", "difficulty": "hard", "length": "short"}, {"id": "x", "task": "rows"}),
         ({**OPEN, "pid": "a_0", "document_start_index": 3, "truncation_seperator": "... [cut]"}, {"id": "1"}),
+        # L-Eval, of which sci_fi asks by the story and by the real world.
+        ({"instructions": ["q", "p"], "outputs": ["BC", "A"], "input": "c", "source": "tpo", "evaluation": "exam"},
+         [{"id": "1-1", "task": "tpo", "question": "q", "references": ("BC",), "metric": "exam"},
+          {"id": "1-2", "task": "tpo", "question": "p", "references": ("A",), "metric": "exam"}]),
+        ({"instructions": ["q"], "outputs": ["a"], "input": "c", "evaluation": "rouge"}, {"metric": "rougeL"}),
+        ({"instructions": ["q"], "outputs": ["a"], "input": "c", "evaluation": "LLM"}, {"id": "1-1", "metric": None}),
+        ({"instructions": [f"True? {IN_THE_STORY}."], "outputs": ["True [fact: False]"], "input": "c"},
+         [{"id": "1-1", "task": "rows", "context": "c", "question": f"True? {IN_THE_STORY}.", "references": ("True",)},
+          {"id": "1-1-fact", "task": "rows (fact)", "context": "", "references": ("False",),
+           "question": "True? based on facts of the real world."}]),
+        ({"pid": "a_0", "input": "c", "query": "q", "output": "a", "query_examples": ["p ", "r"],
+          "output_examples": ["b", "d"]}, {"examples": (("p ", "b"), ("r", "d")), "references": ("a",)}),
+        # Rows that differ in their answer alone, and rows without a name.
+        ([{"id": name, "input": "c", "query": "q", "output": answer}
+          for name, answer in (("a", "fox"), ("b", "dog"), ("a", "the fox"), ("a", "fox"))],
+         [{"id": "a", "references": ("fox", "the fox")}, {"id": "b", "references": ("dog",)}]),
+        ([OPEN, OPEN], [{"id": "1"}, {"id": "2"}]),
     ],
 )  # fmt: skip
 def test_rows_of_the_benchmarks(row, expected, tmp_path):
-    (task,) = read_questions([write_rows(tmp_path / "rows.jsonl", row)], "--data_path")
-    assert {name: getattr(task, name) for name in expected} == expected
-
-
-def test_rows_of_l_eval(tmp_path):
-    rows = [
-        {"instructions": ["q1", "q2"], "outputs": ["BC", "A"], "input": "text", "source": "coursera",
-         "evaluation": "exam"},
-        {"instructions": ["q"], "outputs": ["long answer"], "input": "text", "source": "news", "evaluation": "rouge"},
-        {"instructions": ["q"], "outputs": ["12"], "input": "text", "source": "gsm", "evaluation": "exam"},
-        {"instructions": ["q"], "outputs": ["short"], "input": "text", "evaluation": "LLM"},
-    ]  # fmt: skip
-    tasks = read_questions([write_rows(tmp_path / "a.jsonl", *rows)], "--data_path")
-    assert [(task.id, task.task, task.question, task.metric_for("auto")) for task in tasks] == [
-        ("1-1", "coursera", "q1", "exam"), ("1-2", "coursera", "q2", "exam"), ("2-1", "news", "q", "rougeL"),
-        ("3-1", "gsm", "q", "exam"), ("4-1", "a", "q", "f1"),
-    ]  # fmt: skip
-    assert len(read_questions([tmp_path / "a.jsonl"], "--data_path", max_rows=1)) == 2
-
-
-def test_sci_fi_asks_by_the_story_and_by_the_real_world(tmp_path):
-    question = "Sirius has a planet, True or False? Answer this question based on the world described in the document."
-    row = {"instructions": [question], "outputs": ["True [fact: False]"], "input": "text", "evaluation": "exam"}
-    story, fact = read_questions([write_rows(tmp_path / "sci_fi.jsonl", row)], "--data_path")
-    assert (story.id, story.task, story.context, story.question, story.references) == (
-        "1-1", "sci_fi", "text", question, ("True",)
-    )  # fmt: skip
-    assert (fact.id, fact.task, fact.context, fact.references) == ("1-1-fact", "sci_fi (fact)", "", ("False",))
-    assert fact.question.endswith("Answer this question based on facts of the real world.")
-    assert story.metric_for("auto") == fact.metric_for("auto") == "exam"
-    assert prompt_text(fact, fact.context, []) == f"Question: {fact.question}\nAnswer:"
-
-
-def test_few_shot_rows_bring_their_examples(tmp_path):
-    row = {"id": "a", "pid": "a_0", "input": "Text.", "query": "Why?", "output": "fox",
-           "query_examples": ["Who? ", "What?"], "output_examples": ["me", "that"]}  # fmt: skip
-    (task,) = read_questions([write_rows(tmp_path / "rows.jsonl", row)], "--data_path")
-    assert task.examples == (("Who? ", "me"), ("What?", "that")) and task.references == ("fox",)
-    assert prompt_text(task, "Text.", []) == (
-        "Text.\n\nQuestion: Who?\nAnswer: me\n\nQuestion: What?\nAnswer: that\n\nQuestion: Why?\nAnswer:"
-    )
-    shot = Question("s", "t", "", "When?", ("now",))
-    assert prompt_text(task, "Text.", [shot]).startswith("Question: When?\nAnswer: now\n\nText.\n\nQuestion: Who?")
-
-
-def test_rows_that_differ_in_their_answer_are_one_question(tmp_path):
-    rows = [{"id": name, "input": "Text.", "query": "Why?", "output": answer}
-            for name, answer in (("a", "fox"), ("b", "dog"), ("a", "the fox"), ("a", "fox"))]  # fmt: skip
+    rows, expected = (value if isinstance(value, list) else [value] for value in (row, expected))
     tasks = read_questions([write_rows(tmp_path / "rows.jsonl", *rows)], "--data_path")
-    assert [(task.id, task.references) for task in tasks] == [("a", ("fox", "the fox")), ("b", ("dog",))]
-    tasks = read_questions([write_rows(tmp_path / "rows.jsonl", OPEN, OPEN)], "--data_path")
-    assert [task.id for task in tasks] == ["1", "2"], "rows without a name stay apart"
-
-
-@pytest.mark.parametrize(
-    ("metric", "fields"),
-    [
-        ("f1", {"references": ("fox",)}),
-        ("f1", {"references": ("word " * 30,)}),
-        ("rougeL", {"references": ("fox", "word " * 31)}),
-        ("accuracy", {"references": ("a",), "options": ("a", "b")}),
-        ("exact_match", {"references": ("word " * 31,), "metric": "exact_match"}),
-    ],
-)
-def test_the_usual_metric_follows_the_references(metric, fields):
-    assert Question("1", "t", "c", "q", **fields).metric_for("auto") == metric
+    assert [{name: getattr(task, name) for name in of} for task, of in zip(tasks, expected, strict=True)] == expected
 
 
 BAD_ROWS = {
@@ -133,7 +92,6 @@ BAD_ROWS = {
     "answer nan": ({**OPEN, "answers": float("nan")}, "type float"),
     "surrogate": ({**OPEN, "context": "a\ud800"}, "surrogate"),
     "metric": ({**OPEN, "metric": "bleu"}, "'bleu'"),
-    "accuracy": ({**OPEN, "metric": "accuracy"}, "no \"options\""),
     "options type": ({**CHOICE, "options": "abc"}, '"options" is not a list'),
     "one option": ({**CHOICE, "options": ["fox"]}, "2 to 26"),
     "many options": ({**CHOICE, "options": [str(n) for n in range(27)]}, "2 to 26"),
@@ -170,6 +128,10 @@ def test_prompts_with_options_and_examples():
     two_shots = f"Question: Who?\nAnswer: me\n\nText.\n\n{asked} B\n\nText.\n\n{asked}"
     assert prompt_text(task, "Text.", [shot, task]) == two_shots
     assert prompt_text(Question("1", "t", "Sum up: x", "", ("y",)), "Sum up: x", []) == "Sum up: x"
+    few_shot = Question("1", "t", "Text.", "Why?", ("fox",), examples=(("Who? ", "me"), ("What?", "that")))
+    examples = "Question: Who?\nAnswer: me\n\nQuestion: What?\nAnswer: that"
+    assert prompt_text(few_shot, "Text.", []) == f"Text.\n\n{examples}\n\nQuestion: Why?\nAnswer:"
+    assert prompt_text(few_shot, "", [shot]) == f"Question: Who?\nAnswer: me\n\n{examples}\n\nQuestion: Why?\nAnswer:"
     form = PromptForm(None, "none", 100, 10, (task, shot), 1)
     assert form.shots_for(task) == [shot] and form.shots_for(shot) == [task], "never the question itself"
 
@@ -191,35 +153,7 @@ def test_a_long_context_loses_its_middle(template, text, tiny_tokenizer):
     ids, _, num_cut = PromptForm(tiny_tokenizer, template, 256, 32).fit(Question("1", "t", "brief", "Why?", ("x",)))
     assert num_cut == 0 and "brief\n\nQ" in tiny_tokenizer.decode(ids)
     with pytest.raises(ValueError, match="question 1 of t: .* 24 fit in the context of 56"):
-        PromptForm(tiny_tokenizer, template, 56, 32).fit(Question("1", "t", text, "Why? " * 20, ("x",)))
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tiny_model_dir):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
-
-
-@pytest.mark.parametrize("continuations", [[[7], [9]], [[5, 7], [5, 9], [5, 8]], [[5, 7], [6, 7, 9]]])
-def test_log_likelihoods_equal_whole_passes(continuations, tiny_model):
-    import torch
-
-    prompt = [1, 20, 30, 40]
-    expected = []
-    for ids in continuations:
-        logits = tiny_model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
-        expected.append(sum(logits[len(prompt) - 1 + n, token].item() for n, token in enumerate(ids)))
-    found = log_likelihoods(tiny_model, prompt, continuations)
-    assert [a - found[0] for a in found] == pytest.approx([a - expected[0] for a in expected], abs=1e-4)
-
-
-@pytest.mark.parametrize("template", ["none", "vicuna_v1.1", "vicuna_v1.1_fastchat"])
-def test_letters_follow_the_prompt_as_answers_do(template, tiny_tokenizer):
-    task = Question("1", "t", "Text.", "Why?", ("a",), ("a", "b"))
-    prompt, _, _ = PromptForm(tiny_tokenizer, template, 1000, 5).fit(task)
-    letters = letter_ids(tiny_tokenizer, 2, template)
-    assert [tiny_tokenizer.decode([*prompt, *ids])[-3:] for ids in letters] == [": A", ": B"]
+        PromptForm(tiny_tokenizer, template, 56, 32).check(Question("1", "t", text, "Why? " * 20, ("x",)))
 
 
 def test_means_by_task_and_length():
@@ -234,28 +168,144 @@ def test_means_by_task_and_length():
     assert bins == [("accuracy", 1024, 2048, 0.0, 1), ("f1", 512, 1024, 0.5, 1), ("f1", 1024, 2048, 1.0, 1)]
 
 
-def test_from_rows_to_scores(tiny_model, tiny_tokenizer, tmp_path):
-    qa = write_rows(tmp_path / "qa.jsonl", {**OPEN, "context": sentences(900)}, {**OPEN, "metric": "rouge2"}, OPEN)
-    exam = write_rows(tmp_path / "exam.jsonl", CHOICE, {**CHOICE, "answer": "A"})
-    shots = write_rows(tmp_path / "shots.jsonl", {"question": "Who?", "answer": "me"}, CHOICE)
-    task = LongTask([qa, exam], max_rows=2, num_shots=1, shots_file=shots, choice_scoring="loglikelihood",
-                    max_new_tokens=6, prompt_template="none")  # fmt: skip
-    result = ask_all(task, SimpleNamespace(model=tiny_model, tokenizer=tiny_tokenizer), context_size=400)
-    rows = result["rows"]
-    assert [(row["task"], row["id"], row["metric"]) for row in rows] == [
-        ("qa", "1", "f1"), ("qa", "2", "rouge2"), ("exam", "1", "accuracy"), ("exam", "2", "accuracy"),
-    ]  # fmt: skip
-    assert rows[0]["num_tokens_cut"] > 0 == rows[1]["num_tokens_cut"] and rows[0]["num_prompt_tokens"] <= 394
-    assert all(0 <= row["score"] <= 1 and row["num_prompt_tokens"] > row["num_context_tokens"] for row in rows[1:])
-    likely = rows[2]["log_likelihoods"]
-    assert rows[2]["choice"] == "ABC"[likely.index(max(likely))] and rows[2]["right_choice"] == "B"
-    assert sum(entry["score"] for entry in result["tasks"] if entry["task"] == "exam") <= 0.5, "one letter for both"
-    assert result["settings"]["num_shots"] == 1
-
-
 @pytest.mark.parametrize(("template", "answer"), [("none", "fox"), ("vicuna_v1.1", "fox\nQuestion: What?")])
 def test_raw_answers_end_before_the_next_question(template, answer, tiny_tokenizer, tmp_path):
     loaded = rigged(tiny_tokenizer, lambda prompt: " fox\nQuestion: What?")
     task = LongTask([write_rows(tmp_path / "qa.jsonl", OPEN)], prompt_template=template)
     (row,) = ask_all(task, loaded, context_size=400)["rows"]
     assert row["answer"] == answer and row["score"] == (1 if answer == "fox" else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("The  Quick, brown fox!", "quick brown fox"), ("an  apple and A pear", "apple and pear"), ("U.S.A.", "usa"),
+     ("well-known $5 <b>", "wellknown 5 b"), ("“Größe” — 1", "größe 1"), ("北京，中国。", "北 京 中 国"),
+     ("Ｆｕｌｌ１", "full1"), ("cafe\u0301", "café"), ("हिन्दी है।", "हिन्दी है"), ("theatre Anna", "theatre anna"),
+     ("A", "a"), ("the", "the"), (" .!? ", "")],
+)  # fmt: skip
+def test_normalisation(text, expected):
+    assert normalize_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "match", "score"),
+    [("The fox.", "fox", 1, 1), ("the quick brown fox", "brown dog", 0, 0.4), ("fox fox fox", "fox", 0, 0.5),
+     ("fox", "dog", 0, 0), ("", "fox", 0, 0), ("", "...", 1, 1), ("北京", "北京市", 0, 0.8), ("B", "A", 0, 0),
+     ("", "A", 0, 0)],
+)  # fmt: skip
+def test_exact_match_and_f1(prediction, reference, match, score):
+    assert (exact_match(prediction, reference), f1(prediction, reference)) == (match, pytest.approx(score))
+
+
+@pytest.mark.parametrize("metric", ["rouge1", "rouge2", "rougeL"])
+def test_rouge_is_that_of_the_package_on_ascii(metric):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    texts = ["The foxes were running_quickly, over 12 lazy dogs!", "a fox ran over the dog's 12 bodies", "",
+             "cats don't", "his", "hi",
+             "he was jumping; the foxes' jumps were higher than running dogs"]  # fmt: skip
+    official, ours = RougeScorer([metric], use_stemmer=True), rouge(metric)
+    pairs = [(a, b) for a in texts for b in texts]
+    found = [ours(a, b) for a, b in pairs]
+    assert found == [official.score(b, a)[metric].fmeasure for a, b in pairs] and 0 < sum(found) < len(found)
+
+
+def test_rouge_of_other_scripts():
+    pairs = [("北京很大", "北京大"), ("Größe zählt", "größe fehlt"), ("हिन्दी है", "हिन्दी था")]
+    assert [best_score("rouge1", a, [b]) for a, b in pairs] == [pytest.approx(2 * 3 / 7), 0.5, 0.5]
+
+
+def test_the_best_reference_counts():
+    assert best_score("f1", "brown fox", ["dog", "the brown fox", "fox"]) == 1
+    assert best_score("rougeL", "brown fox", ["dog", "fox"]) == pytest.approx(2 / 3)
+    assert [best_score("exam", answer, ["ACD"]) for answer in ("A", "AC", "AB", "ACD")] == [0.25, 0.25, 0, 1]
+    assert best_score("exam", "B", ["A", "B"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("B", "B"), ("b", "B"), (" (b) ", "B"), ("B. because of A", "B"), ("**C**", "C"), ("A: the dog", "A"),
+        ("A\nB", "A"),
+        ("The answer is C", "C"), ("the correct answer is (b).", "B"), ("Answer: A", "A"), ("I choose option B", "B"),
+        ("A good guess: the answer is B", "B"), ("I would say (C) here", "C"),
+        ("either (A) or (B)", None),
+        ("red fox", "B"), ("The Red Fox!", "B"), ("It was the red fox, surely", "B"), ("red fox or old dog", None),
+        ("I think it is C", "C"), ("A dog I know", None), ("maybe B or C", None), ("", None), ("D", None),
+        ("Because", None),
+        ("bad", None), ("A's", None), ("answer is unclear", None), ("北京", "D"),
+    ],
+)  # fmt: skip
+def test_the_letter_of_an_answer(text, expected):
+    options = ["old dog", "red fox", "cat", "北京"][: 4 if text == "北京" else 3]
+    assert parse_choice(text, options) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("A. red\nC. blue", "AC"), ("(A) red\n\n(B) a\nBoth.", "AB"), ("The correct options are A, C, and D.", "ACD"),
+     ("BC", "BC"), ("B, C", "BC"), ("(B) and (C)", "BC"), ("A.", "A"), ("The answer is D.", "D"), ("C\nA B", "C"),
+     ("A good one", ""), ("", ""), ("none", "")],
+)  # fmt: skip
+def test_several_letters(text, expected):
+    assert parse_letters(text) == set(expected)
+
+
+FOX = Question("1", "t", "c", "q", ("fox",), ("dog", "fox"))
+LETTERS = Question("1", "t", "c", "q", ("BC",), metric="exam")
+
+
+@pytest.mark.parametrize(
+    ("question", "metric", "result", "expected"),
+    [
+        (FOX, "auto", {"answer": "(B)"}, {"score": 1, "metric": "accuracy", "choice": "B", "right_choice": "B"}),
+        (FOX, "auto", {"answer": "who knows"}, {"score": 0, "choice": None, "right_choice": "B"}),
+        (FOX, "f1", {"answer": "the fox"}, {"score": 1, "metric": "f1"}),
+        (LETTERS, "auto", {"answer": "C, B"}, {"score": 1, "metric": "exam", "choice": "BC"}),
+        (LETTERS, "auto", {"answer": "B"}, {"score": 0.25}),
+        (LETTERS, "accuracy", {"answer": "B"}, {"score": 0, "metric": "accuracy", "choice": "B"}),
+        (LETTERS, "auto", {"answer": "no idea"}, {"score": 0, "choice": None}),
+        (replace(LETTERS, references=("word " * 30,), metric=None), "auto", {"answer": "word"}, {"metric": "f1"}),
+        (replace(LETTERS, references=("b", "word " * 31), metric=None), "auto", {"answer": "b"}, {"metric": "rougeL"}),
+    ],
+)
+def test_an_answer_is_scored_by_letter_or_by_text(question, metric, result, expected):
+    row = score_answer(question, result, metric)
+    assert {name: row[name] for name in expected} == expected
+
+
+# Answers of OpenLMLab/LEval in the form of its files, each with answers that are right, and that are wrong.
+EXAMS = {
+    "coursera": ("ACD", ["ACD", "D, A, C", "A. one\nC. two\nD. three"], ["", "B", "ABCD", "As a model, I can not"]),
+    "coursera, one": ("A", ["A", "A. AVERAGE", "So the answer is A."], ["B", "AB", "C. AVERAGE"]),
+    "quality": (
+        "(B) Their subconscious knew it.",
+        ["(B) Their subconscious knew it.", "B", "(B)", "B. Their", "Their subconscious knew it"],
+        ["(C) Their subconscious knew it.", "A", "Nobody knew it", ""],
+    ),
+    "tpo": ("C", ["C", "C. carbonic acid", "(c)"], ["A", "B. carbonic acid"]),
+    "sci_fi": ("False", ["False", "false.", "False [fact: True]", "It is **False**, not true"], ["True", "", "maybe"]),
+    "gsm100": (
+        "57500",
+        ["57500", "The answer is $57,500.", "2 * 28750 = 57,500", "The answer is 57500.0\n\nQuestion: 1 + 2"],
+        ["57501", "5750", "", "The answer is 3, not 57500"],
+    ),
+    "codeU": (
+        "[[1 3][2 4]]",
+        ["[[1 3][2 4]]", "So it is array([[1, 3],\n [2, 4]]).", "[1, 10) gives \\[\\[1. 3.\\] [2.0, 4]]"],
+        ["[1 3 2 4]", "[[1 3][2 5]]", "1 3 2 4", ""],
+    ),
+    "codeU, text": ("level,deed", ["level,deed", "The output is 'Level, deed'."], ["level", ""]),
+    "topic_retrieval": (
+        "The role of art in society",
+        ["the role of art in society", 'The first topic was "The role of art in society."'],
+        ["The role of sports in society", "art"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXAMS)
+def test_exams_as_l_eval_scores_them(name):
+    reference, right, wrong = EXAMS[name]
+    assert [answer for answer in right if best_score("exam", answer, [reference]) != 1] == []
+    assert [answer for answer in wrong if best_score("exam", answer, [reference]) != 0] == []

@@ -1,26 +1,25 @@
 """Passkey and needle in a haystack: prompts of exact length, the user's text, scores, the grid and its heat map."""
 
-import copy
 import re
 from collections import Counter
 
 import pytest
-from conftest import SHARED, sentences
+from conftest import sentences
 from rigged_model import ask_all, load_script, rigged
+from transformers import AutoTokenizer
 
 from longqlora.evaluation.retrieval import needle, passkey
 from longqlora.evaluation.retrieval.grid import (
     by_place,
     draw_panel,
     even_depths,
-    grid_cells,
     grid_table,
     percent,
     plot_heatmap,
 )
 from longqlora.evaluation.retrieval.haystack import MAX_PIECE_CHARACTERS, Haystack, pieces, read_haystack
 from longqlora.evaluation.retrieval.needle import Needle, contains, ids_around, needle_prompt, word_recall
-from longqlora.evaluation.retrieval.passkey import Passkey, PasskeyTemplate, accuracy_cells, answer_trial, make_trials
+from longqlora.evaluation.retrieval.passkey import Passkey, PasskeyTemplate, accuracy_cells
 
 KEY = "40817"
 # Sentences of different lengths, with numbers that tell where they are.
@@ -40,61 +39,53 @@ def make_prompt(tokenizer, text=needle.NEEDLE, question=needle.QUESTION, templat
     return needle_prompt(Haystack(tokenizer, TEXT), text, question, template=template)
 
 
-@pytest.fixture(scope="module")
-def chat_tokenizer(tiny_tokenizer):
-    tokenizer = copy.deepcopy(tiny_tokenizer)
+@pytest.fixture
+def chat_tokenizer(tokenizer):
     tokenizer.chat_template = CHAT
     return tokenizer
 
 
 @pytest.fixture(scope="module")
-def llama2_tokenizer():
-    from transformers import AutoTokenizer
-
-    if not (SHARED / "data/llama2_tokenizer").is_dir():
-        pytest.skip("no ../shared/data/llama2_tokenizer beside the checkout")
-    return AutoTokenizer.from_pretrained(SHARED / "data/llama2_tokenizer")
+def llama2_tokenizer(shared_data):
+    return AutoTokenizer.from_pretrained(shared_data / "llama2_tokenizer")
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny without bos", "tiny-llama", "llama2"])
-def tokenizer(request, tiny_tokenizer, repo):
+@pytest.fixture(params=["tiny", "tiny without bos", "tiny-llama", "llama2"])
+def any_tokenizer(request, tokenizer, repo):
     """Byte-level BPE with and without BOS, a larger one, and SentencePiece's."""
-    from transformers import AutoTokenizer
-
     if request.param == "llama2":
         return request.getfixturevalue("llama2_tokenizer")
     if request.param == "tiny-llama":
         return AutoTokenizer.from_pretrained(repo / "data/tiny-llama")
-    plain = copy.deepcopy(tiny_tokenizer)
     if request.param == "tiny without bos":
-        plain.bos_token = None
-    return plain
+        tokenizer.bos_token = None
+    return tokenizer
 
 
 @pytest.mark.parametrize("depth", [0, 0.25, 0.5, 1])
-def test_passkey_prompts_have_the_length_the_words_and_the_depth(tokenizer, depth):
-    template = PasskeyTemplate(tokenizer)
-    prompt, num_bos = template.prompt(KEY), int(tokenizer.bos_token_id is not None)
+def test_passkey_prompts_have_the_length_the_words_and_the_depth(any_tokenizer, depth):
+    template = PasskeyTemplate(any_tokenizer)
+    prompt, num_bos = template.prompt(KEY), int(any_tokenizer.bos_token_id is not None)
     shortest = prompt.min_length
     for length in (shortest, shortest + 1, shortest + 401, 1500):
         ids = prompt.build(length=length, depth=depth)
-        text = text_of(tokenizer, ids)
+        text = text_of(any_tokenizer, ids)
         lines = text.split("\n")
         assert len(ids) == length and len(lines) == 5
         assert (lines[0], lines[2], lines[4]) == (passkey.DESCRIPTION, passkey.NEEDLE.format(key=KEY), passkey.QUESTION)
         assert all(" ".join([passkey.FILLER] * 200).startswith(lines[place]) for place in (1, 3))
-        assert ids[:num_bos] == [tokenizer.bos_token_id] * num_bos
+        assert ids[:num_bos] == [any_tokenizer.bos_token_id] * num_bos
         start = len(prompt.before) + round(depth * (length - shortest))
         assert ids[start : start + len(prompt.needle)] == prompt.needle
     ids = prompt.build(length=700, depth=depth)
     if depth == 0.5:
-        assert ids[num_bos:] == tokenizer(text_of(tokenizer, ids), add_special_tokens=False)["input_ids"]
+        assert ids[num_bos:] == any_tokenizer(text_of(any_tokenizer, ids), add_special_tokens=False)["input_ids"]
     with pytest.raises(ValueError, match=f"length {shortest - 1} is too short.* need {shortest} "):
         prompt.build(length=shortest - 1, depth=depth)
 
 
 def trials(lengths, depths, num_trials, seed=0, **options):
-    return make_trials(grid_cells(lengths, depths), num_trials=num_trials, seed=seed, **options)
+    return Passkey(lengths, depths, num_trials=num_trials, seed=seed, **options).trials()
 
 
 def test_trials_are_seeded_and_independent_of_each_other():
@@ -115,29 +106,21 @@ def test_trials_are_seeded_and_independent_of_each_other():
 )  # fmt: skip
 def test_an_answer_counts_if_its_first_number_is_the_key(tiny_tokenizer, reply, is_correct):
     loaded = rigged(tiny_tokenizer, lambda prompt: " " + reply.format(key_in(prompt)))
-    trial = {"length": 600, "depth": 0.9, "key": KEY}
-    result = answer_trial(loaded, trial)
+    task, trial = Passkey([600], [0.9]), {"length": 600, "depth": 0.9, "key": KEY}
+    task.use(loaded)
+    result = task.ask(trial)
     assert result["is_correct"] is is_correct and {name: result[name] for name in trial} == trial
     assert loaded.model.lengths == [600]
 
 
 def test_every_key_is_counted(tiny_tokenizer):
-    def reply(prompt):
-        key = key_in(prompt)
-        return f" {key}" if int(key) % 2 else " 0"
-
-    loaded = rigged(tiny_tokenizer, reply)
-    task = Passkey([500, 700], [0, 1], num_trials=6, seed=1)
-    result = ask_all(task, loaded)
-    assert len(loaded.model.lengths) == 24
-    assert [(cell["length"], cell["depth"]) for cell in result["cells"]] == [(500, 0), (500, 1), (700, 0), (700, 1)]
-    for number, cell in enumerate(result["cells"]):
-        odd = sum(int(t["key"]) % 2 for t in result["trials"][6 * number : 6 * number + 6])
-        assert (cell["num_trials"], cell["num_correct"], cell["accuracy"]) == (6, odd, odd / 6)
-    assert 0 < sum(cell["num_correct"] for cell in result["cells"]) < 24
-    with pytest.raises(ValueError, match="length 20 is too short"):
-        ask_all(Passkey([600, 20], [0]), loaded)
-    assert len(loaded.model.lengths) == 24, "found before any trial"
+    loaded = rigged(tiny_tokenizer, lambda prompt: f" {key_in(prompt)}" if int(key_in(prompt)) % 2 else " 0")
+    record = ask_all(Passkey([500, 700], [0, 1], num_trials=6, seed=1), loaded)
+    is_odd = [int(trial["key"]) % 2 for trial in record["trials"]]
+    places = [(cell["length"], cell["depth"], cell["num_correct"]) for cell in record["cells"]]
+    assert places == [(length, depth, sum(is_odd[6 * number : 6 * number + 6]))
+                      for number, (length, depth) in enumerate([(500, 0), (500, 1), (700, 0), (700, 1)])]  # fmt: skip
+    assert len(loaded.model.lengths) == 24 > sum(is_odd) > 0
 
 
 def test_table_has_a_row_for_each_depth_and_means():
@@ -184,8 +167,6 @@ def test_trained_model_solves_its_own_test_by_construction():
         # First mention free, second and answer (with its space, full stop and end) count in full.
         assert Counter(weights)[0.0] == 5 and Counter(weights)[1.0] == 5 + len(rows.answer(key_in(text)))
     assert texts[1].startswith(passkey.DESCRIPTION) and len(set(map(key_in, texts))) == 3
-    unknown = "naïve 日本 \U0001f600 x_1"
-    assert text_of(tokenizer, tokenizer(unknown)["input_ids"]) == unknown
     assert [tokenizer.decode([token]) for token in rows.digits] == list("0123456789")
 
 
@@ -272,15 +253,16 @@ def test_scores(expected, answer, recall, is_contained):
     assert contains(expected, answer) is is_contained
 
 
-def test_every_cell_is_scored(tiny_tokenizer, tmp_path):
+def test_every_cell_is_scored(chat_tokenizer, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
-    loaded = rigged(tiny_tokenizer, lambda prompt: f" To {needle.ANSWER}." if len(prompt) < 1500 else " eat a sandwich")
-    task = Needle([700, 2600], [0, 1], [tmp_path / "text.txt"], prompt_template="none")
-    cells = ask_all(task, loaded)["cells"]
-    assert loaded.model.lengths == [700, 700, 2600, 2600]
-    assert [cell["score"] for cell in cells] == [1, 1, 3 / 12, 3 / 12]
-    assert [cell["is_contained"] for cell in cells] == [True, True, False, False]
-    assert [cell["num_repeats"] for cell in cells] == [1, 1, 2, 2]
+    loaded = rigged(chat_tokenizer, lambda prompt: " A sentence number." if len(prompt) < 1500 else " One number")
+    record = ask_all(Needle([700, 2900], [0, 1], [tmp_path / "text.txt"], answer="SENTENCE number"), loaded)
+    assert loaded.model.lengths == [700, 700, 2900, 2900]
+    assert [cell["score"] for cell in record["cells"]] == [1, 1, 1 / 2, 1 / 2]
+    assert [cell["is_contained"] for cell in record["cells"]] == [True, True, False, False]
+    assert [cell["num_repeats"] for cell in record["cells"]] == [1, 1, 2, 2]
+    assert record["protocol"]["template"] == "chat_template", "unless told otherwise"
+    assert "warning: the haystack itself contains the answer" in capsys.readouterr().out
 
 
 def test_needle_with_braces_and_line_breaks_is_taken_as_it_is(tiny_tokenizer):
@@ -298,12 +280,3 @@ def test_files_and_folders_are_read_in_order(tmp_path):
     folder = tmp_path / "texts"
     assert read_haystack([folder]) == "A one.\n\nB one.\nB two.\n\nC."
     assert read_haystack([folder / "d.md", folder / "a.txt"]) == "not read\n\nA one."
-
-
-@pytest.mark.parametrize(("requested", "used"), [("auto", "chat_template"), ("none", "none")])
-def test_the_chat_template_is_used_unless_told_otherwise(chat_tokenizer, tmp_path, requested, used, capsys):
-    (tmp_path / "text.txt").write_text(TEXT)
-    task = Needle([300], [0.5], [tmp_path / "text.txt"], answer="SENTENCE number", prompt_template=requested)
-    record = ask_all(task, rigged(chat_tokenizer, lambda prompt: "no"))
-    assert record["protocol"]["template"] == used
-    assert "warning: the haystack itself contains the answer" in capsys.readouterr().out

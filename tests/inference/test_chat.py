@@ -1,10 +1,9 @@
 """Chat: history and commands without a model, then the script through a pipe and under Ctrl-C."""
 
-import builtins
 import json
 import os
-import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from live_script import LiveScript
@@ -58,35 +57,22 @@ def test_window_is_as_large_as_fits():
 
 def test_files_outlast_turns_and_the_system_message_outlasts_files(tmp_path):
     session = make_session(context_size=60, system="be brief")
-    path = tmp_path / "a.txt"
+    path = tmp_path / "my file.txt"
     path.write_text("material " * 20)
-    session.add_document(str(path))
+    assert session.run_command(f'/file "{path}"').startswith(f"read {path}: ")
     session.add_turn("old " * 5, "answer")
     for num_words, has_file, left_out in ((10, True, "1 oldest turn"), (40, False, "1 oldest file")):
         prompt = session.prompt("new " * num_words)
         assert roles(prompt) == "s u" and ("material" in prompt.ids) == has_file and prompt.ids[-1] == "new"
         assert prompt.notice.endswith(f"left out {left_out}")
     path.write_text("matter")
-    session.add_document(str(path))
-    assert "matter" in session.prompt("and now?").ids and len(session.documents) == 1
+    session.run_command(f"/file {path}")
+    assert "matter" in session.prompt("and now?").ids and session.documents == [(str(path), "matter")], "read again"
     assert session.run_command("/clear") == "cleared"
     session.add_turn("one", "two")
     with pytest.raises(ValueError, match="50 fit in the context of 60 .* shorten it"):
         session.prompt("new " * 60)
     assert roles(session.prompt("three")) == "s u a u", "nothing was dropped"
-
-
-def test_file_command(tmp_path):
-    session = make_session(context_size=100)
-    path = tmp_path / "my file.txt"
-    path.write_bytes(b"\xef\xbb\xbfthe text\r\n")
-    assert session.run_command(f'/file "{path}"').startswith(f"read {path}: ")
-    assert session.documents == [(str(path), "the text")]
-    path.write_text("other text")
-    session.run_command(f"/file {path}")
-    assert session.documents == [(str(path), "other text")], "read again: replaced"
-    words = session.prompt("and now?").ids
-    assert "other" in words and words[-2:] == ["and", "now?"]
 
 
 def test_commands_answer_in_one_line_and_mistakes_change_nothing(tmp_path):
@@ -123,35 +109,26 @@ def test_commands_answer_in_one_line_and_mistakes_change_nothing(tmp_path):
 
 
 def test_ctrl_c_at_the_prompt_leaves_at_the_second(monkeypatch, capsys):
-    keys = iter([KeyboardInterrupt, "hello", KeyboardInterrupt, KeyboardInterrupt, "never read"])
-
-    def fake_input(prompt):
-        key = next(keys)
-        if isinstance(key, str):
-            return key
-        raise key
-
-    monkeypatch.setattr(builtins, "input", fake_input)
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    keys = Mock(side_effect=[KeyboardInterrupt, "hello", KeyboardInterrupt, KeyboardInterrupt, "never read"])
+    monkeypatch.setattr("builtins.input", keys)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     assert list(load_script(CHAT).read_lines()) == ["hello"]
     assert "again" in capsys.readouterr().err
 
 
-def test_chat_through_a_pipe(tiny_tokenizer, tmp_path, run_script):
+def test_chat_through_a_pipe(tiny_tokenizer, tmp_path, run_in_process, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = save_parrot(tmp_path / "model", tiny_tokenizer)
     (tmp_path / "paper.txt").write_text("wizards box")
     lines = [
         "hello", "/nonsense", "/file paper.txt", "/file missing.txt", "", "what does it say?", "/save full.json",
         "/clear", "/save empty.json", "/help", "long " * 600, " /not a command",
     ]  # fmt: skip
-    outcome = run_script(
-        CHAT, "--model_name_or_path", model, "--context_size", 512, "--max_new_tokens", 3, "--no-do_sample",
-        "--system", "für ü", cwd=tmp_path, input="\n".join(lines), check=True,
-    )  # fmt: skip
-    assert outcome.stdout == "the the the\n" * 3
+    flags = ["--context_size", 512, "--max_new_tokens", 3, "--no-do_sample", "--system", "für ü"]
+    code, out, errors = run_in_process(CHAT, "--model_name_or_path", model, *flags, input="\n".join(lines))
+    assert (code, out) == (0, "the the the\n" * 3)
     for message in ("unknown command '/nonsense'", "read paper.txt", "no file at 'missing.txt'", "cleared", "shorten"):
-        assert outcome.stderr.count(message) == 1, message
-    assert "Traceback" not in outcome.stderr
+        assert errors.count(message) == 1, message
     saved = json.loads((tmp_path / "full.json").read_text(encoding="utf-8"))
     assert [tuple(message.values()) for message in saved["messages"]] == [
         ("system", "für ü"), ("user", "hello"), ("assistant", "the the the"), ("user", "what does it say?"),

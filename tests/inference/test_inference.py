@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import sentences
-from rigged_model import load_script, run_main_of
+from rigged_model import load_script
 from transformers import AutoModelForCausalLM
 
 from longqlora.inference.batch import partial_path
-from longqlora.inference.generation import AnswerStream, GenerationOptions, encode_prompt, generate_text, template_for
+from longqlora.inference.generation import AnswerStream, GenerationOptions, encode_prompt, generate_text
+from longqlora.inference.source import ModelSource
 
 SCRIPT = "script/inference/inference.py"
 PROMPT = "the quick brown fox"
@@ -30,50 +31,36 @@ def tiny_model(tiny_model_dir):
 
 
 @pytest.fixture
-def prompt_ids(tiny_tokenizer):
-    return encode_prompt(tiny_tokenizer, PROMPT, template="none")
-
-
-@pytest.fixture
-def generate(tiny_model, tiny_tokenizer, prompt_ids):
+def generate(tiny_model, tiny_tokenizer):
     """Continue PROMPT, greedily unless `options` say otherwise."""
+    prompt_ids = encode_prompt(tiny_tokenizer, PROMPT, template="none")
 
-    def run(options=None, **given):
-        options = {"do_sample": False, "max_new_tokens": 24, **(options or {})}
-        return generate_text(tiny_model, tiny_tokenizer, prompt_ids, GenerationOptions(**options), **given)
+    def run(on_text=None, stop_event=None, **options):
+        options = GenerationOptions(**{"do_sample": False, "max_new_tokens": 24, **options})
+        return generate_text(tiny_model, tiny_tokenizer, prompt_ids, options, on_text=on_text, stop_event=stop_event)
 
     return run
 
 
 @pytest.fixture
-def script(tiny_model_dir, monkeypatch, capsys, tmp_path):
+def script(tiny_model_dir, run_in_process, monkeypatch, tmp_path):
     """Run the script in this process from a folder with FILES: (exit code, stdout, stderr). MODEL: the tiny model."""
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text, errors="surrogateescape")
-
-    def run(words: str) -> tuple[int, str, str]:
-        words = words.replace("MODEL", f"--model_name_or_path {tiny_model_dir}").split()
-        return run_main_of(load_script(SCRIPT), words, monkeypatch, capsys)
-
-    return run
+    model = f"--model_name_or_path {tiny_model_dir}"
+    return lambda words, **given: run_in_process(SCRIPT, *words.replace("MODEL", model).split(), **given)
 
 
-def reference(model, ids, num_tokens):
-    input_ids = torch.tensor([ids])
-    mask = torch.ones_like(input_ids)
-    output = model.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=num_tokens)
-    return output[0, len(ids) :].tolist()
-
-
-def test_greedy_equals_generate_and_the_stream_equals_the_text(tiny_model, tiny_tokenizer, prompt_ids, generate):
+def test_greedy_equals_generate_and_the_stream_equals_the_text(tiny_model, tiny_tokenizer, generate):
+    prompt_ids = encode_prompt(tiny_tokenizer, PROMPT, template="none")
     assert prompt_ids[0] == tiny_tokenizer.bos_token_id and prompt_ids[1] != tiny_tokenizer.bos_token_id
     pieces = []
     answer = generate(on_text=pieces.append)
-    expected = reference(tiny_model, prompt_ids, 24)
-    whole = tiny_tokenizer.decode(prompt_ids + expected, skip_special_tokens=True)
-    assert PROMPT + answer.text == whole and "".join(pieces) == answer.text and len(pieces) > 1
-    assert (answer.num_prompt_tokens, answer.num_new_tokens) == (len(prompt_ids), len(expected))
+    [whole] = tiny_model.generate(torch.tensor([prompt_ids]), do_sample=False, max_new_tokens=24)
+    assert PROMPT + answer.text == tiny_tokenizer.decode(whole, skip_special_tokens=True)
+    assert "".join(pieces) == answer.text and len(pieces) > 1
+    assert (answer.num_prompt_tokens, answer.num_new_tokens) == (len(prompt_ids), len(whole) - len(prompt_ids))
     with pytest.raises(ValueError, match="empty"):
         generate_text(tiny_model, tiny_tokenizer, [], GenerationOptions())
 
@@ -82,23 +69,22 @@ def test_options_and_seed_alone_decide_an_answer(tiny_model, generate, monkeypat
     expected = generate().text
     monkeypatch.setattr(tiny_model, "generation_config", copy.deepcopy(tiny_model.generation_config))
     tiny_model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, num_beams=3)
-    assert generate().text == generate({"do_sample": True, "temperature": 0}).text == expected
-    sampled = {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
-    texts = [generate({**sampled, "seed": seed}).text for seed in (1, 1, 2)]
+    assert generate().text == generate(do_sample=True, temperature=0).text == expected
+    texts = [generate(do_sample=True, temperature=1.0, top_p=1.0, seed=seed).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_finish_reasons(tiny_model, prompt_ids, generate, monkeypatch):
+def test_finish_reasons(tiny_model, generate, monkeypatch):
     threads, event = set(threading.enumerate()), threading.Event()
     answer = generate()
     assert answer.finish_reason == "length"
     stop = answer.text[5:8]
-    stopped = generate({"stop": (stop, "absent")})
+    stopped = generate(stop=(stop, "absent"))
     assert stopped.finish_reason == "stop" and stopped.text == answer.text[: answer.text.index(stop)]
     interrupted = generate(on_text=lambda _: event.set(), stop_event=event)
     assert interrupted.finish_reason == "interrupted" and answer.text.startswith(interrupted.text) and interrupted.text
     assert max(stopped.num_new_tokens, interrupted.num_new_tokens) < 24
-    ends = [tiny_model.generation_config.eos_token_id, *reference(tiny_model, prompt_ids, 1)]
+    ends = [tiny_model.generation_config.eos_token_id, answer.new_ids[0]]
     monkeypatch.setattr(tiny_model.generation_config, "eos_token_id", ends)
     ended = generate()
     assert ended.finish_reason == "eos" and ended.num_new_tokens == 1
@@ -111,11 +97,10 @@ BAD_OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_bad_options(name):
-    for value in BAD_OPTIONS[name]:
-        with pytest.raises(ValueError, match=f"--{name}: must be .*, got "):
-            GenerationOptions(**{name: value})
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in BAD_OPTIONS for value in BAD_OPTIONS[name]])
+def test_bad_options(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: .* is not "):
+        GenerationOptions(**{name: value})
 
 
 def stream(tokenizer, prompt_ids, ids, stop=()) -> tuple[list[str], AnswerStream]:
@@ -164,53 +149,38 @@ def test_a_prompt_that_is_cut_keeps_bos_and_its_end(tiny_tokenizer):
     given = {"raw": True, "system": None, "input_file": None, "truncate_prompt": True}
     for size, max_new_tokens, room in ((len(whole) + 1, 50, len(whole)), (40, 10, 30), (40, 1000, 20), (1, 5, 1)):
         args = SimpleNamespace(**given, max_new_tokens=max_new_tokens)
-        loaded = SimpleNamespace(tokenizer=tiny_tokenizer, context_size=size)
-        [ids] = load_script(SCRIPT).fitted_prompts(args, loaded, [{"prompt": sentences(80)}])
+        source = ModelSource(tiny_tokenizer, None, "base", None, size)
+        [ids] = load_script(SCRIPT).fitted_prompts(args, source, [{"prompt": sentences(80)}])
         assert ids == [whole[0], *whole[len(whole) - room + 1 :]]
 
 
-def test_template_for(tiny_tokenizer, tmp_path):
+def test_the_template_that_auto_means(tokenizer, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
-    source = {"tokenizer": tiny_tokenizer, "adapter_name_or_path": None, "base_model_name_or_path": "hub/name"}
-    adapter = SimpleNamespace(**{**source, "adapter_name_or_path": str(tmp_path / "checkpoint-1")})
-    merged = SimpleNamespace(**{**source, "base_model_name_or_path": str(tmp_path)})
+    adapter = ModelSource(tokenizer, None, "hub/name", str(tmp_path / "checkpoint-1"), 64)
+    merged = ModelSource(tokenizer, None, str(tmp_path), None, 64)
     for sft, expected in ((None, "none"), (True, "vicuna_v1.1_fastchat"), (False, "none")):
         if sft is not None:
             record = {"arguments": {"data": {"sft": sft, "prompt_template": "vicuna_v1.1_fastchat"}}}
             (tmp_path / "run_record.json").write_text(json.dumps(record))
-        assert template_for("auto", adapter) == template_for("auto", merged) == expected
-    assert template_for("auto", merged, default="vicuna_v1.1") == template_for("vicuna_v1.1", merged) == "vicuna_v1.1"
-    tokenizer = copy.deepcopy(tiny_tokenizer)
+        assert adapter.template("auto") == merged.template("auto") == expected
+    assert merged.template("auto", default="vicuna_v1.1") == merged.template("vicuna_v1.1") == "vicuna_v1.1"
     tokenizer.chat_template = "{{ messages }}"
-    assert template_for("auto", SimpleNamespace(**{**source, "tokenizer": tokenizer})) == "chat_template"
+    assert merged.template("auto") == "chat_template"
 
 
-@pytest.mark.parametrize(
-    ("dtype", "has_bf16", "warns"),
-    [("fp16", True, True), ("bf16", True, False), ("bf16", False, True), ("fp32", False, False)],
-)
-def test_a_precision_that_the_cpu_lacks_is_named(script, monkeypatch, dtype, has_bf16, warns):
+def test_a_precision_that_the_cpu_lacks_is_named(script, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("longqlora.model.base.cpu_has_bf16", lambda: has_bf16)
-    code, out, errors = script(f"MODEL --prompt the --max_new_tokens 1 --dtype {dtype}")
-    assert code == 0 and ("arithmetic; fp32 is many times faster" in errors) == warns and "arithmetic" not in out
+    for dtype, warns in (("fp32", False), ("fp16", True)):
+        code, out, errors = script(f"MODEL --prompt the --max_new_tokens 1 --dtype {dtype}")
+        assert code == 0 and ("arithmetic; fp32 is many times faster" in errors) == warns and "arithmetic" not in out
 
 
-def test_script_in_a_process_of_its_own(generate, tiny_model_dir, tmp_path, run_script):
-    outcome = run_script(
-        SCRIPT, "--model_name_or_path", tiny_model_dir, "--prompt_file", "-", "--no-do_sample", "--max_new_tokens", 24,
-        "--dtype", "fp32", cwd=tmp_path, input=PROMPT, check=True,
-    )  # fmt: skip
-    assert outcome.stdout == generate().text + "\n"
-
-
-def test_script_streams_the_text_that_it_prints(script):
-    words = "MODEL --prompt_file short.txt --temperature 0 --context_size 256 --max_new_tokens 60"
-    streamed, printed, raw, templated = (
-        script(f"{words} {more}")[:2]
-        for more in ("", "--no-stream", "--raw", "--prompt_template vicuna_v1.1 --system brief")
-    )
-    assert streamed == printed == raw != templated and templated[0] == 0
+def test_script_prints_the_answer_streamed_or_whole(script, generate):
+    words, answer = "MODEL --dtype fp32 --temperature 0 --max_new_tokens 24 --prompt_file", (0, generate().text + "\n")
+    for more in ("-", "short.txt", "short.txt --no-stream", "short.txt --raw"):
+        assert script(f"{words} {more}", input=PROMPT)[:2] == answer, more
+    code, out, _ = script(f"{words} short.txt --prompt_template vicuna_v1.1 --system brief")
+    assert code == 0 and out != answer[1]
 
 
 def test_script_warns_beyond_the_context(script):

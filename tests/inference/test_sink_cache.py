@@ -3,45 +3,23 @@
 import pytest
 import torch
 from conftest import tiny_config
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from longqlora.inference.sink_cache import SinkLayer, check_streaming, sink_cache
 
 WINDOW, NUM_SINKS = 16, 4
+# Of logits between -10 and 10.
+ROUNDING = 1e-4
 
 
 def make_model(model_type="llama", **overrides):
+    """Its weights are large, so that logits differ far beyond rounding where a token sees others."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides)).eval()
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, initializer_range=0.2, **overrides)).eval()
 
 
 def random_ids(num_tokens: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(4, 320, (1, num_tokens), generator=torch.Generator().manual_seed(seed))
-
-
-class Rotary64(torch.nn.Module):
-    """RoPE of a model in float64 throughout."""
-
-    def __init__(self, inv_freq):
-        super().__init__()
-        self.inv_freq = inv_freq.double()
-
-    def forward(self, x, position_ids):
-        angles = (position_ids[..., None].double() * self.inv_freq).repeat(1, 1, 2)
-        return angles.cos(), angles.sin()
-
-
-def make_exact_model(**overrides):
-    """A Llama that computes nothing in fp32, as stock norms and RoPE do even in a float64 model."""
-    model = make_model(**overrides).double()
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child).__name__ == "LlamaRMSNorm":
-                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
-                torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-                setattr(parent, name, norm)
-    model.model.rotary_emb = Rotary64(model.model.rotary_emb.inv_freq)
-    return model
 
 
 @torch.no_grad()
@@ -55,7 +33,7 @@ def rotated(states, positions, inv_freq):
     """Llama's RoPE of states [..., S, D] at these positions [S], written as complex numbers."""
     half = states.shape[-1] // 2
     result = torch.complex(states[..., :half], states[..., half:]) * torch.polar(
-        torch.ones(len(positions), half, dtype=torch.float64), torch.outer(positions.double(), inv_freq)
+        torch.ones(len(positions), half), torch.outer(positions.float(), inv_freq)
     )
     return torch.cat([result.real, result.imag], dim=-1)
 
@@ -96,17 +74,17 @@ def reference_logits(model, ids, blocks, *, window, num_sinks) -> torch.Tensor:
     "num_sinks, blocks", [(4, [1] * 60), (0, [1] * 40), (15, [1] * 40), (4, [2, 5, 20, 1, 1, 40, 9, 3])]
 )
 def test_a_token_sees_sinks_and_window_at_positions_within_them(num_kv_heads, num_sinks, blocks):
-    model = make_exact_model(num_key_value_heads=num_kv_heads)
+    model = make_model(num_key_value_heads=num_kv_heads)
     ids = random_ids(sum(blocks))
     cache = sink_cache(model, window=WINDOW, num_sinks=num_sinks)
     found = run_blocks(model, cache, ids, blocks)
     expected = reference_logits(model, ids, blocks, window=WINDOW, num_sinks=num_sinks)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
     assert cache.get_seq_length() == ids.shape[1] and cache.num_evicted == ids.shape[1] - WINDOW
 
 
 def test_counting_from_0_again_changes_nothing():
-    model, ids = make_exact_model(), random_ids(120)
+    model, ids = make_model(), random_ids(120)
     plain, rebased = (sink_cache(model, window=WINDOW) for _ in range(2))
     expected = run_blocks(model, plain, ids, [1] * 120)
     logits, known = [], []
@@ -114,7 +92,7 @@ def test_counting_from_0_again_changes_nothing():
         known = rebased.rebase(known) + ids[0, first : first + 20].tolist()
         logits.append(run_blocks(model, rebased, ids[:, first : first + 20], [1] * 20))
         assert rebased.get_seq_length() == len(known) <= WINDOW + 20
-    torch.testing.assert_close(torch.cat(logits), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(torch.cat(logits), expected, rtol=0, atol=ROUNDING)
     assert rebased.rebase([*known, 7, 8]) == ids[0, :4].tolist() + ids[0, -12:].tolist() + [7, 8]
     assert rebased.rebase(list(range(20))) == list(range(20)), "nothing is evicted yet"
 
@@ -140,7 +118,7 @@ def test_model_types(model_type):
             seen = torch.cat([seen[:, :NUM_SINKS], seen[:, position - (WINDOW - NUM_SINKS) :]], dim=1)
         with torch.no_grad():
             expected = model(input_ids=seen).logits[0, -1]
-        torch.testing.assert_close(logits[position], expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(logits[position], expected, rtol=0, atol=ROUNDING)
 
 
 def test_memory_is_constant_and_sinks_do_not_wear_off():
@@ -157,15 +135,11 @@ def test_memory_is_constant_and_sinks_do_not_wear_off():
     assert sizes == {per_token * 2 * (WINDOW + 1) + inv_freq.nbytes}
     assert keys.shape == values.shape == (1, 2, WINDOW + 1, 16)
     assert values[0, 0, NUM_SINKS:, 0].tolist() == list(range(4999 - 12, 5000))
-    expected = rotated(sinks[0].double(), torch.full((4,), 5000 + 3 - WINDOW), inv_freq.double()).float()
+    expected = rotated(sinks[0], torch.full((4,), 5000 + 3 - WINDOW), inv_freq)
     torch.testing.assert_close(keys[0, :, :NUM_SINKS], expected, rtol=0, atol=3e-3)
     assert layer.get_seq_length() == 5004 and not layer.is_croppable
 
 
-NOPE = AutoConfig.for_model(
-    "smollm3", hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=320, max_position_embeddings=64, pad_token_id=3,
-)  # fmt: skip
 DCA = {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings": 64}
 
 
@@ -187,13 +161,11 @@ def test_refused_by_the_config_alone(config, sizes, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize(
-    "config", [tiny_config("gpt2"), tiny_config("cohere"), NOPE], ids=["no RoPE", "interleaved", "not in every layer"]
-)
-def test_models_without_llamas_rope_are_refused(config):
-    torch.manual_seed(0)
-    with pytest.raises(ValueError, match=f"--streaming does not suit {config.model_type}: .* rotary position embedd"):
-        sink_cache(AutoModelForCausalLM.from_config(config).eval(), window=WINDOW)
+# No RoPE, an interleaved one, and one that is not in every layer.
+@pytest.mark.parametrize("model_type", ["gpt2", "cohere", "smollm3"])
+def test_models_without_llamas_rope_are_refused(model_type):
+    with pytest.raises(ValueError, match=f"--streaming does not suit {model_type}: .* rotary position embedd"):
+        sink_cache(make_model(model_type), window=WINDOW)
 
 
 def test_block_and_window_fill_the_context():

@@ -1,18 +1,17 @@
 """The endless chat: what it reads, that nothing can put its ids and its cache at odds, and its flags."""
 
 import contextlib
-import copy
-import io
 import json
 import logging
-import sys
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import save_tiny_model, sentences, tiny_config
-from rigged_model import load_script, run_main_of
+from conftest import sentences, tiny_config
+from rigged_model import load_script
 from transformers import AutoModelForCausalLM
 
 from longqlora.data.prompt import encode_conversation
@@ -32,10 +31,13 @@ GREEDY = GenerationOptions(do_sample=False, max_new_tokens=6)
 def make_session(tokenizer, *, window=WINDOW, template="vicuna_v1.1", options=GREEDY, context=64, **kwargs):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(max_position_embeddings=context)).eval()
-    model.generation_config.eos_token_id = 2
     loaded = SimpleNamespace(model=model, tokenizer=tokenizer)
-    cache = sink_cache(model, window=window)
-    return StreamingSession(loaded, template, options, cache=cache, **kwargs)
+    return StreamingSession(loaded, template, options, cache=sink_cache(model, window=window), **kwargs)
+
+
+@pytest.fixture
+def session(tiny_tokenizer):
+    return make_session(tiny_tokenizer)
 
 
 def ask(session, question, stop_event=None) -> tuple[bool, str]:
@@ -64,8 +66,8 @@ def follow_reading(session) -> list[int]:
     return blocks
 
 
-def test_a_file_is_read_once_in_blocks_and_answered_as_with_the_cache_by_hand(tiny_tokenizer, tmp_path):
-    session, by_hand = (make_session(tiny_tokenizer) for _ in range(2))
+def test_a_file_is_read_once_in_blocks_and_answered_as_with_the_cache_by_hand(session, tiny_tokenizer, tmp_path):
+    by_hand = make_session(tiny_tokenizer)
     path = tmp_path / "long.txt"
     path.write_text(sentences(200))
     blocks = follow_reading(session)
@@ -85,11 +87,12 @@ def test_a_file_is_read_once_in_blocks_and_answered_as_with_the_cache_by_hand(ti
         assert (sum(blocks) > 200) == is_read_again, command
 
 
-def test_ids_and_cache_agree_over_many_turns(tiny_tokenizer):
-    session = make_session(tiny_tokenizer)
+def test_ids_and_cache_agree_over_many_turns(session, tiny_tokenizer):
     for number in range(12):
         ask(session, f"question {number} " + sentences(number * 5 + 1))
         assert session.cache.get_seq_length() == len(session.ids) - 1 < 400
+    reminder = "transformers.generation.stopping_criteria"
+    assert not logging.getLogger(reminder).isEnabledFor(logging.WARNING), "of a stream beyond the model's context"
     session.run_command("/clear")
     assert session.ids == [] and session.cache.get_seq_length() == 0
     fresh = make_session(tiny_tokenizer)
@@ -109,24 +112,12 @@ def test_an_end_of_the_models_choice_is_written_once(tiny_tokenizer):
     assert session.ids[seen : seen + 2] == [2, tiny_tokenizer.encode("USER", add_special_tokens=False)[0]]
 
 
-def test_a_stop_string_ends_the_text_and_stays_in_the_stream(tiny_tokenizer):
-    session = make_session(tiny_tokenizer)
+def test_a_stop_string_ends_the_text_and_stays_in_the_stream(session, tiny_tokenizer):
     _, text = ask(session, "hello")
     whole, start = list(session.ids), len(text) // 2
-    session = make_session(
-        tiny_tokenizer, options=GenerationOptions(do_sample=False, max_new_tokens=6, stop=(text[start : start + 2],))
-    )
+    session = make_session(tiny_tokenizer, options=replace(GREEDY, stop=(text[start : start + 2],)))
     assert ask(session, "hello") == (True, text[:start])
     assert session.ids == whole[: len(session.ids)] and session.cache.get_seq_length() == len(session.ids) - 1
-
-
-def test_transformers_does_not_compare_the_stream_with_the_context(tiny_tokenizer):
-    make_session(tiny_tokenizer)
-    logger = logging.getLogger("transformers.generation.stopping_criteria")
-    messages = {"... has exceeded the model's predefined maximum length (64).": False, "anything else": True}
-    for message, is_shown in messages.items():
-        record = logger.makeRecord(logger.name, logging.WARNING, "", 0, message, (), None)
-        assert bool(logger.filter(record)) == is_shown
 
 
 def act_at(model, num_calls: int, act):
@@ -156,8 +147,7 @@ def test_an_interrupt_or_error_takes_the_question_back(tiny_tokenizer, num_calls
     assert ask(session, "next one") == ask(untouched, "next one") and session.ids == untouched.ids
 
 
-def test_ctrl_c_ends_reading_at_once_and_an_answer_after_a_token(tiny_tokenizer):
-    session = make_session(tiny_tokenizer)
+def test_ctrl_c_ends_reading_at_once_and_an_answer_after_a_token(session):
     ask(session, "hello")
     before, event, blocks = list(session.ids), threading.Event(), follow_reading(session)
     hook = act_at(session.loaded.model, 2, event.set)
@@ -169,38 +159,29 @@ def test_ctrl_c_ends_reading_at_once_and_an_answer_after_a_token(tiny_tokenizer)
     assert ask(session, "more", event)[0] and session.cache.get_seq_length() == len(session.ids) - 1
 
 
-def templated(tokenizer, template):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def test_next_turn_of_a_chat_template(tiny_tokenizer):
-    session = make_session(templated(tiny_tokenizer, CHATML), template="chat_template", system="be brief")
-    expected = tiny_tokenizer.encode("</s>\n<|user|>what now?\n<|assistant|>", add_special_tokens=False)
+def test_next_turn_of_a_chat_template(tokenizer):
+    tokenizer.chat_template = CHATML
+    session = make_session(tokenizer, template="chat_template", system="be brief")
+    expected = tokenizer.encode("</s>\n<|user|>what now?\n<|assistant|>", add_special_tokens=False)
     assert session.next_turn_ids("what now?") == expected
     for template, reason in (
         (CHATML.replace("</s>", ""), "does not end an answer with a token of its own"),
         ("{{ messages | length }}" + CHATML, "rewrites earlier turns"),
     ):
+        tokenizer.chat_template = template
         with pytest.raises(ValueError, match=f"--streaming: .*{reason}.*--prompt_template vicuna_v1.1"):
-            make_session(templated(tiny_tokenizer, template), template="chat_template")
+            make_session(tokenizer, template="chat_template")
 
 
-def test_chat_through_a_pipe_beyond_the_context(tiny_tokenizer, tmp_path, monkeypatch, capsys):
-    model = save_tiny_model(tmp_path / "model", tiny_tokenizer)
-    capsys.readouterr()
+def test_chat_through_a_pipe_beyond_the_context(tiny_model_dir, tmp_path, monkeypatch, run_in_process):
     (tmp_path / "paper.txt").write_text(sentences(400))
     lines = [sentences(100), "/file paper.txt", "what does it say?", "ünïcode", "/save full.json", "/clear", "hello"]
-    flags = ["--model_name_or_path", model, "--streaming", "--streaming_window", 40, "--max_new_tokens", 90]
+    flags = ["--streaming", "--streaming_window", 40, "--num_sinks", 2, "--max_new_tokens", 90, "--no-do_sample"]
     monkeypatch.chdir(tmp_path)
-    sizes = {}
-    record = lambda model, **given: sizes.update(given) or sink_cache(model, **given)  # noqa: E731
-    monkeypatch.setattr("longqlora.inference.sink_cache.sink_cache", record)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(lines).encode())))
-    flags += ["--num_sinks", 2, "--no-do_sample"]
-    code, out, errors = run_main_of(load_script(CHAT), flags, monkeypatch, capsys)
-    assert code == 0 and sizes == {"window": 40, "num_sinks": 2}
+    spy = Mock(side_effect=sink_cache)
+    monkeypatch.setattr("longqlora.inference.sink_cache.sink_cache", spy)
+    code, out, errors = run_in_process(CHAT, "--model_name_or_path", tiny_model_dir, *flags, input="\r\n".join(lines))
+    assert code == 0 and spy.call_args.kwargs == {"window": 40, "num_sinks": 2}
     notes = [line for line in errors.splitlines() if line and "Loading weights" not in line]
     assert notes[0].startswith("read paper.txt: ") and notes[1:] == ["saved full.json", "cleared"]
     messages = json.loads((tmp_path / "full.json").read_text(encoding="utf-8"))["messages"]
@@ -210,9 +191,7 @@ def test_chat_through_a_pipe_beyond_the_context(tiny_tokenizer, tmp_path, monkey
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
-def test_a_question_that_was_taken_back_is_not_saved(tiny_tokenizer, is_kept, capsys, monkeypatch):
-    session = make_session(tiny_tokenizer)
-
+def test_a_question_that_was_taken_back_is_not_saved(session, is_kept, capsys, monkeypatch):
     def reply(question, on_text, stop_event) -> bool:
         on_text(" it")
         stop_event.set()
@@ -231,8 +210,7 @@ def test_a_question_that_was_taken_back_is_not_saved(tiny_tokenizer, is_kept, ca
         (["--streaming", "--context_size", "128", "--rope_type", "dynamic"], ["--streaming", "dynamic"]),
     ],
 )
-def test_bad_flags(flags, words, tiny_model_dir, monkeypatch, capsys):
-    script = load_script(CHAT)
-    monkeypatch.setattr(script, "load_from_arguments", lambda args: pytest.fail("it loaded"))
-    code, _, error = run_main_of(script, ["--model_name_or_path", tiny_model_dir, *flags], monkeypatch, capsys)
+def test_bad_flags(flags, words, tiny_model_dir, monkeypatch, run_in_process):
+    monkeypatch.setattr("longqlora.inference.load.load_weights", lambda *args, **given: pytest.fail("it loaded"))
+    code, _, error = run_in_process(CHAT, "--model_name_or_path", tiny_model_dir, *flags)
     assert code == 2 and error.count("\n") == 1 and all(word in error for word in words), error

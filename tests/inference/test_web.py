@@ -15,10 +15,8 @@ pytest.importorskip("gradio", reason="gradio is not installed: requirements-extr
 
 import httpx
 from live_script import LiveScript
-from rigged_model import load_script, run_main_of, save_parrot
-from starlette.applications import Starlette
+from rigged_model import save_parrot
 from starlette.responses import PlainTextResponse
-from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from longqlora.inference.chat.web import OwnPageOnly, PageSession, build_page
@@ -54,34 +52,28 @@ REQUESTS = [
 
 @pytest.fixture
 def guarded(tmp_path):
-    """A client of a small server behind the guard, and its folder of uploads."""
-
-    async def answer(request):
-        return PlainTextResponse("a chat")
-
-    app = Starlette(routes=[Route(path, answer, methods=["GET", "POST"]) for path in ("/", "/upload", "/other")])
-    return TestClient(OwnPageOnly(app, {"localhost"}, {"chat.example.org"}, tmp_path, 1000)), tmp_path
+    """A client of a server that says "a chat" behind the guard, whose folder of uploads is tmp_path."""
+    return TestClient(OwnPageOnly(PlainTextResponse("a chat"), {"localhost"}, {"chat.example.org"}, tmp_path, 1000))
 
 
 @pytest.mark.parametrize(("headers", "may_read", "may_write"), REQUESTS, ids=str)
 def test_only_its_own_page_reaches_the_server(guarded, headers, may_read, may_write):
     headers = {"host": "localhost:7860", **headers}
     for reply, is_allowed in (
-        (guarded[0].get("/", headers=headers), may_read), (guarded[0].post("/", headers=headers), may_write),
+        (guarded.get("/", headers=headers), may_read), (guarded.post("/", headers=headers), may_write),
     ):  # fmt: skip
         assert (reply.status_code, "a chat" in reply.text) == ((200, True) if is_allowed else (403, False))
         assert reply.headers["content-security-policy"].startswith("default-src 'self'")
 
 
-def test_uploads_are_limited_in_total(guarded):
-    client, folder = guarded
-    (folder / "kept").mkdir()
+def test_uploads_are_limited_in_total(guarded, tmp_path):
+    (tmp_path / "kept").mkdir()
     for num_bytes, num_kept, path, status in (
         (500, 0, "/upload", 200), (1000, 0, "/upload", 413), (10, 0, "/other", 404), (500, 600, "/upload", 413),
     ):  # fmt: skip
-        (folder / "kept/a.txt").write_bytes(b"w" * num_kept)
+        (tmp_path / "kept/a.txt").write_bytes(b"w" * num_kept)
         files = {"files": ("a.txt", b"w" * num_bytes)}
-        assert client.post(path, files=files, headers={"host": "localhost"}).status_code == status
+        assert guarded.post(path, files=files, headers={"host": "localhost"}).status_code == status
 
 
 def user(text: str, *paths) -> dict:
@@ -114,7 +106,8 @@ def test_the_history_of_gradio_becomes_a_conversation(tiny_tokenizer, tmp_path):
 def page(tiny_tokenizer):
     """The page of a model with a context of 600 tokens."""
     config = SimpleNamespace(rope_parameters={"rope_type": "linear"})
-    loaded = LoadedModel(None, tiny_tokenizer, config, "<base>", None, 600, "dense", torch.float32, False)
+    facts = {"model": None, "attention": "dense", "dtype": torch.float32, "load_in_4bit": False}
+    loaded = LoadedModel(tiny_tokenizer, config, "<base>", None, 600, **facts)
     return build_page(loaded, template="vicuna_v1.1", options=GenerationOptions(max_new_tokens=9), system=None)
 
 
@@ -151,7 +144,7 @@ def test_no_file_but_an_upload_can_be_named(page, tmp_path):
             asyncio.run(page.process_api(handler, [history, ""], request=gr.Request(session_hash="abc")))
 
 
-def test_bad_flags_end_before_the_model_is_looked_for(monkeypatch, capsys):
+def test_bad_flags_end_before_the_model_is_looked_for(run_in_process):
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     for flags, message in (
@@ -161,11 +154,8 @@ def test_bad_flags_end_before_the_model_is_looked_for(monkeypatch, capsys):
         ("--max_upload_mb 0", "--max_upload_mb: must be from 1 to"),
         ("--max_upload_mb 9 --max_total_upload_mb 8", "--max_upload_mb: must be from 1 to the 8 MiB"),
         ("--allowed_hosts https://chat.example.org/", "--allowed_hosts: 'https://chat.example.org/' is no host name"),
-        ("--temperature -1", "--temperature"),
-        ("--context_size 0", "--context_size"),
     ):
-        words = ["--model_name_or_path", "/no/such/model", "--port", "0", *flags.split()]
-        code, _, error = run_main_of(load_script(WEB), words, monkeypatch, capsys)
+        code, _, error = run_in_process(WEB, "--model_name_or_path", "/no/such/model", "--port", 0, *flags.split())
         assert code == 2 and message in error and error.count("\n") == 1, (flags, error)
     taken.close()
 
@@ -190,10 +180,8 @@ def test_server_gives_out_the_page_alone(server, tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     with httpx.Client(base_url=server, trust_env=False, timeout=30) as client:
         assert client.get("").status_code == 200
-        for foreign in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
-            for method, path in (("GET", ""), ("GET", "config"), ("POST", "queue/join"), ("POST", "upload")):
-                path = f"gradio_api/{path}" if method == "POST" else path
-                assert client.request(method, path, headers=foreign).status_code == 403, (path, foreign)
+        for method, path in (("GET", ""), ("GET", "config"), ("POST", "gradio_api/queue/join")):
+            assert client.request(method, path, headers={"Origin": "http://evil.example"}).status_code == 403, path
         assert client.get(f"gradio_api/file={tmp_path}/secret.txt").status_code == 403
         for size, expected in ((2**19, 200), (2**20 + 2**16, 413)):
             files = {"files": ("a.txt", b"w" * size)}
@@ -229,12 +217,10 @@ class Tab:
         return int(re.search(r"Context: ([\d,]+) of 100,000 tokens", self.text("#meter"))[1].replace(",", ""))
 
     def wait_for(self, part: str, selector: str = "#chat") -> None:
-        self.page.wait_for_function(
-            "([selector, part]) => document.querySelector(selector)?.innerText.includes(part)", arg=[selector, part]
-        )
+        self.wait_until(lambda: part in self.text(selector))
 
     def wait_until(self, condition) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < deadline, self.text("body")[-600:]
             self.page.wait_for_timeout(50)
@@ -260,7 +246,7 @@ class Tab:
 def test_page_in_a_browser(browser_context, server, tmp_path):
     """Upload, ask, watch the answer grow, stop, retry, undo, clear; two tabs; nothing foreign is loaded."""
     context, foreign, complaints = browser_context, [], []
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(120_000)
     context.on("requestfinished", lambda request: None if request.url.startswith((server, "data:", "blob:")) else
                foreign.append(request.url))  # fmt: skip
     context.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)

@@ -15,7 +15,7 @@ import pytest
 from conftest import ZERO2
 from training_process import losses_of, same_weights, start, train, weights_of
 
-from longqlora.training.checkpoint import list_checkpoints
+from longqlora.training.resume import list_checkpoints
 
 RESUME = ("--resume_from_checkpoint", "true")
 NUM_KILLS = int(os.environ.get("NUM_KILLS", "40"))

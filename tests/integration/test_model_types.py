@@ -1,4 +1,4 @@
-"""Every model family that the README names through the whole path: train, sparse and dense, merge, reload.
+"""Every model family that the README names, and every RoPE method, through the whole path: train, merge, reload.
 
 And what the dry run says of other types: that they train, which they then do, or one line on why not.
 """
@@ -8,110 +8,20 @@ import re
 import pytest
 import torch
 from conftest import save_tiny_model, tiny_config
-from rigged_model import run_main_of
-from training_process import start
-from transformers import AutoModelForCausalLM
+from training_process import losses_of, start, train
+from transformers import AutoConfig, AutoModelForCausalLM
 
-import train as train_script
-from longqlora.attention.binding import bind_attention, unbind_attention
 from longqlora.inference.load import load_for_inference
 from longqlora.model.adapter import attach_adapter
-from longqlora.model.adapter_folder import save_adapter
-from longqlora.model.base import load_config, load_model
-from longqlora.model.context import ContextRequest, apply_context
-from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.model.merge import merge
-from longqlora.settings.config import AdapterConfig, AttentionConfig
+from longqlora.settings.config import AdapterConfig
 
 MODEL_TYPES = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gpt_neox"]
-LENGTH, TARGET = 32, 128
-
-
-@pytest.fixture(scope="module", params=MODEL_TYPES)
-def base(request, tmp_path_factory, tiny_tokenizer):
-    folder = tmp_path_factory.mktemp(request.param) / "model"
-    return save_tiny_model(folder, tiny_tokenizer, tiny_config(request.param, max_position_embeddings=LENGTH))
-
-
-def training_model(base, *, attention="s2", load_in_4bit=False, **adapter):
-    config = load_config(str(base))
-    kind = "dca" if attention == "dca" else "auto"
-    apply_context(config, ContextRequest(context_size=TARGET, attention=kind))
-    model = load_model(str(base), config, dtype=torch.float32, load_in_4bit=load_in_4bit, device=torch.device("cpu"))
-    bind_attention(model, AttentionConfig(attention=attention), TARGET)
-    bind_chunked_loss(model)
-    torch.manual_seed(0)
-    options = {"lora_rank": 4, "lora_dropout": 0.0, **adapter}
-    return attach_adapter(model, AdapterConfig("qlora" if load_in_4bit else "lora", **options))
-
-
-def ids_of(num_tokens, seed=0):
-    return torch.randint(4, 320, (2, num_tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def train(model, num_steps=4):
-    """Adam steps on one batch; returns the losses."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    ids, losses = ids_of(TARGET), []
-    model.train()
-    for _ in range(num_steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def test_trains_sparse_and_reads_dense(base):
-    model = training_model(base, train_embedding=True, train_norm=True)
-    assert model.config._attn_implementation == "s2_sdpa_g32"
-    ids = ids_of(TARGET, seed=1)
-    with torch.no_grad():
-        sparse = model.train()(input_ids=ids).logits
-        dense = model.eval()(input_ids=ids).logits
-        unbind_attention(model.get_base_model())
-        assert torch.equal(model(input_ids=ids).logits, dense), "evaluation is stock dense attention"
-    assert torch.allclose(sparse[:, :16], dense[:, :16], atol=1e-5), "the first half group sees all there is"
-    assert not torch.allclose(sparse[:, 64:], dense[:, 64:], atol=1e-4)
-    bind_attention(model.get_base_model(), AttentionConfig(), TARGET)
-    changed = ids.clone()
-    changed[:, 100:] = (changed[:, 100:] + 1) % 316 + 4
-    with torch.no_grad():
-        again = model.train()(input_ids=changed).logits
-    assert torch.allclose(again[:, :100], sparse[:, :100], atol=1e-5), "no token sees a later one"
-
-
-def test_qlora_step_learns(base):
-    losses = train(training_model(base, load_in_4bit=True))
-    assert losses[-1] < losses[0] - 0.02
-
-
-@pytest.mark.parametrize("attention", ["s2", "dca"])
-def test_merged_model_reloads_in_stock_transformers(base, attention, tmp_path, tiny_tokenizer):
-    model = training_model(base, attention=attention, train_embedding=True, train_norm=True)
-    losses = train(model)
-    assert losses[-1] < losses[0] - 0.05
-    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
-    save_adapter(model, adapter)
-    merge(None, str(adapter), merged)
-    short, long = ids_of(16, seed=2), ids_of(100, seed=3)
-    stock = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = model.eval()(input_ids=long).logits
-        for source in ({"adapter_name_or_path": str(adapter)}, {"model_name_or_path": str(merged)}):
-            loaded = load_for_inference(**{"model_name_or_path": None, **source}, dtype=torch.float32)
-            assert torch.allclose(loaded.model(input_ids=long).logits, expected, atol=1e-4), source
-            assert loaded.context_size == TARGET and ("dual chunk" in loaded.attention) == (attention == "dca")
-        # Stock transformers knows no dual chunk attention; within one chunk there is nothing to know.
-        assert torch.allclose(stock(input_ids=short).logits, model(input_ids=short).logits, atol=1e-4)
-        same = torch.allclose(stock(input_ids=long).logits, expected, atol=1e-4)
-        assert same == (attention == "s2")
 
 
 @pytest.fixture(scope="module")
 def write_settings(tmp_path_factory, tiny_tokenizer, write_yaml_in):
-    """Write a tiny model of a type and the YAML of a run of two steps on it; returns the YAML's path."""
+    """Write a tiny model of a type and the YAML of a short run on it; returns the YAML's path and the output_dir."""
     folder = tmp_path_factory.mktemp("types")
 
     def write(model_type, **changes):
@@ -123,19 +33,63 @@ def write_settings(tmp_path_factory, tiny_tokenizer, write_yaml_in):
             "save_strategy": "no", "overwrite_output_dir": True, "train_embedding": None, "train_norm": None,
             "gradient_checkpointing": None, **changes,
         }  # fmt: skip
-        return write_yaml_in(folder, f"{model_type}-run", **values)[0]
+        return write_yaml_in(folder, f"{model_type}-run", **values)
 
     return write
 
 
+LONG = {
+    "model_max_length": 256, "max_seq_length": 256, "max_steps": 4, "warmup_steps": None, "lora_dropout": 0.0,
+    "train_embedding": True, "train_norm": True,
+}  # fmt: skip
+# Model type and settings; then what the adapter's config holds: RoPE's type and factor.
+RUNS = {
+    **{f"{x}-s2": (x, {"attention": "s2", "finetuning_type": "qlora"}, "linear", 4.0) for x in MODEL_TYPES},
+    **{f"{x}-dca": (x, {"attention": "dca"}, "default", 1.0) for x in MODEL_TYPES},
+    "yarn": ("llama", {"rope_type": "yarn", "attention": "s2"}, "yarn", 4.0),
+    "ntk": ("llama", {"rope_type": "ntk", "attention": "full"}, "default", 1.0),
+    "dynamic": ("llama", {"rope_type": "dynamic", "attention": "s2"}, "dynamic", 4.0),
+    "dca on PI": ("llama", {"attention": "dca", "rope_type": "linear", "pretraining_length": 128}, "linear", 2.0),
+}
+
+
+@pytest.mark.parametrize("model_type,settings,rope_type,factor", RUNS.values(), ids=RUNS)
+def test_an_adapter_reads_the_same_merged_and_in_stock_transformers(
+    write_settings, tmp_path, model_type, settings, rope_type, factor
+):
+    path, out = write_settings(model_type, **LONG, **settings)
+    final, merged, is_dca = out / "final", tmp_path / "merged", settings["attention"] == "dca"
+    assert ("context of 256" if is_dca else "context 64 -> 256") in train(path)
+    losses = losses_of(out)
+    assert losses[4] < losses[1] - 0.05
+    rope = AutoConfig.from_pretrained(final).rope_parameters
+    assert (rope["rope_type"], rope.get("factor", 1.0)) == (rope_type, factor)
+
+    merge(None, str(final), merged)
+    ids = torch.randint(4, 320, (2, 200), generator=torch.Generator().manual_seed(0))
+    stock = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    with torch.no_grad():
+        outputs = []
+        for base, adapter in ((None, str(final)), (str(merged), None)):
+            loaded = load_for_inference(base, adapter_name_or_path=adapter, dtype=torch.float32)
+            assert loaded.context_size == loaded.tokenizer.model_max_length == 256
+            assert ("dual chunk" in loaded.attention) == is_dca
+            outputs.append(loaded.model(input_ids=ids).logits)
+        assert torch.allclose(*outputs, atol=1e-4)
+        # Stock transformers knows no dual chunk attention; within one chunk there is nothing to know.
+        assert torch.allclose(stock(input_ids=ids).logits, outputs[1], atol=1e-4) != is_dca
+        short = ids[:, :16]
+        assert torch.allclose(stock(input_ids=short).logits, loaded.model(input_ids=short).logits, atol=1e-4)
+
+
 @pytest.fixture
-def dry_run(write_settings, monkeypatch, capsys):
+def dry_run(write_settings, run_in_process):
     """Dry run of train.py on a type of model, which draws none of the caller's random numbers: exit code, outputs."""
 
     def run(model_type, **changes):
-        words = ["--train_args_file", write_settings(model_type, **changes), "--dry_run"]
+        path, _ = write_settings(model_type, **changes)
         state = torch.get_rng_state()
-        outcome = run_main_of(train_script, words, monkeypatch, capsys)
+        outcome = run_in_process("train.py", "--train_args_file", path, "--dry_run")
         assert torch.equal(torch.get_rng_state(), state)
         return outcome
 
@@ -145,7 +99,7 @@ def dry_run(write_settings, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "model_type,changes,refusal",
     [
-        ("phi3", {}, "rope_type: phi3 takes no RoPE of type linear .*use rope_type: ntk, or theta"),
+        ("phi3", {}, "rope_type: phi3 takes no RoPE of type linear .*use ntk, or theta"),
         ("phi3", {"rope_type": "ntk"}, None),
         ("phimoe", {}, "rope_type: phimoe takes no RoPE of type linear"),
         ("qwen3_moe", {}, None),
@@ -159,7 +113,7 @@ def dry_run(write_settings, monkeypatch, capsys):
 )
 def test_the_dry_run_says_whether_a_type_trains(dry_run, model_type, changes, refusal):
     code, out, error = dry_run(model_type, **changes)
-    assert re.search(refusal, error) if refusal else "all settings are valid" in out
+    assert re.search(refusal, error) if refusal else "all settings are valid" in out, error
     assert code == (2 if refusal else 0)
 
 
@@ -184,7 +138,7 @@ def test_experts_stay_as_they_are_and_lora_is_on_what_is_linear(dry_run):
 )  # fmt: skip
 def test_what_passes_the_dry_run_trains(write_settings, tmp_path, model_type, attention):
     """Two steps after a dry run that found nothing; a dry run that did says so in one line."""
-    path, log = write_settings(model_type, attention=attention), tmp_path / "log"
+    (path, _), log = write_settings(model_type, attention=attention), tmp_path / "log"
     for words, expected in ((["--dry_run"], (0, 2)), ([], (0,))):
         process = start("--train_args_file", path, *words, log=log)
         process.join(120)

@@ -1,4 +1,4 @@
-"""train.py from start to end on a tiny model: what a run leaves, resuming, memory policies, longer contexts."""
+"""train.py from start to end on a tiny model: what a run leaves, resuming, memory policies."""
 
 import json
 import shutil
@@ -12,12 +12,9 @@ from peft import PeftModel
 from training_process import contents, history_of, losses_of, same_weights, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longqlora.inference.load import load_for_inference
-from longqlora.model.merge import merge
-from longqlora.training.checkpoint import list_checkpoints
+from longqlora.training.resume import list_checkpoints
 
 RESUME = ("--resume_from_checkpoint", "true")
-LENGTH_256 = {"model_max_length": 256, "max_seq_length": 256}
 
 
 def test_what_a_run_leaves(write_yaml, tiny_model_dir):
@@ -138,7 +135,9 @@ def test_sft_and_evaluation_during_training(write_yaml, tmp_path):
 
 def test_memory_policies_train_as_the_plain_path_does(write_yaml):
     def run(name: str, **values) -> tuple[dict[int, float], str, dict]:
-        path, out = write_yaml(name, lora_dropout=0.0, max_steps=4, save_strategy="no", **LENGTH_256, **values)
+        path, out = write_yaml(
+            name, lora_dropout=0.0, max_steps=4, save_strategy="no", model_max_length=256, max_seq_length=256, **values
+        )
         log = train(path)
         results = [json.loads((out / file).read_text()) for file in ("run_record.json", "train_results.json")]
         return losses_of(out), log, results[0] | results[1]
@@ -156,40 +155,3 @@ def test_memory_policies_train_as_the_plain_path_does(write_yaml):
         assert f"memory: layer function, tiles of 64 tokens, {kept}" in log
         assert said in log and "activation_checkpointing has no effect" in log.replace("gradient_", "activation_")
         assert record["mechanisms"]["layer_function"] and record["predicted_memory_gib"] >= 0
-
-
-# Settings; then what the adapter's config holds: RoPE's type and factor.
-CONTEXTS = {
-    "yarn": ({"rope_type": "yarn", "attention": "s2"}, "yarn", 4.0),
-    "ntk": ({"rope_type": "ntk", "attention": "full"}, "default", 1.0),
-    "dynamic": ({"rope_type": "dynamic", "attention": "s2"}, "dynamic", 4.0),
-    "dca": ({"attention": "dca"}, "default", 1.0),
-    "dca on PI": ({"attention": "dca", "rope_type": "linear", "pretraining_length": 128}, "linear", 2.0),
-}
-
-
-@pytest.mark.parametrize("settings,rope_type,factor", CONTEXTS.values(), ids=CONTEXTS)
-def test_the_adapter_carries_its_context(write_yaml, tmp_path, settings, rope_type, factor):
-    path, out = write_yaml(
-        finetuning_type="lora", lora_dropout=0.0, max_steps=2, per_device_train_batch_size=1, train_embedding=None,
-        train_norm=None, save_strategy="no", **LENGTH_256, **settings,
-    )  # fmt: skip
-    final, merged, is_dca = out / "final", tmp_path / "merged", settings["attention"] == "dca"
-    assert ("context of 256" if is_dca else "context 64 -> 256") in train(path)
-    rope = AutoConfig.from_pretrained(final).rope_parameters
-    assert (rope["rope_type"], rope.get("factor", 1.0)) == (rope_type, factor)
-
-    merge(None, str(final), merged)
-    ids = torch.randint(4, 320, (1, 200), generator=torch.Generator().manual_seed(0))
-    stock = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = None
-        for base, adapter in ((None, str(final)), (str(merged), None)):
-            loaded = load_for_inference(base, adapter_name_or_path=adapter, dtype=torch.float32)
-            assert loaded.context_size == loaded.tokenizer.model_max_length == 256
-            assert ("dual chunk" in loaded.attention) == is_dca
-            logits = loaded.model(input_ids=ids).logits
-            assert expected is None or torch.allclose(logits, expected, atol=1e-4)
-            expected = logits
-        # Stock transformers reads every RoPE method, and no dual chunk attention.
-        assert torch.allclose(stock(input_ids=ids).logits, expected, atol=1e-4) != is_dca

@@ -1,18 +1,19 @@
 """Predicted memory against live bytes counted in a real step, for three shapes and every activation policy."""
 
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from live_memory import PeakMemory
-from random_nf4_model import random_nf4_model
+from random_nf4_model import random_nf4_model, shape_config
 from transformers import LlamaConfig
 
 from longqlora.attention.binding import bind_attention
-from longqlora.memory.estimate import GIB, ModelShape, RunShape, optimizer_bytes, predict
+from longqlora.memory.estimate import CUDA_CONTEXT, GIB, ModelShape, RunShape, optimizer_bytes, predict
 from longqlora.memory.layer_binding import apply_policy
-from longqlora.memory.policy import CANDIDATES, CHECKPOINTED, STOCK
+from longqlora.memory.policy import BALANCED, CANDIDATES, CHECKPOINTED, MAX_LENGTH, STOCK
 from longqlora.model.adapter import attach_adapter
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.config import AdapterConfig, AttentionConfig
@@ -125,3 +126,24 @@ def test_several_processes_share_what_zero_splits():
     # 12.06 GiB of layers, 0.49 of embeddings, 0.6 of LoRA: an eighth of it, and two layers of 0.38 whole.
     assert two.static - three.static == pytest.approx((13.15 * 7 / 8 - 0.75) * GIB, rel=0.02)
     assert offloaded.static < 2 * GIB
+
+
+ON_GPU = {
+    "": CHECKPOINTED,
+    "--memory balanced": BALANCED,
+    "--memory balanced --offload_activations": replace(BALANCED, offload_activations=True),
+    "--memory max_length": MAX_LENGTH,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("words,policy", ON_GPU.items())
+def test_prediction_is_within_a_tenth_of_what_is_reserved(run_script, tmp_path, words, policy):
+    """A step of the 7B shape at 16,384 tokens; the CUDA context is not the allocator's."""
+    file, length = tmp_path / "step.json", 16384
+    flags = ["--shape", "llama2-7b", "--seq_len", length, "--steps", 1, "--optim", "paged_adamw_8bit", *words.split()]
+    run_script("benchmark/train_step.py", *flags, "--output_file", file, check=True, timeout=600)
+    reserved = json.loads(file.read_text())["peak_reserved_bytes"]
+    run = RunShape(length, attended=length // 4, optimizer_bytes=0)
+    predicted = predict(ModelShape.of(shape_config("llama2-7b")), run, policy).peak - CUDA_CONTEXT
+    assert 0.9 < predicted / reserved < 1.1, f"predicted {predicted / GIB:.2f} GiB, reserved {reserved / GIB:.2f} GiB"

@@ -1,7 +1,8 @@
 """Host memory's copies in the worst order: on streams that do nothing before they are waited for.
 
 The CPU plays the GPU: the computing stream runs at once, copies as late as the waits allow. What reads or writes
-memory that was given away by then, or comes before the work that it needs, fails here. On streams: test_memory_gpu.py.
+memory that was given away by then, or comes before the work that it needs, fails here. On real
+streams (`pytest -m gpu`), the last test.
 """
 
 import weakref
@@ -142,3 +143,19 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(store, streams, monkeypat
     with pytest.warns(UserWarning, match="cannot be pinned"):
         handle = store.put(layer_values(0, 0))
     assert not store.registered and torch.equal(store.get(handle)[0], layer_values(0, 0)[0])
+
+
+@pytest.mark.gpu
+def test_device_memory_is_that_of_two_layers_however_far_the_cpu_runs_ahead():
+    size, handles, store = 2**26, [], HostOffload(torch.device("cuda"))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda._sleep(10**9)
+    for _ in range(8):
+        x = torch.randn(size // 4, device="cuda")
+        handles.append(store.put([x]))
+        del x
+    while handles:
+        store.get(handles.pop())[0].add_(1)
+    assert torch.cuda.max_memory_allocated() - before <= 2.1 * size

@@ -19,6 +19,7 @@ from longqlora.attention.binding import bind_attention
 from longqlora.memory import adapted_linear, layer_binding
 from longqlora.memory.adapted_linear import keep_mask
 from longqlora.memory.decoder_layer import LINEARS, MODEL_TYPES
+from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.layer_binding import apply_policy, bind_layers, decoder_layers
 from longqlora.memory.layer_function import mask_seed
 from longqlora.memory.policy import MAX_LENGTH, ActivationPolicy
@@ -51,8 +52,8 @@ def build(
     return model.train()
 
 
-def batch(rows: int = 2) -> dict[str, torch.Tensor]:
-    ids = torch.randint(320, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
+def batch(device: str = "cpu") -> dict[str, torch.Tensor]:
+    ids = torch.randint(320, (2, LENGTH), generator=torch.Generator().manual_seed(1)).to(device)
     return {"input_ids": ids, "labels": ids}
 
 
@@ -259,15 +260,14 @@ def test_a_second_backward_pass_is_refused():
         output.backward()
 
 
-@pytest.mark.parametrize(
-    ("config", "adapter", "reason"),
-    [
-        ({"model_type": "gpt_neox"}, {"target_modules": ["dense"]}, "gpt_neox layers"),
-        ({"model_type": "mixtral"}, {}, "mixtral layers"),
-        ({"attention_dropout": 0.1}, {}, "the model drops attention weights"),
-        ({}, {"use_dora": True}, "its adapter is more than one plain LoRA"),
-    ],
-)
+REFUSED = [
+    ({"model_type": "mixtral"}, {}, "mixtral layers"),
+    ({"attention_dropout": 0.1}, {}, "the model drops attention weights"),
+    ({}, {"use_dora": True}, "its adapter is more than one plain LoRA"),
+]
+
+
+@pytest.mark.parametrize("config,adapter,reason", REFUSED)
 def test_other_layers_and_adapters_are_refused_by_name(config, adapter, reason):
     model = AutoModelForCausalLM.from_config(tiny_config(**config))
     model = get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj"], **adapter}))
@@ -275,18 +275,47 @@ def test_other_layers_and_adapters_are_refused_by_name(config, adapter, reason):
         bind(model)
 
 
-@pytest.mark.parametrize(("keep", "num_tensors"), zip(KEPT, (1, 3, 6, 9), strict=True))
-def test_store_keeps_what_autograd_would(keep, num_tensors):
-    model, kept, saved, results = build(dropout=0.1, trains_rest=False), [], [], []
-    copies = SimpleNamespace(put=lambda tensors: kept.append([x.clone() for x in tensors]) or kept[-1], get=list)
+@pytest.mark.parametrize("keep", KEPT)
+def test_store_keeps_what_autograd_would(keep):
+    model, saved, results = build(dropout=0.1, trains_rest=False), [], []
+    copies = SimpleNamespace(put=lambda tensors: [x.clone() for x in tensors], get=list)
     for store in (None, copies):
         bind(model, keep, store=store)
         torch.manual_seed(3)
         results.append(loss_and_gradients(model, batch()))
     assert_equal(*results, 0.0)
-    assert [len(tensors) for tensors in kept] == [num_tensors] * 2
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape), lambda x: x):
         hidden = torch.zeros(1, 4, 64, dtype=torch.float64, requires_grad=True)
         rope = model.get_base_model().model.rotary_emb(hidden, torch.arange(4)[None])
         decoder_layers(model)[0](hidden, position_embeddings=rope)
     assert not saved
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("attention", ["s2", "full"])
+# fp32 goes through the memory-efficient kernel, fp64 through the plain one.
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+def test_on_a_gpu_with_host_memory_it_equals_the_plain_layers(attention, dtype, tolerance, is_packed):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, inputs = build("llama", attention, dtype=dtype).cuda(), batch("cuda")
+    if is_packed:
+        bind_attention(model.get_base_model(), AttentionConfig(attention=attention), 64, is_packed=True)
+        inputs["position_ids"] = torch.arange(LENGTH, device="cuda").remainder(23).expand(2, -1)
+    expected, store = loss_and_gradients(model, inputs), HostOffload(torch.device("cuda"))
+    for place in (None, store, store):
+        assert_layers_give(expected, model, inputs, tolerance=tolerance, store=place)
+    assert store.is_pinned
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_on_a_gpu_is_near_fp32(dtype):
+    if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this GPU has no bf16 arithmetic")
+    model = build(dtype=torch.float32).cuda()
+    expected, _ = loss_and_gradients(model, batch("cuda"))
+    bind(model, store=HostOffload(torch.device("cuda")))
+    with torch.autocast("cuda", dtype):
+        loss, _ = loss_and_gradients(model, batch("cuda"))
+    assert loss == pytest.approx(expected, rel=0.01)

@@ -1,7 +1,6 @@
 """The memory plan: which policy the settings get, refusal with advice, and the script that prints it all."""
 
 import json
-import logging
 import math
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from conftest import REPO, tiny_config
 from rigged_model import load_script, run_main_of
 
 from longqlora.memory import plan as memory_plan
-from longqlora.memory.plan import MemoryPlan, plan_memory
+from longqlora.memory.plan import plan_memory
 from longqlora.memory.policy import BALANCED, CANDIDATES, CHECKPOINTED, CHECKPOINTING_KEY, FAST, MAX_LENGTH, STOCK
 from longqlora.settings.deepspeed import shards
 from longqlora.settings.reader import resolve_settings
@@ -36,18 +35,16 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def settings_of(write):
-    """Settings for a machine without a GPU, or with one of `gpu_memory`."""
-    return lambda **values: resolve_settings(write(**values), [], for_this_machine=False)[0]
+def planned(write):
+    """planned(model type, settings): the plan, the changed settings and the texts of the notices, for a 7B shape.
 
-
-@pytest.fixture
-def planned(settings_of):
-    """planned(model type, settings): the plan, the changed settings and the texts of the notices, for a 7B shape."""
+    For a machine without a GPU, or with one of `gpu_memory`.
+    """
 
     def planned(model_type="llama", uses_gpu=False, attention_dropout=0.0, **values):
         config = tiny_config(model_type, **LLAMA_7B, attention_dropout=attention_dropout)
-        plan, settings, notices = plan_memory(replace(settings_of(**values), uses_gpu=uses_gpu), config)
+        settings, _ = resolve_settings(write(**values), [], for_this_machine=False)
+        plan, settings, notices = plan_memory(replace(settings, uses_gpu=uses_gpu), config)
         return plan, settings, [notice.text for notice in notices]
 
     return planned
@@ -73,16 +70,13 @@ def asked(lines: list[str]) -> dict:
         *((asked(candidate.as_settings()), candidate) for candidate in CANDIDATES),
     ],
 )
-def test_a_word_chooses_the_policy_and_own_keys_overrule_it(settings_of, values, expected):
-    before = settings_of(**values)
-    plan, settings, notices = plan_memory(before, tiny_config())
+def test_a_word_chooses_the_policy_and_own_keys_overrule_it(planned, values, expected):
+    plan, settings, notices = planned(**values)
     # No GPU to page an optimizer from.
     assert plan.policy == replace(expected, optim=None) and plan.capacity == math.inf
-    assert settings.training == {**before.training, CHECKPOINTING_KEY: expected.gradient_checkpointing}
-    assert before.training.get(CHECKPOINTING_KEY) == values.get("gradient_checkpointing"), "nothing is written there"
+    assert settings.training[CHECKPOINTING_KEY] == expected.gradient_checkpointing and "optim" not in settings.training
     is_overruled = bool(values.get("gradient_checkpointing") and expected.layer_function)
-    levels = [notice.level for notice in notices if notice.text.startswith(f"{CHECKPOINTING_KEY} has no effect")]
-    assert levels == [logging.WARNING] * is_overruled
+    assert any(text.startswith(f"{CHECKPOINTING_KEY} has no effect") for text in notices) == is_overruled
 
 
 def test_a_policy_brings_its_optimizer_to_a_gpu_where_the_user_names_none(planned):
@@ -91,33 +85,24 @@ def test_a_policy_brings_its_optimizer_to_a_gpu_where_the_user_names_none(planne
         assert settings.training["optim"] == optim and (plan.policy.optim is None) == bool(values)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"memory": "lots"}, "memory: 'lots'"),
-        ({"keep_activations": "some"}, "keep_activations: 'some'"),
-        ({"tile_size": 0}, "tile_size: 0 is not a whole number of at least 1"),
-        ({"num_head_chunks": -1}, "num_head_chunks: -1 is not .* at least 1"),
-        ({"gpu_memory": "much"}, "gpu_memory: 'much' is not a size"),
-        ({"gpu_memory": "32"}, "gpu_memory: '32' is a size without a unit; write one such as 32GB"),
-        ({"memory": "auto", "gpu_memory": "0GiB"}, "gpu_memory"),
-        ({"memory": "auto", "gpu_memory": "2GiB"}, "do not fit at any length; use a smaller model, or a larger GPU"),
-        ({"layer_function": True, "model_type": "mixtral"}, "layer_function: not available, since mixtral layers"),
-        ({"layer_function": True, "attention_dropout": 0.1}, "layer_function: not available, since .*attention weig"),
-    ],
-)
-def test_bad_values_name_their_key(planned, values, message):
+REFUSED = [
+    ({"memory": "auto", "gpu_memory": "2GiB"}, "do not fit at any length; use a smaller model, or a larger GPU"),
+    ({"layer_function": True, "model_type": "mixtral"}, "layer_function: not available, since mixtral layers"),
+    ({"layer_function": True, "attention_dropout": 0.1}, "layer_function: not available, since .*attention weig"),
+]
+
+
+@pytest.mark.parametrize("values,message", REFUSED)
+def test_what_cannot_be_planned_names_its_key(planned, values, message):
     with pytest.raises(ValueError, match=message):
         planned(**values)
 
 
-@pytest.mark.parametrize(
-    ("policy", "expected"),
-    [("fast", STOCK), ("balanced", CHECKPOINTED), ("max_length", CHECKPOINTED), ("auto", STOCK)],
-)
-def test_other_models_fall_back_to_checkpointing_and_say_so(planned, policy, expected):
-    plan, _, notices = planned("gpt_neox", memory=policy)
-    assert plan.policy == expected and "the layer function is not used, since gpt_neox layers" in notices[0]
+def test_other_models_fall_back_to_checkpointing_and_say_so(planned):
+    words = {"fast": STOCK, "balanced": CHECKPOINTED, "max_length": CHECKPOINTED, "auto": STOCK}
+    for word, expected in words.items():
+        plan, _, notices = planned("gpt_neox", memory=word)
+        assert plan.policy == expected and "the layer function is not used, since gpt_neox layers" in notices[0], word
 
 
 def test_auto_takes_the_fastest_that_fits_a_named_gpu(planned):
@@ -142,10 +127,10 @@ def test_auto_leaves_room_where_a_named_policy_does_not(planned):
         assert planned(memory=word, gpu_memory=size, fp16=True)[0].policy == expected
 
 
-@pytest.mark.parametrize(
-    ("values", "length"),
-    [({"gradient_checkpointing": True}, 65536), ({"memory": "fast"}, 65536), ({"memory": "max_length"}, 400_000)],
-)
+TOO_LONG = [({"gradient_checkpointing": True}, 65536), ({"memory": "fast"}, 65536), ({"memory": "max_length"}, 400_000)]
+
+
+@pytest.mark.parametrize("values,length", TOO_LONG)
 def test_what_cannot_fit_is_refused_with_advice_that_fits(planned, values, length):
     values = {"gpu_memory": "16GiB", "max_seq_length": length, "fp16": True, **values}
     refusal = r"is predicted to take [\d.]+ GiB of the 16.0 GiB available; [^\n]*$"
@@ -161,14 +146,12 @@ def test_what_cannot_fit_is_refused_with_advice_that_fits(planned, values, lengt
     planned(**values)
 
 
-def test_a_row_that_processes_share_may_be_longer(settings_of):
+def test_a_row_that_processes_share_may_be_longer(planned):
     """The advice is in tokens of the whole row."""
-    longest = []
-    for size in (1, 4):
-        settings = settings_of(sequence_parallel_size=size, gpu_memory="32GiB", fp16=True, max_seq_length=1000)
-        plan = MemoryPlan.of(settings, tiny_config(**LLAMA_7B))
-        longest.append(plan.longest(CHECKPOINTED, plan.capacity))
-    assert longest[1] == pytest.approx(4 * longest[0], rel=0.01)
+    options = {"gpu_memory": "32GiB", "fp16": True, "max_seq_length": 1000}
+    alone, shared = (planned(sequence_parallel_size=size, **options)[0] for size in (1, 4))
+    lengths = [plan.longest(CHECKPOINTED, plan.capacity) for plan in (alone, shared)]
+    assert lengths[1] == pytest.approx(4 * lengths[0], rel=0.01)
 
 
 def test_parts_that_cannot_do_what_they_say_are_named(planned):
@@ -226,7 +209,7 @@ def plan_script(write, tmp_path, monkeypatch, capsys):
 
 
 def test_script_prints_the_table_from_config_and_yaml_alone(plan_script):
-    code, out, _, table = plan_script("--gpu_memory", "32GiB", "--seq", 8192, 100000, "--attention", "full")
+    code, out, _, table = plan_script(*"--gpu_memory 32GiB --seq 8192 100000 --attention full".split())
     assert code == 0 and len(table["sets"]) == 2 + len(CANDIDATES)
     assert table["fastest"]["8192"] == ["memory: fast", "keep_activations: projections"]
     assert table["fastest"]["100000"] == ["memory: balanced", "offload_activations: true"]
@@ -250,16 +233,14 @@ def test_zero_3_is_planned_for_the_gpus_that_share_the_weights(plan_script):
     assert peaks[0] > 17 > 10 > peaks[1]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--num_gpus", "0"], "--num_gpus: must be at least 1"),
-        (["--gpu_memory", "big"], "--gpu_memory: 'big' is not a size"),
-        (["--seq", "1"], "--seq: must be at least 2"),
-        (["--output_file", "/proc/no/plan.json"], "/proc/no"),
-        (["--model_name_or_path", "/no/model"], "model_name_or_path"),
-    ],
-)
+REFUSED_WORDS = {
+    "--num_gpus 0": "--num_gpus: must be at least 1", "--gpu_memory big": "gpu_memory: 'big' is not a size",
+    "--seq 1": "--seq: must be at least 2", "--output_file /proc/no/plan.json": "/proc/no",
+    "--model_name_or_path /no/model": "model_name_or_path",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words,message", REFUSED_WORDS.items())
 def test_script_refuses_in_one_line(plan_script, words, message):
-    code, _, error, table = plan_script(*words)
+    code, _, error, table = plan_script(*words.split())
     assert code == 2 and message in error and error.count("\n") == 1 and table is None, error

@@ -1,4 +1,4 @@
-"""Read model folders with the transformers that this process finds; test_transformers_4.py runs it for each version.
+"""Read model folders with the transformers that this process finds; test_saved_folder.py runs it for each version.
 
     python model_folder_reader.py FOLDER OUTPUT
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from longqlora.model import library_internals as internals
 from longqlora.model.loss_binding import bind_chunked_loss, chunked_loss_forward
@@ -41,9 +41,11 @@ def trainer_sees_the_arguments(folder):
 
 
 def kernels_are_dropped():
-    config = PretrainedConfig(attn_implementation="org/kernel", experts_implementation="org/kernel")
-    found = internals.drop_kernels(config)
-    return found == ["org/kernel"] and config._attn_implementation is config._experts_implementation is None
+    config = AutoConfig.for_model("gemma3", attn_implementation="org/kernel", experts_implementation="org/kernel")
+    config.text_config._attn_implementation = "org/nested"
+    found, parts = internals.drop_kernels(config), (config, config.text_config)
+    is_unnamed = [x._attn_implementation is x._experts_implementation is None for x in parts]
+    return found == ["org/kernel", "org/nested"] and all(is_unnamed)
 
 
 def experts_have_their_names_in_files():

@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longqlora.device import parse_size
 from longqlora.inference.load import load_for_inference
-from longqlora.model.adapter_updates import through_nf4
-from longqlora.model.merge import merge
+from longqlora.model.merge import merge, through_nf4
 
 
 @torch.no_grad()

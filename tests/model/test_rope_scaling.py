@@ -29,18 +29,34 @@ def facts(config):
     return dict(config.rope_parameters), config.max_position_embeddings, context_length(config)
 
 
-@pytest.mark.parametrize("target,factor", [(65, 2), (128, 2), (129, 3), (256, 4), (1000, 16)])
-def test_factor_is_rounded_up(target, factor):
-    scaled = decide(target, {**DEFAULT, "partial_rotary_factor": 0.5})
-    assert scaled.rope_parameters == {
-        "rope_type": "linear", "rope_theta": 10000.0, "factor": factor, "partial_rotary_factor": 0.5,
-    }  # fmt: skip
-    assert (scaled.original_max_position_embeddings, scaled.max_position_embeddings) == (64, target)
+LINEAR_X2 = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+LINEAR_X8 = {**LINEAR_X2, "factor": 8.0}  # of LongLoRA's models, whose max_position_embeddings stayed 4096
+YARN_X4 = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA_31 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}  # fmt: skip
+PARTIAL = {**DEFAULT, "partial_rotary_factor": 0.5}
 
 
-def test_a_target_within_the_context_changes_nothing_but_theta():
-    for target in (1, 63, 64):
-        assert decide(target) == Rope(DEFAULT, 64)
+@pytest.mark.parametrize(
+    ("parameters", "length", "original", "targets"),
+    [
+        (PARTIAL, 64, 64, {1: {}, 63: {}, 64: {}}),
+        (PARTIAL, 64, 64, {n: {"rope_type": "linear", "factor": -(-n // 64)} for n in (65, 128, 129, 256, 1000)}),
+        (LINEAR_X8, 4096, 4096, {8192: {}, 32768: {}, 65536: {"factor": 16}}),
+        ({**YARN_X4, "beta_fast": 16}, 131072, 32768, {262144: {"factor": 8.0}}),
+        (LLAMA_31, 131072, 8192, {262144: {"factor": 32.0}}),
+    ],
+)
+def test_what_a_target_changes(parameters, length, original, targets):
+    """Nothing within the present context; further by the present method, from the original length, in whole factors."""
+    for target, changes in targets.items():
+        scaled = decide(target, parameters, length=length)
+        assert scaled.rope_parameters == {**parameters, **changes} and scaled.original_length == original
+        assert scaled.context_length == max(target, Rope(parameters, length).context_length)
+        assert (scaled.max_position_embeddings == length) == (not changes)
+
+
+def test_a_base_of_the_users_choice_holds_within_the_context_too():
     config = extended(tiny_config(), 64, "theta")
     assert config.rope_parameters["rope_theta"] == 5e5 and context_length(config) == 64
 
@@ -117,15 +133,9 @@ def test_a_method_on_top_of_another_is_refused():
                 extend_rope(config, target, second)
     for rope_type in ("llama3", "yarn", "dynamic", "longrope"):
         with pytest.raises(ValueError, match=rope_type):
-            decide(256, {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}, rope_type="linear")
-
-
-def test_llama31_goes_further_by_its_own_method():
-    assert decide(262144, LLAMA_31, length=131072).rope_parameters == {**LLAMA_31, "factor": 32.0}
-    assert decide(262144, LLAMA_31, length=131072).context_length == 262144
-    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 16,
-            "original_max_position_embeddings": 64}  # fmt: skip
-    assert decide(512, yarn, length=256).rope_parameters == {**yarn, "factor": 8.0}
+            decide(256, {**LINEAR_X2, "rope_type": rope_type}, rope_type="linear")
+    with pytest.raises(ValueError, match="already interpolated"):
+        decide(16384, LINEAR_X8, length=8192, original=4096)
 
 
 def test_requests_that_are_refused():
@@ -139,21 +149,6 @@ def test_requests_that_are_refused():
             ContextRequest(**values)
 
 
-def test_a_released_config_that_kept_its_old_length():
-    """LongLoRA's models say factor 8 and max_position_embeddings 4096."""
-    linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}
-    for target in (8192, 32768):
-        assert decide(target, linear, length=4096).context_length == 32768
-    further = decide(65536, linear, length=4096)
-    assert (further.rope_parameters["factor"], further.original_max_position_embeddings) == (16, 4096)
-    with pytest.raises(ValueError, match="already interpolated"):
-        decide(16384, linear, length=8192, original=4096)
-
-
-LINEAR_X2 = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-YARN_X4 = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32768}
-LLAMA_31 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192}  # fmt: skip
 CONFIGS = {
     "unscaled": ({}, 4096, 4096),
     "LongLoRA, LongChat, LongQLoRA's releases": ({"rope_parameters": LINEAR_X2}, 4096, 8192),

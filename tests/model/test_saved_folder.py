@@ -1,13 +1,21 @@
 """What our folders mean to others: config.json to four readers, tokenizer files to transformers 4.
 
-Each reader's rule is restated in a line or two and linked. test_transformers_4.py runs transformers 4 itself.
+Each reader's rule is restated in a line or two and linked; the slow test at the end runs transformers 4 itself.
 """
 
+import copy
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import save_tiny_model, tiny_config
 from model_folders import extended, make_adapter
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from longqlora.inference.load import load_for_inference
@@ -18,7 +26,8 @@ from longqlora.model.merge import merge
 from longqlora.model.rope_scaling import ROPE_METHODS
 from longqlora.model.saved_folder import save_config, save_tokenizer
 
-ORIGINAL, TARGET = 64, 256
+ORIGINAL, TARGET, LONG = 64, 256, 1024
+PACKAGES = ["transformers==4.57.3", "tokenizers==0.22.2", "huggingface-hub==0.36.2"]
 
 
 def by_transformers(config) -> int:
@@ -68,42 +77,32 @@ def announced(folder) -> dict[str, int]:
     return {reader.__name__: reader(config) for reader in READERS}
 
 
-@pytest.mark.parametrize("rope_type", [*ROPE_METHODS, None])
-def test_every_reader_announces_the_context(tmp_path, rope_type):
-    save_config(extended(tiny_config(), TARGET, rope_type) if rope_type else tiny_config(), tmp_path)
-    expected = dict.fromkeys((reader.__name__ for reader in READERS), TARGET if rope_type else ORIGINAL)
+RELEASED = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}
+EARLIER = {**RELEASED, "max_position_embeddings": TARGET, "original_max_position_embeddings": ORIGINAL}
+CASES = [*((name, {}) for name in ROPE_METHODS), (None, {}), (None, RELEASED), (None, EARLIER)]
+
+
+@pytest.mark.parametrize(("rope_type", "values"), CASES, ids=[*ROPE_METHODS, "unscaled", "released", "earlier"])
+def test_every_reader_announces_the_context(tmp_path, rope_type, values):
+    """Also of a config in the convention of LongLoRA's releases, or of earlier versions here."""
+    config = tiny_config(**copy.deepcopy(values))
+    save_config(extended(config, TARGET, rope_type) if rope_type else config, tmp_path)
+    expected = dict.fromkeys((reader.__name__ for reader in READERS), TARGET if rope_type or values else ORIGINAL)
     if rope_type == "dynamic":
         expected["by_llama_cpp"] = ORIGINAL  # it has no dynamic RoPE
     assert announced(tmp_path) == expected
+    save_config(extended(config, 2 * TARGET, rope_type), tmp_path)
+    assert set(announced(tmp_path).values()) - {ORIGINAL} == {2 * TARGET}
 
 
-@pytest.mark.parametrize("values", [{}, {"original_max_position_embeddings": ORIGINAL}], ids=["released", "earlier"])
-def test_a_folder_of_another_convention_is_saved_in_ours(tmp_path, values):
-    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-    length = TARGET if values else ORIGINAL
-    config = tiny_config(rope_parameters=rope, max_position_embeddings=length, **values)
-    save_config(config, tmp_path)
-    assert set(announced(tmp_path).values()) == {TARGET}
-    save_config(extended(config, 2 * TARGET), tmp_path)
-    assert set(announced(tmp_path).values()) == {2 * TARGET}
-
-
-@pytest.mark.parametrize(
-    ("length", "values", "reaches", "is_said"),
-    [
-        (4096, {}, 32768, False),  # LongLoRA: nobody pretrains with 512
-        (32768, {}, 262144, True),  # Together's LLaMA-2-7B-32K, Chinese-Alpaca-2-16k: 4096 were pretrained
-        (32768, {"original_max_position_embeddings": 4096}, 32768, False),
-    ],
-)
-def test_a_length_with_linear_rope_that_can_mean_two_things_is_said(length, values, reaches, is_said, capsys):
-    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
-    config = tiny_config(rope_parameters=rope, max_position_embeddings=length, **values)
-    apply_context(config, ContextRequest())
-    printed = capsys.readouterr().err
-    assert context_length(config) == reaches
-    assert ("add original_max_position_embeddings: 4096" in printed and "262144" in printed) == is_said
-    assert bool(printed) == is_said
+def test_a_length_with_linear_rope_that_can_mean_two_things_is_said(capsys):
+    """LongLoRA says what was pretrained; Together's LLaMA-2-7B-32K, Chinese-Alpaca-2-16k what is reached."""
+    rope, original = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}, "original_max_position_embeddings"
+    for length, values, is_said in ((4096, {}, False), (32768, {}, True), (32768, {original: 4096}, False)):
+        config = tiny_config(rope_parameters=dict(rope), max_position_embeddings=length, **values)
+        apply_context(config, ContextRequest())
+        printed = capsys.readouterr().err
+        assert (f"add {original}: 4096" in printed and "262144" in printed) == bool(printed) == is_said
 
 
 def test_dual_chunk_attention_is_no_length_for_readers_without_it(tmp_path):
@@ -195,3 +194,56 @@ def test_a_merged_folder_carries_the_tokenizer_of_adapter_or_base(tmp_path, othe
     for folder in ("out", "final"):
         assert set(announced(tmp_path / folder).values()) == {TARGET}
         assert json.loads((tmp_path / folder / "config.json").read_text())["rope_scaling"]["factor"] == 4.0
+
+
+# transformers 4.57 itself: the same tokens and logits as transformers 5.
+
+
+@pytest.fixture(scope="module")
+def transformers_4(request) -> Path:
+    """Folder for PYTHONPATH, beside the cache of pytest: it, and the two packages that it needs in older versions."""
+    folder = Path(request.config.cache.mkdir("transformers-4.57.3"))
+    if not (folder / "complete").is_file():
+        words = ["-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(folder), *PACKAGES]
+        outcome = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600)
+        if outcome.returncode:
+            pytest.skip(f"transformers 4.57.3 cannot be installed: {outcome.stderr.strip().splitlines()[-1]}")
+        (folder / "complete").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders_of_each_method(tmp_path_factory, repo) -> Path:
+    """An adapter and its merged model for every way to scale RoPE."""
+    root = tmp_path_factory.mktemp("folders")
+    base = Path(shutil.copytree(repo / "data" / "tiny-llama", root / "base"))
+    for rope_type in ROPE_METHODS:
+        final = make_adapter(base, root / rope_type / "final", context=None, modules_to_save=["norm"])
+        save_config(extended(AutoConfig.from_pretrained(base), LONG, rope_type), final)
+        save_tokenizer(load_tokenizer(str(base)), final)
+        merge(str(base), str(final), root / rope_type / "merged", dtype=torch.float32)
+    return root
+
+
+def answers(folders: Path, output: Path, path: Path | None = None) -> tuple[str, dict[str, torch.Tensor]]:
+    """The version of transformers that read the folders, and what it answered."""
+    words = [str(Path(__file__).with_name("model_folder_reader.py")), str(folders), str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(path)} if path else {})
+    outcome = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=600)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    with safe_open(output, "pt") as file:
+        return file.metadata()["version"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_transformers_4_gives_the_same_tokens_and_logits(folders_of_each_method, transformers_4, tmp_path):
+    new, expected = answers(folders_of_each_method, tmp_path / "5.safetensors")
+    old, found = answers(folders_of_each_method, tmp_path / "4.safetensors", transformers_4)
+    assert new.startswith("5.") and old == "4.57.3" and len(found) == 4 * len(ROPE_METHODS)
+    num_tokens = len(expected["linear.merged.logits"])
+    assert 256 < num_tokens < LONG, "the text must reach past the base's context"
+    for name, answer in found.items():
+        torch.testing.assert_close(answer, expected[name], atol=0 if "tokens" in name else 1e-4, rtol=0, msg=name)
+    for rope_type in ROPE_METHODS:
+        merged, adapted = (expected[f"{rope_type}.{kind}.logits"] for kind in ("merged", "final"))
+        torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=0, msg=rope_type)

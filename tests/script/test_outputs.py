@@ -11,80 +11,57 @@ from unittest.mock import Mock
 
 import pytest
 from conftest import REPO
-from rigged_model import load_script, run_main_of
 
 from longqlora.outputs import OutputFolder, check_outputs
 
-MODEL = ["--model_name_or_path", "model"]
-FOLDER_FLAGS = ("--output_dir", "--save_path")
-# script: (a valid command without its output, places of --output_file, or another flag, that are refused)
+# A valid command without its output, and places of its --output_file, or of another flag, that are refused.
 COMMANDS = {
-    "script/evaluate/evaluate.py": (
-        ["--base_model", "model", "--data_path", "ids.bin", "--seq_len", "8"],
+    "script/evaluate/evaluate.py --base_model model --data_path ids.bin --seq_len 8":
         {"--output_file": "ids.bin ids.bin.json model/config.json link hard", "--plot": "link.png"},
-    ),
-    "script/evaluate/compare.py": (
-        ["--compare_args_file", "compare.yaml"],
+    "script/evaluate/compare.py --compare_args_file compare.yaml":
         {"--output_file": "compare.yaml ids.bin ids.bin.json model/new.json", "--plot": "link.png"},
-    ),
-    "script/evaluate/needle.py": ([*MODEL, "--haystack", "texts"], {"--output_file": "texts/a.txt"}),
-    "script/evaluate/passkey.py": (
-        ["--adapter_name_or_path", "adapter"], {"--output_file": "adapter/adapter_config.json model/config.json"},
-    ),
-    "script/evaluate/ruler.py": (
-        [*MODEL, "--tasks", "vt", "niah_single_2", "--haystack", "text.txt"],
+    "script/evaluate/needle.py --model_name_or_path model --haystack texts": {"--output_file": "texts/a.txt"},
+    "script/evaluate/passkey.py --adapter_name_or_path adapter":
+        {"--output_file": "adapter/adapter_config.json model/config.json"},
+    "script/evaluate/ruler.py --model_name_or_path model --tasks vt niah_single_2 --haystack text.txt":
         {"--output_file": "text.txt", "--plot": "model/x.png"},
-    ),
-    "script/evaluate/longtask.py": (
-        [*MODEL, "--data_path", "rows.jsonl", "--metric", "f1"],
+    "script/evaluate/longtask.py --model_name_or_path model --data_path rows.jsonl --metric f1":
         {"--output_file": "rows.jsonl", "--plot": "model/x.png"},
-    ),
-    "script/inference/inference.py": (
-        [*MODEL, "--input_file", "answers.jsonl.partial", "--overwrite"],
+    "script/inference/inference.py --model_name_or_path model --input_file answers.jsonl.partial --overwrite":
         {"--output_file": "answers.jsonl answers.jsonl.partial model/new.jsonl"},
-    ),
-    "script/merge_lora.py": (
-        ["--adapter_name_or_path", "adapter", "--context_size", "128", "--overwrite"],
+    "script/merge_lora.py --adapter_name_or_path adapter --context_size 128 --overwrite":
         {"--save_path": "model adapter adapter/new . full"},
-    ),
-    "script/data/tokenize_corpus.py": (
-        ["--input", "texts", "text.txt", "--tokenizer", "model"],
+    "script/data/tokenize_corpus.py --input texts text.txt --tokenizer model":
         {"--output_file": "text.txt texts/a.txt texts/new.bin model/config", "--plot": "link.png"},
-    ),
-    "script/data/extract_text.py": (
-        ["--input", "text.txt", "texts"], {"--output_file": "text.txt texts/a.txt texts/new.jsonl"},
-    ),
-    "script/data/python_corpus.py": ([], {"--output_dir": "full text.txt"}),
-    "benchmark/train_tiny_llama.py": (
-        ["--corpus_dir", "corpus", "--num_tokens", "1"], {"--output_dir": "corpus full corpus/model text.txt"},
-    ),
-    "benchmark/train_passkey_llama.py": (["--num_steps", "1"], {"--output_dir": "full model . text.txt"}),
-    "script/plan_memory.py": (
-        ["--train_args_file", "train.yaml", "--gpu_memory", "32GiB"],
+    "script/data/extract_text.py --input text.txt texts": {"--output_file": "text.txt texts/a.txt texts/new.jsonl"},
+    "script/data/python_corpus.py": {"--output_dir": "full text.txt"},
+    "script/plan_memory.py --train_args_file train.yaml --gpu_memory 32GiB":
         {"--output_file": "train.yaml train.jsonl model/config.json"},
-    ),
-    "script/demo.py": ([], {"--output_dir": "full text.txt"}),
-    "benchmark/attention.py": ([], {}),
-    "benchmark/dual_chunk_attention.py": ([], {}),
-    "benchmark/layer_memory.py": ([], {}),
-    "benchmark/longest.py": (["--memory_cap", "1GiB"], {}),
-    "benchmark/prefill.py": (["--shape", "model/config.json"], {"--output_file": "model/config.json"}),
-    "benchmark/train_step.py": (["--shape", "model/config.json"], {"--output_file": "model/config.json"}),
+    "script/demo.py": {"--output_dir": "full text.txt"},
+    "benchmark/train_tiny_llama.py --corpus_dir corpus --num_tokens 1":
+        {"--output_dir": "corpus full corpus/model text.txt"},
+    "benchmark/train_passkey_llama.py --num_steps 1": {"--output_dir": "full model . text.txt"},
+    "benchmark/attention.py": {}, "benchmark/dual_chunk_attention.py": {}, "benchmark/layer_memory.py": {},
+    "benchmark/longest.py --memory_cap 1GiB": {},
+    "benchmark/prefill.py --shape model/config.json": {"--output_file": "model/config.json"},
+    "benchmark/train_step.py --shape model/config.json": {"--output_file": "model/config.json"},
 }  # fmt: skip
 # The evaluation scripts take --output_file and --plot from their common frame.
 FRAME = r"add_result_arguments|evaluate\(__doc__"
-WITH_PLOT = [name for name in COMMANDS if re.search(f'"--plot"|{FRAME}', (REPO / name).read_text())
-             and name != "benchmark/train_step.py"]  # fmt: skip
 CASES = []
-for name, (_, refusals) in COMMANDS.items():
-    everywhere = {} if {*refusals} & {*FOLDER_FLAGS} else {"--output_file": "full pipe"}
-    CASES += [(name, flag, x) for places in (refusals, everywhere) for flag in places for x in places[flag].split()]
+for command, refusals in COMMANDS.items():
+    everywhere = {} if {*refusals} & {"--output_dir", "--save_path"} else {"--output_file": "full pipe"}
+    CASES += [(command, flag, x) for places in (refusals, everywhere) for flag in places for x in places[flag].split()]
+    # Two results of a command have two places.
+    if re.search(f'"--plot"|{FRAME}', (REPO / command.split()[0]).read_text()) and "train_step" not in command:
+        CASES.append((f"{command} --output_file same.png", "--plot", "same.png"))
 
 
 def test_every_script_that_writes_is_in_the_table():
     flags = rf'add_argument\(\s*"--(output_file|output_dir|save_path|plot)"|{FRAME}'
     scripts = [*(REPO / "script").rglob("*.py"), *(REPO / "benchmark").glob("*.py")]
-    assert {str(path.relative_to(REPO)) for path in scripts if re.search(flags, path.read_text())} == set(COMMANDS)
+    writing = {str(path.relative_to(REPO)) for path in scripts if re.search(flags, path.read_text())}
+    assert writing == {command.split()[0] for command in COMMANDS}
 
 
 # What the commands begin their work with.
@@ -132,34 +109,17 @@ def state(folder: Path) -> dict:
     return {path: (mode, path.read_bytes() if stat.S_ISREG(mode) else None) for path, mode in paths.items()}
 
 
-@pytest.fixture
-def refused(work, monkeypatch, capsys):
-    """Run a script in `work`; returns its error line after checking that it did nothing."""
-
-    def run(name: str, *words: str) -> str:
-        for target in WORK:
-            monkeypatch.setattr(target, Mock(side_effect=AssertionError("the work began")))
-        before = state(work)
-        code, _, error = run_main_of(load_script(name), words, monkeypatch, capsys)
-        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        assert state(work) == before
-        return error
-
-    return run
-
-
-@pytest.mark.parametrize(("name", "flag", "place"), CASES, ids=[f"{Path(n).stem}-{f}-{p}" for n, f, p in CASES])
-def test_a_result_never_lands_on_what_is_not_its_own(refused, name, flag, place):
-    words = COMMANDS[name][0]
-    needed = ["--output_file", "x.bin"] if "tokenize" in name and flag == "--plot" else []
-    error = refused(name, *words, *needed, flag, place)
-    assert error.startswith(f"error: {flag}: '{place}") and "Traceback" not in error
-
-
-@pytest.mark.parametrize("name", WITH_PLOT)
-def test_two_results_of_a_command_have_two_places(refused, name):
-    error = refused(name, *COMMANDS[name][0], "--output_file", "same.png", "--plot", "./same.png")
-    assert "--plot: 'same.png' overlaps 'same.png', which --output_file writes" in error
+@pytest.mark.parametrize("command,flag,place", CASES, ids=[f"{Path(c.split()[0]).stem}-{f}-{p}" for c, f, p in CASES])
+def test_a_result_never_lands_on_what_is_not_its_own(work, run_in_process, monkeypatch, command, flag, place):
+    """Nor on another result of the command; nothing was done before that is said."""
+    for target in WORK:
+        monkeypatch.setattr(target, Mock(side_effect=AssertionError("the work began")))
+    before = state(work)
+    needed = "--output_file x.bin" if flag == "--plot" and "--output_file" not in command else ""
+    code, _, error = run_in_process(*f"{command} {needed} {flag} {place}".split())
+    assert code == 2 and error.startswith(f"error: {flag}: '{place}") and error.count("\n") == 1, error
+    assert place != "same.png" or "overlaps 'same.png', which --output_file writes" in error
+    assert state(work) == before
 
 
 SPECIAL, IS_READ = "is a device, pipe or socket", "which --i reads"

@@ -10,30 +10,26 @@ import pytest
 import upstream
 import yaml
 from conftest import REPO
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from random_nf4_model import shape_config
+from transformers import MistralConfig, Qwen2Config
 
 import train
 from longqlora.device import cpu_has_bf16
 
 YAMLS = sorted((REPO / "train_args").glob("*.yaml"))
 SHAPES = {
-    "meta-llama/Llama-2-7b-hf": LlamaConfig(max_position_embeddings=4096),
-    "meta-llama/Llama-2-13b-hf": LlamaConfig(
-        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
-        max_position_embeddings=4096,
-    ),
+    "meta-llama/Llama-2-7b-hf": shape_config("llama2-7b"), "meta-llama/Llama-2-13b-hf": shape_config("llama2-13b"),
+    "lmsys/vicuna-13b-v1.5": shape_config("llama2-13b"),
     "mistralai/Mistral-7B-v0.3": MistralConfig(
         vocab_size=32768, max_position_embeddings=32768, sliding_window=None,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     ),
-    "mistralai/Mistral-7B-v0.1": MistralConfig(max_position_embeddings=32768, sliding_window=4096),
     "Qwen/Qwen2.5-7B": Qwen2Config(
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, max_position_embeddings=131072, use_sliding_window=False, sliding_window=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     ),
 }  # fmt: skip
-SHAPES["lmsys/vicuna-13b-v1.5"] = SHAPES["meta-llama/Llama-2-13b-hf"]
 # LoRA r64 on all linear layers: rank * (inputs + outputs) of each, times the layers.
 NUM_LORA = {"llama2-7b-pretrain": 159_907_840, "llama2-13b-pretrain": 250_347_520}
 NUM_LINEAR = {"llama2-7b-pretrain": 6_476_005_376, "llama2-13b-pretrain": 12_687_769_600}
@@ -41,11 +37,11 @@ NUM_LINEAR = {"llama2-7b-pretrain": 6_476_005_376, "llama2-13b-pretrain": 12_687
 
 @pytest.fixture
 def dry(tmp_path, tiny_tokenizer, capsys, monkeypatch):
-    """dry(path, *words, name) runs train.py --dry_run on a folder with the config of model `name` alone."""
+    """dry(path, *words) runs train.py --dry_run on a folder with the config of the YAML's model alone."""
 
-    def dry(path: Path, *words: str, name: str | None = None) -> str:
+    def dry(path: Path, *words: str) -> str:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        name = name or values["model_name_or_path"]
+        name = values["model_name_or_path"]
         model = tmp_path / "model" if name in SHAPES else REPO / name
         if name in SHAPES:
             SHAPES[name].save_pretrained(model)
@@ -74,14 +70,6 @@ def test_dry_run(path, dry):
     assert table["linear"][1:3] == ["nf4", "0"] and table["LoRA"][1] == "float32" and table["embedding"][1] == frozen
     if path.stem in NUM_LORA:
         assert table["LoRA"][2] == f"{NUM_LORA[path.stem]:,}" and table["linear"][3] == f"{NUM_LINEAR[path.stem]:,}"
-
-
-def test_a_mistral_with_a_sliding_window_is_refused_by_name(dry):
-    with pytest.raises(ValueError, match="mistral has sliding-window layers .*4096"):
-        dry(REPO / "train_args" / "mistral-7b-pretrain.yaml", name="mistralai/Mistral-7B-v0.1")
-    words = ["--attention", "full", "--group_size_ratio", "0.25"]
-    out = dry(REPO / "train_args" / "mistral-7b-pretrain.yaml", *words, name="mistralai/Mistral-7B-v0.1")
-    assert "full causal attention" in out
 
 
 def test_the_table_names_the_dtype_of_the_run(dry):

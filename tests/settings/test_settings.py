@@ -14,13 +14,11 @@ import yaml
 from conftest import REPO
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-import longqlora.settings.machine
 import longqlora.settings.reader
 from longqlora.device import cpu_has_bf16
 from longqlora.model.base import is_slow_on_cpu
 from longqlora.settings.config import SECTIONS
-from longqlora.settings.reader import read_overrides, rename, resolve_settings
-from longqlora.settings.values import coerce
+from longqlora.settings.reader import coerce, read_overrides, rename, resolve_settings
 from longqlora.training.arguments import build_arguments
 from longqlora.training.checks import check_settings
 
@@ -42,18 +40,14 @@ def read(tmp_path):
     return read
 
 
-def test_nothing_writes_into_settings(read):
-    settings, _ = read({"deepspeed": OFFLOAD})
+def test_settings_are_frozen_and_their_record_keeps_no_secret(read):
+    settings, _ = read({"deepspeed": OFFLOAD, "hub_token": "hf_secret", "max_steps": 3})
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.adapter.lora_rank = 8
     for values in (settings.training, settings.given):
         with pytest.raises(TypeError, match="assignment"):
             values["optim"] = "sgd"
     assert settings.given["deepspeed"] == OFFLOAD != settings.training["deepspeed"], "completed in a copy"
-
-
-def test_the_record_is_plain_and_keeps_no_secret(read):
-    settings, _ = read({"hub_token": "hf_secret", "max_steps": 3})
     assert settings.training["hub_token"] == "hf_secret" and settings.as_dict()["training"]["max_steps"] == 3
     assert "hf_secret" not in json.dumps(settings.as_dict()) + repr(settings)
 
@@ -83,10 +77,10 @@ def test_values_take_the_type_of_their_field(value, hint, expected):
     assert result == expected and type(result) is type(expected)
 
 
-@pytest.mark.parametrize("value", ["", "x", "1.5", True, [1], {"a": 1}, "nan", "1e999", "0x10"])
-def test_no_whole_number(value):
-    with pytest.raises(ValueError, match="key: .*whole number"):
-        coerce("key", value, int)
+def test_no_whole_number():
+    for value in ("", "x", "1.5", True, [1], {"a": 1}, "nan", "1e999", "0x10"):
+        with pytest.raises(ValueError, match="key: .*whole number"):
+            coerce("key", value, int)
 
 
 def test_words_that_yaml_reads_as_something_else(read):
@@ -172,9 +166,13 @@ def test_an_optimizer_of_the_gpu_without_one(gpu, offload, optim, expected, read
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_bf16_on_a_cpu(has_bf16, read, monkeypatch):
+def test_bf16_on_a_cpu_and_on_an_old_gpu(has_bf16, read, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="bf16.*fp16: true"):
+        read({"bf16": True})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(longqlora.settings.machine, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(longqlora.settings.reader, "cpu_has_bf16", lambda: has_bf16)
     settings, notices = read({"bf16": True, "bf16_full_eval": True})
     arguments = build_arguments(settings)
     assert arguments.bf16 == arguments.bf16_full_eval == has_bf16 and not settings.training["dataloader_pin_memory"]
@@ -196,13 +194,6 @@ def test_bf16_instructions_of_a_cpu(machine, onednn, avx512_bf16, expected, monk
     assert cpu_has_bf16() == expected
     assert is_slow_on_cpu(torch.bfloat16) != expected and is_slow_on_cpu(torch.float16)
     assert not is_slow_on_cpu(torch.float32)
-
-
-def test_bf16_on_an_old_gpu_is_refused(read, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    with pytest.raises(ValueError, match="bf16.*fp16: true"):
-        read({"bf16": True})
 
 
 def test_arguments_join_other_processes_when_told_to(read):
@@ -246,6 +237,7 @@ def test_large_gradient_buckets_are_named(read, zero, gib):
     ("changes", "key", "cause"),
     [
         ({"attention": "full", "group_size_ratio": 0.5}, "group_size_ratio", "attention: full"),
+        ({"attention": "dca", "group_size_ratio": 0.5}, "group_size_ratio", "attention: dca"),
         ({"finetuning_type": "full", "lora_rank": 8}, "lora_rank", "finetuning_type: full"),
         ({"prompt_template": "vicuna_v1.1"}, "prompt_template", "sft: false"),
         ({"rope_type": "linear"}, "rope_type", "model_max_length"),
@@ -297,12 +289,9 @@ def test_the_yaml_may_have_a_byte_order_mark_windows_lines_and_anchors(tmp_path)
     assert settings.training["output_dir"] == settings.model.model_name_or_path == "a/b" and notices == []
 
 
-def test_every_own_key_has_help_and_one_owner():
+def test_every_own_key_has_help_one_owner_and_its_place_on_the_page():
     items = [item for section in SECTIONS.values() for item in dataclasses.fields(section)]
     assert len({item.name for item in items}) == len(items) and all(item.metadata["help"] for item in items)
-
-
-def test_the_page_of_settings_is_in_step():
     page = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
     module = runpy.run_path(str(REPO / "docs" / "list_settings.py"))
     assert page == module["settings_page"](), "run `python docs/list_settings.py`"

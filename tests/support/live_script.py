@@ -4,30 +4,29 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 
 from conftest import REPO
 
 
 class LiveScript:
-    """The running script; a context, at whose end it is killed. output: all that it wrote so far."""
+    """The running script; a context, at whose end it is killed."""
 
     def __init__(self, script: str, *arguments, cwd, environment=os.environ):
+        self.file = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, str(REPO / script), *map(str, arguments)], cwd=cwd, text=True, bufsize=1,
             env={**environment, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdin=subprocess.PIPE, stdout=self.file, stderr=subprocess.STDOUT,
             # Tests that run in a shell's background are started with Ctrl-C ignored, and so would their children be.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
-        self.output = ""
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
 
-    def _read(self) -> None:
-        while data := os.read(self.process.stdout.fileno(), 4096):
-            self.output += data.decode()
+    @property
+    def output(self) -> str:
+        """All that it wrote so far."""
+        return os.pread(self.file.fileno(), 2**20, 0).decode(errors="ignore")
 
     def wait_for(self, text: str, *, after: int = 0, num_times: int = 1) -> None:
         """Wait until `text` was written so often, beyond the first `after` characters."""
@@ -46,4 +45,3 @@ class LiveScript:
     def __exit__(self, *error) -> None:
         self.process.kill()
         self.process.wait()
-        self.reader.join(timeout=10)

@@ -7,8 +7,8 @@ import torch
 from conftest import REPO, save_tiny_model
 
 from longqlora.cli import run_main
-from longqlora.evaluation.frame import ModelSource
 from longqlora.evaluation.trials import run_trials
+from longqlora.inference.source import ModelSource
 
 
 class RiggedModel:
@@ -47,6 +47,8 @@ def load_script(script: str):
 def run_main_of(module, arguments, monkeypatch, capsys) -> tuple[int, str, str]:
     """Run a script's main in this process: exit code, stdout, stderr."""
     monkeypatch.setattr("sys.argv", ["script.py", *map(str, arguments)])
+    # What the test itself made a library print.
+    capsys.readouterr()
     try:
         run_main(module.main)
         code = 0
@@ -55,15 +57,12 @@ def run_main_of(module, arguments, monkeypatch, capsys) -> tuple[int, str, str]:
     return (code, *capsys.readouterr())
 
 
-def ask_all(task, loaded, output_file=None, *, context_size=64) -> dict:
-    """The record of an evaluation's task on a `rigged` model, resumable beside `output_file`."""
-    source = ModelSource(loaded.tokenizer, None, "base", None, context_size, context_size)
-    parts = task.make_trials(source)
+def ask_all(task, loaded, *, context_size=64) -> dict:
+    """The record of an evaluation's task on a `rigged` model."""
+    source = ModelSource(loaded.tokenizer, None, "base", None, context_size)
+    parts, options = task.make_trials(source), {"output_file": None, "desc": "", "fingerprint": task.settings}
     task.use(loaded)
-    options = {"output_file": output_file, "desc": ""}
-    return task.score(
-        [result for part in parts for result in run_trials(part, task.ask, fingerprint=task.settings, **options)]
-    )
+    return task.score([result for part in parts for result in run_trials(part, task.ask, **options)])
 
 
 def save_parrot(folder, tokenizer):

@@ -11,9 +11,13 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
+import transformers
+
 from longqlora.distributed import free_port
 
 REPO = Path(__file__).resolve().parents[2]
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 CONTEXT = multiprocessing.get_context("forkserver")
 # What a script imports, once, so that each run of a test starts in a fraction of a second.
 CONTEXT.set_forkserver_preload([
@@ -35,9 +39,6 @@ def run_main_of_script(words: list[str], streams: list[str], environment: dict[s
     os.chdir(cwd or ".")
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).parent))
-    import torch
-    import transformers
-
     torch.set_num_threads(1)
     if environment.get("TRANSFORMERS_VERBOSITY") == "error":
         transformers.logging.set_verbosity_error()
@@ -58,23 +59,37 @@ def start_script(words: list, streams: list, environment: dict, *, cwd=None, max
 
 
 def start_world(words: list, streams: list, *, num_processes: int, environment: dict | None = None, **options) -> list:
-    """Start `python WORDS` in the processes of one world, with the variables that a launcher sets."""
+    """Start `python WORDS` in the processes of one world; several get the variables that a launcher sets."""
+    if num_processes == 1:
+        return [start_script(words, streams, environment or {}, **options)]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **(environment or {})}
     world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
     environments = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
     return [start_script(words, streams, environment, **options) for environment in environments]
 
 
-def run_forked(words: list[str], *, cwd, input: str, timeout: float, environment: dict) -> subprocess.CompletedProcess:
-    """As subprocess.run on `python WORDS` with text captured, some seconds sooner."""
-    with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
-        streams[0].write_text(input, encoding="utf-8")
-        process = start_script(words, streams, environment, cwd=cwd, daemon=False)
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(words, timeout)
-        outputs = [file.read_text(encoding="utf-8", errors="replace") for file in streams[1:]]
-    return subprocess.CompletedProcess(words, process.exitcode, *outputs)
+def run_script(script: str, *args, cwd=None, input="", timeout=120, env=None, check=False):
+    """Run a script of the repository to its end, quietly, on one thread: as `subprocess.run` with text captured.
+
+    The process is forked. Where there is a GPU it starts afresh, since imports read what `env` says of it.
+    """
+    words = [str(REPO / script), *map(str, args)]
+    environment = {**os.environ, **QUIET, **(env or {})}
+    if torch.cuda.is_available():
+        options = {"cwd": cwd, "input": input, "timeout": timeout, "env": environment}
+        outcome = subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
+            streams[0].write_text(input, encoding="utf-8")
+            process = start_script(words, streams, environment, cwd=cwd, daemon=False)
+            process.join(timeout)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                raise subprocess.TimeoutExpired(words, timeout)
+            outputs = [file.read_text(encoding="utf-8", errors="replace") for file in streams[1:]]
+        outcome = subprocess.CompletedProcess(words, process.exitcode, *outputs)
+    said = f"{outcome.stdout[-3000:]}\n{outcome.stderr[-3000:]}"
+    assert not check or outcome.returncode == 0, f"{script} ended with {outcome.returncode}\n{said}"
+    return outcome

@@ -6,20 +6,18 @@ import time
 from pathlib import Path
 
 from safetensors.torch import load_file
-from script_process import REPO, start_script, start_world
-
-
-def start(*arguments: object, log: Path, environment: dict[str, str] | None = None, **options):
-    """Start `train.py ARGUMENTS` in one process; output goes to `log`. options: of `start_script`."""
-    return start_script([REPO / "train.py", *arguments], [os.devnull, log, log], environment or {}, **options)
+from script_process import REPO, start_world
 
 
 def start_ranks(*arguments: object, log: Path, num_processes: int, **options) -> list:
-    """Start training in one or several processes of one world."""
-    if num_processes == 1:
-        return [start(*arguments, log=log, **options)]
+    """Start `train.py ARGUMENTS` in the processes of one world; output goes to `log`. options: of `start_script`."""
     words, streams = [REPO / "train.py", *arguments], [os.devnull, log, log]
     return start_world(words, streams, num_processes=num_processes, **options)
+
+
+def start(*arguments: object, **options):
+    """The same in one process."""
+    return start_ranks(*arguments, num_processes=1, **options)[0]
 
 
 def wait_for(log: Path, text: str, timeout: float = 60) -> None:

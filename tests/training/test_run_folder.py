@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from training_process import contents, fail, same_weights, start_ranks, train, wait_for
 
 from longqlora.files import atomic_folder, write_json
-from longqlora.training.checkpoint import list_checkpoints
+from longqlora.training.resume import list_checkpoints
 from longqlora.training.run_folder import lock_output_dir
 
 RESUME, OVERWRITE = ("--resume_from_checkpoint", "true"), ("--overwrite_output_dir", "true")
@@ -152,18 +152,16 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 LIMIT = 10_000
 
 
-def write_text(path: Path) -> None:
-    write_json(path, "x" * 2 * LIMIT)
-
-
 def write_weights(path: Path) -> None:
     with atomic_folder(path) as folder:
-        (folder / "small").write_text("done")
         save_file({"weight": torch.zeros(LIMIT)}, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("write,kept", [(write_text, "result"), (write_weights, "result/kept")])
-def test_a_writer_on_a_full_disk_leaves_what_was_there(tmp_path, write, kept):
+WRITERS = {"result": lambda path: write_json(path, "x" * 2 * LIMIT), "result/kept": write_weights}
+
+
+@pytest.mark.parametrize("kept,write", WRITERS.items())
+def test_a_writer_on_a_full_disk_leaves_what_was_there(tmp_path, kept, write):
     path, kept = tmp_path / "result", tmp_path / kept
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("before")

@@ -66,7 +66,6 @@ COMMANDS = {
     "python3.11 -m accelerate.commands.launch train.py": True,
     "bash -c 'python -u -m deepspeed.launcher.launch train.py'": False,
     "bash run.sh deepspeed": False,
-    "bash run.sh -m torch.distributed.run": False,
     "/bin/bash ./deepspeed": False,
     "sh /home/me/bin/accelerate launch": False,
     "python train.py": False,

@@ -1,21 +1,17 @@
-"""Prompts of long tasks, fitted to the context, and the likelihood of each option's letter.
+"""Prompts of long tasks, fitted to the context.
 
 A text that is too long loses its middle and keeps head and tail in equal parts, as in LongBench (arXiv 2308.14508,
 section 4.1); question, options and examples are never cut.
-
-Dimensions: S sequence, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from os.path import commonprefix
 from typing import Any
 
-from longqlora.data.prompt import CHAT_TEMPLATE, TURN_TEMPLATES, encode_after, encode_answer, encode_text
+from longqlora.data.prompt import encode_text
 from longqlora.evaluation.longtask.questions import Question
 from longqlora.evaluation.longtask.scores import OPTION_LETTERS
-from longqlora.inference.generation import NO_TEMPLATE, encode_prompt
+from longqlora.inference.generation import encode_prompt
 
 CHOICE_REQUEST = "Answer with the letter of the right option."
 QUESTION_LEAD, ANSWER_LEAD = "Question: ", "Answer:"
@@ -56,15 +52,11 @@ class PromptForm:
             raise ValueError(
                 f"question {task.id} of {task.task}: question, options{examples} make {num_tokens} tokens, but "
                 f"{self.room} fit in the context of {self.context_size} beside --max_new_tokens {self.max_new_tokens}; "
-                "raise --context_size or lower --num_shots"
+                "raise --context_size, or lower --max_new_tokens or --num_shots"
             )
 
     def fit(self, task: Question) -> tuple[list[int], int, int]:
-        """Ids of the prompt with as much of the context as fits; tokens of the whole context, and how many were cut.
-
-        Raises ValueError as `check` does.
-        """
-        self.check(task)
+        """Ids of a checked question with the context that fits; tokens of the whole context, and how many were cut."""
         shots, context_ids = self.shots_for(task), encode_text(self.tokenizer, task.context)
         num_kept, context = len(context_ids), task.context
         while True:
@@ -104,35 +96,3 @@ def without_middle(tokenizer, ids: Sequence[int], num_kept: int) -> str:
     )
     # A character of several tokens may have been cut.
     return head.rstrip("\ufffd") + tail.lstrip("\ufffd")
-
-
-def letter_ids(tokenizer, num_options: int, template: str) -> list[list[int]]:
-    """Ids of each option's letter as it follows a prompt."""
-    letters = OPTION_LETTERS[:num_options]
-    if template == CHAT_TEMPLATE:
-        return [encode_text(tokenizer, letter) for letter in letters]
-    if template == NO_TEMPLATE:
-        return [encode_after(tokenizer, ANSWER_LEAD, f" {letter}") for letter in letters]
-    return [encode_answer(tokenizer, letter, TURN_TEMPLATES[template]) for letter in letters]
-
-
-def log_likelihoods(model, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
-    """Log-probability (nats) of each of the continuations of one prompt, but for what all of them begin with.
-
-    Continuations that differ in one last token, as letters do, take a single forward pass.
-    """
-    import torch
-
-    num_shared = min(len(commonprefix([list(ids) for ids in continuations])), min(map(len, continuations)) - 1)
-    start = [*prompt_ids, *continuations[0][:num_shared]]
-
-    @cache
-    def log_probabilities(given: tuple[int, ...]) -> torch.Tensor:
-        """What follows `start` and each token of `given`: fp32 [S, V]."""
-        ids = torch.tensor([[*start, *given]], device=model.device)
-        with torch.inference_mode():
-            logits = model(input_ids=ids, logits_to_keep=len(given) + 1, use_cache=False).logits
-        return logits[0, -len(given) - 1 :].float().log_softmax(-1).cpu()
-
-    rests = [tuple(ids[num_shared:]) for ids in continuations]
-    return [float(log_probabilities(rest[:-1])[range(len(rest)), rest].sum()) for rest in rests]

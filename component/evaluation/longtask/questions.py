@@ -2,10 +2,7 @@
 
     questions = read_questions(["qasper.jsonl"], "--data_path")
 
-A row is one question: a text under "context" (or "document", "input"), a question under "question" (or "instruction",
-"query", "input" beside a context), and answers under "references" (or "answers", "answer", "outputs", "output"), or
-"options" with the right one under "answer" (its letter, its text, or its index from 0). L-Eval's rows hold several:
-"instructions" and "outputs" are lists of equal length. data/README.md lists all keys; text under another is refused.
+A row is one question; L-Eval's rows hold several. data/README.md lists all keys; text under another is refused.
 """
 
 import math
@@ -128,10 +125,7 @@ def questions_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_
     answers = row[answer_key] if isinstance(row[answer_key], list) else [row[answer_key]]
     if not answers:
         raise ValueError(f'"{answer_key}" is empty; give at least one right answer')
-    one = replace(one, references=tuple(answer_text(answer, f'"{answer_key}"') for answer in answers))
-    if one.metric == "accuracy" and not one.has_letters:
-        raise ValueError('"metric" is accuracy, but there are no "options"; give them or another metric')
-    return [one]
+    return [replace(one, references=tuple(answer_text(answer, f'"{answer_key}"') for answer in answers))]
 
 
 def asked(task: Question, answer: str) -> list[Question]:

@@ -3,8 +3,6 @@
 All scores are between 0 and 1. Text is normalised as SQuAD does (lower case, without punctuation and the articles a,
 an, the); for ASCII text the numbers are those of SQuAD's script and of rouge-score, and words of other scripts count
 as words too, each character of Chinese and Japanese as one. ROUGE itself is the package rouge-score.
-
-Pure: strings in, numbers out.
 """
 
 import re
@@ -62,10 +60,10 @@ def f1(prediction: str, reference: str) -> float:
 
 
 @cache
-def rouge(metric: str, *, use_stemmer: bool) -> Callable[[str, str], float]:
+def rouge(metric: str) -> Callable[[str, str], float]:
     """(prediction, reference) -> F-measure of ROUGE-1, -2 or -L (`metric` of `ROUGE_METRICS`), by rouge-score.
 
-    Words of other scripts, which its own tokenizer drops, count too. use_stemmer: Porter's, for English words.
+    Words of other scripts, which its own tokenizer drops, count too. English words are compared by stem.
     """
     from nltk.stem.porter import PorterStemmer
     from rouge_score.rouge_scorer import RougeScorer
@@ -77,16 +75,15 @@ def rouge(metric: str, *, use_stemmer: bool) -> Callable[[str, str], float]:
         text = unicodedata.normalize("NFC", text).lower()
         text = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text)
         found = UNSPACED_CHARACTER.sub(r" \1 ", text).split()
-        return [stem(word) if use_stemmer and STEMMABLE.fullmatch(word) else word for word in found]
+        return [stem(word) if STEMMABLE.fullmatch(word) else word for word in found]
 
     scorer = RougeScorer([metric], tokenizer=SimpleNamespace(tokenize=words))
     return lambda prediction, reference: scorer.score(reference, prediction)[metric].fmeasure
 
 
-def best_score(metric: str, prediction: str, references: Sequence[str], *, use_stemmer: bool = True) -> float:
+def best_score(metric: str, prediction: str, references: Sequence[str]) -> float:
     """The best score of `prediction` over `references`, by any of `METRICS` but accuracy, which has `parse_choice`."""
-    scores = {"exact_match": exact_match, "f1": f1, "exam": exam}
-    score = scores.get(metric) or rouge(metric, use_stemmer=use_stemmer)
+    score = {"exact_match": exact_match, "f1": f1, "exam": exam}.get(metric) or rouge(metric)
     return max(score(prediction, reference) for reference in references)
 
 

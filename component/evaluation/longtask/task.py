@@ -1,7 +1,4 @@
-"""Answers to questions about long texts: asked, scored, and summed up by task and by length.
-
-Scores are between 0 and 1.
-"""
+"""Answers to questions about long texts: asked, scored, and summed up by task and by length."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,15 +7,9 @@ from statistics import fmean
 
 from longqlora.cli import require_extra
 from longqlora.evaluation.frame import ModelSource, Task, check_at_least
-from longqlora.evaluation.longtask.prompts import QUESTION_LEAD, PromptForm, letter_ids, log_likelihoods
+from longqlora.evaluation.longtask.prompts import QUESTION_LEAD, PromptForm
 from longqlora.evaluation.longtask.questions import Question, read_questions
-from longqlora.evaluation.longtask.scores import (
-    OPTION_LETTERS,
-    ROUGE_METRICS,
-    best_score,
-    parse_choice,
-    parse_letters,
-)
+from longqlora.evaluation.longtask.scores import ROUGE_METRICS, best_score, parse_choice, parse_letters
 from longqlora.inference.generation import NO_TEMPLATE, GenerationOptions, generate_text
 from longqlora.plot import mark_lengths, new_figure
 from longqlora.table import grouped, text_table
@@ -35,12 +26,10 @@ class LongTask(Task):
 
     data_path: Sequence[str]
     metric: str = "auto"
-    rouge_stemmer: bool = True
     max_rows: int | None = None
     max_new_tokens: int = 128
     num_shots: int = 0
     shots_file: str | None = None
-    choice_scoring: str = "generation"
     prompt_template: str = "auto"
     name = "long tasks"
 
@@ -54,57 +43,40 @@ class LongTask(Task):
         shots = [self.shots_file] if self.shots_file else []
         self.shots = read_questions(shots, "--shots_file", needs_context=False)
         for question in self.questions:
-            if self.metric == "accuracy" and not (question.options or question.has_letters):
+            if question.metric_for(self.metric) == "accuracy" and not (question.options or question.has_letters):
                 where = f"question {question.id} of {question.task}"
-                raise ValueError(f"--metric accuracy: {where} has no options; choose another metric")
+                raise ValueError(f"--metric: {where} has no options for accuracy; give them or another metric")
         if any(question.metric_for(self.metric) in ROUGE_METRICS for question in self.questions):
             require_extra("rouge_score", "rouge-score", extra="eval")
 
     def make_trials(self, source: ModelSource) -> list[list[dict]]:
-        if self.max_new_tokens >= source.context_size:
-            raise ValueError(
-                f"--max_new_tokens: {self.max_new_tokens} leave no room for a prompt in the context of "
-                f"{source.context_size} tokens; give fewer"
-            )
         template = source.template(self.prompt_template)
         sizes = {"context_size": source.context_size, "max_new_tokens": self.max_new_tokens}
         self.form = PromptForm(source.tokenizer, template, shots=self.shots, num_shots=self.num_shots, **sizes)
         for question in self.questions:
             self.form.check(question)
-        self.told = {name: getattr(self, name) for name in ("max_new_tokens", "num_shots", "choice_scoring")}
-        self.told["prompt_template"] = template
+        self.told = {"max_new_tokens": self.max_new_tokens, "num_shots": self.num_shots, "prompt_template": template}
         self.settings = {**self.told, "shots": [asdict(shot) for shot in self.shots]}
         return [[asdict(question) for question in self.questions]]
 
     def ask(self, trial: Mapping) -> dict:
-        question, template = Question(**trial), self.form.template
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        ids, num_context, num_cut = self.form.fit(question)
+        ids, num_context, num_cut = self.form.fit(Question(**trial))
         facts = {"num_context_tokens": num_context, "num_tokens_cut": num_cut, "num_prompt_tokens": len(ids)}
-        if question.options and self.choice_scoring == "loglikelihood":
-            scores = log_likelihoods(model, ids, letter_ids(tokenizer, len(question.options), template))
-            best = scores.index(max(scores))
-            choice = {"answer": question.options[best], "choice": OPTION_LETTERS[best]}
-            return {**choice, "log_likelihoods": scores, **facts}
         # Raw text goes on with the next question after an answer, in our own layout.
-        stop = (f"\n{QUESTION_LEAD.strip()}",) if template == NO_TEMPLATE else ()
+        stop = (f"\n{QUESTION_LEAD.strip()}",) if self.form.template == NO_TEMPLATE else ()
         options = GenerationOptions(do_sample=False, max_new_tokens=self.max_new_tokens, stop=stop)
-        generated = generate_text(model, tokenizer, ids, options)
+        generated = generate_text(self.loaded.model, self.loaded.tokenizer, ids, options)
         facts |= {"num_new_tokens": generated.num_new_tokens, "finish_reason": generated.finish_reason}
         return {"answer": generated.text.strip(), **facts}
 
     def score(self, results: Sequence[dict]) -> dict:
-        rows = [score_answer(question, result, self.metric, use_stemmer=self.rouge_stemmer)
-                for question, result in zip(self.questions, results, strict=True)]  # fmt: skip
-        likeliest = ", most likely option letter" if self.choice_scoring == "loglikelihood" else ""
-        protocol = (
-            f"greedy answers{likeliest}, {self.num_shots} examples of --shots_file, contexts cut in the middle to "
-            f"{self.form.context_size} tokens with prompt"
-        )
-        scoring = {name: getattr(self, name) for name in ("metric", "rouge_stemmer", "max_rows")}
+        pairs = zip(self.questions, results, strict=True)
+        rows = [score_answer(question, result, self.metric) for question, result in pairs]
+        asked = {"data_path": list(map(str, self.data_path)), "metric": self.metric, "max_rows": self.max_rows}
         return {
-            "protocol": protocol,
-            "settings": {"data_path": list(map(str, self.data_path)), **self.told, **scoring},
+            "protocol": f"greedy answers, {self.num_shots} examples of --shots_file, contexts cut in the middle to "
+            f"{self.form.context_size} tokens with prompt",
+            "settings": {**asked, **self.told},
             "tasks": summarize_tasks(rows),
             "by_length": summarize_lengths(rows),
             "rows": rows,
@@ -119,22 +91,38 @@ class LongTask(Task):
         return f"{text}{lost if num_lost else ''}"
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
-        plot_tasks(record["tasks"], record["by_length"], path)
+        """A bar for each task beside the score by context length, a line for each metric."""
+        tasks, lengths = record["tasks"], record["by_length"]
+        with new_figure(path, 2) as (left, right):
+            left.figure.set_figheight(max(4.2, 1.2 + 0.3 * len(tasks)))
+            left.grid(visible=False)
+            # Dollar signs would start a formula.
+            labels = [f"{task['task'][:MAX_LABEL]} ({task['metric']})".replace("$", r"\$") for task in tasks]
+            bars = left.barh(range(len(tasks)), [task["score"] for task in tasks])
+            left.bar_label(bars, fmt="%.3f", padding=3)
+            left.set_yticks(range(len(tasks)), labels)
+            left.invert_yaxis()
+            left.set(xlim=(0, 1.12), xlabel="mean score")
+            for (metric,), group in grouped(lengths, "metric").items():
+                points = [(entry["min_tokens"], entry["score"]) for entry in group]
+                right.plot(*zip(*points, strict=True), marker="o", label=metric)
+            ticks = sorted({entry["min_tokens"] for entry in lengths})
+            mark_lengths(right, ticks)
+            right.set_xticks(ticks, [f"{tick}-{2 * tick}" for tick in ticks], rotation=30)
+            right.set(ylim=(-0.03, 1.03), xlabel="length of the text (tokens)", ylabel="mean score")
+            right.legend()
 
 
-def score_answer(question: Question, result: Mapping, metric: str, *, use_stemmer: bool) -> dict:
-    """One row of the result file: `result` of generating, with metric, score and references.
-
-    result: has "answer", and "choice" (a letter) where the likelihoods chose. metric: as in `Question.metric_for`.
-    """
-    metric, answer = question.metric_for(metric), result["answer"]
+def score_answer(question: Question, result: Mapping, asked: str) -> dict:
+    """One row of the result file: `result` of generating, with references, score and metric (`Question.metric_for`)."""
+    metric, answer = question.metric_for(asked), result["answer"]
     row = {**result, "num_examples": len(question.examples), "id": question.id, "task": question.task}
     row |= {"metric": metric, "references": list(question.references)}
     if metric in ("accuracy", "exam") and question.options:
-        choice, right = result.get("choice") or parse_choice(answer, question.options), question.right_letter
+        choice, right = parse_choice(answer, question.options), question.right_letter
         return {**row, "choice": choice, "right_choice": right, "score": float(choice == right)}
     by = "exam" if metric == "accuracy" else metric
-    score = best_score(by, answer, question.references, use_stemmer=use_stemmer)
+    score = best_score(by, answer, question.references)
     if by == "exam" and question.has_letters:
         row["choice"] = "".join(sorted(parse_letters(answer))) or None
     return {**row, "score": float(score == 1) if metric == "accuracy" else score}
@@ -157,36 +145,10 @@ def summarize_tasks(rows: Sequence[Mapping]) -> list[dict]:
 
 
 def summarize_lengths(rows: Sequence[Mapping]) -> list[dict]:
-    """Mean score by metric and length of the whole context, in doublings: {"metric", "min_tokens", "max_tokens", ...}.
-
-    max_tokens is exclusive.
-    """
-    floors = [2 ** math.floor(math.log2(max(1, row["num_context_tokens"]))) for row in rows]
-    groups = grouped([{**row, "floor": floor} for row, floor in zip(rows, floors, strict=True)], "metric", "floor")
+    """Mean score by metric and length of the whole context, from min_tokens to below max_tokens, in doublings."""
+    rows = [{**row, "floor": 2 ** math.floor(math.log2(max(1, row["num_context_tokens"])))} for row in rows]
     return [
         {"metric": metric, "min_tokens": floor, "max_tokens": 2 * floor,
          "score": fmean(row["score"] for row in group), "num_rows": len(group)}
-        for (metric, floor), group in sorted(groups.items())
+        for (metric, floor), group in sorted(grouped(rows, "metric", "floor").items())
     ]  # fmt: skip
-
-
-def plot_tasks(tasks: Sequence[Mapping], lengths: Sequence[Mapping], path: str) -> None:
-    """A bar for each task beside the score by context length, a line for each metric."""
-    with new_figure(path, 2) as (left, right):
-        left.figure.set_figheight(max(4.2, 1.2 + 0.3 * len(tasks)))
-        left.grid(visible=False)
-        # Dollar signs would start a formula.
-        labels = [f"{task['task'][:MAX_LABEL]} ({task['metric']})".replace("$", r"\$") for task in tasks]
-        bars = left.barh(range(len(tasks)), [task["score"] for task in tasks])
-        left.bar_label(bars, fmt="%.3f", padding=3)
-        left.set_yticks(range(len(tasks)), labels)
-        left.invert_yaxis()
-        left.set(xlim=(0, 1.12), xlabel="mean score")
-        for (metric,), group in grouped(lengths, "metric").items():
-            points = [(entry["min_tokens"], entry["score"]) for entry in group]
-            right.plot(*zip(*points, strict=True), marker="o", label=metric)
-        ticks = sorted({entry["min_tokens"] for entry in lengths})
-        mark_lengths(right, ticks)
-        right.set_xticks(ticks, [f"{tick}-{2 * tick}" for tick in ticks], rotation=30)
-        right.set(ylim=(-0.03, 1.03), xlabel="length of the text (tokens)", ylabel="mean score")
-        right.legend()

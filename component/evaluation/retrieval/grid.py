@@ -4,8 +4,9 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
-from longqlora.evaluation.frame import ModelSource, Task, check_lengths
+from longqlora.evaluation.frame import ModelSource, Task, check_at_least
 from longqlora.plot import new_figure
 from longqlora.table import text_table
 
@@ -43,19 +44,23 @@ class GridTask(Task):
     value = label = ""
 
     def __post_init__(self) -> None:
-        check_lengths(self.lengths or ())
+        check_at_least(self, lengths=1, num_depths=1)
         if self.depths is None:
             self.depths = even_depths(self.num_depths)
         for depth in self.depths:
             if not 0 <= depth <= 1:
                 raise ValueError(f"--depths: must be between 0 (start) and 1 (end), got {depth}")
 
-    def cells_for(self, source: ModelSource) -> list[dict]:
-        """Every {"length", "depth"} once; warns of lengths beyond the model's context."""
+    def set_lengths(self, source: ModelSource) -> None:
+        """Take lengths that suit the context of `source` where none were given; warn of those beyond it."""
         size = source.context_size
-        lengths = list(dict.fromkeys(self.lengths or [size // 4, size // 2, size]))
-        source.warn_beyond_context(lengths)
-        return grid_cells(lengths, self.depths)
+        self.lengths = list(dict.fromkeys(self.lengths or [size // 4, size // 2, size]))
+        source.warn_beyond_context(self.lengths)
+
+    def cells(self) -> list[dict]:
+        """{"length", "depth"} of every pair, each once."""
+        pairs = dict.fromkeys(product(self.lengths, map(float, self.depths)))
+        return [{"length": length, "depth": depth} for length, depth in pairs]
 
     def table(self, record: Mapping) -> str:
         return grid_table(record["cells"], self.value)
@@ -64,16 +69,8 @@ class GridTask(Task):
         plot_heatmap({name: record["cells"]}, path, value=self.value, label=self.label)
 
 
-def grid_cells(lengths: Sequence[int], depths: Sequence[float]) -> list[dict]:
-    """{"length", "depth"} of every pair, each once."""
-    pairs = [(length, float(depth)) for length in lengths for depth in depths]
-    return [{"length": length, "depth": depth} for length, depth in dict.fromkeys(pairs)]
-
-
 def even_depths(num_depths: int) -> list[float]:
     """`num_depths` depths spread evenly from 0 to 1; a single one lies in the middle."""
-    if num_depths < 1:
-        raise ValueError(f"--num_depths: must be at least 1, got {num_depths}")
     return [round(index / (num_depths - 1), 4) for index in range(num_depths)] if num_depths > 1 else [0.5]
 
 
@@ -100,10 +97,7 @@ def grid_table(cells: Sequence[Mapping], value: str) -> str:
 def plot_heatmap(
     panels: Mapping[str, Sequence[Mapping]], path: str | os.PathLike, *, value: str = "accuracy", label: str
 ) -> None:
-    """Draw a panel for each title -> cells {"length", "depth", `value`}: length on x, depth downwards on y.
-
-    value: name of what a cell shows, between 0 and 1. label: of the colour bar.
-    """
+    """Draw a panel for each title -> cells {"length", "depth", `value` (0 .. 1)}: length on x, depth downwards on y."""
     grids = {title: by_place(cells, value) for title, cells in panels.items()}
     widest = max(len(lengths) for lengths, _, _ in grids.values())
     highest = max(len(depths) for _, depths, _ in grids.values())

@@ -1,8 +1,4 @@
-"""Prompts of an exact length with a needle in them, and the user's own text as the haystack around it.
-
-haystack = Haystack(tokenizer, read_haystack(["essays/", "book.txt"]))
-ids = NeedlePrompt(before, needle, after, haystack.split).build(length=4000, depth=0.5)
-"""
+"""Prompts of an exact length with a needle in them, and the user's own text as the haystack around it."""
 
 import bisect
 import os
@@ -55,10 +51,7 @@ class NeedlePrompt:
 
 
 def read_haystack(paths: Sequence[str | os.PathLike]) -> str:
-    """The text of all files, in the order given; of a folder its .txt files, by name, subfolders included.
-
-    Raises ValueError for what is no file of UTF-8 text, and where there is no text at all.
-    """
+    """The text of all files, in the order given; of a folder its .txt files, by name, subfolders included."""
     texts, flag = [], "--haystack"
     for path in map(Path, paths):
         files = sorted(found for found in path.rglob("*.txt") if found.is_file()) if path.is_dir() else [path]

@@ -5,8 +5,6 @@ needlehaystack/run.py at 7b90d285651b68d39a94f3d3bd3672f84192c989), where a lang
 the score is the recall of the answer's words, as ROUGE-1 counts them, without stemming, and beside it whether the
 answer contains the expected one. Fu et al. (arXiv 2402.10171) score by ROUGE-1's F-measure against the
 whole needle instead, which punishes an answer for being long.
-
-Pure Python on a tokenizer; torch is imported by what generates.
 """
 
 import hashlib
@@ -117,7 +115,8 @@ class Needle(GridTask):
             "haystack_sha256": hashlib.sha256(self.text.encode()).hexdigest(),
             "haystack_characters": len(self.text),
         }
-        trials = self.cells_for(source)
+        self.set_lengths(source)
+        trials = self.cells()
         for trial in trials:
             self.prompt.num_haystack_tokens(trial["length"])
         if contains(self.answer, self.text):

@@ -4,8 +4,6 @@ The wording is that of Landmark Attention (arXiv 2305.16300), which LongLoRA's p
 passkey/test_passkey.py share. They fix the length in characters and place the number at random; here length (tokens)
 and depth are exact. Prompts are raw text behind BOS, answers greedy, and a trial is passed if the first number of the
 answer is the key.
-
-Pure Python on a tokenizer; torch is imported by what generates.
 """
 
 import random
@@ -13,9 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 from longqlora.data.prompt import bos_ids, encode_after, encode_text
-from longqlora.evaluation.frame import ModelSource
+from longqlora.evaluation.frame import ModelSource, check_at_least
 from longqlora.evaluation.retrieval.grid import GridTask
 from longqlora.evaluation.retrieval.haystack import NeedlePrompt
 from longqlora.inference.generation import GenerationOptions, generate_text
@@ -61,36 +60,8 @@ class PasskeyTemplate:
         return self.filler(num_before), self.filler(num_tokens - num_before)
 
 
-def make_trials(cells: Sequence[Mapping], *, num_trials: int, seed: int, num_digits: int = 5) -> list[dict]:
-    """`num_trials` trials {"length", "depth", "key"} for each of `cells`, pairs of a length (tokens) and a depth.
-
-    Keys have `num_digits` digits, the first not 0, and depend on nothing but seed, length, depth and number,
-    so that leaving out a length changes no other. Raises ValueError for values out of range.
-    """
-    if num_trials < 1:
-        raise ValueError(f"--num_trials: must be at least 1, got {num_trials}")
-    if not 1 <= num_digits <= MAX_NUM_DIGITS:
-        raise ValueError(f"--num_digits: must be between 1 and {MAX_NUM_DIGITS}, got {num_digits}")
-    trials = []
-    for cell in cells:
-        for number in range(num_trials):
-            source = random.Random(f"{seed} {cell['length']} {cell['depth']} {number}")
-            trials.append({**cell, "key": str(source.randrange(10 ** (num_digits - 1), 10**num_digits))})
-    return trials
-
-
-def answer_trial(loaded, trial: Mapping) -> dict:
-    """Ask the model of `loaded` (longqlora.inference.load.LoadedModel) one trial; adds "answer" and "is_correct"."""
-    template = PasskeyTemplate(loaded.tokenizer)
-    num_key_tokens = len(template.encode(f" {trial['key']}"))
-    options = GenerationOptions(do_sample=False, max_new_tokens=num_key_tokens + NUM_SPARE_TOKENS)
-    prompt = template.prompt(trial["key"]).build(length=trial["length"], depth=trial["depth"])
-    answer = generate_text(loaded.model, loaded.tokenizer, prompt, options).text
-    return {**trial, "answer": answer, "is_correct": re.findall(r"[0-9]+", answer)[:1] == [trial["key"]]}
-
-
 def accuracy_cells(results: Sequence[Mapping]) -> list[dict]:
-    """Results of `answer_trial` -> a cell {length, depth, num_trials, num_correct, accuracy} for each pair."""
+    """Results of trials -> a cell {length, depth, num_trials, num_correct, accuracy} for each pair."""
     cells = []
     for (length, depth), group in grouped(results, "length", "depth").items():
         num_correct = sum(result["is_correct"] for result in group)
@@ -101,7 +72,11 @@ def accuracy_cells(results: Sequence[Mapping]) -> list[dict]:
 
 @dataclass
 class Passkey(GridTask):
-    """Accuracy over `num_trials` keys of `num_digits` digits at each length and depth."""
+    """Accuracy over `num_trials` keys of `num_digits` digits at each length and depth.
+
+    Keys have a first digit that is not 0, and depend on nothing but seed, length, depth and number, so that leaving out
+    a length changes no other.
+    """
 
     num_trials: int = 5
     num_digits: int = 5
@@ -110,25 +85,41 @@ class Passkey(GridTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.options = {"num_digits": self.num_digits, "num_trials": self.num_trials, "seed": self.seed}
-        make_trials([], **self.options)
+        check_at_least(self, num_trials=1)
+        if not 1 <= self.num_digits <= MAX_NUM_DIGITS:
+            raise ValueError(f"--num_digits: must be between 1 and {MAX_NUM_DIGITS}, got {self.num_digits}")
+
+    def trials(self) -> list[dict]:
+        """{"length", "depth", "key"} of every key."""
+        trials = []
+        for cell, number in product(self.cells(), range(self.num_trials)):
+            source = random.Random(f"{self.seed} {cell['length']} {cell['depth']} {number}")
+            key = source.randrange(10 ** (self.num_digits - 1), 10**self.num_digits)
+            trials.append({**cell, "key": str(key)})
+        return trials
 
     def make_trials(self, source: ModelSource) -> list[list[dict]]:
-        trials = make_trials(self.cells_for(source), **self.options)
-        template = PasskeyTemplate(source.tokenizer)
+        self.set_lengths(source)
+        trials, template = self.trials(), PasskeyTemplate(source.tokenizer)
         for trial in trials:
             template.prompt(trial["key"]).num_haystack_tokens(trial["length"])
         return [trials]
 
     def ask(self, trial: Mapping) -> dict:
-        return answer_trial(self.loaded, trial)
+        """Adds "answer" and "is_correct" to the trial."""
+        template, key = PasskeyTemplate(self.loaded.tokenizer), trial["key"]
+        num_new_tokens = len(template.encode(f" {key}")) + NUM_SPARE_TOKENS
+        options = GenerationOptions(do_sample=False, max_new_tokens=num_new_tokens)
+        prompt = template.prompt(key).build(length=trial["length"], depth=trial["depth"])
+        answer = generate_text(self.loaded.model, self.loaded.tokenizer, prompt, options).text
+        return {**trial, "answer": answer, "is_correct": re.findall(r"[0-9]+", answer)[:1] == [key]}
 
     def score(self, results: Sequence[dict]) -> dict:
         protocol = {
             "task": "passkey retrieval, wording of Landmark Attention (arXiv 2305.16300)",
             "scoring": "greedy; the first number of the answer is the key",
             "length": "tokens of the prompt, BOS included, the answer not",
-            **self.options,
+            **{name: getattr(self, name) for name in ("num_digits", "num_trials", "seed")},
         }
         return {"protocol": protocol, "cells": accuracy_cells(results), "trials": results}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from longqlora.evaluation.frame import ModelSource, Task
+from longqlora.evaluation.lm_eval_harness import data_state, evaluate_tasks, generate_answers, load_tasks, wrap_model
 from longqlora.evaluation.retrieval.haystack import read_haystack
 from longqlora.evaluation.ruler.tasks import TASKS, Sample, TextHaystack
 from longqlora.plot import mark_lengths, new_figure
@@ -73,8 +74,6 @@ class Ruler(Task):
                 )
 
     def make_trials(self, source: ModelSource) -> list[list[dict]]:
-        from longqlora.evaluation.harness import data_state
-
         lengths = sorted(set(self.lengths or [source.context_size])) if self.names else []
         source.warn_beyond_context(lengths)
         self.longest = max([source.context_size, *lengths])
@@ -85,33 +84,18 @@ class Ruler(Task):
 
         self.fitted = {(name, length): FittedTask(name, length, count_tokens, text=self.text, **options)
                        for name in self.names for length in lengths}  # fmt: skip
-        self.others = self.read_other_tasks(source)
+        options = {"include_path": self.include_path, "lengths": self.lengths, "max_new_tokens": self.max_new_tokens}
+        self.others = load_tasks([name for name in self.tasks if name not in TASKS], source, **options)
         # Which tasks and lengths a run asks for does not change the result of one.
         settings = {name: value for name, value in self.told.items() if name not in ("tasks", "lengths")}
         self.settings = {**settings, "data": {name: data_state(tasks) for name, tasks in self.others.items()}}
         places = [*self.fitted, *((name, None) for name in self.others)]
         return [[{"task": name, "length": length} for name, length in places]]
 
-    def read_other_tasks(self, source: ModelSource) -> dict:
-        """Name -> loaded tasks of lm-eval."""
-        from longqlora.evaluation.harness import load_tasks
-
-        # For those tasks of lm-eval that make their data themselves.
-        given: dict[str, Any] = {"tokenizer": source.tokenizer.name_or_path}
-        if self.lengths:
-            given["max_seq_lengths"] = sorted(set(self.lengths))
-        names = [name for name in self.tasks if name not in TASKS]
-        sizes = {"max_new_tokens": self.max_new_tokens, "context_size": source.context_size}
-        return load_tasks(names, include_path=self.include_path, metadata=given, **sizes)
-
     def use(self, loaded: Any) -> None:
-        from longqlora.evaluation.harness import wrap_model
-
         self.model = wrap_model(loaded, batch_size=self.batch_size, max_length=self.longest)
 
     def ask(self, trial: Mapping) -> dict:
-        from longqlora.evaluation.harness import evaluate_tasks, generate_answers
-
         name, length = trial["task"], trial["length"]
         if length is None:
             options = {"num_fewshot": self.num_fewshot, "limit": self.limit, "seed": self.seed}
@@ -132,13 +116,20 @@ class Ruler(Task):
         return "\n".join(table(results) for table, results in tables if results)
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
-        plot_scores(by_source(record["results"])[0], path)
+        """Score in percent against length in tokens: a line per task, and the mean of several."""
+        results, _ = by_source(record["results"])
+        with new_figure(path) as (axis,):
+            for task, row in rows_by_task(results).items():
+                style = {"marker": "s", "color": "black", "linewidth": 2.5} if task == MEAN else {"marker": "o"}
+                axis.plot(*zip(*sorted(row.items()), strict=True), label=task, **style)
+            mark_lengths(axis, list(mean_by_length(results)))
+            axis.set(xlabel="length (tokens)", ylabel="RULER score (%)", ylim=(-3, 103))
+            axis.legend(fontsize="small")
 
 
 def by_source(results: Sequence[Mapping]) -> tuple[list[Mapping], list[Mapping]]:
     """Results of RULER's tasks, and of lm-eval's, which have no length."""
-    of_ruler, of_lm_eval = ([r for r in results if ("length" in r) is has_length] for has_length in (True, False))
-    return of_ruler, of_lm_eval
+    return [r for r in results if "length" in r], [r for r in results if "length" not in r]
 
 
 @dataclass
@@ -272,14 +263,3 @@ def metric_table(results: Sequence[Mapping]) -> str:
             if not name.endswith("_stderr"):
                 rows.append((task, metric, float(value), metrics.get(f"{name}_stderr,{kind}")))
     return text_table(("task", "metric", "value", "stderr"), rows, digits=4, num_left=2)
-
-
-def plot_scores(results: Sequence[Mapping], path: str) -> None:
-    """Score in percent against length in tokens: a line per task, and the mean of several."""
-    with new_figure(path) as (axis,):
-        for name, row in rows_by_task(results).items():
-            style = {"marker": "s", "color": "black", "linewidth": 2.5} if name == MEAN else {"marker": "o"}
-            axis.plot(*zip(*sorted(row.items()), strict=True), label=name, **style)
-        mark_lengths(axis, list(mean_by_length(results)))
-        axis.set(xlabel="length (tokens)", ylabel="RULER score (%)", ylim=(-3, 103))
-        axis.legend(fontsize="small")

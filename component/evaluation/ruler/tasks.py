@@ -6,8 +6,6 @@ After RULER (arXiv 2404.06654, section 3 and its appendix on task templates): ta
 paper's. The prompts are quoted to the letter as lm-evaluation-harness 0.4.13 has them (lm_eval/tasks/ruler), so that a
 model meets the same question. Keys and list words are compounds of words of ours instead of a word package's. A sample
 grows with its number of units: noise sentences, distractors, pieces of text, list words.
-
-Pure Python; knows neither tokenizers nor models.
 """
 
 import math

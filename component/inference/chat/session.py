@@ -60,6 +60,11 @@ class ChatSession:
         """Most tokens that a prompt may have: max_new_tokens are kept for an answer, at most half of the context."""
         return self.context_size - min(self.options.max_new_tokens, self.context_size // 2)
 
+    @property
+    def greeting(self) -> str:
+        """The first line of a chat."""
+        return f"template {self.template}, context of {self.context_size} tokens; /help lists the commands"
+
     def encode(self, messages: Messages) -> list[int]:
         """Ids of a prompt that ends where the answer begins."""
         return encode_conversation(self.loaded.tokenizer, messages, template=self.template)
@@ -160,10 +165,7 @@ class ChatSession:
         write_json(target, {"messages": self.messages("", self.history)[:-1], "documents": documents})
 
     def run_command(self, line: str) -> str | None:
-        """Carry out a line that begins with "/"; returns what to show, None to leave.
-
-        Mistakes come back as text, so that the chat goes on.
-        """
+        """Carry out a line that begins with "/"; returns what to show, mistakes too, or None to leave."""
         name, _, argument = line.strip().partition(" ")
         argument = argument.strip().strip("\"'")
         try:

@@ -39,7 +39,14 @@ class StreamingSession(ChatSession):
     def __post_init__(self):
         self.end_ids = set(end_token_ids(self.loaded.model, self.loaded.tokenizer))
         self.next_turn_ids("a")
-        logging.getLogger("transformers.generation.stopping_criteria").addFilter(is_no_length_reminder)
+        # It warns where the stream outgrows the model's context, which no distance in the cache does.
+        logging.getLogger("transformers.generation.stopping_criteria").setLevel(logging.ERROR)
+
+    @property
+    def greeting(self) -> str:
+        return (
+            f"template {self.template}, streaming with a window of {self.cache.window} tokens; /help lists the commands"
+        )
 
     def clear(self) -> None:
         super().clear()
@@ -74,10 +81,7 @@ class StreamingSession(ChatSession):
         return is_kept
 
     def next_turn_ids(self, question: str) -> list[int]:
-        """Ids from the end of an answer to the start of the next, in which `question` is asked.
-
-        Told from a stand-in conversation of one short turn, of which nothing is fed.
-        """
+        """Ids from the end of an answer to the start of the next, told from a stand-in conversation of one turn."""
         before = self.messages("a")
         prompt = self.encode(before)
         ids = self.encode([*before, {"role": "assistant", "content": "b"}, {"role": "user", "content": question}])
@@ -94,10 +98,7 @@ class StreamingSession(ChatSession):
     @torch.inference_mode()
     def _read(self, ids: list[int], stop_event: threading.Event) -> list[int] | None:
         """Feed all of `ids` that the cache has not seen but the last block; returns the ids to generate from, `ids` or
-        what a cache that counted from 0 again keeps of them.
-
-        None where `stop_event` ended it.
-        """
+        what a cache that counted from 0 again keeps of them, and None where `stop_event` ended it."""
         cache, model = self.cache, self.loaded.model
         num_unread = len(ids) - cache.get_seq_length()
         with tqdm(total=num_unread, desc="reading", unit="token", delay=PROGRESS_DELAY, leave=False) as progress:
@@ -113,8 +114,3 @@ class StreamingSession(ChatSession):
                 input_ids = torch.tensor([block], device=model.device)
                 model.get_decoder()(input_ids=input_ids, past_key_values=cache, use_cache=True)
                 progress.update(len(block))
-
-
-def is_no_length_reminder(record: logging.LogRecord) -> bool:
-    """Log filter: transformers compares the stream with the model's context, though no distance exceeds it."""
-    return "predefined maximum length" not in record.getMessage()

@@ -5,6 +5,7 @@ answered. Ours are the prompt, which leaves out what the context has no room for
 and the guard. gradio comes with requirements-extras.txt.
 """
 
+import argparse
 import copy
 import html
 import ipaddress
@@ -211,29 +212,23 @@ class OwnPageOnly:
         return None
 
 
-def serve(
-    page, *, host: str, port: int, share: bool, allowed_hosts: list[str], max_upload_mb: int,
-    max_total_upload_mb: int,
-) -> str:  # fmt: skip
-    """Start the server of `page` in a thread; returns its URL, or the public one with `share`.
-
-    Uploads are kept in GRADIO_TEMP_DIR. allowed_hosts: further names the server is asked for by, as behind a proxy.
-    """
+def serve(page, args: argparse.Namespace) -> str:
+    """Start the server of `page` in a thread, as the flags of web.py say; returns its URL, or the public one."""
     import gradio as gr
 
-    names = {"localhost", host.lower()}
+    names, host = {"localhost", args.host.lower()}, args.host
     if host not in ("localhost", "127.0.0.1", "::1"):
         names.add(socket.gethostname().lower())
     guard = Middleware(
-        OwnPageOnly, names, set(map(str.lower, allowed_hosts)), Path(os.environ["GRADIO_TEMP_DIR"]),
-        max_total_upload_mb * 2**20,
+        OwnPageOnly, names, set(map(str.lower, args.allowed_hosts)), Path(os.environ["GRADIO_TEMP_DIR"]),
+        args.max_total_upload_mb * 2**20,
     )  # fmt: skip
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     _, local_url, share_url = page.queue(api_open=False).launch(
         theme=gr.themes.Default(**fonts), css=NO_SHARING, app_kwargs={"middleware": [guard]},
-        max_file_size=max_upload_mb * 2**20, server_name=f"[{host}]" if ":" in host else host, server_port=port,
-        share=share, prevent_thread_lock=True, quiet=True, footer_links=[], run_history=False, ssr_mode=False,
-        inline=False, enable_monitoring=False, show_error=True, pwa=False, mcp_server=False,
+        max_file_size=args.max_upload_mb * 2**20, server_name=f"[{host}]" if ":" in host else host,
+        server_port=args.port, share=args.share, prevent_thread_lock=True, quiet=True, footer_links=[],
+        run_history=False, ssr_mode=False, enable_monitoring=False, show_error=True, pwa=False, mcp_server=False,
     )  # fmt: skip
     if share_url:
         names.add(urlsplit(share_url).hostname)

@@ -11,7 +11,7 @@ import yaml
 from conftest import ZERO2
 from training_process import contents, fail, losses_of, same_weights, train
 
-from longqlora.training.checkpoint import check_contents, check_file, check_resumable, load_without_code
+from longqlora.training.resume import check_contents, check_file, check_resumable, load_without_code
 
 DEEPSPEED = {"plain": None, "zero2": ZERO2}
 OPTIM = "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -195,3 +195,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_then_stays_as_it_is(interr
     assert "WARNING train_file was" in log and "the losses will differ" in log
     after = contents(output)
     assert {name for name in before if after.get(name) != before[name]} <= {"train.log", "run_record.json"}
+    # A kill between the last two files that a run writes.
+    (output / "train_results.json").unlink()
+    train(path, *RESUME)
+    assert losses_of(output) == losses_of(whole[kind]) and same_weights(output / "final", whole[kind] / "final")

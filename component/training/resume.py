@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import safe_globals
 from longqlora.distributed import is_main_process, world_size
 from longqlora.files import file_sha256
 from longqlora.run_record import read_run_record
-from longqlora.settings.config import DataConfig, Notice, Settings, warning
+from longqlora.settings.config import CHANGES_NO_LOSS, DataConfig, Notice, Settings, warning
 from longqlora.settings.deepspeed import zero_stage
 
 FINAL = "final"
@@ -32,12 +32,6 @@ DEEPSPEED_CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-# Settings that may differ between a run and its continuation without changing a loss.
-HARMLESS = {
-    "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "save_strategy",
-    "logging_steps", "logging_dir", "disable_tqdm", "report_to", "dataloader_num_workers", "dataloader_pin_memory",
-    "local_rank", "gpu_memory", "data_cache_dir", "preprocessing_num_workers",
-}  # fmt: skip
 FLAG, FIX = "resume_from_checkpoint", "resume from another checkpoint, or start from the beginning"
 
 
@@ -110,7 +104,7 @@ def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, data_
     old["number of processes"], new["number of processes"] = before, world_size
     return [
         f"{key} was {old.get(key)!r} and is now {new.get(key)!r}: the losses will differ"
-        for key in sorted((old.keys() | new.keys()) - HARMLESS)
+        for key in sorted((old.keys() | new.keys()) - CHANGES_NO_LOSS)
         if old.get(key) != new.get(key)
     ]
 
@@ -129,10 +123,8 @@ def check_contents(checkpoint: Path, settings: dict, *, num_processes: int) -> N
         raise ValueError(f"{FLAG}: {checkpoint / TRAINER_STATE} is damaged; {FIX}")
     missing = [name for name in needed_files(checkpoint, settings, num_processes) if not any(checkpoint.glob(name))]
     if missing:
-        raise ValueError(
-            f"{FLAG}: {checkpoint} lacks {', '.join(name.replace('*', '') for name in missing)}, "
-            f"without which the losses would differ; {FIX} (deepspeed and save_only_model must be as they were)"
-        )
+        lack = f"{checkpoint} lacks {', '.join(missing).replace('*', '')}, without which the losses would differ"
+        raise ValueError(f"{FLAG}: {lack}; {FIX} (deepspeed and save_only_model must be as they were)")
     for file in sorted(checkpoint.rglob("*")):
         if file.suffix == ".safetensors" or (file.suffix in PICKLES and file.name != NEVER_READ):
             check_file(file)
@@ -151,12 +143,9 @@ def needed_files(checkpoint: Path, settings: dict, num_processes: int) -> list[s
     tag_file = checkpoint / DEEPSPEED_TAG
     folder = tag_file.read_text(errors="replace").strip() if tag_file.is_file() else ""
     if not folder or Path(folder).name != folder or not (checkpoint / folder).is_dir():
-        raise ValueError(
-            f"{FLAG}: {tag_file} names no folder of DeepSpeed's states in it; {FIX} (or without deepspeed, if it was "
-            "written so)"
-        )
-    stage = zero_stage(deepspeed)
-    shards = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in ranks]
+        text = f"{tag_file} names no folder of DeepSpeed's states in it"
+        raise ValueError(f"{FLAG}: {text}; {FIX} (or without deepspeed, if it was written so)")
+    stage, shards = zero_stage(deepspeed), [f"zero_pp_rank_{rank}_mp_rank_00" for rank in ranks]
     models = shards if stage == 3 else ["mp_rank_00"]
     return [
         *names,

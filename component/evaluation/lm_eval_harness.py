@@ -2,7 +2,7 @@
 
     model = wrap_model(loaded, batch_size=1, max_length=loaded.context_size)
     answers = generate_answers(model, prompts, max_new_tokens=30)
-    tasks = load_tasks(["arc_easy"], include_path=None, metadata={}, max_new_tokens=None, context_size=4096)
+    tasks = load_tasks(["arc_easy"], source)
     metrics = evaluate_tasks(model, "arc_easy", tasks["arc_easy"], num_fewshot=0, limit=100, seed=42)
 
 The model keeps its adapter, attention and device; the harness neither loads nor moves anything. It never splits
@@ -13,7 +13,7 @@ lm_eval is imported where it is used: it is an extra package, and takes seconds.
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, set_seed
 
 from longqlora.distributed import is_main_process, print_main
+from longqlora.evaluation.frame import ModelSource
 from longqlora.inference.generation import end_token_ids
 from longqlora.inference.load import LoadedModel
 
@@ -90,32 +91,38 @@ def generate_answers(model: Any, prompts: Sequence[str], *, max_new_tokens: int)
 
 
 def load_tasks(
-    names: Sequence[str], *, include_path: Path | None, metadata: Mapping, max_new_tokens: int | None, context_size: int
+    names: Sequence[str],
+    source: ModelSource,
+    *,
+    include_path: Path | None = None,
+    lengths: Sequence[int] | None = None,
+    max_new_tokens: int | None = None,
 ) -> dict[str, dict]:
     """Name -> tasks of the harness under it, with their data read; a group or tag has several.
 
-    include_path: folder of the user's own task files, which come before the harness' own. metadata: passed to
-    tasks that make their data ("tokenizer", "max_seq_lengths"). max_new_tokens: as for `fit_answers`. Raises ValueError
-    saying which task, what is missing and what to do.
+    include_path: folder of the user's own task files, which come before the harness' own. lengths: of samples in
+    tokens, for tasks that make their data. max_new_tokens: room for answers; None for the task's own. Raises
+    ValueError saying which task, what is missing and what to do.
     """
     from lm_eval.tasks import TaskManager
 
     quieten()
-    manager = TaskManager(include_path=include_path, include_defaults=False, metadata=dict(metadata))
+    given: dict[str, Any] = {"tokenizer": source.tokenizer.name_or_path}
+    if lengths:
+        given["max_seq_lengths"] = sorted(set(lengths))
+    manager = TaskManager(include_path=include_path, include_defaults=False, metadata=given)
     if not all(name in manager.all_tasks for name in names):
         # The index of the harness' own thousands of files takes some ten seconds.
-        manager = TaskManager(include_path=include_path, metadata=dict(metadata))
-    loaded = {name: load_task(manager, name, include_path) for name in dict.fromkeys(names)}
-    for name, tasks in loaded.items():
-        fit_answers(name, tasks, max_new_tokens=max_new_tokens, context_size=context_size)
-    return loaded
+        manager = TaskManager(include_path=include_path, metadata=given)
+    sizes = {"max_new_tokens": max_new_tokens, "context_size": source.context_size}
+    return {name: load_task(manager, name, **sizes) for name in names}
 
 
-def load_task(manager: Any, name: str, include_path: Path | None) -> dict:
-    """The tasks under one name, by the harness' TaskManager."""
+def load_task(manager: Any, name: str, *, max_new_tokens: int | None, context_size: int) -> dict:
+    """The tasks under one name, by the harness' TaskManager, with the room for their answers set; in tokens."""
     if name not in manager.all_tasks:
-        where = f" or in {str(include_path)!r}" if include_path else "; --include_path FOLDER adds your own"
-        raise ValueError(f"--tasks: no task {name!r} here (--list_tasks) or in lm-eval (lm_eval ls tasks){where}")
+        where = "here (--list_tasks), in lm-eval (lm_eval ls tasks) or in your own --include_path FOLDER"
+        raise ValueError(f"--tasks: no task {name!r} {where}")
     try:
         loaded = manager.load([name])
     except Exception as error:  # Whatever a task file, its code or its data set raises is the user's to know.
@@ -125,6 +132,15 @@ def load_task(manager: Any, name: str, include_path: Path | None) -> dict:
                             ("MULTIMODAL", "needs images or sound, which these models cannot read")):  # fmt: skip
             if getattr(task, trait, False):
                 raise ValueError(f"--tasks {name}: it {what}; leave it out")
+        if task.get_config("output_type") == "generate_until":
+            if max_new_tokens is not None:
+                task.set_config(key="generation_kwargs", value={"max_gen_toks": max_new_tokens}, update=True)
+            room = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", DEFAULT_ANSWER_TOKENS)
+            if room >= context_size:
+                raise ValueError(
+                    f"--tasks {name}: answers of {room} tokens do not fit a context of {context_size}; give "
+                    "--max_new_tokens or a longer --context_size"
+                )
     return loaded
 
 
@@ -140,20 +156,6 @@ def missing(error: Exception) -> str:
             "network (HF_HOME holds the data), or give a task with local data through --include_path"
         )
     return f"lm-eval cannot load it ({type(error).__name__}: {text}); fix the task file or its data"
-
-
-def fit_answers(name: str, tasks: dict, *, max_new_tokens: int | None, context_size: int) -> None:
-    """Set the room for answers (None: the task's own), and refuse one that alone fills the context; in tokens."""
-    for task in tasks["tasks"].values():
-        if task.get_config("output_type") == "generate_until":
-            if max_new_tokens is not None:
-                task.set_config(key="generation_kwargs", value={"max_gen_toks": max_new_tokens}, update=True)
-            room = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", DEFAULT_ANSWER_TOKENS)
-            if room >= context_size:
-                raise ValueError(
-                    f"--tasks {name}: answers of {room} tokens do not fit a context of {context_size}; give "
-                    "--max_new_tokens or a longer --context_size"
-                )
 
 
 def data_state(tasks: dict) -> dict:
