@@ -50,6 +50,7 @@ def main() -> None:
     from longqlora.settings.reader import resolve_settings
     from longqlora.training.arguments import build_arguments
     from longqlora.training.checks import check_data, check_model, check_num_rows, check_settings
+    from longqlora.training.dense_finish import DenseFinish
     from longqlora.training.dry_run import dry_run
     from longqlora.training.run import start_run
     from longqlora.training.trainer import LongContextTrainer
@@ -77,7 +78,9 @@ def main() -> None:
     check_num_rows(arguments, len(train_dataset), num_eval_rows, processes_per_row=size)
     model = load_training_model(settings, config, arguments)
     length = settings.data.max_seq_length
-    run.log(bind_attention(model, settings.attention, length, sequence_parallel_size=size, is_packed=is_packed))
+    shared = {"sequence_parallel_size": size, "is_packed": is_packed}
+    run.log(bind_attention(model, settings.attention, length, **shared))
+    dense_finish = DenseFinish(model, settings.attention, length, **shared)
     run.log(bind_chunked_loss(model))
     model = attach_adapter(model, settings.adapter)
     apply_policy(model, plan.policy, arguments.device)
@@ -88,6 +91,7 @@ def main() -> None:
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        callbacks=[dense_finish],
         data_collator=DataCollator(tokenizer, num_parts=size),
         processing_class=tokenizer,
         run_record=run.record,

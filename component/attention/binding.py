@@ -7,6 +7,7 @@ AttentionMaskInterface. A name carries the method's sizes; no forward method is 
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -71,6 +72,26 @@ def bind_attention(
         function = partial(shared_forward, attend=attend, size=size)
     set_attention(model, name, function)
     return f"{description} ({package})"
+
+
+def bind_dense_finish(
+    model: PreTrainedModel, config: AttentionConfig, max_seq_length: int, **options
+) -> Callable[[], str]:
+    """Prepare full attention for the last steps of a run that `bind_attention` has bound S2-Attn for.
+
+    Returns what switches to it, as `attention: full` binds it, and describes it. The options are those of
+    `bind_attention`. All that can fail does so here.
+    """
+    sparse = attention_name(model.config)
+    description = bind_attention(model, replace(config, attention="full"), max_seq_length, **options)
+    dense = attention_name(model.config)
+    model.set_attn_implementation(sparse)
+
+    def switch() -> str:
+        model.set_attn_implementation(dense)
+        return description
+
+    return switch
 
 
 def set_attention(

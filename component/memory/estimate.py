@@ -81,9 +81,10 @@ class RunShape:
 
     activation_bytes: of an element in 16 or 32 bit. weights: nf4, plain (16 or 32 bit) or trained.
     num_trained_embeddings: 1 for the input's, 2 with the output's. attended: tokens that a query sees at most,
-    beside half of which it sees on average: the group size of S2-Attn; None for all. optimizer_bytes: kept on the
-    device for each trained parameter. buffers: bytes that DeepSpeed holds to collect gradients in. Processes that
-    split: row_shards a row, weight_shards the weights, state_shards gradients and optimizer state.
+    beside half of which it sees on average: the group size of S2-Attn, or its mean with a dense finish; None for all.
+    optimizer_bytes: kept on the device for each trained parameter. buffers: bytes that DeepSpeed holds to collect
+    gradients in. Processes that split: row_shards a row, weight_shards the weights, state_shards gradients and
+    optimizer state.
     """
 
     num_tokens: int

@@ -116,6 +116,11 @@ class AttentionConfig(Section):
         "S2-Attn group size as a part of max_seq_length (the papers use 1/4)",
         ("in (0, 1]; the papers use 0.25", lambda value: 0 < value <= 1),
     )
+    dense_finish: float = key(
+        0.0,
+        "s2: part of the steps, at the end, that train with full attention, so that every head sees every distance",
+        ("in [0, 1]", lambda value: 0 <= value <= 1),
+    )
     use_flash_attn: bool = key(False, "use the flash-attn package, which must be installed; else torch's SDPA")
     pretraining_length: int | None = key(None, "dca: tokens that RoPE covers; default: the model's context")
     dca_chunk_size: int | None = key(None, "dca: largest distance within chunks; default: 3/4 of pretraining_length")

@@ -20,13 +20,17 @@ from longqlora.training.resume import list_checkpoints
 RESUME = ("--resume_from_checkpoint", "true")
 NUM_KILLS = int(os.environ.get("NUM_KILLS", "40"))
 slow = pytest.mark.slow
+# Half of the steps with S2-Attn, half with full attention.
+SWITCHES = {"dense_finish": 0.5, "save_steps": 1}
 KINDS = pytest.mark.parametrize(
-    "deepspeed,num_attempts",
+    "changes,num_attempts",
     [
-        pytest.param(ZERO2, 3, id="zero2"),
-        pytest.param(None, 2, id="plain"),
-        pytest.param(ZERO2, NUM_KILLS // 2, id="zero2-often", marks=slow),
-        pytest.param(None, NUM_KILLS // 2, id="plain-often", marks=slow),
+        pytest.param({"deepspeed": ZERO2}, 3, id="zero2"),
+        pytest.param({}, 2, id="plain"),
+        pytest.param({"deepspeed": ZERO2}, NUM_KILLS // 2, id="zero2-often", marks=slow),
+        pytest.param({}, NUM_KILLS // 2, id="plain-often", marks=slow),
+        pytest.param(SWITCHES, NUM_KILLS // 4, id="dense-finish", marks=slow),
+        pytest.param({**SWITCHES, "deepspeed": ZERO2}, NUM_KILLS // 4, id="dense-finish-zero2", marks=slow),
     ],
 )
 
@@ -35,8 +39,8 @@ KINDS = pytest.mark.parametrize(
 def whole(write_yaml):
     """Train without a stop: returns a check that another run has the same bits, and the seconds it took."""
 
-    def run(deepspeed: str | None):
-        path, folder = write_yaml("whole", deepspeed=deepspeed)
+    def run(changes: dict):
+        path, folder = write_yaml("whole", **changes)
         started = time.monotonic()
         train(path)
         seconds = time.monotonic() - started
@@ -60,12 +64,12 @@ def check_and_go_on(path: Path, out: Path) -> None:
 
 @KINDS
 @pytest.mark.parametrize("num_runs", [1, 2])
-def test_killed_at_any_moment_resumes_to_the_same_bits(write_yaml, whole, num_runs, deepspeed, num_attempts):
+def test_killed_at_any_moment_resumes_to_the_same_bits(write_yaml, whole, num_runs, changes, num_attempts):
     """Also where two runs were started at once, and are again."""
-    check, seconds = whole(deepspeed)
+    check, seconds = whole(changes)
     generator = random.Random(10 + num_runs)
     for attempt in range(num_attempts):
-        path, out = write_yaml(f"killed{attempt}", deepspeed=deepspeed)
+        path, out = write_yaml(f"killed{attempt}", **changes)
         logs = [out.with_suffix(f".{number}") for number in range(num_runs)]
         processes = [start("--train_args_file", path, log=log) for log in logs]
         time.sleep(seconds * generator.uniform(0.15, 0.95 if num_runs == 1 else 1.5))
@@ -102,7 +106,7 @@ def small_disk(folder: Path, num_bytes: int):
 @slow
 @pytest.mark.parametrize("deepspeed", [ZERO2, None], ids=["zero2", "plain"])
 def test_a_disk_that_fills_at_any_moment_loses_nothing(write_yaml, whole, deepspeed):
-    check, _ = whole(deepspeed)
+    check, _ = whole({"deepspeed": deepspeed})
     used = sum(path.stat().st_size for path in write_yaml("whole")[1].rglob("*") if path.is_file())
     generator = random.Random(13)
     for attempt in range(NUM_KILLS // 4):
