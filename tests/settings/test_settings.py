@@ -254,7 +254,7 @@ def test_a_setting_without_effect_is_a_warning(changes, key, cause, read):
 
 
 def test_settings_that_have_an_effect_are_not_named(read):
-    changes = {"group_size_ratio": 0.5, "lora_rank": 8, "model_max_length": 9000, "rope_type": "linear", "max_steps": 3}
+    changes = {"group_size_ratio": 0.5, "lora_rank": 8, "model_max_length": 9000, "rope_type": "yarn", "max_steps": 3}
     assert read(changes)[1] == {}
     assert read({"finetuning_type": "full"}, "--train_norm", "false")[1] == {}
 
