@@ -14,7 +14,7 @@ def plot_by_length(results: dict[str, dict], path: str, panels: dict[str, tuple[
         for axis, (key, (label, factor)) in zip(axes, panels.items(), strict=True):
             for name in methods:
                 known = [n for n in lengths if key in results[str(n)].get(name, {})]
-                axis.plot(known, [results[str(n)][name][key] * factor for n in known], marker="o", label=name)
+                axis.plot(known, [results[str(n)][name][key] * factor for n in known], label=name)
             mark_lengths(axis, lengths)
             if key in log:
                 axis.set_yscale("log")

@@ -22,9 +22,9 @@ from longqlora.evaluation.perplexity_task import TokenScorer, Windows
 from longqlora.evaluation.retrieval.grid import plot_heatmap
 from longqlora.evaluation.retrieval.passkey import Passkey, accuracy_cells
 from longqlora.inference.load import LoadedModel, folder_state, load_for_inference, set_context
-from longqlora.model.context import context_length, resolve_config
+from longqlora.model.context import context_length, resolve_config, rope_of
 from longqlora.model.context_request import ATTENTIONS, ContextRequest
-from longqlora.plot import draw_perplexity, new_figure
+from longqlora.plot import draw_loss_by_position, draw_perplexity, new_figure
 from longqlora.settings.reader import coerce, input_path, read_yaml
 from longqlora.table import grouped, text_table
 
@@ -100,6 +100,7 @@ class Comparison(Task):
         return {
             "peft_model": method.peft_model,
             "context_size": context_length(config),
+            "original_length": rope_of(config).original_length,
             "rope_parameters": getattr(config, "rope_parameters", None),
             "attention": describe_inference_attention(config),
             "vocab_size": config.get_text_config().vocab_size,
@@ -174,8 +175,14 @@ class Comparison(Task):
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
         if self.windows:
-            with new_figure(path) as (axis,):
-                draw_perplexity(axis, {name: self.curve(cells).items() for name, cells in record["results"].items()})
+            results, longest = record["results"].items(), self.lengths[-1]
+            trained = [name for name, method in self.methods.items() if method.peft_model]
+            known = next(iter(record["models"].values()))[longest]["original_length"]
+            style = {"original_length": known, "thin": {*self.methods}.difference(trained) if trained else ()}
+            with new_figure(path, 2) as (left, right):
+                draw_perplexity(left, {name: self.curve(cells).items() for name, cells in results}, **style)
+                by_position = {name: cells[longest]["loss_by_position"] for name, cells in results}
+                draw_loss_by_position(right, by_position, **style)
         else:
             plot_heatmap(record["results"], path, label="passkey accuracy")
 

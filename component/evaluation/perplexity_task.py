@@ -22,6 +22,7 @@ from longqlora.distributed import is_main_process
 from longqlora.evaluation.frame import ModelSource, Task
 from longqlora.evaluation.perplexity import Window, WindowPlan, batches, plan_windows, position_blocks, summarize
 from longqlora.inference.load import LoadedModel, model_facts
+from longqlora.model.context import rope_of
 from longqlora.plot import plot_evaluation
 from longqlora.settings.config import at_least, check_limit
 from longqlora.table import grouped
@@ -175,6 +176,7 @@ class Perplexity(Task):
         told = ("sliding_window", "batch_size", "prefill_chunk_size", "data_sha256")
         self.facts = {**{name: self.settings[name] for name in told}, "data_file": self.windows.data.path.name}
         self.facts |= model_facts(loaded)
+        self.original_length = rope_of(loaded.config).original_length
 
     def ask(self, trial: Mapping) -> dict:
         return self.windows.ask(self.scorer, trial)
@@ -205,4 +207,4 @@ class Perplexity(Task):
         return "\n".join(lines)
 
     def plot(self, record: Mapping, name: str, path: str) -> None:
-        plot_evaluation(record["results"], name, path)
+        plot_evaluation(record["results"], name, path, original_length=self.original_length)

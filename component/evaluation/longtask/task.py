@@ -105,7 +105,7 @@ class LongTask(Task):
             left.set(xlim=(0, 1.12), xlabel="mean score")
             for (metric,), group in grouped(lengths, "metric").items():
                 points = [(entry["min_tokens"], entry["score"]) for entry in group]
-                right.plot(*zip(*points, strict=True), marker="o", label=metric)
+                right.plot(*zip(*points, strict=True), label=metric)
             ticks = sorted({entry["min_tokens"] for entry in lengths})
             mark_lengths(right, ticks)
             right.set_xticks(ticks, [f"{tick}-{2 * tick}" for tick in ticks], rotation=30)

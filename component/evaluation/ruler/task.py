@@ -120,7 +120,7 @@ class Ruler(Task):
         results, _ = by_source(record["results"])
         with new_figure(path) as (axis,):
             for task, row in rows_by_task(results).items():
-                style = {"marker": "s", "color": "black", "linewidth": 2.5} if task == MEAN else {"marker": "o"}
+                style = {"marker": "", "color": "black", "linewidth": 2.5} if task == MEAN else {}
                 axis.plot(*zip(*sorted(row.items()), strict=True), label=task, **style)
             mark_lengths(axis, list(mean_by_length(results)))
             axis.set(xlabel="length (tokens)", ylabel="RULER score (%)", ylim=(-3, 103))
