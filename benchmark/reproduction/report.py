@@ -153,8 +153,8 @@ def facts_table(scale: Scale, cells: Sequence[Cell], head: Mapping | None, comma
                       "start, dropout, order of the rows; mean ± half of the 95% interval (Student's t)"),
         ]  # fmt: skip
     rows += [("cells", f"{len(cells) - num_missing} of {len(cells)} measured")]
-    return tabulate([(name, text.replace("|", "\\|")) for name, text in rows], ["", ""], tablefmt="pipe",
-                    disable_numparse=True)  # fmt: skip
+    lines = [f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def table(suite: Suite, figures: Figures) -> str:

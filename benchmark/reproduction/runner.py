@@ -78,6 +78,8 @@ class Scripts:
         os.dup2(file, 1), os.dup2(file, 2)
         sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2))
         os.chdir(REPO)
+        # The parent's bar is none of this process's.
+        tqdm._instances.clear()
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
         script = str(REPO / words[0])

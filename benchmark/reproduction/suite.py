@@ -140,7 +140,7 @@ class Scale:
         return {**self.train, **paths, "data_cache_dir": shown(self.output_dir / "cache")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One line of the table; panel: of the plots, the first axis where there are several."""
 
