@@ -30,6 +30,7 @@ from tqdm import tqdm
 import longqlora.inference.load  # noqa: F401
 import longqlora.model.merge  # noqa: F401
 import longqlora.training.trainer  # noqa: F401
+from longqlora.cli import require_file
 from longqlora.files import atomic_file, read_json, remove, write_json
 from longqlora.table import grouped
 from reproduction.cost import num_saved_parameters
@@ -107,7 +108,8 @@ def prepare(scale: Scale, dataset: Dataset, num_threads: int | None) -> None:
             raise ValueError(f"{dataset.name}: {error}; {last_lines(log)}") from None
         if not path.exists():
             raise ValueError(f"{dataset.name}: {words[0]} did not write {str(path)!r}; correct scales.yaml")
-    dataset.folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train_file", "data_path"):
+        require_file(REPO / getattr(dataset, name), f"{dataset.name}: {name}")
     with atomic_file(dataset.train_args_file) as file:
         yaml.safe_dump(scale.train_settings(dataset), file, sort_keys=False)
 

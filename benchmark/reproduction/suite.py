@@ -176,7 +176,7 @@ class Cell:
     @property
     def work(self) -> Path:
         """Folder of the training, while it is needed."""
-        return self.scale.output_dir / "work" / f"{self.dataset.name}-{self.train_key}"
+        return self.scale.output_dir / "work" / self.train_key
 
     @property
     def settings(self) -> dict:
@@ -275,6 +275,9 @@ class Suite:
 
 def make_cell(suite: str, row: Row, dataset: Dataset, scale: Scale, seed: int | None) -> Cell:
     own, overrides, flops = dict(row.own), dict(row.settings), 0.0
+    if seed is None and overrides.get("attention") != "dca":
+        # Read dense in any case.
+        overrides.pop("attention", None)
     if seed is not None:
         like, part = own.pop("equal_flops", None), own.pop("part_of_steps", 1)
         overrides["max_steps"] = num_steps = max(1, round(part * scale.train["max_steps"]))
@@ -289,10 +292,11 @@ def make_cell(suite: str, row: Row, dataset: Dataset, scale: Scale, seed: int | 
     pattern, merge = own.get("pattern"), own.get("merge")
     settings = {**scale.train, **overrides} if seed is not None else overrides
     settings = {key: value for key, value in settings.items() if key not in CHANGES_NO_LOSS | PATHS}
-    trained = {"settings": settings, "pattern": pattern, "files": dataset.fingerprint()}
-    measured = {"perplexity": dict(scale.perplexity), "passkey": dict(scale.passkey), "reading": dict(scale.reading)}
+    files = dataset.fingerprint()
+    measured = [dict(scale.perplexity), dict(scale.passkey), dict(scale.reading), files.pop("data_path"), merge]
+    trained = [settings, pattern, files]
     kind = {**scale.train, **overrides}.get("finetuning_type")
-    key = digest([trained, measured, merge, None if seed is not None else [kind, scale.target]])
+    key = digest([trained, measured, None if seed is not None else [kind, scale.target]])
     name = f"{suite}: {row.name} ({dataset.name}{'' if seed is None else f', seed {seed}'})"
     return Cell(name, row.name, dataset, scale, seed, overrides, own, flops, key, digest(trained))
 
