@@ -14,7 +14,6 @@ may hold, benchmark/suites/scales.yaml what a scale is.
 import argparse
 import os
 import shlex
-import sys
 from pathlib import Path
 
 from longqlora.cli import require_folder, run_main
@@ -84,8 +83,10 @@ def main() -> None:
         options = {"num_workers": args.num_workers, "num_threads": args.num_threads}
         every = [cell for own in cells.values() for cell in own]
         failed = run_cells(every, facts, **options, keep_adapters=args.keep_adapters)
-    command = shlex.join(["python", "benchmark/reproduce.py", *sys.argv[1:]])
+    books = " --books FOLDER" if args.books else ""
     for suite in suites:
+        # The same whether the page is made with the cells or later, and without paths of this machine.
+        command = f"python benchmark/reproduce.py --suite {suite.name} --scale {args.scale}{books}"
         print(f"wrote {write_report(suite, scale, cells[suite.name], args.report_dir, command)}")
     if failed:
         names = "; ".join(f"{cell.name} ({log})" for cell, log in failed)

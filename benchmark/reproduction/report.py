@@ -1,6 +1,7 @@
 """The page of a suite: finished cells as a table with mean and 95% interval, the papers' rows beside, and plots."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -8,124 +9,217 @@ from tabulate import tabulate
 
 from longqlora.evaluation.retrieval.grid import percent, plot_heatmap
 from longqlora.files import atomic_file, read_json, write_json
-from longqlora.plot import draw_loss_by_position, draw_perplexity, new_figure
+from longqlora.plot import MARKERS, draw_loss_by_position, draw_perplexity, new_figure
 from longqlora.table import grouped
 from reproduction.suite import Cell, Scale, Suite
 
-# Student's t, two-sided 95%, by degrees of freedom; the normal distribution's beyond.
+# Student's t, two-sided 95%, by degrees of freedom from 1 on.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-NORMAL_95 = 1.96
 TERA = 1e12
-MARKERS = "os^DvPX"
-PLOT_WORDS = {
-    "perplexity": "perplexity by window length", "position": "loss by position at the longest length",
-    "passkey": "passkey accuracy by length and depth, mean over seeds", "cost": "cost against quality",
-    "steps": "perplexity at the longest length by optimizer steps",
-}  # fmt: skip
+CAPTIONS = {
+    "perplexity": "perplexity by window length, mean of the seeds",
+    "position": "loss by position at the longest length, first seed",
+    "passkey": "passkey accuracy by length and depth, mean of the seeds",
+    "cost": "cost against quality, with 95% intervals",
+    "steps": "perplexity at the longest length by optimizer steps, with 95% intervals",
+}
 
 
-class Figures:
-    """Finished cells of one suite on one data set, by row, and what they say."""
-
-    def __init__(self, scale: Scale, cells: Sequence[Cell]) -> None:
-        found = [{"row": cell.row, **read_json(cell.path)} for cell in cells if cell.path.is_file()]
-        self.scale, self.by_row = scale, {row: records for (row,), records in grouped(found, "row").items()}
-        self.lengths, self.passkey_lengths = scale.perplexity["seq_len"], scale.passkey["lengths"]
-        self.target = max(self.lengths)
-
-    def perplexity(self, row: str, length: int) -> list[float]:
-        """A value for each seed; so do the next."""
-        return [result["perplexity"] for record in self.by_row[row] for result in record["perplexity"]
-                if result["seq_len"] == length and result["perplexity"] is not None]  # fmt: skip
-
-    def passkey(self, row: str, length: int, depth: float | None = None) -> list[float]:
-        """Accuracy in percent, over all depths or at one."""
-        return [
-            100 * fmean(x["accuracy"] for x in record["passkey"]["cells"]
-                        if x["length"] == length and depth in (None, x["depth"]))
-            for record in self.by_row[row]
-        ]  # fmt: skip
-
-    def depths(self) -> list[float]:
-        record = next(iter(self.by_row.values()))[0]
-        return sorted({cell["depth"] for cell in record["passkey"]["cells"]})
-
-    def values(self, row: str, *path: str) -> list[float]:
-        """A value of the records by its keys; nothing where one lacks it."""
-        found = []
-        for record in self.by_row[row]:
-            for name in path:
-                record = record.get(name) if record else None
-            found += [] if record is None else [record]
-        return found
-
-    def columns(self, names: Sequence[str]) -> dict[str, object]:
-        """Heads of the table -> what gives a row's values and their format."""
-        makers = {
-            "perplexity": {f"ppl {n}": (lambda row, n=n: self.perplexity(row, n), ".2f") for n in self.lengths},
-            "passkey": {f"passkey {n}, %": (lambda row, n=n: self.passkey(row, n), ".0f")
-                        for n in self.passkey_lengths},
-            "parameters": {"trained, M": (lambda row: [
-                n / 1e6 for n in self.values(row, "training", "num_parameters")], ".2f")},
-            "steps": {"steps": (lambda row: self.values(row, "training", "num_steps"), ".0f")},
-            "flops": {"TFLOPs": (lambda row: [n / TERA for n in self.values(row, "flops") if n], ".2f")},
-            "seconds": {"training, s": (lambda row: self.values(row, "seconds", "train"), ".0f")},
-        }  # fmt: skip
-        return {head: column for name in names for head, column in makers[name].items()}
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of the seeds and half of its 95% interval by Student's t; None for fewer than two."""
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over the seeds and half of its 95% interval by Student's t; 0 for a single one. At most ten seeds."""
     if len(values) < 2:
-        return fmean(values), None
-    t = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else NORMAL_95
-    return fmean(values), t * stdev(values) / len(values) ** 0.5
+        return fmean(values), 0.0
+    return fmean(values), T_95[len(values) - 2] * stdev(values) / len(values) ** 0.5
 
 
 def with_interval(values: Sequence[float], form: str) -> str:
     if not values:
         return "-"
-    mean, half = mean_interval(values)
-    return f"{mean:{form}}" if half is None or f"{half:{form}}" == f"{0:{form}}" else f"{mean:{form}} ± {half:{form}}"
+    mean, half = (f"{value:{form}}" for value in mean_interval(values))
+    return mean if float(half) == 0 else f"{mean} ± {half}"
+
+
+def aligned(heads: Sequence[str], lines: Sequence[Sequence]) -> str:
+    align = ["left", *["right"] * (len(heads) - 1)]
+    return tabulate(lines, heads, tablefmt="pipe", disable_numparse=True, colalign=align)
+
+
+class Figures:
+    """Finished cells of one suite on one data set, by row in the suite's order; a value for each seed."""
+
+    def __init__(self, suite: Suite, scale: Scale, cells: Sequence[Cell]) -> None:
+        found = [{"row": cell.row, **read_json(cell.path)} for cell in cells if cell.path.is_file()]
+        records = {row: own for (row,), own in grouped(found, "row").items()}
+        self.suite, self.scale = suite, scale
+        self.records = {row.name: records[row.name] for row in suite.rows if row.name in records}
+        self.panels: dict[str, list[str]] = {}
+        for row in suite.rows:
+            if row.name in records and row.name in (suite.plot_rows or records):
+                self.panels.setdefault(row.panel, []).append(row.name)
+        self.lengths, self.passkey_lengths = scale.perplexity["seq_len"], scale.passkey["lengths"]
+
+    def perplexity(self, row: str, length: int | None = None) -> list[float]:
+        """At a length, the longest where none is given; what is not finite is left out."""
+        length = length or max(self.lengths)
+        found = [result for record in self.records[row] for result in record["perplexity"]]
+        return [x["perplexity"] for x in found if x["seq_len"] == length and x["perplexity"] is not None]
+
+    def passkey(self, row: str, length: int, depth: float | None = None) -> list[float]:
+        """Accuracy in percent, over all depths or at one."""
+        places = [[x["accuracy"] for x in record["passkey"]["cells"]
+                   if x["length"] == length and depth in (None, x["depth"])]
+                  for record in self.records[row]]  # fmt: skip
+        return [100 * fmean(own) for own in places]
+
+    def fact(self, row: str, group: str, name: str, unit: float = 1) -> list[float]:
+        """A number of the records, in `unit`; nothing for rows that are not trained."""
+        found = [record.get(group, {}).get(name) for record in self.records[row]]
+        return [value / unit for value in found if value]
+
+    def columns(self) -> dict[str, tuple[Callable[[str], list[float]], str]]:
+        """Heads of the suite's columns -> what gives a row's values, and their format."""
+        kinds = {
+            "perplexity": {f"ppl {n}": (partial(self.perplexity, length=n), ".2f") for n in self.lengths},
+            "passkey": {f"passkey {n}, %": (partial(self.passkey, length=n), ".0f") for n in self.passkey_lengths},
+            "parameters": {
+                "trained, M": (partial(self.fact, group="training", name="num_parameters", unit=1e6), ".2f")
+            },
+            "steps": {"steps": (partial(self.fact, group="training", name="num_steps"), ".0f")},
+            "flops": {"TFLOPs": (partial(self.fact, group="training", name="flops", unit=TERA), ".2f")},
+            "seconds": {"training, s": (partial(self.fact, group="seconds", name="train"), ".0f")},
+        }
+        return {head: column for kind in self.suite.columns for head, column in kinds[kind].items()}
+
+    def table(self) -> str:
+        """The rows with their columns, and the papers' beside."""
+        suite, columns = self.suite, self.columns()
+        beside = [(f"{source['source'].split(' (')[0]}: {head}", source["rows"], index)
+                  for source in suite.paper for index, head in enumerate(source["columns"])]  # fmt: skip
+        lines = []
+        for row in self.records:
+            own = [with_interval(values(row), form) for values, form in columns.values()]
+            paper = [rows[row][index] if row in rows else None for _, rows, index in beside]
+            name = f"**{row}**" if row == suite.recommended else row
+            lines.append([name, *own, *("" if value is None else value for value in paper)])
+        return aligned(["", *columns, *(head for head, _, _ in beside)], lines)
+
+    def depth_table(self) -> str:
+        """Passkey accuracy by depth at the longest length."""
+        length = max(self.passkey_lengths)
+        first = next(iter(self.records.values()))[0]
+        depths = sorted({cell["depth"] for cell in first["passkey"]["cells"]})
+        lines = [[row, *(with_interval(self.passkey(row, length, depth), ".0f") for depth in depths)]
+                 for row in self.records]  # fmt: skip
+        return aligned([f"passkey at {length} tokens, %", *(f"depth {percent(depth)}" for depth in depths)], lines)
+
+    def draw(self, plot: str, path: Path) -> None:
+        {"perplexity": self.draw_lengths, "position": self.draw_positions, "passkey": self.draw_passkey,
+         "cost": self.draw_cost, "steps": self.draw_steps}[plot](path)  # fmt: skip
+
+    def draw_lengths(self, path: Path) -> None:
+        def curve(row: str) -> list[tuple[int, float]]:
+            return [(n, fmean(values)) for n in self.lengths if (values := self.perplexity(row, n))]
+
+        self.draw_curves(draw_perplexity, curve, path)
+
+    def draw_positions(self, path: Path) -> None:
+        def curve(row: str) -> list[Mapping]:
+            by_length = {result["seq_len"]: result["loss_by_position"] for result in self.records[row][0]["perplexity"]}
+            return by_length[max(by_length)]
+
+        self.draw_curves(draw_loss_by_position, curve, path)
+
+    def draw_curves(self, draw: Callable, curve: Callable[[str], Sequence], path: Path) -> None:
+        """A panel for each value of the suite's first axis, a curve for each row."""
+        with new_figure(path, len(self.panels)) as axes:
+            for axis, (panel, rows) in zip(axes, self.panels.items(), strict=True):
+                curves = {row.removeprefix(f"{panel}, "): curve(row) for row in rows}
+                draw(axis, curves, original_length=self.scale.context)
+                axis.set_title(panel or ("others" if len(self.panels) > 1 else ""))
+
+    def draw_passkey(self, path: Path) -> None:
+        grids = {}
+        for row in (row for rows in self.panels.values() for row in rows):
+            places = [cell for record in self.records[row] for cell in record["passkey"]["cells"]]
+            grids[row] = [{"length": length, "depth": depth, "accuracy": fmean(x["accuracy"] for x in own)}
+                          for (length, depth), own in grouped(places, "length", "depth").items()]  # fmt: skip
+        plot_heatmap(grids, path, label="passkey accuracy")
+
+    def draw_cost(self, path: Path) -> None:
+        """A point for each trained row; the edge joins those that nothing cheaper beats."""
+        found = {row.name: (panel, flops[0], *mean_interval(values)) for row in self.suite.rows
+                 if row.name in self.records and (flops := self.fact(row.name, "training", "flops", TERA))
+                 and (values := self.perplexity(row.name)) for panel in [row.panel or "other"]}  # fmt: skip
+        edge, best = [], float("inf")
+        for _, flops, mean, _ in sorted(found.values(), key=lambda point: point[1:3]):
+            if mean < best:
+                best = mean
+                edge.append((flops, mean))
+        with new_figure(path, panel_size=(8, 5.5)) as (axis,):
+            for number, panel in enumerate(dict.fromkeys(point[0] for point in found.values())):
+                _, flops, means, halves = zip(*(x for x in found.values() if x[0] == panel), strict=True)
+                marker = MARKERS[number % len(MARKERS)]
+                axis.errorbar(flops, means, halves, marker=marker, linestyle="", capsize=3, label=panel)
+            axis.step(*zip(*edge, strict=True), where="post", color="0.4", marker="", label="edge")
+            if self.suite.recommended in found:
+                _, flops, mean, _ = found[self.suite.recommended]
+                ring = {"markersize": 18, "fillstyle": "none", "color": "black", "linestyle": ""}
+                axis.plot([flops], [mean], marker="o", **ring, label=f"recommended: {self.suite.recommended}")
+            # Rows of the same attention cost the same: one name above each.
+            names = {round(flops, 3): row.removeprefix(f"{panel}, ") for row, (panel, flops, *_) in found.items()
+                     if panel != "other"}  # fmt: skip
+            for flops, name in names.items():
+                axis.annotate(name, (flops, 1.01), xycoords=("data", "axes fraction"), rotation=35, fontsize=7)
+            axis.set(xlabel="training FLOPs (10^12)", ylabel=f"perplexity at {max(self.lengths)} tokens", yscale="log")
+            axis.legend(fontsize="small")
+
+    def draw_steps(self, path: Path) -> None:
+        steps = partial(self.fact, group="training", name="num_steps")
+        with new_figure(path) as (axis,):
+            for panel, rows in self.panels.items():
+                points = sorted((fmean(steps(row) or [0]), *mean_interval(self.perplexity(row))) for row in rows)
+                x, means, halves = zip(*points, strict=True)
+                axis.errorbar(x, means, halves, capsize=3, label=panel or self.suite.title)
+            axis.set(xlabel="optimizer steps", ylabel=f"perplexity at {max(self.lengths)} tokens", yscale="log")
+            axis.legend(fontsize="small")
 
 
 def write_report(suite: Suite, scale: Scale, cells: Sequence[Cell], folder: Path, command: str) -> Path:
     """Write NAME.md, NAME.json and the plots of the finished cells into `folder`; returns the path of the page."""
     stem = suite.name if scale.name == "tiny" else f"{suite.name}-{scale.name}"
-    parts, records, head = [], {}, None
+    parts, records = [], {}
     for dataset in scale.datasets:
-        figures = Figures(scale, [cell for cell in cells if cell.dataset == dataset])
-        if not figures.by_row:
-            parts.append(f"## {dataset.name}\n\nNot run.")
+        figures = Figures(suite, scale, [cell for cell in cells if cell.dataset == dataset])
+        parts.append(f"## {dataset.name}")
+        if not figures.records:
+            parts.append("Not run.")
             continue
-        head = head or next(iter(figures.by_row.values()))[0]
-        images = draw_plots(suite, scale, figures, folder, f"{stem}-{dataset.name}")
-        parts += [f"## {dataset.name}", table(suite, figures), *depth_table(suite, figures), *images]
-        records[dataset.name] = {row: list(map(brief, own)) for row, own in figures.by_row.items()}
-    num_missing = sum(not cell.path.is_file() for cell in cells)
-    path = folder / f"{stem}.md"
-    written = [
-        f"# {suite.title}",
-        suite.question.strip(),
-        facts_table(scale, cells, head, command, num_missing),
-        *parts,
-    ]
-    paper = [f"- {source['columns'][0]}{' and so on' if len(source['columns']) > 1 else ''}: {source['source']}"
-             for source in suite.paper]  # fmt: skip
-    written += ["## The papers' columns", "\n".join(paper)] if paper else []
-    missing = [f"- {row.name}: {row.own['not_available']}" for row in suite.rows if "not_available" in row.own]
-    written += ["## Not available", "\n".join(missing)] if missing else []
-    written += ["## Reading", suite.reading.strip()] if suite.reading.strip() else []
-    with atomic_file(path) as file:
-        file.write("\n\n".join(written) + "\n")
-    write_json(
-        folder / f"{stem}.json", {"command": command, "suite": suite.name, "scale": scale.name, "cells": records}
-    )
-    return path
+        records[dataset.name] = {row: list(map(brief, own)) for row, own in figures.records.items()}
+        parts += [figures.table(), *([figures.depth_table()] if "passkey" in suite.columns else [])]
+        for plot in suite.plots:
+            image = folder / f"{stem}-{dataset.name}-{plot}.png"
+            figures.draw(plot, image)
+            parts.append(f"![{CAPTIONS[plot]}]({image.name})")
+    measured = [record for rows in records.values() for own in rows.values() for record in own]
+    facts = {"command": f"`{command}`", "scale": scale.about, **(facts_of(measured) if measured else {}),
+             "cells": f"{len(measured)} of {len(cells)} measured"}  # fmt: skip
+    facts = [f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in facts.items()]
+    lists = {
+        "Not available": [f"- {row.name}: {row.own['not_available']}" for row in suite.rows
+                          if "not_available" in row.own],
+        "The papers' figures": [f"- {source['source']}: {', '.join(source['columns'])}" for source in suite.paper],
+        "Reading": suite.reading.strip().splitlines(),
+    }  # fmt: skip
+    parts += [f"## {title}\n\n" + "\n".join(lines) for title, lines in lists.items() if lines]
+    page = [f"# {suite.title}", suite.question.strip(), "\n".join(["| | |", "|---|---|", *facts]), *parts]
+    with atomic_file(folder / f"{stem}.md") as file:
+        file.write("\n\n".join(page) + "\n")
+    write_json(folder / f"{stem}.json", {"command": command, "scale": scale.about, "cells": records})
+    return folder / f"{stem}.md"
 
 
 def brief(record: Mapping) -> dict:
-    """A cell's record for the page's JSON: without losses by position but at the longest length."""
+    """A cell's record for the page's JSON: no commands, and loss by position at the longest length only."""
     longest = max(result["seq_len"] for result in record["perplexity"])
     by_length = [{key: value for key, value in result.items()
                   if key != "loss_by_position" or result["seq_len"] == longest}
@@ -133,148 +227,22 @@ def brief(record: Mapping) -> dict:
     return {key: value for key, value in record.items() if key not in ("row", "commands")} | {"perplexity": by_length}
 
 
-def facts_table(scale: Scale, cells: Sequence[Cell], head: Mapping | None, command: str, num_missing: int) -> str:
-    rows = [("command", f"`{command}`"), ("scale", scale.about)]
-    if head:
-        records = [read_json(cell.path) for cell in cells if cell.path.is_file()]
-        machine, dates = head["machine"], sorted({record["date"] for record in records})
-        commits = sorted({record["machine"]["versions"]["commit"][:12] for record in records})
-        versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if name != "commit")
-        passkey = head["passkey"]["protocol"]
-        rows += [
-            ("date", " to ".join(dict.fromkeys((dates[0], dates[-1])))),
-            ("commit", ", ".join(commits)),
-            ("hardware", f"{machine['cpu']}, {machine['num_cpus']} cores, {machine['num_threads']} thread(s) a cell"
-                         + (f", {machine['gpu']}" if "gpu" in machine else "")),
-            ("versions", versions),
-            ("perplexity", head["perplexity"][-1]["protocol"]),
-            ("passkey", "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in passkey.items())),
-            ("seeds", f"{', '.join(map(str, sorted({r['seed'] for r in records if r['seed'] is not None})))}: LoRA's "
-                      "start, dropout, order of the rows; mean ± half of the 95% interval (Student's t)"),
-        ]  # fmt: skip
-    rows += [("cells", f"{len(cells) - num_missing} of {len(cells)} measured")]
-    lines = [f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows]
-    return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def table(suite: Suite, figures: Figures) -> str:
-    """Rows of the suite with their columns, and the paper's beside."""
-    columns = figures.columns(suite.columns)
-    beside = [(f"{source['source'].split(' (')[0]}: {head}", source["rows"], index)
-              for source in suite.paper for index, head in enumerate(source["columns"])]  # fmt: skip
-    lines = []
-    for row in suite.rows:
-        if row.name not in figures.by_row:
-            continue
-        own = [with_interval(values(row.name), form) for values, form in columns.values()]
-        paper = [rows[row.name][index] if row.name in rows else "" for _, rows, index in beside]
-        name = f"**{row.name}**" if row.name == suite.recommended else row.name
-        lines.append([name, *own, *("" if value is None else value for value in paper)])
-    heads = ["", *columns, *(head for head, _, _ in beside)]
-    return tabulate(lines, heads, tablefmt="pipe", disable_numparse=True,
-                    colalign=["left", *["right"] * (len(heads) - 1)])  # fmt: skip
-
-
-def depth_table(suite: Suite, figures: Figures) -> list[str]:
-    """Passkey accuracy by depth at each length of the suite's column "depths"."""
-    if "passkey" not in suite.plots:
-        return []
-    length, depths = max(figures.passkey_lengths), figures.depths()
-    lines = [[row, *(with_interval(figures.passkey(row, length, depth), ".0f") for depth in depths)]
-             for row in figures.by_row]  # fmt: skip
-    heads = [f"passkey at {length} tokens, %", *(f"depth {percent(depth)}" for depth in depths)]
-    return [tabulate(lines, heads, tablefmt="pipe", disable_numparse=True,
-                     colalign=["left", *["right"] * len(depths)])]  # fmt: skip
-
-
-def draw_plots(suite: Suite, scale: Scale, figures: Figures, folder: Path, stem: str) -> list[str]:
-    """Draw the suite's plots; returns them as lines of markdown."""
-    panels = {}
-    for row in suite.rows:
-        if row.name in figures.by_row and (not suite.plot_rows or row.name in suite.plot_rows):
-            panels.setdefault(row.panel, []).append(row.name)
-    lines = []
-    for plot in suite.plots if panels else ():
-        path = folder / f"{stem}-{plot}.png"
-        PLOTS[plot](suite, scale, figures, panels, path)
-        lines.append(f"![{PLOT_WORDS[plot]}]({path.name})")
-    return lines
-
-
-def short_name(row: str, panel: str) -> str:
-    return row.removeprefix(f"{panel}, ") if panel else row
-
-
-def plot_perplexity(suite: Suite, scale: Scale, figures: Figures, panels: Mapping, path: Path) -> None:
-    with new_figure(path, len(panels)) as axes:
-        for axis, (panel, rows) in zip(axes, panels.items(), strict=True):
-            curves = {short_name(row, panel): [(length, fmean(values)) for length in figures.lengths
-                                               if (values := figures.perplexity(row, length))]
-                      for row in rows}  # fmt: skip
-            draw_perplexity(axis, curves, original_length=scale.context)
-            axis.set_title(panel)
-
-
-def plot_position(suite: Suite, scale: Scale, figures: Figures, panels: Mapping, path: Path) -> None:
-    """Of the first seed of each row."""
-    with new_figure(path, len(panels)) as axes:
-        for axis, (panel, rows) in zip(axes, panels.items(), strict=True):
-            curves = {short_name(row, panel): next(result["loss_by_position"]
-                                                   for result in figures.by_row[row][0]["perplexity"]
-                                                   if result["seq_len"] == figures.target)
-                      for row in rows}  # fmt: skip
-            draw_loss_by_position(axis, curves, original_length=scale.context)
-            axis.set_title(panel)
-
-
-def plot_passkey(suite: Suite, scale: Scale, figures: Figures, panels: Mapping, path: Path) -> None:
-    grids = {}
-    for row in (row for rows in panels.values() for row in rows):
-        places = [cell for record in figures.by_row[row] for cell in record["passkey"]["cells"]]
-        grids[row] = [{"length": length, "depth": depth, "accuracy": fmean(x["accuracy"] for x in own)}
-                      for (length, depth), own in grouped(places, "length", "depth").items()]  # fmt: skip
-    plot_heatmap(grids, path, label=PLOT_WORDS["passkey"])
-
-
-def plot_cost(suite: Suite, scale: Scale, figures: Figures, panels: Mapping, path: Path) -> None:
-    """A point for each trained row; the edge joins those that nothing cheaper beats."""
-    points = {}
-    for row in suite.rows:
-        flops = figures.values(row.name, "flops") if row.name in figures.by_row else []
-        if flops and flops[0] and (values := figures.perplexity(row.name, figures.target)):
-            points[row] = (flops[0] / TERA, *mean_interval(values))
-    by_cost = sorted(points.values())
-    edge = [point for index, point in enumerate(by_cost) if point[1] < min([p[1] for p in by_cost[:index]] or [9e99])]
-    with new_figure(path, panel_size=(8, 5.5)) as (axis,):
-        names = list(dict.fromkeys(row.panel for row in points))
-        for marker, panel in zip(MARKERS * len(names), names, strict=False):
-            own = [point for row, point in points.items() if row.panel == panel]
-            costs, means, halves = zip(*own, strict=True)
-            axis.errorbar(costs, means, [half or 0 for half in halves], marker=marker, linestyle="", capsize=3,
-                          label=panel or "other")  # fmt: skip
-        axis.step([x for x, _, _ in edge], [y for _, y, _ in edge], where="post", color="0.4", marker="", label="edge")
-        by_x = {}
-        for row, (x, y, _) in points.items():
-            by_x.setdefault(round(x, 4), (short_name(row.name, row.panel), y))
-            if row.name == suite.recommended:
-                axis.plot([x], [y], marker="o", markersize=18, fillstyle="none", color="black", linestyle="",
-                          label=f"recommended: {row.name}")  # fmt: skip
-        for x, (name, _) in by_x.items():
-            axis.annotate(name, (x, 1.0), xycoords=("data", "axes fraction"), rotation=45, fontsize=7)
-        axis.set(xlabel="training FLOPs (10^12)", ylabel=f"perplexity at {figures.target} tokens", yscale="log")
-        axis.legend(fontsize="small")
-
-
-def plot_steps(suite: Suite, scale: Scale, figures: Figures, panels: Mapping, path: Path) -> None:
-    with new_figure(path) as (axis,):
-        for panel, rows in panels.items():
-            points = sorted((fmean(figures.values(row, "training", "num_steps") or [0]),
-                             *mean_interval(figures.perplexity(row, figures.target))) for row in rows)  # fmt: skip
-            steps, means, halves = zip(*points, strict=True)
-            axis.errorbar(steps, means, [half or 0 for half in halves], capsize=3, label=panel or suite.title)
-        axis.set(xlabel="optimizer steps", ylabel=f"perplexity at {figures.target} tokens", yscale="log")
-        axis.legend(fontsize="small")
-
-
-PLOTS = {"perplexity": plot_perplexity, "position": plot_position, "passkey": plot_passkey, "cost": plot_cost,
-         "steps": plot_steps}  # fmt: skip
+def facts_of(records: Sequence[Mapping]) -> dict[str, str]:
+    """How the cells were measured: the first one's machine and protocol, dates, commits and seeds of all."""
+    first, dates = records[0], sorted(record["date"] for record in records)
+    versions, machine = dict(first["machine"]["versions"]), first["machine"]
+    commits = {record["machine"]["versions"]["commit"] for record in records}
+    seeds = sorted({record["seed"] for record in records if record["seed"] is not None})
+    hardware = f"{machine['cpu']}, {machine['num_cpus']} cores, threads of a cell: {machine['num_threads']}"
+    passkey = first["passkey"]["protocol"]
+    versions.pop("commit")
+    return {
+        "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        "commit": ", ".join(sorted(commit[:12] + "+dirty" * commit.endswith("+dirty") for commit in commits)),
+        "hardware": f"{machine['gpu']}; {hardware}" if "gpu" in machine else hardware,
+        "versions": ", ".join(f"{name} {value}" for name, value in versions.items()),
+        "perplexity": first["perplexity"][-1]["protocol"],
+        "passkey": "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in passkey.items()),
+        "seeds": f"{', '.join(map(str, seeds))} (LoRA's start, dropout, order of the rows); mean ± half of the 95% "
+                 "interval, Student's t",
+    }  # fmt: skip

@@ -142,7 +142,6 @@ def measure(cell: Cell, scripts: Scripts, facts: Mapping, seconds: dict) -> None
         "commands": cell.commands(),
         "perplexity": [{name: result[name] for name in kept} for result in perplexity],
         "passkey": {name: found["passkey"][name] for name in ("protocol", "cells")},
-        "flops": cell.flops,
         "seconds": own,
         "files": cell.dataset.fingerprint(),
         "date": time.strftime("%Y-%m-%d"),
@@ -151,8 +150,8 @@ def measure(cell: Cell, scripts: Scripts, facts: Mapping, seconds: dict) -> None
     if cell.seed is not None:
         results = read_json(cell.work / "train_results.json")
         losses = [[entry["step"], entry["loss"]] for entry in results["log_history"] if "loss" in entry]
-        record["training"] = {"num_steps": results["global_step"], "losses": losses,
-                              "num_parameters": num_saved_parameters(cell.work / "final")}  # fmt: skip
+        numbers = {"num_steps": results["global_step"], "num_parameters": num_saved_parameters(cell.work / "final")}
+        record["training"] = {**numbers, "flops": cell.flops, "losses": losses}
     write_json(cell.path, record)
 
 

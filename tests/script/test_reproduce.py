@@ -58,7 +58,8 @@ def test_the_smoke_cell_of_a_suite(smoke, name):
     page, record = (pages / f"{name}-smoke.md").read_text(), json.loads((pages / f"{name}-smoke.json").read_text())
     (cell,) = record["cells"]["python"][suite.smoke]
     assert all(math.isfinite(result["perplexity"]) for result in cell["perplexity"]) and cell["passkey"]["cells"]
-    assert cell["flops"] > 0 and cell["training"]["num_parameters"] > 0 and len(cell["training"]["losses"]) == 2
+    training = cell["training"]
+    assert training["flops"] > 0 and training["num_parameters"] > 0 and len(training["losses"]) == 2
     assert f"{cell['perplexity'][-1]['perplexity']:.2f}" in page and suite.smoke in page
     for plot in suite.plots:
         assert (pages / f"{name}-smoke-python-{plot}.png").stat().st_size > 1000
@@ -72,7 +73,7 @@ def test_finished_cells_are_skipped_and_a_page_is_made_from_them(smoke, run_scri
     page.unlink()
     words = ["--suite", "recipe", "--smoke", "--output_dir", folder / "out", "--report_dir", folder / "pages"]
     run_script(SCRIPT, *words, check=True)
-    assert page.read_text().split("command")[1].split("|")[2:] == text.split("command")[1].split("|")[2:]
+    assert page.read_text() == text
     assert [path.stat().st_mtime_ns for path in sorted(folder.glob("out/cells/*.json"))] == before
 
 
@@ -143,6 +144,6 @@ def test_a_dry_run_lists_commands_and_writes_nothing(tmp_path, run_in_process):
 def test_the_interval_is_students(tmp_path):
     mean, half = mean_interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
-    assert mean_interval([5.0]) == (5.0, None)
+    assert mean_interval([5.0]) == (5.0, 0)
     assert with_interval([1.0, 2.0, 3.0], ".2f") == "2.00 ± 2.48"
     assert with_interval([2.0, 2.0], ".1f") == "2.0" and with_interval([], ".1f") == "-"
