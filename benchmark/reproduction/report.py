@@ -16,6 +16,8 @@ from reproduction.suite import Cell, Scale, Suite
 # Student's t, two-sided 95%, by degrees of freedom from 1 on.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 TERA = 1e12
+# Rows whose FLOPs differ by less share a label in the plot.
+SAME_COST = 1.02
 CAPTIONS = {
     "perplexity": "perplexity by window length, mean of the seeds",
     "position": "loss by position at the longest length, first seed",
@@ -44,6 +46,13 @@ def aligned(heads: Sequence[str], lines: Sequence[Sequence]) -> str:
     return tabulate(lines, heads, tablefmt="pipe", disable_numparse=True, colalign=align)
 
 
+def plain_numbers(axis) -> None:
+    """Legend, and the ticks of a short logarithmic axis as they are read."""
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.legend(fontsize="small")
+
+
 class Figures:
     """Finished cells of one suite on one data set, by row in the suite's order; a value for each seed."""
 
@@ -54,7 +63,7 @@ class Figures:
         self.records = {row.name: records[row.name] for row in suite.rows if row.name in records}
         self.panels: dict[str, list[str]] = {}
         for row in suite.rows:
-            if row.name in records and row.name in (suite.plot_rows or records):
+            if row.name in records:
                 self.panels.setdefault(row.panel, []).append(row.name)
         self.lengths, self.passkey_lengths = scale.perplexity["seq_len"], scale.passkey["lengths"]
 
@@ -139,7 +148,7 @@ class Figures:
 
     def draw_passkey(self, path: Path) -> None:
         grids = {}
-        for row in (row for rows in self.panels.values() for row in rows):
+        for row in [row for row in self.suite.passkey_rows if row in self.records] or self.records:
             places = [cell for record in self.records[row] for cell in record["passkey"]["cells"]]
             grids[row] = [{"length": length, "depth": depth, "accuracy": fmean(x["accuracy"] for x in own)}
                           for (length, depth), own in grouped(places, "length", "depth").items()]  # fmt: skip
@@ -165,13 +174,16 @@ class Figures:
                 _, flops, mean, _ = found[self.suite.recommended]
                 ring = {"markersize": 18, "fillstyle": "none", "color": "black", "linestyle": ""}
                 axis.plot([flops], [mean], marker="o", **ring, label=f"recommended: {self.suite.recommended}")
-            # Rows of the same attention cost the same: one name above each.
-            names = {round(flops, 3): row.removeprefix(f"{panel}, ") for row, (panel, flops, *_) in found.items()
-                     if panel != "other"}  # fmt: skip
-            for flops, name in names.items():
-                axis.annotate(name, (flops, 1.01), xycoords=("data", "axes fraction"), rotation=35, fontsize=7)
+            # Rows of the same attention cost the same: their name stands once above them, beside those of like cost.
+            names: dict[float, list[str]] = {}
+            for row, (panel, flops, *_) in sorted(found.items(), key=lambda item: item[1][1]):
+                place = next((known for known in names if flops < SAME_COST * known), flops)
+                names.setdefault(place, []).append(row.removeprefix(f"{panel}, "))
+            for place, own in names.items():
+                text = " / ".join(dict.fromkeys(own))
+                axis.annotate(text, (place, 1.01), xycoords=("data", "axes fraction"), rotation=90, fontsize=7)
             axis.set(xlabel="training FLOPs (10^12)", ylabel=f"perplexity at {max(self.lengths)} tokens", yscale="log")
-            axis.legend(fontsize="small")
+            plain_numbers(axis)
 
     def draw_steps(self, path: Path) -> None:
         steps = partial(self.fact, group="training", name="num_steps")
@@ -181,7 +193,7 @@ class Figures:
                 x, means, halves = zip(*points, strict=True)
                 axis.errorbar(x, means, halves, capsize=3, label=panel or self.suite.title)
             axis.set(xlabel="optimizer steps", ylabel=f"perplexity at {max(self.lengths)} tokens", yscale="log")
-            axis.legend(fontsize="small")
+            plain_numbers(axis)
 
 
 def write_report(suite: Suite, scale: Scale, cells: Sequence[Cell], folder: Path, command: str) -> Path:

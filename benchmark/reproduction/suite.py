@@ -227,7 +227,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Suite:
-    """benchmark/suites/NAME.yaml; paper: tables {source, columns, rows: {row: values}} to stand beside ours."""
+    """benchmark/suites/NAME.yaml.
+
+    smoke: the row of --smoke. columns, plots: names in report.py. passkey_rows: those with a heat map; default: all.
+    paper: tables {source, columns, rows: {row: values}} to stand beside ours. reading: what a person says of it.
+    """
 
     name: str
     title: str
@@ -238,7 +242,7 @@ class Suite:
     plots: Sequence[str]
     reading: str = ""
     recommended: str | None = None
-    plot_rows: Sequence[str] = ()
+    passkey_rows: Sequence[str] = ()
     paper: Sequence[Mapping] = ()
     num_seeds: int | None = None
 

@@ -122,7 +122,7 @@ def test_a_suite_names_rows_that_it_has(name, tmp_path):
     for scale in read_yaml(SCALES):
         suite, found = read(name, scale, tmp_path)
         rows = {row.name for row in suite.rows}
-        named = {suite.smoke, *suite.plot_rows, *([suite.recommended] if suite.recommended else [])}
+        named = {suite.smoke, *suite.passkey_rows, *([suite.recommended] if suite.recommended else [])}
         assert named <= rows and len(rows) == len(suite.rows)
         for source in suite.paper:
             assert source["rows"].keys() <= rows, source["source"]
