@@ -57,8 +57,8 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 class RowMaker:
     """Makes training rows: a passkey prompt and its answer, with the weight of each token in the loss."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, generator: np.random.Generator):
-        self.tokenizer, self.generator = tokenizer, generator
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, generator: np.random.Generator, batch_tokens=BATCH_TOKENS):
+        self.tokenizer, self.generator, self.batch_tokens = tokenizer, generator, batch_tokens
         self.template = PasskeyTemplate(tokenizer)
         texts = [f"{sentence}." for sentence in FILLER.rstrip(".").split(". ")] + OTHER_SENTENCES
         self.sentences = [self.template.encode(f" {text}") for text in texts]
@@ -94,11 +94,16 @@ class RowMaker:
             weights[place] = COPY_WEIGHT
         return ids, weights
 
+    def longest(self, progress: float) -> int:
+        """Length of the longest row at this part of the run: all of the context after a third of it."""
+        # Short rows first: retrieval over few tokens forms first.
+        return min(CONTEXT, self.min_length + int((CONTEXT - self.min_length) * (0.1 + 3 * progress)))
+
     def batch(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids int64 [B, S] and weights fp32 [B, S] of rows of one random length S, up to `longest` tokens."""
         # The larger of two: far keys are the harder ones, and a short row has none.
         length = int(self.generator.integers(self.min_length, longest + 1, 2).max())
-        rows = [self.row(length) for _ in range(max(1, BATCH_TOKENS // length))]
+        rows = [self.row(length) for _ in range(max(1, self.batch_tokens // length))]
         return torch.tensor([ids for ids, _ in rows]), torch.tensor([weights for _, weights in rows])
 
 
@@ -135,9 +140,8 @@ def train(model: LlamaForCausalLM, rows: RowMaker, args: argparse.Namespace) -> 
     bar = tqdm(total=args.num_steps, unit="step", mininterval=1)
     limits = {"num_steps": args.num_steps, "max_minutes": args.max_minutes}
     for step, progress in scheduled_steps([optimizer], args.learning_rate, **limits):
-        # Short rows first, longer ones bit by bit until a third of the run: retrieval over few tokens forms first.
-        longest = rows.min_length + int((CONTEXT - rows.min_length) * min(1.0, 0.1 + 3 * progress))
-        ids, weights = rows.batch(min(longest, CONTEXT))
+        longest = rows.longest(progress)
+        ids, weights = rows.batch(longest)
         logits = model(ids).logits
         loss = weighted_loss(logits, ids, weights)
         take_step(model, loss, [optimizer])
