@@ -17,7 +17,7 @@ from reproduction.suite import Cell, Scale, Suite
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 TERA = 1e12
 # Rows whose FLOPs differ by less share a label in the plot.
-SAME_COST = 1.02
+SAME_COST = 1.003
 CAPTIONS = {
     "perplexity": "perplexity by window length, mean of the seeds",
     "position": "loss by position at the longest length, first seed",
@@ -164,7 +164,7 @@ class Figures:
             if mean < best:
                 best = mean
                 edge.append((flops, mean))
-        with new_figure(path, panel_size=(8, 5.5)) as (axis,):
+        with new_figure(path, panel_size=(8, 6.5)) as (axis,):
             for number, panel in enumerate(dict.fromkeys(point[0] for point in found.values())):
                 _, flops, means, halves = zip(*(x for x in found.values() if x[0] == panel), strict=True)
                 marker = MARKERS[number % len(MARKERS)]
@@ -181,7 +181,7 @@ class Figures:
                 names.setdefault(place, []).append(row.removeprefix(f"{panel}, "))
             for place, own in names.items():
                 text = " / ".join(dict.fromkeys(own))
-                axis.annotate(text, (place, 1.01), xycoords=("data", "axes fraction"), rotation=90, fontsize=7)
+                axis.annotate(text, (place, 1.01), xycoords=("data", "axes fraction"), rotation=60, fontsize=7)
             axis.set(xlabel="training FLOPs (10^12)", ylabel=f"perplexity at {max(self.lengths)} tokens", yscale="log")
             plain_numbers(axis)
 
