@@ -42,7 +42,7 @@ def check_settings(settings: Settings) -> list[Notice]:
     if training.get("save_strategy") == "best" and not evaluates(training):
         raise ValueError("save_strategy: 'best' needs an evaluation; set eval_strategy and eval_file")
     check_paths(settings)
-    return [*settings_without_effect(settings), *settings_known_to_lose(settings)]
+    return settings_without_effect(settings)
 
 
 def evaluates(training: dict) -> bool:
@@ -91,19 +91,6 @@ def settings_without_effect(settings: Settings) -> list[Notice]:
     ]
 
 
-def settings_known_to_lose(settings: Settings) -> list[Notice]:
-    """A notice where sparse training leaves distances unlearned that dense evaluation reads."""
-    attention, context = settings.attention, settings.context
-    is_interpolated = context.model_max_length is not None and context.rope_type in (None, "linear")
-    if attention.attention != "s2" or attention.dense_finish or not is_interpolated:
-        return []
-    text = (
-        "attention: s2 with rope_type: linear trains no distance beyond a group, which dense evaluation reads; the "
-        "demo's model at 4 times its context has perplexity 16.4, with dense_finish: 0.1 8.2, with rope_type: yarn 7.8"
-    )
-    return [Notice(text)]
-
-
 def check_model(
     settings: Settings, config: PretrainedConfig, *, needs_weights: bool
 ) -> tuple[PreTrainedModel, list[Notice]]:
@@ -126,10 +113,23 @@ def check_model(
     attention, size = settings.attention, settings.parallel.sequence_parallel_size
     check_sequence_parallel(size, config, attention=attention.attention, num_processes=world_size())
     check_attention(model, attention, length, size)
-    notices = check_adapter(settings, model)
+    notices = [*check_adapter(settings, model), *settings_known_to_lose(settings, config)]
     if Path(name).is_dir() and not weight_file(Path(name)):
         notices.append(Notice(f"model_name_or_path: {name!r} has no weights: a run would end here"))
     return model, notices
+
+
+def settings_known_to_lose(settings: Settings, config: PretrainedConfig) -> list[Notice]:
+    """A notice where sparse training leaves distances unlearned that dense evaluation reads."""
+    rope, attention = getattr(config, "rope_parameters", None) or {}, settings.attention
+    is_interpolated = rope.get("rope_type") == "linear" and rope["factor"] > 1
+    if attention.attention != "s2" or attention.dense_finish or not is_interpolated:
+        return []
+    text = (
+        "attention: s2 with rope_type: linear trains no distance beyond a group, which dense evaluation reads; the "
+        "demo's model at 4 times its context has perplexity 16.4, with dense_finish: 0.1 8.2, with rope_type: yarn 7.8"
+    )
+    return [Notice(text)]
 
 
 def check_sequence_parallel(size: int, config: PretrainedConfig, *, attention: str, num_processes: int) -> None:

@@ -114,6 +114,17 @@ def test_bad_settings_are_one_line(settings, message, base, data, tmp_path):
         read(base, data, tmp_path, **settings).make_trials()
 
 
+def test_the_first_yaml_runs_on_a_fresh_clone(repo, monkeypatch):
+    """Every path in it is a file of the repository, and its first windows are read by its first method."""
+    monkeypatch.chdir(repo)
+    task = read_comparison("script/evaluate/compare.yaml", {"max_windows": "1"})
+    paths = [task.base_model, *(str(path) for path in task.inputs["data_path"])]
+    assert all(path.startswith("data/") for path in paths), "output/ is not in the repository"
+    assert not any(method.peft_model for method in task.methods.values())
+    (trials,) = task.make_trials()
+    assert 2 < task.score([task.ask(trial) for trial in trials[:1]])["results"]["none"][256]["perplexity"] < 30
+
+
 @pytest.mark.parametrize("name", ["compare", "compare-books", "compare-passkey"])
 def test_the_shipped_yamls_are_valid(repo, monkeypatch, name):
     monkeypatch.setattr("longqlora.evaluation.comparison.input_path", lambda key, value: value)

@@ -11,7 +11,7 @@ import upstream
 import yaml
 from conftest import REPO
 from random_nf4_model import shape_config
-from transformers import MistralConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import train
 from longqlora.device import cpu_has_bf16
@@ -29,7 +29,26 @@ SHAPES = {
         num_key_value_heads=4, max_position_embeddings=131072, use_sliding_window=False, sliding_window=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     ),
+    "Qwen/Qwen3-8B-Base": Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, use_sliding_window=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
+    "meta-llama/Llama-3.1-8B": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+    ),
 }  # fmt: skip
+# The recommended YAMLs, and the RoPE that the dry run names.
+RECOMMENDED = {
+    "llama2-7b-32k-yarn": "context 4096 -> 32768 tokens, RoPE yarn x8",
+    "mistral-7b-128k-yarn": "context 32768 -> 131072 tokens, RoPE yarn x4",
+    "qwen3-8b-128k-yarn": "context 32768 -> 131072 tokens, RoPE yarn x4",
+    "llama3.1-8b-256k": "context 8192 -> 262144 tokens, RoPE llama3 x32",
+}
+KNOWN_TO_LOSE = "trains no distance beyond a group"
 # LoRA r64 on all linear layers: rank * (inputs + outputs) of each, times the layers.
 NUM_LORA = {"llama2-7b-pretrain": 159_907_840, "llama2-13b-pretrain": 250_347_520}
 NUM_LINEAR = {"llama2-7b-pretrain": 6_476_005_376, "llama2-13b-pretrain": 12_687_769_600}
@@ -59,8 +78,10 @@ def dry(tmp_path, tiny_tokenizer, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
-def test_dry_run(path, dry):
+def test_dry_run(path, dry, caplog):
     out = dry(path)
+    if path.stem in RECOMMENDED:
+        assert RECOMMENDED[path.stem] in out + caplog.text and KNOWN_TO_LOSE not in out + caplog.text
     assert "dry run: all settings are valid" in out and "S2-Attn" in out
     table = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("LoRA", "linear", "embed"))}
     values = yaml.safe_load(path.read_text())
@@ -70,6 +91,37 @@ def test_dry_run(path, dry):
     assert table["linear"][1:3] == ["nf4", "0"] and table["LoRA"][1] == "float32" and table["embedding"][1] == frozen
     if path.stem in NUM_LORA:
         assert table["LoRA"][2] == f"{NUM_LORA[path.stem]:,}" and table["linear"][3] == f"{NUM_LINEAR[path.stem]:,}"
+
+
+@pytest.mark.parametrize(
+    ("stem", "words", "count"),
+    [
+        ("llama2-7b-pretrain", "", 1),
+        ("llama2-7b-pretrain", "--dense_finish 0.1", 0),
+        ("llama2-7b-pretrain", "--rope_type yarn", 0),
+        ("llama2-7b-pretrain", "--attention full", 0),
+        ("llama2-7b-pretrain", "--model_max_length 4096 --max_seq_length 4096", 0),
+        ("qwen2.5-7b-pretrain", "", 0),
+    ],
+)
+def test_settings_that_are_known_to_lose_are_named_once(stem, words, count, dry, caplog):
+    """Where RoPE is really interpolated and no step is dense: not where the model's own context is enough."""
+    out = dry(REPO / "train_args" / f"{stem}.yaml", *words.split())
+    assert (out + caplog.text).count(KNOWN_TO_LOSE) == count
+
+
+@pytest.mark.parametrize("stem", RECOMMENDED)
+def test_the_recommended_yamls_are_one_recipe(stem):
+    text = (REPO / "train_args" / f"{stem}.yaml").read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    expected = {"attention": "s2", "dense_finish": 0.1, "memory": "auto", "finetuning_type": "qlora"}
+    assert {key: values[key] for key in expected} == expected
+    assert values["rope_type"] in RECOMMENDED[stem] and "docs/methods.md#a-dense-finish" in text
+
+
+def test_yarn_on_llama_3_1_is_refused(dry):
+    with pytest.raises(ValueError, match="already scaled by 'llama3' to 131072 tokens, not by 'yarn'"):
+        dry(REPO / "train_args" / "llama3.1-8b-256k.yaml", "--rope_type", "yarn")
 
 
 def test_the_table_names_the_dtype_of_the_run(dry):
