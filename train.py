@@ -80,7 +80,7 @@ def main() -> None:
     length = settings.data.max_seq_length
     shared = {"sequence_parallel_size": size, "is_packed": is_packed}
     run.log(bind_attention(model, settings.attention, length, **shared))
-    dense_finish = DenseFinish(model, settings.attention, length, **shared)
+    dense_finish = DenseFinish(model, settings.attention, length, note=run.note, **shared)
     run.log(bind_chunked_loss(model))
     model = attach_adapter(model, settings.adapter)
     apply_policy(model, plan.policy, arguments.device)

@@ -110,10 +110,13 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
 
 
 def bind_full_attention(model: PreTrainedModel, *, is_packed: bool, use_flash_attn: bool) -> None:
-    """Stock full attention; ours for packed rows, whose documents SDPA would be told by a mask [B, 1, S, S]."""
+    """Full attention without a mask [B, 1, S, S], which stock attention takes for padded and packed rows.
+
+    Stock attention where the model has windows, or attention functions of its own.
+    """
     if use_flash_attn:
         return use_attention(model, "flash_attention_2")
-    is_ours = is_packed and uses_attention_interface(model) and not has_sliding_window(model.config)
+    is_ours = uses_attention_interface(model) and not has_sliding_window(model.config)
     bind = set_dense_attention if is_ours else unbind_attention
     if is_packed:
         prove_attention(model, "pack", bind, fix="set pack: false", is_packed=True)

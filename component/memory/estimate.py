@@ -118,6 +118,8 @@ class RunShape:
 class MemoryEstimate:
     """Bytes on the device, and in host memory for what is kept there; relative_time: 1 is the plain step.
 
+    flops: of a step in one process, with what takes as long (norms and masks again for chunks of heads).
+
     step: beyond what lies there before it (static): activations and gradients. peak: of the whole run, as the
     allocator reserves it on a GPU, in live tensors on a CPU.
     """
@@ -127,6 +129,7 @@ class MemoryEstimate:
     step: float
     peak: float
     host: float
+    flops: float
     relative_time: float
 
 
@@ -147,8 +150,9 @@ def predict(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> Memor
         kept, host = min(kept, 2 * kept_by_layer), kept
     step = kept + max(layer, loss_memory(model, run, policy)) + gradients
     peak = static + step * (1 + CUDA_FRAGMENTATION) + CUDA_CONTEXT if run.is_gpu else static + step
-    relative_time = step_work(model, run, policy) / step_work(model, run, STOCK)
-    return MemoryEstimate(static, gradients, step, peak, host, relative_time)
+    work = step_work(model, run, policy)
+    relative_time = work / step_work(model, run, STOCK)
+    return MemoryEstimate(static, gradients, step, peak, host, work * run.tokens, relative_time)
 
 
 def weight_memory(model: ModelShape, run: RunShape) -> tuple[float, float]:

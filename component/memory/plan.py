@@ -213,8 +213,8 @@ def run_shape(settings: Settings, model: ModelShape, *, is_gpu: bool) -> RunShap
         lora_rank=adapter.lora_rank,
         lora_targets=tuple(name for name in names if name in model.linears) or None,
         num_trained_embeddings={True: 2, INPUT: 1}.get(adapter.train_embedding, 0),
-        # The mean over all steps: memory does not depend on it.
-        attended=round(attended + attention.dense_finish * (length - attended)),
+        # The mean over all steps, for their time: memory does not depend on it (tests/memory/).
+        attended=round(attended + attention.dense_part * (length - attended)),
         by_kernels=attention.attention in ("s2", "full") and not attention.use_flash_attn and row_shards == 1,
         optimizer_bytes=0 if offloads(deepspeed, "optimizer") else optimizer_bytes(training.get("optim", "")),
         buffers=gradient_buffers(deepspeed, element_bytes=2 if is_16_bit else 4),

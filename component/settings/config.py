@@ -127,6 +127,11 @@ class AttentionConfig(Section):
     dca_local_window: int | None = key(None, "dca: overlap of chunks in tokens; default: 1/8 of pretraining_length")
     dca_mscale: bool = key(False, "dca: scale the logits with the logarithm of the length, as its authors can")
 
+    @property
+    def dense_part(self) -> float:
+        """Part of the steps that a dense finish takes."""
+        return self.dense_finish if self.attention == "s2" else 0.0
+
     def group_size(self, max_seq_length: int) -> int:
         """Tokens per S2-Attn group, rounded down to an even number; fixed for the whole run."""
         return int(max_seq_length * self.group_size_ratio) // 2 * 2

@@ -5,6 +5,7 @@ read dense afterwards has to see the far ones too.
 """
 
 import logging
+from collections.abc import Callable
 
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -17,12 +18,19 @@ logger = logging.getLogger("longqlora")
 class DenseFinish(TrainerCallback):
     """Switches to full attention before the first of the last steps, also in a run that is resumed behind it.
 
-    To be made after `bind_attention`, whose arguments it takes, and raising what that raises.
+    To be made after `bind_attention`, whose arguments it takes, and raising what that raises. note(first_dense_step=N)
+    is called when training begins, None without dense steps.
     """
 
-    def __init__(self, model: PreTrainedModel, config: AttentionConfig, max_seq_length: int, **options) -> None:
-        self.part = config.dense_finish if config.attention == "s2" else 0.0
+    def __init__(
+        self, model: PreTrainedModel, config: AttentionConfig, max_seq_length: int, *, note: Callable, **options
+    ) -> None:
+        self.part, self.note = config.dense_part, note
         self.switch = bind_dense_finish(model, config, max_seq_length, **options) if self.part else None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        # Not known before: the number of steps may follow from epochs.
+        self.note(first_dense_step=num_sparse_steps(state.max_steps, self.part) + 1 if self.part else None)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if self.switch and state.global_step >= num_sparse_steps(state.max_steps, self.part):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from transformers import PreTrainedModel
 
-from longqlora.attention.binding import bind_attention
+from longqlora.attention.binding import bind_attention, bind_dense_finish
 from longqlora.attention.proof import refusing, tiny_copy, trial_inputs
 from longqlora.distributed import print_main
 from longqlora.memory.layer_binding import apply_policy
@@ -17,6 +17,7 @@ from longqlora.model.base import linear_layers, training_dtype
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.config import Notice, Settings
 from longqlora.training.arguments import RunArguments
+from longqlora.training.dense_finish import num_sparse_steps
 from longqlora.training.resume import resume_point
 
 
@@ -28,7 +29,7 @@ def dry_run(
     with warnings.catch_warnings():
         # PEFT and we ask transformers for things by their former names.
         warnings.simplefilter("ignore", FutureWarning)
-        attention = rehearse(model, settings, policy)
+        attention = rehearse(model, settings, policy, num_steps=arguments.max_steps)
         model = model.to(training_dtype(arguments))
         if settings.adapter.finetuning_type == "qlora":
             # `trainable_table` names weights nf4 that a run would quantise: all linear layers but the output.
@@ -40,14 +41,18 @@ def dry_run(
     print_main("\n".join([*found, *(notice.text for notice in on_start), "dry run: all settings are valid"]))
 
 
-def rehearse(model: PreTrainedModel, settings: Settings, policy: ActivationPolicy) -> str:
+def rehearse(model: PreTrainedModel, settings: Settings, policy: ActivationPolicy, *, num_steps: int) -> str:
     """Train a small copy of `model` for one step as a run would; returns the description of its attention.
+
+    With a dense finish one more step; num_steps: of the run, 0 or less where epochs decide.
 
     What a library below has against the model comes out here. Not rehearsed: NF4, DeepSpeed, rows shared by processes.
     Raises ValueError, naming the model type.
     """
-    small, is_packed = tiny_copy(model, drops=True), settings.data.pack
-    attention = bind_attention(small, settings.attention, settings.data.max_seq_length, is_packed=is_packed)
+    small, is_packed, part = tiny_copy(model, drops=True), settings.data.pack, settings.attention.dense_part
+    options = settings.attention, settings.data.max_seq_length
+    attention = bind_attention(small, *options, is_packed=is_packed)
+    switch = bind_dense_finish(small, *options, is_packed=is_packed) if part else None
     inputs = trial_inputs(is_packed=is_packed)
     fix = "give another model_name_or_path, or change the setting that it names"
     with torch.random.fork_rng(devices=[]), refusing(model, "a step of training", fix):
@@ -57,4 +62,10 @@ def rehearse(model: PreTrainedModel, settings: Settings, policy: ActivationPolic
         small = attach_adapter(small, replace(settings.adapter, lora_rank=1))
         apply_policy(small, replace(policy, offload_activations=False), torch.device("cpu"))
         small.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+        if switch:
+            where = (
+                f"step {num_sparse_steps(num_steps, part) + 1} of {num_steps}" if num_steps > 0 else "its last steps"
+            )
+            attention += f"\n{switch()} from {where} on (dense_finish: {part:g})"
+            small(**inputs, labels=inputs["input_ids"]).loss.backward()
     return attention

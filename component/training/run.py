@@ -42,6 +42,12 @@ class Run:
         for line in text.splitlines():
             logger.info(line)
 
+    def note(self, **facts) -> None:
+        """Add facts to the run record."""
+        self.record.update(facts)
+        if is_main_process():
+            write_json(self.folder.place(RECORD_NAME), self.record)
+
     def finish(self, trainer: LongContextTrainer, *, predicted_gib: float) -> None:
         """Save what was trained as final/, and the results: losses, wall time, start-up (to the first step), the
         share of the training time spent waiting for data, peak memory beside the predicted one.
@@ -62,6 +68,7 @@ class Run:
         peak = torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else None
         result = {
             "global_step": state.global_step,
+            "first_dense_step": self.record["first_dense_step"],
             "last_loss": list(losses.values())[-1] if losses else None,
             "minutes": round((time.time() - self.started) / 60, 2),
             "start_up_seconds": trainer.start_up_seconds and round(trainer.start_up_seconds, 2),

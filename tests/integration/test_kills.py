@@ -20,8 +20,14 @@ from longqlora.training.resume import list_checkpoints
 RESUME = ("--resume_from_checkpoint", "true")
 NUM_KILLS = int(os.environ.get("NUM_KILLS", "40"))
 slow = pytest.mark.slow
-# Half of the steps with S2-Attn, half with full attention.
-SWITCHES = {"dense_finish": 0.5, "save_steps": 1}
+# Half of the six steps with S2-Attn, half with full attention: the switch is behind checkpoint 3.
+SWITCHES = {"dense_finish": 0.5, "save_steps": 1, "save_total_limit": None}
+SWITCH_TEXT = "step 4: full causal attention"
+# What to wait for before a kill, in the output_dir or in the log.
+MOMENTS = (
+    "checkpoint-1", ".saving/checkpoint-2", "checkpoint-2", ".saving/checkpoint-3", "checkpoint-3", SWITCH_TEXT,
+    ".saving/checkpoint-4", "checkpoint-4", ".saving/checkpoint-5", "checkpoint-5",
+)  # fmt: skip
 KINDS = pytest.mark.parametrize(
     "changes,num_attempts",
     [
@@ -29,8 +35,6 @@ KINDS = pytest.mark.parametrize(
         pytest.param({}, 2, id="plain"),
         pytest.param({"deepspeed": ZERO2}, NUM_KILLS // 2, id="zero2-often", marks=slow),
         pytest.param({}, NUM_KILLS // 2, id="plain-often", marks=slow),
-        pytest.param(SWITCHES, NUM_KILLS // 4, id="dense-finish", marks=slow),
-        pytest.param({**SWITCHES, "deepspeed": ZERO2}, NUM_KILLS // 4, id="dense-finish-zero2", marks=slow),
     ],
 )
 
@@ -86,6 +90,29 @@ def test_killed_at_any_moment_resumes_to_the_same_bits(write_yaml, whole, num_ru
             # Where one ends before the other looks, the other finds nothing left to do.
             assert sorted(process.exitcode for process in both) in ([0, 2], [0, 0]), text[-4000:]
             assert "Traceback" not in text, text[-4000:]
+        check(out)
+        shutil.rmtree(out)
+
+
+@slow
+@pytest.mark.parametrize("deepspeed", [ZERO2, None], ids=["zero2", "plain"])
+def test_killed_around_the_switch_to_dense_steps_resumes_to_the_same_bits(write_yaml, whole, deepspeed):
+    """At each of MOMENTS, or up to 30 ms behind it; `-s` prints where each kill hit."""
+    changes, generator = {**SWITCHES, "deepspeed": deepspeed}, random.Random(14)
+    check, _ = whole(changes)
+    for attempt in range(max(len(MOMENTS), NUM_KILLS // 2)):
+        path, out = write_yaml(f"switch{attempt}", **changes)
+        moment, log = MOMENTS[attempt % len(MOMENTS)], out.with_suffix(".killed")
+        process, end = start("--train_args_file", path, log=log), time.monotonic() + 60
+        while not (out / moment).exists() and moment not in (log.read_text() if log.exists() else ""):
+            assert process.is_alive() and time.monotonic() < end, log.read_text()[-4000:]
+            time.sleep(0.001)
+        time.sleep(generator.choice((0, generator.uniform(0, 0.03))))
+        process.kill()
+        process.join()
+        last = max((int(path.name.removeprefix("checkpoint-")) for path in list_checkpoints(out)), default=0)
+        print(f"{moment}: checkpoint {last}, {'behind' if SWITCH_TEXT in log.read_text() else 'before'} the switch")
+        check_and_go_on(path, out)
         check(out)
         shutil.rmtree(out)
 

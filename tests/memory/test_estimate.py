@@ -11,9 +11,10 @@ from random_nf4_model import random_nf4_model, shape_config
 from transformers import LlamaConfig
 
 from longqlora.attention.binding import bind_attention
+from longqlora.memory import layer_binding
 from longqlora.memory.estimate import CUDA_CONTEXT, GIB, ModelShape, RunShape, optimizer_bytes, predict
 from longqlora.memory.layer_binding import apply_policy
-from longqlora.memory.policy import BALANCED, CANDIDATES, CHECKPOINTED, MAX_LENGTH, STOCK
+from longqlora.memory.policy import BALANCED, CANDIDATES, CHECKPOINTED, MAX_LENGTH, POLICIES, STOCK
 from longqlora.model.adapter import attach_adapter
 from longqlora.model.loss_binding import bind_chunked_loss
 from longqlora.settings.config import AdapterConfig, AttentionConfig
@@ -36,7 +37,7 @@ SHAPES = {
 def assert_prediction_is_close(name, run, policies, dtype, **inputs):
     config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=2048, **SHAPES[name])
     attention = AttentionConfig(attention="full" if run.attended == run.num_tokens else "s2")
-    ids = torch.randint(config.vocab_size, (1, run.num_tokens))
+    ids = torch.randint(config.vocab_size, (run.num_rows, run.num_tokens))
     for policy in policies:
         model = random_nf4_model(config, dtype=dtype, device=CPU)
         bind_attention(model, attention, run.num_tokens, is_packed="position_ids" in inputs)
@@ -71,6 +72,23 @@ def test_packed_rows_take_what_plain_rows_take(length, attended):
     policies = [replace(policy, **ON_CPU) for policy in policies]
     rows = {"position_ids": (torch.arange(512) % length)[None], "use_cache": False}
     assert_prediction_is_close("7b", replace(RUN, attended=attended), policies, torch.bfloat16, **rows)
+
+
+@pytest.mark.parametrize("attended", [128, 512])
+def test_padded_rows_take_what_whole_rows_take(attended):
+    """S2-Attn and full attention: a mask [B, 1, S, S] is made for neither."""
+    policies = [replace(policy, **ON_CPU) for policy in (STOCK, CHECKPOINTED, CANDIDATES[0], CANDIDATES[2])]
+    rows = {"attention_mask": (torch.arange(512) < torch.tensor([[512], [200]])).long()}
+    assert_prediction_is_close("7b", replace(RUN, attended=attended, num_rows=2), policies, torch.bfloat16, **rows)
+
+
+@pytest.mark.parametrize("attended", [128, 512])
+def test_attention_through_autograd_takes_the_same_sparse_and_dense(attended, monkeypatch):
+    """flash-attn and rows shared by processes."""
+    monkeypatch.setattr(layer_binding, "attention_pattern", lambda *_: None)
+    run = replace(RUN, attended=attended, by_kernels=False)
+    policies = [replace(policy, **ON_CPU) for policy in POLICIES.values()]
+    assert_prediction_is_close("7b", run, policies, torch.bfloat16)
 
 
 LLAMA_7B = ModelShape(4096, 11008, 32, 32, 32, 128, 32000)

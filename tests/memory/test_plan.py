@@ -223,6 +223,20 @@ def test_script_prints_the_table_from_config_and_yaml_alone(plan_script):
     assert max(map(len, out.splitlines())) <= 120
 
 
+def test_script_prints_what_a_dense_finish_costs(plan_script):
+    words = "--gpu_memory 80GiB --seq 8192 100000 --tflops 50".split()
+    _, out, _, table = plan_script(*words, "--dense_finish", 0.2)
+    finish, (short, long) = table["dense_finish"], table["dense_finish"]["lengths"].values()
+    assert finish["part"] == 0.2 and f"{finish['part']:g} costs {long['cost']:.1%} of the time" in out
+    assert long["cost"] == pytest.approx(0.2 * (long["dense_seconds"] / long["sparse_seconds"] - 1))
+    assert long["cost"] > short["cost"] > 0
+    # Attention at 100,000 tokens, counted by hand: forward, and 2.5 times that backward, in 32 layers of 4096.
+    flops = 3.5 * 4 * (100_000**2 / 2) * 4096 * 32
+    gained = (long["dense_seconds"] - long["sparse_seconds"]) * 50e12
+    assert gained == pytest.approx(flops * 0.75, rel=0.01)
+    assert plan_script(*words, "--attention", "full")[3].keys() == table.keys() - {"dense_finish"}
+
+
 def test_zero_3_is_planned_for_the_gpus_that_share_the_weights(plan_script):
     peaks = []
     for num_gpus in (1, 8):
@@ -235,6 +249,7 @@ def test_zero_3_is_planned_for_the_gpus_that_share_the_weights(plan_script):
 
 REFUSED_WORDS = {
     "--num_gpus 0": "--num_gpus: must be at least 1", "--gpu_memory big": "gpu_memory: 'big' is not a size",
+    "--tflops 0": "--tflops: must be a positive number",
     "--seq 1": "--seq: must be at least 2", "--output_file /proc/no/plan.json": "/proc/no",
     "--model_name_or_path /no/model": "model_name_or_path",
 }  # fmt: skip
