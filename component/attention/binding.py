@@ -112,7 +112,7 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
 def bind_full_attention(model: PreTrainedModel, *, is_packed: bool, use_flash_attn: bool) -> None:
     """Full attention without a mask [B, 1, S, S], which stock attention takes for padded and packed rows.
 
-    Stock attention where the model has windows, or attention functions of its own.
+    Stock attention for a model with windows, and for padded rows where ours differs (sinks, a mask of its own).
     """
     if use_flash_attn:
         return use_attention(model, "flash_attention_2")
@@ -120,7 +120,17 @@ def bind_full_attention(model: PreTrainedModel, *, is_packed: bool, use_flash_at
     bind = set_dense_attention if is_ours else unbind_attention
     if is_packed:
         prove_attention(model, "pack", bind, fix="set pack: false", is_packed=True)
+    elif is_ours and not suits(model, bind):
+        bind = unbind_attention
     bind(model)
+
+
+def suits(model: PreTrainedModel, bind: Callable[[PreTrainedModel], None]) -> bool:
+    try:
+        prove_attention(model, "attention: full", bind, fix="leave it stock")
+    except ValueError:
+        return False
+    return True
 
 
 def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False, is_packed: bool = False) -> str:

@@ -47,6 +47,13 @@ def test_dual_chunk_attention_is_dense_up_to_the_chunk_size(model_type):
         assert_close(ours, stock, 1e-4)
 
 
+def test_full_attention_to_padded_rows_is_stock_where_ours_differs(monkeypatch):
+    model = make("gpt_oss", **ALL_FULL)
+    monkeypatch.setattr(type(model), "_supports_sdpa", True)
+    bind_attention(model, AttentionConfig("full"), 64)
+    assert model.config._attn_implementation == "sdpa"
+
+
 REFUSED = {
     "norm behind RoPE": ("hunyuan_v1_dense", {}, "dca", "positions enter its attention.*use attention: full"),
     "sinks": ("gpt_oss", ALL_FULL, "s2", "differs from the stock model by .*use attention: full"),
