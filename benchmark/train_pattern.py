@@ -13,8 +13,10 @@ through autograd.
   swapped_ends        the same two half groups in one group, in the order of the text: nothing leaks
   every_fourth_dense  S2-Attn, and every fourth step full attention
 
-Ours (`attention: s2` with train.py) keeps the two half groups apart. Table 8 draws its swapped form without a formula;
-the one here is our reading.
+Ours (`attention: s2` with train.py) keeps the two half groups apart. Table 8 gives its swapped form no formula; the one
+here is our reading. Packed documents stay apart under every pattern, so that rolled ends leak only in rows with both
+ends in one document: take long texts for them. The memory plan is that of S2-Attn; the log names the pattern, the run
+record does not.
 """
 
 import argparse
