@@ -102,11 +102,16 @@ def bind_pattern(
 class EveryFourthDense(TrainerCallback):
     """In place of DenseFinish, with its arguments: full attention in every fourth step."""
 
-    def __init__(self, model: PreTrainedModel, config: AttentionConfig, max_seq_length: int, **options) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: AttentionConfig, max_seq_length: int, *, note: Callable, **options
+    ) -> None:
         if config.attention != "s2" or config.dense_finish:
             raise ValueError("--pattern every_fourth_dense: needs attention: s2 and no dense_finish")
-        self.model, self.sparse = model, attention_name(model.config)
+        self.model, self.note, self.sparse = model, note, attention_name(model.config)
         self.switch = bind_dense_finish(model, config, max_seq_length, **options)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.note(first_dense_step=DENSE_PERIOD)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         is_dense = (state.global_step + 1) % DENSE_PERIOD == 0
