@@ -88,7 +88,7 @@ def parse_args() -> argparse.Namespace:
                         "then (default: %(default)s)")  # fmt: skip
     parser.add_argument("--batch_tokens", type=int, default=2048, help="tokens of text in a step, and about as many "
                         "of passkey prompts (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows (default: %(default)s)")
     return parser.parse_args()
 
