@@ -217,8 +217,6 @@ def write_report(suite: Suite, scale: Scale, cells: Sequence[Cell], folder: Path
              "cells": f"{len(measured)} of {len(cells)} measured"}  # fmt: skip
     facts = [f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in facts.items()]
     lists = {
-        "Not available": [f"- {row.name}: {row.own['not_available']}" for row in suite.rows
-                          if "not_available" in row.own],
         "The papers' figures": [f"- {source['source']}: {', '.join(source['columns'])}" for source in suite.paper],
         "Reading": suite.reading.strip().splitlines(),
     }  # fmt: skip

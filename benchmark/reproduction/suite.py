@@ -7,7 +7,7 @@ A row is a mapping of train.py's settings, and of these:
     part_of_steps: 0.25      that part of the scale's steps
     equal_flops: {...}       as many steps as cost what the row with these settings costs
     merge: 16-bit | nf4      read after merging into the 16-bit or the dequantised NF4 weights
-    not_available: TEXT      cannot be measured here, and why
+    quantisation: NAME       of the base, by with_quantisation.py, when trained and when measured
 
 A cell is one row on one data set with one seed. Its key is a hash of all that decides its numbers, so suites share it.
 """
@@ -29,7 +29,7 @@ from reproduction.cost import training_flops
 REPO = Path(__file__).resolve().parents[2]
 SUITES = REPO / "benchmark" / "suites"
 SCALES = SUITES / "scales.yaml"
-OWN_KEYS = {"untrained", "pattern", "part_of_steps", "equal_flops", "merge", "not_available"}
+OWN_KEYS = {"untrained", "pattern", "part_of_steps", "equal_flops", "merge", "quantisation"}
 # What the command lines that measure take of a row that is not trained.
 CONTEXT_KEYS = ("rope_type", "rope_theta", "attention")
 PATHS = {"model_name_or_path", "train_file", "eval_file"}
@@ -184,7 +184,7 @@ class Cell:
 
     def train_words(self) -> list[str]:
         pattern = self.own.get("pattern")
-        script = ["benchmark/train_pattern.py", "--pattern", pattern] if pattern else ["train.py"]
+        script = ["benchmark/train_pattern.py", "--pattern", pattern] if pattern else self.quantised("train.py")
         others = {"train_args_file": shown(self.dataset.train_args_file), **self.overrides}
         return [*script, *flags(others | {"output_dir": shown(self.work), "overwrite_output_dir": "true"})]
 
@@ -216,7 +216,12 @@ class Cell:
     def measure_words(self, what: str) -> list[str]:
         values = {**getattr(self.scale, what), "output_file": shown(self.output_file(what))}
         values |= {"data_path": self.dataset.data_path} if what == "perplexity" else {}
-        return [MEASURES[what], *self.model_words(), *flags(values)]
+        return [*self.quantised(MEASURES[what]), *self.model_words(), *flags(values)]
+
+    def quantised(self, script: str) -> list[str]:
+        """Words that run `script` with the row's quantisation of the base."""
+        kind = self.own.get("quantisation")
+        return ["benchmark/with_quantisation.py", kind, script] if kind else [script]
 
     def commands(self) -> list[list[str]]:
         """All commands of the cell in their order."""
@@ -264,8 +269,8 @@ class Suite:
         return cls(name, rows=rows, **block)
 
     def cells(self, scale: Scale, *, is_smoke: bool = False) -> list[Cell]:
-        """Every cell that can be measured; is_smoke: one row with one seed."""
-        rows = [row for row in self.rows if "not_available" not in row.own and (not is_smoke or row.name == self.smoke)]
+        """Every cell; is_smoke: one row with one seed."""
+        rows = [row for row in self.rows if not is_smoke or row.name == self.smoke]
         seeds = scale.seeds[: self.num_seeds]
         # Every row once before any is repeated, so that a run cut short has something to show.
         return [
@@ -293,12 +298,12 @@ def make_cell(suite: str, row: Row, dataset: Dataset, scale: Scale, seed: int | 
             overrides["max_steps"] = round(num_steps * wanted / flops)
             flops *= overrides["max_steps"] / num_steps
         overrides["seed"] = seed
-    pattern, merge = own.get("pattern"), own.get("merge")
+    pattern, merge, quantisation = (own.get(name) for name in ("pattern", "merge", "quantisation"))
     settings = {**scale.train, **overrides} if seed is not None else overrides
     settings = {key: value for key, value in settings.items() if key not in CHANGES_NO_LOSS | PATHS}
     files = dataset.fingerprint()
     measured = [dict(scale.perplexity), dict(scale.passkey), dict(scale.reading), files.pop("data_path"), merge]
-    trained = [settings, pattern, files]
+    trained = [settings, pattern, quantisation, files]
     kind = {**scale.train, **overrides}.get("finetuning_type")
     key = digest([trained, measured, None if seed is not None else [kind, scale.target]])
     name = f"{suite}: {row.name} ({dataset.name}{'' if seed is None else f', seed {seed}'})"
