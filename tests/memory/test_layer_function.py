@@ -18,7 +18,7 @@ from longqlora.attention import shift_short
 from longqlora.attention.binding import bind_attention
 from longqlora.memory import adapted_linear, layer_binding
 from longqlora.memory.adapted_linear import keep_mask
-from longqlora.memory.decoder_layer import LINEARS, MODEL_TYPES
+from longqlora.memory.decoder_layer import LINEARS, MODEL_TYPES, PROJECTIONS
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.layer_binding import apply_policy, bind_layers, decoder_layers
 from longqlora.memory.layer_function import mask_seed
@@ -148,7 +148,9 @@ def hand_over_masks(model, seed: int, rows: int, p: float) -> None:
             module, tiles = getattr(layer.mlp if hasattr(layer.mlp, name) else layer.self_attn, name), []
             for start in range(0, LENGTH, TILE_SIZE):
                 x = torch.empty(rows * min(TILE_SIZE, LENGTH - start), module.in_features)
-                tiles.append(keep_mask(x, p, mask_seed(base, name, start)).view(rows, -1, module.in_features))
+                # Layers that read one input have one mask.
+                first = "q_proj" if name in PROJECTIONS else "gate_proj" if name == "up_proj" else name
+                tiles.append(keep_mask(x, p, mask_seed(base, first, start)).view(rows, -1, module.in_features))
             scales = torch.cat(tiles, dim=1).double() * (2**16 / (2**16 - round(p * 2**16)))
             module.lora_dropout["default"].forward = partial(torch.mul, scales)
 
@@ -172,7 +174,7 @@ def test_masks_drop_their_share_and_differ_between_layers_and_tiles():
     x = torch.empty(500, 400)
     seeds = {mask_seed(7, name, start) for name in LINEARS for start in (0, 16, 32)}
     assert len({seed % 2**32 for seed in seeds}) == len(LINEARS) * 3, "a CPU generator reads 32 bits only"
-    masks = [keep_mask(x, 0.05, seed) for seed in sorted(seeds)[:4]]
+    masks = [keep_mask(x, 0.05, seed).bool() for seed in sorted(seeds)[:4]]
     for mask in masks:
         assert abs(float(mask.float().mean()) - 0.95) < 0.002
         assert torch.allclose(mask.float().view(-1, 4).mean(0), torch.tensor(0.95), atol=0.004)
