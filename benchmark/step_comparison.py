@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from longqlora.files import read_json, write_json
+from longqlora.table import text_table
 
 TRAIN_STEP = Path(__file__).with_name("train_step.py")
 OWN, ATTENTIONS = "ours", ("s2", "full")
@@ -69,17 +70,17 @@ def ratios(results: dict[str, dict]) -> dict[str, dict[str, float]]:
 
 
 def format_comparison(results: dict[str, dict], summary: dict[str, dict[str, float]]) -> str:
-    lines = [f"\n{'contestant':<24}{'s a step':>10}{'tokens/s':>10}{'extra MiB':>11}   vs best peer: speed  memory"]
+    """A row for each contestant, with speed and memory against the best of the peers."""
+    header, rows = ("contestant", "s a step", "CPU s", "tokens/s", "extra MiB", "speed", "memory"), []
     for name, result in results.items():
         if "error" in result:
-            lines.append(f"{name:<24}{result['error']}")
+            rows.append([f"{name}: {result['error']}", *[None] * 6])
             continue
-        line = f"{name:<24}{result['median_seconds']:>10.2f}{result['tokens_per_second']:>10.0f}"
-        line += f"{result['extra_bytes'] / 2**20:>11.0f}"
-        if name in summary:
-            line += f"{summary[name]['speed']:>21.2f}x{summary[name]['memory']:>8.1%}"
-        lines.append(line)
-    return "\n".join(lines)
+        times = result["median_seconds"], min(result["cpu_seconds"])
+        rows.append([name, *times, round(result["tokens_per_second"]), round(result["extra_bytes"] / 2**20)])
+        own = summary.get(name)
+        rows[-1] += [f"{own['speed']:.2f}x", f"{own['memory']:.1%}"] if own else [None, None]
+    return "\n" + text_table(header, rows)
 
 
 def plot_comparison(results: dict[str, dict], path: Path) -> None:
