@@ -8,18 +8,24 @@ import tempfile
 from pathlib import Path
 
 from longqlora.files import read_json, write_json
+from longqlora.table import text_table
 
 TRAIN_STEP = Path(__file__).with_name("train_step.py")
-OWN = ("ours, s2", "ours, full")
+OWN, ATTENTIONS = "ours", ("s2", "full")
 
 
 def compare_steps(args: argparse.Namespace) -> None:
-    """Run train_step.py for ours, with S2-Attn and with full attention, and for each of args.peers; print the table."""
+    """Run train_step.py for ours, each policy with S2-Attn and full attention, and for args.peers; print the table."""
+    contestants = {}
+    for attention in ATTENTIONS:
+        for memory in args.memory or [None]:
+            name = ", ".join(filter(None, (OWN, memory, attention)))
+            contestants[name] = {"contestant": OWN, "memory": memory, "attention": attention}
+    contestants |= {peer: {"contestant": peer, "memory": None, "attention": "full"} for peer in args.peers}
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in (*OWN, *args.peers):
-            result = run_contestant(args, name, Path(folder) / "result.json")
-            results[name] = result
+        for name, own in contestants.items():
+            results[name] = result = run_contestant(args, own, Path(folder) / "result.json")
             told = result.get("error") or f"{result['median_seconds']:.2f} s a step"
             print(f"{name}: {told}", flush=True)
     summary = ratios(results)
@@ -31,11 +37,10 @@ def compare_steps(args: argparse.Namespace) -> None:
         plot_comparison(results, args.plot)
 
 
-def run_contestant(args: argparse.Namespace, name: str, output: Path) -> dict:
-    """The result of one contestant, or the error that ended it."""
-    contestant, _, attention = name.partition(", ")
-    given = {key: value for key, value in vars(args).items() if key not in ("peers", "plot", "output_file")}
-    given |= {"contestant": contestant, "attention": attention or "full", "output_file": output}
+def run_contestant(args: argparse.Namespace, own: dict[str, str | None], output: Path) -> dict:
+    """The result of one contestant, or the error that ended it; own: the flags in which it differs."""
+    given = {key: value for key, value in vars(args).items() if key not in ("peers", "plot")}
+    given |= {**own, "output_file": output}
     words = []
     for key, value in given.items():
         if isinstance(value, bool):
@@ -53,40 +58,46 @@ def run_contestant(args: argparse.Namespace, name: str, output: Path) -> dict:
 
 def ratios(results: dict[str, dict]) -> dict[str, dict[str, float]]:
     """For each of ours: how many times faster than the fastest peer, and memory as a part of the leanest peer's."""
-    peers = [result for name, result in results.items() if name not in OWN and "error" not in result]
+    peers = [result for name, result in results.items() if not name.startswith(OWN) and "error" not in result]
     if not peers:
         return {}
     seconds, extra = (min(peer[key] for peer in peers) for key in ("median_seconds", "extra_bytes"))
     return {
         name: {"speed": seconds / results[name]["median_seconds"], "memory": results[name]["extra_bytes"] / extra}
-        for name in OWN
-        if "error" not in results[name]
+        for name in results
+        if name.startswith(OWN) and "error" not in results[name]
     }
 
 
 def format_comparison(results: dict[str, dict], summary: dict[str, dict[str, float]]) -> str:
-    lines = [f"\n{'contestant':<16}{'s a step':>10}{'tokens/s':>10}{'extra MiB':>11}   vs best peer: speed  memory"]
+    """A row for each contestant, with speed and memory against the best of the peers."""
+    header, rows = ("contestant", "s a step", "CPU s", "tokens/s", "extra MiB", "speed", "memory"), []
     for name, result in results.items():
         if "error" in result:
-            lines.append(f"{name:<16}{result['error']}")
+            rows.append([f"{name}: {result['error']}", *[None] * 6])
             continue
-        line = f"{name:<16}{result['median_seconds']:>10.2f}{result['tokens_per_second']:>10.0f}"
-        line += f"{result['extra_bytes'] / 2**20:>11.0f}"
-        if name in summary:
-            line += f"{summary[name]['speed']:>21.2f}x{summary[name]['memory']:>8.1%}"
-        lines.append(line)
-    return "\n".join(lines)
+        times = result["median_seconds"], min(result["cpu_seconds"])
+        rows.append([name, *times, round(result["tokens_per_second"]), round(result["extra_bytes"] / 2**20)])
+        own = summary.get(name)
+        rows[-1] += [f"{own['speed']:.2f}x", f"{own['memory']:.1%}"] if own else [None, None]
+    return "\n" + text_table(header, rows)
 
 
 def plot_comparison(results: dict[str, dict], path: Path) -> None:
-    """Bars of time and extra memory."""
+    """Speed against extra memory: up and to the left is better."""
     from longqlora.plot import new_figure
 
-    measured = {name: result for name, result in results.items() if "error" not in result}
-    kinds = (("median_seconds", 1, "seconds a step"), ("extra_bytes", 2**20, "extra memory, MiB"))
-    with new_figure(path, len(kinds)) as panels:
-        for axes, (key, unit, label) in zip(panels, kinds, strict=True):
-            colours = ["tab:blue" if name in OWN else "tab:grey" for name in measured]
-            axes.barh(list(measured), [result[key] / unit for result in measured.values()], color=colours)
-            axes.invert_yaxis()
-            axes.set_xlabel(label)
+    with new_figure(path) as (axis,):
+        for name, result in results.items():
+            if "error" in result:
+                continue
+            place = result["extra_bytes"] / 2**20, result["tokens_per_second"]
+            colour, marker = (
+                ("tab:blue", "o" if name.endswith("s2") else "s") if name.startswith(OWN) else ("grey", "X")
+            )
+            axis.plot(*place, marker, color=colour)
+            axis.annotate(name, place, xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axis.set_xscale("log")
+        axis.margins(x=0.25, y=0.15)
+        axis.set_ylim(bottom=0)
+        axis.set(xlabel="memory of a step beside the weights (MiB)", ylabel="tokens per second")

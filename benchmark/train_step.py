@@ -3,13 +3,14 @@
     python benchmark/train_step.py --shape tiny --seq_len 512
     python benchmark/train_step.py --shape llama2-7b --seq_len 8192 --memory_cap 32GiB --v100 --output_file step.json
 
-    python benchmark/train_step.py --shape llama-4l --seq_len 8192 --memory balanced --peers transformers trl
+    python benchmark/train_step.py --shape llama-4l --seq_len 8192 --memory all --peers transformers trl --plot step.png
 
 Forward, backward and optimizer step as train.py composes them: NF4 base with double quantisation, LoRA
 on all linear layers, S2-Attn, a memory policy or gradient checkpointing, loss in chunks. One step warms up,
---steps are timed. With --peers others take the same step in the same run, each in a process of its own: ours with
-S2-Attn and with full attention against "transformers" (plain transformers + PEFT) and, where they are installed,
-"trl" (SFTTrainer), "liger" (its kernels) and "unsloth", which have full attention. --v100 makes a newer GPU take
+--steps are timed. With --peers, or several policies, all take the same step in the same run, each in a process of its
+own: ours with each policy, S2-Attn and full attention, against "transformers" (plain transformers + PEFT) and, where
+they are installed, "trl" (SFTTrainer), "liger" (its kernels) and "unsloth", which have full attention.
+--v100 makes a newer GPU take
 the way of a V100: fp16, memory-efficient SDPA only. Memory is what torch allocated and reserved on a GPU; on a CPU,
 the bytes of all tensors and the process's peak.
 """
@@ -21,12 +22,15 @@ from pathlib import Path
 from longqlora.cli import DTYPES, dtype_of, run_main
 from longqlora.device import is_out_of_memory, parse_size
 from longqlora.outputs import check_results
+from longqlora.settings.config import MEMORY_POLICIES
 
 # Peers, the package that each needs, and whether it runs on a GPU only.
 PEERS = {
     "transformers": ("transformers", False), "trl": ("trl", False), "liger": ("liger_kernel", True),
     "unsloth": ("unsloth", True),
 }  # fmt: skip
+# memory/policy.py has them; it needs torch, and --help does not.
+POLICIES = MEMORY_POLICIES[1:]
 MIB = 2**20
 
 
@@ -45,8 +49,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lora_rank", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--train_embedding", action=boolean, default=False, help="train the embeddings (default: no)")
     parser.add_argument("--train_norm", action=boolean, default=False, help="train the norms (default: no)")
-    parser.add_argument("--memory", choices=["fast", "balanced", "max_length"], help="memory policy (default: none, "
-                        "--gradient_checkpointing decides)")  # fmt: skip
+    parser.add_argument("--memory", nargs="+", choices=[*POLICIES, "all"], help="memory policies, all to be compared "
+                        "(default: none, --gradient_checkpointing decides)")  # fmt: skip
     parser.add_argument("--layer_function", action=boolean, help="as in train.py (default: by the policy)")
     parser.add_argument("--keep_activations", choices=["input", "attention", "projections", "all"],
                         help="as in train.py (default: by the policy)")  # fmt: skip
@@ -79,8 +83,10 @@ def check_args(args: argparse.Namespace) -> int | None:
             raise ValueError(f"--{name}: must be at least {least}, got {getattr(args, name)}")
     if args.v100 and args.dtype not in (None, "fp16"):
         raise ValueError(f"--v100 computes in fp16; leave out --dtype {args.dtype}")
-    if args.plot and not args.peers:
-        raise ValueError("--plot draws a comparison; name whom to compare with in --peers")
+    if args.memory and "all" in args.memory:
+        args.memory = [*POLICIES]
+    if args.plot and not is_comparison(args):
+        raise ValueError("--plot draws a comparison; name whom to compare with in --peers, or several in --memory")
     missing = [name for name in args.peers if importlib.util.find_spec(PEERS[name][0]) is None]
     if missing:
         raise ValueError(f"--peers: {', '.join(missing)} is not installed; pip install it, or leave it out")
@@ -88,6 +94,10 @@ def check_args(args: argparse.Namespace) -> int | None:
         if args.device == "cpu" and PEERS[name][1]:
             raise ValueError(f"--peers: {name} needs a CUDA device; leave it out on a CPU")
     return parse_size(args.memory_cap, "--memory_cap") if args.memory_cap is not None else None
+
+
+def is_comparison(args: argparse.Namespace) -> bool:
+    return bool(args.peers) or len(args.memory or []) > 1
 
 
 def choose_device(args: argparse.Namespace):
@@ -136,10 +146,11 @@ def main() -> None:
     args = parse_args()
     cap = check_args(args)
     check_results(args, {"--shape": args.shape})
-    if args.peers:
+    if is_comparison(args):
         from step_comparison import compare_steps
 
         return compare_steps(args)
+    args.memory = args.memory[0] if args.memory else None
 
     import torch
     from machine import describe_machine, machine_lines

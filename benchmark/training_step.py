@@ -130,14 +130,15 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) 
     result = {"weight_bytes": held_bytes(model)}
     if device.type == "cuda":
         result["build_peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
-    losses, seconds = [], []
+    losses, seconds, cpu_seconds = [], [], []
     # The first step makes the optimizer's state. Counting tensors on a CPU takes time, hence not in a timed step.
     with PeakMemory(device) as memory:
         losses.append(step())
     for _ in tqdm(range(args.steps), desc="timed steps", unit="step", leave=False):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         losses.append(step())
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start[0])
+        cpu_seconds.append(time.process_time() - start[1])
     result["extra_bytes"] = memory.peak_bytes
     if device.type == "cuda":
         result["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
@@ -151,4 +152,4 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) 
     if args.profile:
         result["profile"] = profile_step(step, device)
         print(format_profile(result["profile"]))
-    return {**speed, **result, "seconds": seconds, "losses": losses}
+    return {**speed, **result, "seconds": seconds, "cpu_seconds": cpu_seconds, "losses": losses}

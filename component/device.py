@@ -1,5 +1,6 @@
 """Memory and arithmetic of a machine: sizes as people write them, free memory, missing memory, bf16."""
 
+import ctypes
 import platform
 import re
 
@@ -33,6 +34,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_host_memory() -> int:
     """Bytes of RAM that a process can still take."""
     return psutil.virtual_memory().available
+
+
+def reuse_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next one: fresh pages cost a tenth of a small model's CPU time.
+
+    Blocks beyond 32 MiB, glibc's limit, still go back to the system. Does nothing with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if platform.libc_ver()[0] == "glibc" and mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1
+        mallopt(mmap_threshold, 32 * 2**20)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def cpu_has_bf16() -> bool:

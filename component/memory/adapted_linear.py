@@ -1,16 +1,19 @@
-"""A frozen linear layer with LoRA, whose dropout can be replayed in any order and any number of times.
+"""Frozen linear layers with LoRA that read the same input; their dropout can be replayed in any order, at any time.
 
 LoRA (arXiv 2106.09685): y = x W' + b + scaling * dropout(x) A' B'. Autograd through the single operations
-keeps the input twice, a mask and every intermediate; here one node keeps the input, the mask as one byte an
-element and the product with A. Used on tiles of a sequence, where even that is small (layer_function.py).
+keeps the input twice, a mask and every intermediate, for each layer; here one node for all of them keeps the dropped
+input, its mask as one byte an element and the product with all A. Used on tiles of a sequence, where even that is
+small (layer_function.py).
 
-A dropout mask is a function of its seed alone: recomputation draws the same mask, which nobody keeps.
+A dropout mask is a function of its seed alone: recomputation draws the same mask, which nobody keeps. Layers that read
+the same input (queries, keys and values; gate and up) share its mask, where PEFT draws one for each.
 
 Dimensions: T tokens, C input features, N output features, R rank.
 
 Pure maths: knows nothing of Hugging Face.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,67 +38,91 @@ class AdaptedLinear:
     scaling: float = 1.0
     dropout: float = 0.0
 
+    @property
+    def kept_scaling(self) -> float:
+        """Of the product with inputs that dropout has zeroed, not scaled up."""
+        return self.scaling * MASK_LEVELS / (MASK_LEVELS - num_dropped_levels(self.dropout))
+
     def rows(self, rows: slice) -> "AdaptedLinear":
         """The layer that computes only some of the outputs: views, no copies."""
         bias, lora_b = (x if x is None else x[rows] for x in (self.bias, self.lora_b))
         return replace(self, weight=self.weight[rows], bias=bias, lora_b=lora_b)
 
-    def __call__(self, x: torch.Tensor, seed: int, *, output=None, is_output_needed: bool = True) -> torch.Tensor:
-        """Output [..., N] for x [..., C]; differentiable in x and in what is trained: LoRA, or weight and bias.
 
-        seed: of the dropout mask. output: the result where it is known; only its gradient is wanted then.
-        is_output_needed: if not, the values that come back are meaningless, but gradients flow through them.
-        """
-        if self.weight.requires_grad:
-            return F.linear(x, *(w if w is None else w.to(x.dtype) for w in (self.weight, self.bias)))
-        if output is None and not is_output_needed:
-            output = x.new_empty(()).expand(*x.shape[:-1], self.weight.shape[0])
-        # In a tuple, autograd takes no notice of it.
-        return AdaptedLinearFunction.apply(x, self.lora_a, self.lora_b, self, seed, (output,))
+def adapted_outputs(
+    linears: Sequence[AdaptedLinear], x: torch.Tensor, seed: int, *, known=None, is_needed: Sequence[bool] | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Output [..., N] of each layer for x [..., C]; differentiable in x and what is trained: LoRA, or weight and bias.
+
+    seed: of the dropout mask, which the layers share. known: results that are there (or None); only their gradients are
+    wanted then. is_needed: where not, the values that come back are meaningless, but gradients flow through them.
+    """
+    if linears[0].weight.requires_grad:
+        cast = [[w if w is None else w.to(x.dtype) for w in (linear.weight, linear.bias)] for linear in linears]
+        return tuple(F.linear(x, *weights) for weights in cast)
+    known = list(known or [None] * len(linears))
+    for i, linear in enumerate(linears):
+        if known[i] is None and is_needed and not is_needed[i]:
+            known[i] = x.new_empty(()).expand(*x.shape[:-1], linear.weight.shape[0])
+    adapted = [linear for linear in linears if linear.lora_a is not None]
+    trained = [weight for linear in adapted for weight in (linear.lora_a, linear.lora_b)]
+    # In a tuple, autograd takes no notice of what is known.
+    return AdaptedLinearsFunction.apply(x, linears, seed, tuple(known), *trained)
 
 
-class AdaptedLinearFunction(torch.autograd.Function):
+class AdaptedLinearsFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, lora_a, lora_b, linear: AdaptedLinear, seed: int, known: tuple[torch.Tensor | None]):
-        flat = x.reshape(-1, x.shape[-1])
-        mask = low_rank = None
-        if lora_a is not None:
-            mask = keep_mask(flat, linear.dropout, seed)
-            low_rank = apply_mask(flat, mask, linear.dropout) @ lora_a.T.to(x.dtype)
-        ctx.save_for_backward(x, mask, low_rank, lora_a, lora_b)
-        ctx.linear = linear
-        (output,) = known
-        if output is not None:
-            return output.view_as(output)
-        output = F.linear(flat, linear.weight, linear.bias)
+    def forward(ctx, x, linears: Sequence[AdaptedLinear], seed: int, known: tuple[torch.Tensor | None, ...], *trained):
+        flat, dropped, mask, low_rank, outputs = x.reshape(-1, x.shape[-1]), None, None, None, []
+        if trained:
+            mask = keep_mask(flat, max(linear.dropout for linear in linears), seed)
+            dropped = flat if mask is None else flat * mask
+            low_rank = dropped @ torch.cat(trained[::2]).T.to(x.dtype)
+        low_ranks = low_rank_parts(low_rank, linears)
+        for linear, part, output in zip(linears, low_ranks, known, strict=True):
+            if output is None:
+                output = F.linear(flat, linear.weight, linear.bias)
+                if part is not None:
+                    output.addmm_(part, linear.lora_b.T.to(x.dtype), alpha=linear.kept_scaling)
+                output = output.view(*x.shape[:-1], -1)
+            outputs.append(output.view_as(output))
+        ctx.save_for_backward(dropped, mask, low_rank)
+        ctx.linears, ctx.trained, ctx.shape = linears, trained, x.shape
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        (dropped, mask, low_rank), linears = ctx.saved_tensors, ctx.linears
+        dtype, grad_x, grads = linears[0].weight.dtype, None, []
+        gradients = [gradient.reshape(-1, gradient.shape[-1]).to(dtype) for gradient in gradients]
+        for linear, gradient in zip(linears, gradients, strict=True):
+            grad_x = gradient @ linear.weight if grad_x is None else grad_x.addmm_(gradient, linear.weight)
         if low_rank is not None:
-            output.addmm_(low_rank, lora_b.T.to(x.dtype), alpha=linear.scaling)
-        return output.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, mask, low_rank, lora_a, lora_b = ctx.saved_tensors
-        linear, dtype = ctx.linear, x.dtype
-        flat, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]).to(dtype)
-        grad_x, grad_a, grad_b = gradient @ linear.weight, None, None
-        if lora_a is not None:
-            grad_b = (gradient.T @ low_rank).mul_(linear.scaling).to(lora_b.dtype)
-            grad_low_rank = (gradient @ lora_b.to(dtype)).mul_(linear.scaling)
-            grad_a = (grad_low_rank.T @ apply_mask(flat, mask, linear.dropout)).to(lora_a.dtype)
+            grad_low_rank = torch.empty_like(low_rank)
+            parts = low_rank_parts(low_rank, linears), low_rank_parts(grad_low_rank, linears)
+            for linear, gradient, part, grad_part in zip(linears, gradients, *parts, strict=True):
+                if part is not None:
+                    torch.mm(gradient, linear.lora_b.to(dtype), out=grad_part).mul_(linear.kept_scaling)
+                    grads.append((gradient.T @ part).mul_(linear.kept_scaling).to(linear.lora_b.dtype))
+            a = torch.cat(ctx.trained[::2])
+            grads_a = (grad_low_rank.T @ dropped).to(a.dtype).split([len(x) for x in ctx.trained[::2]])
+            grads = [x for pair in zip(grads_a, grads, strict=True) for x in pair]
             if mask is None:
-                grad_x.addmm_(grad_low_rank, lora_a.to(dtype))
+                grad_x.addmm_(grad_low_rank, a.to(dtype))
             else:
-                grad_x.add_(apply_mask(grad_low_rank @ lora_a.to(dtype), mask, linear.dropout))
-        return grad_x.view_as(x), grad_a, grad_b, None, None, None
+                grad_x.add_((grad_low_rank @ a.to(dtype)).mul_(mask))
+        return grad_x.view(ctx.shape), None, None, None, *grads
 
 
-def apply_mask(x: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
-    """x [T, C] with some elements zeroed and the others scaled up; also the gradient of that, given the output's."""
-    return x if mask is None else (x * mask).mul_(MASK_LEVELS / (MASK_LEVELS - num_dropped_levels(dropout)))
+def low_rank_parts(low_rank: torch.Tensor | None, linears: Sequence[AdaptedLinear]) -> Iterator[torch.Tensor | None]:
+    """For each layer its columns of low_rank [T, all R], a view; None where it has no LoRA."""
+    ranks = [0 if linear.lora_a is None else len(linear.lora_a) for linear in linears]
+    parts = [None] * len(linears) if low_rank is None else low_rank.split(ranks, dim=1)
+    return (part if rank else None for part, rank in zip(parts, ranks, strict=True))
 
 
 def keep_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor | None:
-    """Mask bool [T, C] for x [T, C], True where kept, None if all are; the same for the same shape, device and seed."""
+    """Mask uint8 [T, C] for x [T, C], 1 where kept, None if all are; the same for the same shape, device and seed."""
     threshold = num_dropped_levels(dropout)
     if not threshold:
         return None
@@ -103,7 +130,9 @@ def keep_mask(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor | None
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     # From the least integer on: without it the sign bit would always be zero.
     draws.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-    return (draws.view(torch.int16)[: x.numel()] >= threshold - MASK_LEVELS // 2).view(x.shape)
+    is_kept = draws.view(torch.int16)[: x.numel()] >= threshold - MASK_LEVELS // 2
+    # A product with it takes half the time of one with bool on a CPU.
+    return is_kept.view(torch.uint8).view(x.shape)
 
 
 def num_dropped_levels(dropout: float) -> int:

@@ -2,7 +2,7 @@
 
 Llama, Mistral, Qwen2 and Qwen3 layers differ only in biases and in norms on queries and keys:
 
-    q, k, v = rope(qk_norm(qkv_proj(norm1(x))))                        `project`
+    q, k, v = rope(qk_norm(qkv_proj(norm1(x))))                        `project`, `rotate`
     h = x + o_proj(attention(q, k, v))
     y = h + down_proj(act(gate_proj(n)) * up_proj(n)), n = norm2(h)    `mlp`
 
@@ -23,8 +23,8 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 LINEARS = (*PROJECTIONS, "o_proj", *MLP)
-# linear(name, x [B, T, C], **options of AdaptedLinear.__call__) -> [B, T, N], under the tile's dropout mask.
-Linear = Callable[..., torch.Tensor]
+# linear(names, x [B, T, C], **options of adapted_outputs) -> a [B, T, N] for each name, under the tile's dropout mask.
+Linear = Callable[..., Sequence[torch.Tensor]]
 # cos and sin [B or 1, T, D]
 CosSin = Sequence[torch.Tensor]
 
@@ -48,33 +48,37 @@ class DecoderLayer:
         modules += [self.norm2] if "up_proj" in names else []
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
-    def project(self, x: torch.Tensor, linear: Linear, rope: CosSin, *, are_values_needed=True) -> list[torch.Tensor]:
-        """Queries, keys and values of x [B, T, C] after RoPE: [B, T, H, D], [B, T, K, D] twice.
+    def project(self, x: torch.Tensor, linear: Linear, *, are_values_needed=True) -> list[torch.Tensor]:
+        """Queries, keys and values of x [B, T, C] before RoPE: [B, T, H, D], [B, T, K, D] twice.
 
         are_values_needed: if not, what comes back is meaningless, but gradients flow through it.
         """
-        normed, heads = self.norm1(x).to(x.dtype), []
-        for name, norm in zip(PROJECTIONS, (*self.head_norms, None), strict=True):
-            flat = linear(name, normed, is_output_needed=are_values_needed or norm is not None)
-            states = flat.unflatten(-1, (-1, self.head_dim))
-            states = states if norm is None else norm(states).to(x.dtype)
-            heads.append(states if name == "v_proj" else rotated(states, *rope))
-        return heads
+        norms = (*self.head_norms, None)
+        is_needed = [are_values_needed or norm is not None for norm in norms]
+        outputs = linear(PROJECTIONS, self.norm1(x).to(x.dtype), is_needed=is_needed)
+        states = [output.unflatten(-1, (-1, self.head_dim)) for output in outputs]
+        return [x if norm is None else norm(x).to(x.dtype) for x, norm in zip(states, norms, strict=True)]
 
     def mlp(
         self, hidden: torch.Tensor, linear: Linear, *, gate=None, up=None, is_output_needed=True
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the MLP adds to `hidden` [B, T, C], and its two inner products [B, T, F], as given or computed."""
-        normed = self.norm2(hidden).to(hidden.dtype)
-        gate, up = linear("gate_proj", normed, output=gate), linear("up_proj", normed, output=up)
-        return linear("down_proj", self.act(gate) * up, is_output_needed=is_output_needed), gate, up
+        gate, up = linear(("gate_proj", "up_proj"), self.norm2(hidden).to(hidden.dtype), known=(gate, up))
+        (added,) = linear(("down_proj",), self.act(gate) * up, is_needed=(is_output_needed,))
+        return added, gate, up
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on x [B, T, H, D] with cos and sin [B or 1, T, D], halves rotated as in Llama."""
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """Write RoPE on x [B, T, H, D] into `out`, with cos and sin [B or 1, T, D], halves rotated as in Llama.
+
+    Both halves of cos and of sin are alike, so that -sin rotates back: the gradient of x, given that of the result.
+    """
+    half = x.shape[-1] // 2
+    sin = sin[:, :, None, :half]
+    torch.mul(x, cos[:, :, None], out=out)
+    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin)
+    return out
 
 
 def base_layer(module: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longqlora.attention.binding import attention_pattern, call_attention
 from longqlora.attention.proof import check_equal, outputs_and_gradients, refusing, tiny_copy, trial_inputs
+from longqlora.device import reuse_freed_memory
 from longqlora.memory.decoder_layer import DecoderLayer, reason_unsupported
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.layer_function import LayerCall, LayerFunction
@@ -33,6 +34,8 @@ def apply_policy(model: nn.Module, policy: ActivationPolicy, device: torch.devic
 
     Raises ValueError where the function's outputs or gradients are not those of the model's layers.
     """
+    if device.type == "cpu":
+        reuse_freed_memory()
     if policy.layer_function:
         # Several tiles, the last one shorter, in the few tokens of a proof.
         prove_layers(model, replace(policy, tile_size=5))

@@ -11,7 +11,7 @@ docs/memory.md counts what the backward pass of a layer holds.
 Dimensions: B batch, S sequence, T tokens of a tile, C hidden size, H query heads, K key/value heads, D head dim.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from longqlora.attention.inplace_attention import CausalPattern, attention_backward, attention_forward
 from longqlora.attention.sdpa import sum_dtype
-from longqlora.memory.decoder_layer import MLP, PROJECTIONS, CosSin, DecoderLayer, Linear, adapted_linear
+from longqlora.memory.adapted_linear import adapted_outputs
+from longqlora.memory.decoder_layer import MLP, PROJECTIONS, CosSin, DecoderLayer, Linear, adapted_linear, rotate
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.policy import ActivationPolicy
 from longqlora.settings.config import KEPT
@@ -55,8 +56,9 @@ class LayerCall:
         length, size = self.rope[0].shape[1], self.policy.tile_size
         for start in range(0, length, size):
 
-            def linear(name: str, x: torch.Tensor, start: int = start, **options) -> torch.Tensor:
-                return linears[name](x, mask_seed(self.seed, name, start), **options)
+            def linear(names: Sequence[str], x: torch.Tensor, start: int = start, **options) -> Sequence[torch.Tensor]:
+                seed = mask_seed(self.seed, names[0], start)
+                return adapted_outputs([linears[name] for name in names], x, seed, **options)
 
             yield slice(start, min(start + size, length)), linear
 
@@ -144,9 +146,11 @@ def project(call: LayerCall, x: torch.Tensor, heads: slice, kv_heads: slice) -> 
     rows = {name: slice(part.start * size, part.stop * size) for name, part in parts.items()}
     states = [x.new_empty(*x.shape[:2], part.stop - part.start, size) for part in parts.values()]
     for tile, linear in call.tiles(*PROJECTIONS, rows=rows):
-        projected = call.layer.project(x[:, tile], linear, [rope[:, tile] for rope in call.rope])
-        for target, source in zip(states, projected, strict=True):
-            target[:, tile] = source
+        query, key, value = call.layer.project(x[:, tile], linear)
+        rope = [angles[:, tile] for angles in call.rope]
+        for target, source in zip(states, (query, key), strict=False):
+            rotate(source, *rope, out=target[:, tile])
+        states[2][:, tile] = value
     return states
 
 
@@ -154,13 +158,12 @@ def finish(call: LayerCall, x, output) -> tuple[torch.Tensor, list[torch.Tensor]
     """The layer's result from its input and its attention output; the inner products if they are to be kept."""
     layer, result, kept = call.layer, torch.empty_like(x), []
     for tile, linear in call.tiles("o_proj", *MLP):
-        hidden = x[:, tile] + linear("o_proj", output[:, tile].flatten(2))
+        (attended,) = linear(("o_proj",), output[:, tile].flatten(2))
+        hidden = attended.add_(x[:, tile])
         added, *products = layer.mlp(hidden, linear)
-        result[:, tile] = hidden + added
+        torch.add(hidden, added, out=result[:, tile])
         if call.policy.keep_activations == "all":
-            kept = kept or [p.new_empty(*x.shape[:2], p.shape[-1]) for p in (hidden, *products)]
-            for target, source in zip(kept, (hidden, *products), strict=True):
-                target[:, tile] = source
+            kept += [hidden, *products]
     return result, kept
 
 
@@ -168,16 +171,16 @@ def finish_backward(call, x, output, gradient, products, sums) -> tuple[torch.Te
     """Gradients of x [B, S, C], as far as they do not pass attention, and of the attention output [B, S, H, D]."""
     layer, grad_x, grad_output = call.layer, torch.empty_like(x), torch.empty_like(output)
     trained, trained_mlp = layer.trained("o_proj"), layer.trained(*MLP)
+    products = iter(products)
     for tile, linear in call.tiles("o_proj", *MLP):
+        hidden, gate, up = (next(products, None) for _ in range(3))
         with torch.enable_grad():
             attended = output[:, tile].flatten(2).detach().requires_grad_()
-            added = linear("o_proj", attended, is_output_needed=not products)
-            hidden = products[0][:, tile] if products else x[:, tile] + added.detach()
-            hidden = hidden.detach().requires_grad_()
-            known = {name: product[:, tile] for name, product in zip(("gate", "up"), products[1:], strict=False)}
-            mlp_added, _, _ = layer.mlp(hidden, linear, **known, is_output_needed=False)
+            (added,) = linear(("o_proj",), attended, is_needed=(hidden is None,))
+            hidden = (x[:, tile] + added.detach() if hidden is None else hidden.detach()).requires_grad_()
+            mlp_added, _, _ = layer.mlp(hidden, linear, gate=gate, up=up, is_output_needed=False)
         grad_hidden = gradient_of(hidden, mlp_added, gradient[:, tile], trained_mlp, sums)
-        grad_x[:, tile] = grad_hidden + gradient[:, tile]
+        torch.add(grad_hidden, gradient[:, tile], out=grad_x[:, tile])
         grad_attended = gradient_of(attended, added, grad_x[:, tile], trained, sums)
         grad_output[:, tile] = grad_attended.view_as(output[:, tile])
     return grad_x, grad_output
@@ -209,8 +212,8 @@ def backward_by_kernels(call, x, kept, gradient, products, sums) -> tuple[torch.
 
 def backward_through_autograd(call, x, _kept, gradient, products, sums) -> tuple[torch.Tensor, ...]:
     """The same for attention of any kind, which is run again."""
+    projected = [states.requires_grad_() for states in project(call, x, *call.head_chunks()[0])]
     with torch.enable_grad():
-        projected = [states.requires_grad_() for states in project(call, x, *call.head_chunks()[0])]
         output = call.attend(*(states.transpose(1, 2) for states in projected))
     grad_x, grad_output = finish_backward(call, x, output.detach(), gradient, products, sums)
     return grad_x, *torch.autograd.grad(output, projected, grad_output)
@@ -221,9 +224,11 @@ def project_backward(call, x, grads, grad_x: torch.Tensor | None, sums) -> None:
     trained = call.layer.trained(*PROJECTIONS)
     for tile, linear in call.tiles(*PROJECTIONS):
         with torch.enable_grad():
-            part, rope = x[:, tile].detach(), [rope[:, tile] for rope in call.rope]
-            part.requires_grad_(grad_x is not None)
-            projected = call.layer.project(part, linear, rope, are_values_needed=False)
-        grad_part = gradient_of(part, projected, [grad[:, tile] for grad in grads], trained, sums)
+            part = x[:, tile].detach().requires_grad_(grad_x is not None)
+            projected = call.layer.project(part, linear, are_values_needed=False)
+        cos, sin = (angles[:, tile] for angles in call.rope)
+        query, key, value = (grad[:, tile] for grad in grads)
+        query, key = (rotate(grad, cos, -sin, out=torch.empty_like(grad)) for grad in (query, key))
+        grad_part = gradient_of(part, projected, (query, key, value), trained, sums)
         if grad_x is not None:
             grad_x[:, tile] += grad_part

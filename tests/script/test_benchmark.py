@@ -21,6 +21,7 @@ from live_memory import LiveStorages, check_free_memory
 from random_nf4_model import random_nf4_model, shape_config
 from rolled_attention import materialized_attention, rolled_shift_short_attention, sdpa_attention
 from torch.nn.functional import scaled_dot_product_attention
+from train_step import POLICIES
 
 import longqlora.model.base
 from longqlora.attention.shift_short import shift_short_attention
@@ -221,15 +222,15 @@ def test_units_of_a_layer(run_here):
 
 def test_ratios_are_to_the_best_of_the_peers():
     results = {
-        "ours, s2": {"median_seconds": 2.0, "extra_bytes": 100, "tokens_per_second": 1},
+        "ours, s2": {"cpu_seconds": [2.0], "median_seconds": 2.0, "extra_bytes": 100, "tokens_per_second": 1},
         "ours, full": {"error": "out of memory"},
-        "transformers": {"median_seconds": 6.0, "extra_bytes": 500, "tokens_per_second": 1},
-        "trl": {"median_seconds": 4.0, "extra_bytes": 1000, "tokens_per_second": 1},
+        "transformers": {"cpu_seconds": [6.0], "median_seconds": 6.0, "extra_bytes": 500, "tokens_per_second": 1},
+        "trl": {"cpu_seconds": [4.0], "median_seconds": 4.0, "extra_bytes": 1000, "tokens_per_second": 1},
     }
     summary = step_comparison.ratios(results)
     assert summary == {"ours, s2": {"speed": 2.0, "memory": 0.2}}
     text = step_comparison.format_comparison(results, summary)
-    assert "2.00x" in text and "20.0%" in text and "ours, full      out of memory" in text
+    assert "2.00x" in text and "20.0%" in text and "ours, full: out of memory" in text
     assert step_comparison.ratios({"ours, s2": results["ours, s2"], "trl": {"error": "none"}}) == {}
 
 
@@ -354,10 +355,13 @@ def test_dual_chunk_benchmark(run_here):
 
 @pytest.mark.slow
 def test_contestants_take_the_same_step(run_here):
-    words = "--shape tiny --seq_len 64 --steps 1 --device cpu --peers transformers --plot a.png"
+    words = "--shape tiny --seq_len 64 --steps 1 --device cpu --memory all --peers transformers --plot a.png"
     _, record = run_here(f"train_step {words}")
     first = {name: result["losses"][0] for name, result in record["results"].items()}
-    assert first["ours, full"] == pytest.approx(first["transformers"], rel=1e-4)
+    assert [name for name in first if name.endswith("s2")] == [f"ours, {memory}, s2" for memory in POLICIES]
+    for memory in POLICIES:
+        assert first[f"ours, {memory}, full"] == pytest.approx(first["transformers"], rel=1e-4)
+    assert is_drawn("a.png")
 
 
 @pytest.mark.slow
