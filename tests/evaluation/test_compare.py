@@ -114,9 +114,10 @@ def test_bad_settings_are_one_line(settings, message, base, data, tmp_path):
         read(base, data, tmp_path, **settings).make_trials()
 
 
-@pytest.mark.parametrize("name", ["compare", "compare-books", "compare-passkey"])
+@pytest.mark.parametrize("name", ["compare", "compare-books", "compare-passkey", "compare-demo"])
 def test_the_shipped_yamls_are_valid(repo, monkeypatch, name):
     monkeypatch.setattr("longqlora.evaluation.comparison.input_path", lambda key, value: value)
     monkeypatch.setattr("longqlora.evaluation.comparison.require_folder", lambda path, flag: path)
     settings = read_comparison(str(repo / "script" / "evaluate" / f"{name}.yaml"), {})
-    assert {"none", "PI", "NTK", "dynamic NTK", "YaRN", "DCA"} <= set(settings.methods)
+    names = {method.removeprefix("base + ") for method in settings.methods}
+    assert {"PI", "NTK", "dynamic NTK", "YaRN", "DCA"} <= names and names & {"none", "base"}
