@@ -4,8 +4,9 @@
 
 Sources are the standard library and, with --packages, every installed package whose licence is permissive. A file
 belongs to the validation split by a hash of its path below its root ("json/decoder.py"), so the split is the same on
-every machine and Python version, and a text that stands in both splits is kept in validation only. Output: train.jsonl
-and validation.jsonl, rows {"text", "path"}, and sources.json with the name, version, licence and size of what was read.
+every machine and Python version. Lines of training files that touch 50 bytes in a row of a validation file are left
+out, so no 50 tokens stand in both, whatever the tokenizer. Output: train.jsonl and validation.jsonl, rows {"text",
+"path"}, and sources.json with the name, version, licence and size of what was read.
 """
 
 import argparse
@@ -16,7 +17,10 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
+from tqdm import tqdm
+
 from longqlora.cli import run_main
+from longqlora.data.overlap import HeldOut, text_bytes
 from longqlora.files import atomic_file, write_json
 from longqlora.outputs import OutputFolder, check_outputs
 
@@ -29,8 +33,12 @@ RESTRICTED = re.compile(r"\b(L?GPL|AGPL|MPL|Mozilla|EPL|CDDL|Proprietary)", re.I
 
 
 def percentile(path: str) -> int:
-    """0 to 99, from the POSIX path of a file below its root; those below VALIDATION_PERCENT are validation."""
+    """0 to 99, from the POSIX path of a file below its root."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") % 100
+
+
+def is_validation(path: str) -> bool:
+    return percentile(path) < VALIDATION_PERCENT
 
 
 def read_source(file: Path) -> str | None:
@@ -81,27 +89,30 @@ def main() -> None:
             if PERMISSIVE.search(licence) and not RESTRICTED.search(licence):
                 origins.append((dist.metadata["Name"], dist.version, licence, package_files(dist)))
 
-    # Rows as JSON by their text.
+    # Paths by their text: a text that is there twice counts once.
     splits: dict[str, dict[str, str]] = {"validation": {}, "train": {}}
     sources = []
     for name, version, licence, files in origins:
         kept = [(path, file) for path, file in files if percentile(path) < end]
         texts = {path: text for path, file in kept if (text := read_source(file)) is not None}
         for path, text in texts.items():
-            row = json.dumps({"text": text, "path": path}, ensure_ascii=False)
-            splits["validation" if percentile(path) < VALIDATION_PERCENT else "train"].setdefault(text, row)
+            splits["validation" if is_validation(path) else "train"].setdefault(text, path)
         if texts:
             size = {"files": len(texts), "bytes": sum(len(text.encode()) for text in texts.values())}
             sources.append({"name": name, "version": version, "licence": licence, **size})
     # First, since the folder is known by it.
     write_json(args.output_dir / SOURCES, sources)
-    for text in splits["validation"]:
-        splits["train"].pop(text, None)
-    for split, rows in splits.items():
+    held_out = HeldOut(map(text_bytes, splits["validation"]))
+    own = {text: held_out.lines_not_shared(text) for text in tqdm(splits["train"], desc="lines shared with validation")}
+    num_read, num_kept = (sum(map(len, texts)) for texts in (own, own.values()))
+    print(f"train: {1 - num_kept / num_read:.1%} left out, lines that stand in validation files too")
+    splits["train"] = {own[text]: path for text, path in splits["train"].items() if len(own[text]) >= MIN_BYTES}
+    for split, paths in splits.items():
         path = args.output_dir / f"{split}.jsonl"
         with atomic_file(path) as file:
-            file.write("\n".join(rows.values()) + "\n")
-        print(f"{split}: {len(rows)} files, {path.stat().st_size / 1e6:.1f} MB")
+            for text, source in paths.items():
+                file.write(json.dumps({"text": text, "path": source}, ensure_ascii=False) + "\n")
+        print(f"{split}: {len(paths)} files, {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
