@@ -80,8 +80,8 @@ def test_a_corpus_shares_no_50_tokens(script, monkeypatch, tmp_path):
     assert token_runs(originals[name] for name in names if not script.is_validation(name)) & token_runs(held_out)
     assert not token_runs(train) & token_runs(validation)
     assert all("_20 = " in text for text in train)
-    part = write_corpus(script, monkeypatch, tmp_path / "part", "--train_percent", "30")
-    assert part[1] == validation and len(train) / 6 < len(part[0]) < len(train) / 2 and {*part[0]} < {*train}
+    part = write_corpus(script, monkeypatch, tmp_path / "part", "--max_chars", "900")
+    assert part[1] == validation and len(part[0]) == len(train) and max(map(len, part[0])) <= 900 < min(map(len, train))
 
 
 @pytest.mark.slow
