@@ -1,6 +1,6 @@
 """Write the Python source found on this machine as train / validation jsonl.
 
-    python script/data/python_corpus.py --output_dir output/corpus [--packages]
+    python script/data/python_corpus.py --output_dir output/corpus [--packages] [--max_chars 10000]
 
 Sources are the standard library and, with --packages, every installed package whose licence is permissive. A file
 belongs to the validation split by a hash of its path below its root ("json/decoder.py"), so the split is the same on
@@ -70,7 +70,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for train.jsonl and validation.jsonl")
     parser.add_argument("--packages", action="store_true", help="also read the installed packages")
+    parser.add_argument("--max_chars", type=int, help="cut each training file after so many characters, so that a "
+                        "short run sees many files (default: none is cut)")  # fmt: skip
     args = parser.parse_args()
+    if args.max_chars is not None and args.max_chars < MIN_BYTES:
+        raise ValueError(f"--max_chars: must be at least {MIN_BYTES}, got {args.max_chars}")
     check_outputs({"--output_dir": OutputFolder(args.output_dir, SOURCES)}, {"the standard library": STDLIB})
 
     origins = [("python", sysconfig.get_python_version(), "PSF-2.0", stdlib_files())]
@@ -86,7 +90,10 @@ def main() -> None:
     for name, version, licence, files in origins:
         texts = {path: text for path, file in files if (text := read_source(file)) is not None}
         for path, text in texts.items():
-            splits["validation" if is_validation(path) else "train"].setdefault(text, path)
+            if is_validation(path):
+                splits["validation"].setdefault(text, path)
+            else:
+                splits["train"].setdefault(text[: args.max_chars], path)
         if texts:
             size = {"files": len(texts), "bytes": sum(len(text.encode()) for text in texts.values())}
             sources.append({"name": name, "version": version, "licence": licence, **size})

@@ -41,6 +41,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--add_eos", action=boolean, default=True, help="put EOS after each document (default: yes)")
     parser.add_argument("--min_tokens", type=int, default=1, help="keep only documents of at least this many tokens, "
                         "not counting BOS and EOS (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--total_tokens", type=int, help="cut each document after its equal share of so many, so that "
+                        "no long one outweighs the rest (default: none is cut)")  # fmt: skip
     parser.add_argument("--plot", help="image (.png, .pdf or .svg) of the document lengths")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
     return parser.parse_args()
@@ -76,8 +78,9 @@ def length_table(lengths: list[int]) -> str:
 
 def main() -> None:
     args = parse_args()
-    if args.min_tokens < 1:
-        raise ValueError(f"--min_tokens: must be at least 1, got {args.min_tokens}")
+    for name in ("min_tokens", "total_tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name}: must be at least 1, got {value}")
     suffixes = [*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES)]
     files = [path for _, path in find_files(args.input, suffixes, is_recursive=True)]
     outputs = {"--output_file": [args.output_file, sidecar_path(args.output_file)], "--plot": args.plot}
@@ -107,9 +110,13 @@ def main() -> None:
                         yield ids
                 bar.update(path.stat().st_size)
 
+    kept = documents()
+    if args.total_tokens:
+        kept = list(kept)
+        kept = [ids[: args.total_tokens // len(kept)] for ids in kept]
     written = write_token_file(
         args.output_file,
-        documents(),
+        kept,
         tokenizer_name=args.tokenizer,
         vocab_size=max(len(tokenizer), tokenizer.vocab_size),
         bos_token_id=special.get("bos"),

@@ -30,9 +30,9 @@ def token_runs(texts) -> set[bytes]:
     return {row[start : start + size] for row in rows for start in range(0, len(row) - size + 1, 2)}
 
 
-def write_corpus(script, monkeypatch, output_dir: Path) -> tuple[list[str], list[str]]:
+def write_corpus(script, monkeypatch, output_dir: Path, *words: str) -> tuple[list[str], list[str]]:
     """The training and the validation texts that it writes."""
-    monkeypatch.setattr(sys, "argv", ["python_corpus.py", "--output_dir", str(output_dir)])
+    monkeypatch.setattr(sys, "argv", ["python_corpus.py", "--output_dir", str(output_dir), *words])
     script.main()
     rows = [(output_dir / f"{split}.jsonl").read_text().splitlines() for split in ("train", "validation")]
     return tuple([json.loads(row)["text"] for row in part] for part in rows)
@@ -80,6 +80,8 @@ def test_a_corpus_shares_no_50_tokens(script, monkeypatch, tmp_path):
     assert token_runs(originals[name] for name in names if not script.is_validation(name)) & token_runs(held_out)
     assert not token_runs(train) & token_runs(validation)
     assert all("_20 = " in text for text in train)
+    part = write_corpus(script, monkeypatch, tmp_path / "part", "--max_chars", "900")
+    assert part[1] == validation and len(part[0]) == len(train) and max(map(len, part[0])) <= 900 < min(map(len, train))
 
 
 @pytest.mark.slow

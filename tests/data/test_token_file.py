@@ -106,6 +106,10 @@ def test_tokenize_every_kind_of_input(tmp_path, tiny_model_dir, tiny_tokenizer, 
     encoded = tiny_tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
     assert open_token_file(out).tokens.tolist() == [id for ids in encoded for id in (1, *ids, 2)]
     assert code == 0 and "dropped: 2 documents" in printed
+    run_in_process(
+        TOKENIZE, "--input", folder, "--tokenizer", tiny_model_dir, "--output_file", out, "--total_tokens", 5
+    )
+    assert open_token_file(out).tokens.tolist() == [id for ids in encoded[:2] for id in (*ids[:2], 2)]
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -122,6 +126,7 @@ BAD_CORPORA = {
     "no input": ("x.txt", b"a", ["--input", "absent"], "--input: nothing at 'absent'"),
     "no tokenizer": ("x.txt", b"a", ["--tokenizer", "./absent"], "--tokenizer: no folder at './absent'"),
     "no length": ("x.txt", b"a", ["--min_tokens", "0"], "--min_tokens: must be at least 1"),
+    "no end": ("x.txt", b"a", ["--total_tokens", "0"], "--total_tokens: must be at least 1"),
     "no image": ("x.txt", b"a", ["--plot", "x.doc"], "must end in one of .png"),
 }
 

@@ -125,9 +125,10 @@ def test_the_first_yaml_runs_on_a_fresh_clone(repo, monkeypatch):
     assert 2 < task.score([task.ask(trial) for trial in trials[:1]])["results"]["none"][256]["perplexity"] < 30
 
 
-@pytest.mark.parametrize("name", ["compare", "compare-books", "compare-passkey"])
+@pytest.mark.parametrize("name", ["compare", "compare-books", "compare-passkey", "compare-demo"])
 def test_the_shipped_yamls_are_valid(repo, monkeypatch, name):
     monkeypatch.setattr("longqlora.evaluation.comparison.input_path", lambda key, value: value)
     monkeypatch.setattr("longqlora.evaluation.comparison.require_folder", lambda path, flag: path)
     settings = read_comparison(str(repo / "script" / "evaluate" / f"{name}.yaml"), {})
-    assert {"none", "PI", "NTK", "dynamic NTK", "YaRN", "DCA"} <= set(settings.methods)
+    names = {method.removeprefix("base + ") for method in settings.methods}
+    assert {"PI", "NTK", "dynamic NTK", "YaRN", "DCA"} <= names and names & {"none", "base"}
