@@ -17,6 +17,7 @@ import shlex
 from pathlib import Path
 
 from longqlora.cli import require_folder, run_main
+from longqlora.outputs import OutputFolder, check_outputs
 
 REPO = Path(__file__).resolve().parents[1]
 SUITES = sorted(path.stem for path in (REPO / "benchmark" / "suites").glob("*.yaml") if path.stem != "scales")
@@ -47,6 +48,9 @@ def parse_args() -> argparse.Namespace:
         raise ValueError("--num_workers and --num_threads: must be at least 1")
     if args.books:
         require_folder(args.books, "--books")
+    if args.output_dir:
+        # The runner's first file is a log.
+        check_outputs({"--output_dir": OutputFolder(args.output_dir, "logs")}, {"--books": args.books})
     args.scale = "smoke" if args.smoke else args.scale
     args.output_dir = (args.output_dir or REPO / "output" / "reproduce" / args.scale).resolve()
     return args

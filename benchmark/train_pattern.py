@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--pattern", choices=PATTERNS, required=True)
+    parser.add_argument("--pattern", choices=PATTERNS, required=True, help="the attention to train with")
     args, flags = parser.parse_known_args()
     import pattern_attention
 

@@ -81,7 +81,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--corpus_dir", type=Path, required=True, help="folder with train.jsonl and validation.jsonl")
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder for model and tokenizer, or "
                         "one that this script wrote, which is replaced")  # fmt: skip
-    parser.add_argument("--base_model", type=Path, default=TINY_LLAMA, help="Llama of 256 tokens with a byte-level "
+    parser.add_argument("--model_name_or_path", "--base_model", dest="base_model", type=Path, default=TINY_LLAMA,
+                        help="Llama of 256 tokens with a byte-level "
                         "BPE tokenizer (default: %(default)s)")  # fmt: skip
     parser.add_argument("--num_steps", type=int, default=1500, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--max_minutes", type=float, default=15, help="end earlier, with the rate decayed to zero by "

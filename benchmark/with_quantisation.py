@@ -25,7 +25,7 @@ QUANTISATIONS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("quantisation", choices=QUANTISATIONS)
+    parser.add_argument("quantisation", choices=QUANTISATIONS, help="of the base")
     parser.add_argument("script", help="train.py or a script that evaluates, from the repository's root")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="its own")
     args = parser.parse_args()

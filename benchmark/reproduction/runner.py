@@ -81,8 +81,8 @@ class Scripts:
         os.chdir(REPO)
         # The parent's bar is none of this process's.
         tqdm._instances.clear()
-        if self.num_threads:
-            torch.set_num_threads(self.num_threads)
+        # Also where their number stays: torch makes its pool anew here, and not in several threads of a script at once.
+        torch.set_num_threads(self.num_threads or torch.get_num_threads())
         script = str(REPO / words[0])
         sys.argv = [script, *words[1:]]
         sys.path.insert(0, str(Path(script).parent))

@@ -43,6 +43,7 @@ COMMANDS = {
     "benchmark/train_passkey_llama.py --num_steps 1": {"--output_dir": "full model . text.txt"},
     "benchmark/train_retrieval_llama.py --corpus_dir corpus --base_model model":
         {"--output_dir": "corpus full corpus/model model text.txt"},
+    "benchmark/reproduce.py --suite recipe --books corpus": {"--output_dir": "corpus full text.txt"},
     "benchmark/attention.py": {}, "benchmark/dual_chunk_attention.py": {}, "benchmark/layer_memory.py": {},
     "benchmark/longest.py --memory_cap 1GiB": {},
     "benchmark/prefill.py --shape model/config.json": {"--output_file": "model/config.json"},

@@ -79,7 +79,7 @@ def test_finished_cells_are_skipped_and_a_page_is_made_from_them(smoke, run_scri
 
 def test_failed_cells_are_named_with_their_log_and_the_rest_goes_on(tmp_path, run_script):
     out = tmp_path / "out"
-    out.mkdir()
+    (out / "logs").mkdir(parents=True)
     # Where the trainings would keep their tokens.
     (out / "cache").write_text("")
     words = ["--suite", "recipe", "adapters", "--smoke", "--output_dir", out, "--report_dir", tmp_path / "pages"]

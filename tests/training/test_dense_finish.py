@@ -19,7 +19,7 @@ def test_the_last_steps_are_dense(part, sparse):
 slow = pytest.mark.slow
 RUNS = {
     "plain": ({}, ()),
-    "policy-zero2": ({"memory": "balanced", "gradient_checkpointing": None, "deepspeed": ZERO2}, ()),
+    "policy-zero2": ({"memory": "balanced", "gradient_checkpointing": None, "deepspeed": ZERO2}, slow),
     "rows-of-one-document": ({"pack": False}, slow),
     "all-kept": ({"memory": "fast", "gradient_checkpointing": None}, slow),
     "by-epochs": ({"max_steps": None, "num_train_epochs": 0.27, "gradient_accumulation_steps": 1}, slow),
