@@ -14,6 +14,7 @@ from longqlora.files import atomic_file
 LOG_RATIO = 20
 BINS_PER_DOUBLING = 4
 MAX_COLUMNS = 3
+MAX_LINES_IN_LEGEND = 5
 # Okabe and Ito's colours, told apart by colour-blind eyes (https://jfly.uni-koeln.de/color/); yellow is lost on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -71,6 +72,12 @@ def draw_curve(axis, label: str, points: Sequence[tuple[float, float | None]], *
     return values
 
 
+def draw_legend(axis) -> None:
+    """Within the axes, or beside them where it would cover curves."""
+    is_long = len(axis.get_lines()) > MAX_LINES_IN_LEGEND
+    axis.legend(fontsize="small", **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if is_long else {}))
+
+
 def draw_perplexity(
     axis,
     curves: Mapping[str, Sequence[tuple[int, float | None]]],
@@ -85,7 +92,7 @@ def draw_perplexity(
     mark_lengths(axis, sorted({length for points in curves.values() for length, _ in points}))
     mark_original_length(axis, original_length)
     axis.set(xlabel="window length (tokens)", ylabel="perplexity")
-    axis.legend(fontsize="small")
+    draw_legend(axis)
 
 
 def draw_loss_by_position(
@@ -97,7 +104,7 @@ def draw_loss_by_position(
         draw_curve(axis, label, points, is_thin=label in thin)
     mark_original_length(axis, original_length)
     axis.set(xlabel="position in the window (tokens)", ylabel="loss (nats per token)")
-    axis.legend(fontsize="small")
+    draw_legend(axis)
 
 
 def plot_evaluation(
