@@ -37,7 +37,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 def with_interval(values: Sequence[float], form: str) -> str:
     if not values:
         return "-"
-    mean, half = (f"{value:{form}}" for value in mean_interval(values))
+    mean, half = mean_interval(values)
+    mean, half = f"{mean:{form}}", f"{half:{form.removeprefix('+')}}"
     return mean if float(half) == 0 else f"{mean} ± {half}"
 
 
@@ -73,6 +74,21 @@ class Figures:
         found = [result for record in self.records[row] for result in record["perplexity"]]
         return [x["perplexity"] for x in found if x["seq_len"] == length and x["perplexity"] is not None]
 
+    def excess(self, row: str) -> list[float]:
+        """How far its perplexity at the longest length is above the reference row's with the same seed, in percent."""
+        reference = self.by_seed(self.suite.reference)
+        return [100 * (own / reference[seed] - 1) for seed, own in self.by_seed(row).items() if seed in reference]
+
+    def by_seed(self, row: str) -> dict[int, float]:
+        """Perplexity at the longest length by seed, where it is finite."""
+        found = {
+            record["seed"]: result["perplexity"]
+            for record in self.records.get(row, [])
+            for result in record["perplexity"]
+            if result["seq_len"] == max(self.lengths) and result["perplexity"] is not None
+        }
+        return {seed: value for seed, value in found.items() if seed is not None}
+
     def passkey(self, row: str, length: int, depth: float | None = None) -> list[float]:
         """Accuracy in percent, over all depths or at one."""
         places = [[x["accuracy"] for x in record["passkey"]["cells"]
@@ -89,6 +105,7 @@ class Figures:
         """Heads of the suite's columns -> what gives a row's values, and their format."""
         kinds = {
             "perplexity": {f"ppl {n}": (partial(self.perplexity, length=n), ".2f") for n in self.lengths},
+            "excess": {f"above {self.suite.reference}, %": (self.excess, "+.1f")},
             "passkey": {f"passkey {n}, %": (partial(self.passkey, length=n), ".0f") for n in self.passkey_lengths},
             "parameters": {
                 "trained, M": (partial(self.fact, group="training", name="num_parameters", unit=1e6), ".2f")

@@ -234,7 +234,8 @@ class Cell:
 class Suite:
     """benchmark/suites/NAME.yaml.
 
-    smoke: the row of --smoke. columns, plots: names in report.py. passkey_rows: those with a heat map; default: all.
+    smoke: the row of --smoke. columns, plots: names in report.py. reference: the row that "excess" compares with.
+    passkey_rows: those with a heat map; default: all.
     paper: tables {source, columns, rows: {row: values}} to stand beside ours. reading: what a person says of it.
     """
 
@@ -247,6 +248,7 @@ class Suite:
     plots: Sequence[str]
     reading: str = ""
     recommended: str | None = None
+    reference: str | None = None
     passkey_rows: Sequence[str] = ()
     paper: Sequence[Mapping] = ()
     num_seeds: int | None = None

@@ -84,6 +84,25 @@ def test_a_corpus_shares_no_50_tokens(script, monkeypatch, tmp_path):
     assert part[1] == validation and len(part[0]) == len(train) and max(map(len, part[0])) <= 900 < min(map(len, train))
 
 
+def test_what_is_held_out_leaves_the_training_texts(tmp_path, run_in_process):
+    """A text of nothing else goes whole; evaluation rows stay what they are."""
+    shared = "".join(f"Line {n} of a notice that the publisher puts into every book of his.\n" for n in range(30))
+    own = ["".join(f"{name} {n} says {RNG.integers(0, 10**12)}\n" for n in range(60)) for name in ("Ada", "Bob", "Cy")]
+    files = {"train": [shared + own[0], shared, own[1]], "eval": [own[2] + shared]}
+    for name, texts in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = [x for name in files for x in (f"--{name}_file", tmp_path / f"{name}.jsonl")]
+    code, printed, error = run_in_process("script/data/remove_overlap.py", *words, "--output_dir", tmp_path / "out")
+    assert code == 0 and "2 of 3 texts" in printed, error
+    rows = [(tmp_path / "out" / f"{split}.jsonl").read_text().splitlines() for split in ("train", "validation")]
+    train, validation = ([json.loads(row)["text"] for row in part] for part in rows)
+    assert train == own[:2] and validation == files["eval"]
+    assert token_runs(files["train"]) & token_runs(validation) and not token_runs(train) & token_runs(validation)
+    words[1] = words[3]
+    code, _, error = run_in_process("script/data/remove_overlap.py", *words, "--output_dir", tmp_path / "none")
+    assert code == 2 and "nothing is left" in error and not (tmp_path / "none").exists()
+
+
 @pytest.mark.slow
 def test_the_demos_corpus_shares_no_50_tokens(script, monkeypatch, tmp_path):
     train, validation = write_corpus(script, monkeypatch, tmp_path)

@@ -35,6 +35,8 @@ COMMANDS = {
         {"--output_file": "text.txt texts/a.txt texts/new.bin model/config", "--plot": "link.png"},
     "script/data/extract_text.py --input text.txt texts": {"--output_file": "text.txt texts/a.txt texts/new.jsonl"},
     "script/data/python_corpus.py": {"--output_dir": "full text.txt"},
+    "script/data/remove_overlap.py --train_file train.jsonl --eval_file eval.jsonl":
+        {"--output_dir": "full text.txt train.jsonl"},
     "script/plan_memory.py --train_args_file train.yaml --gpu_memory 32GiB":
         {"--output_file": "train.yaml train.jsonl model/config.json"},
     "script/demo.py": {"--output_dir": "full text.txt"},

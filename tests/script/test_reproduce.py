@@ -8,9 +8,10 @@ from dataclasses import replace
 import psutil
 import pytest
 import script_process
-from reproduction.report import mean_interval, with_interval
+from reproduction.report import Figures, mean_interval, with_interval
 from reproduction.suite import SCALES, Scale, Suite, suite_names
 
+from longqlora.files import write_json
 from longqlora.settings.reader import read_yaml
 
 SCRIPT = "benchmark/reproduce.py"
@@ -122,7 +123,8 @@ def test_a_suite_names_rows_that_it_has(name, tmp_path):
     for scale in read_yaml(SCALES):
         suite, found = read(name, scale, tmp_path)
         rows = {row.name for row in suite.rows}
-        named = {suite.smoke, *suite.passkey_rows, *([suite.recommended] if suite.recommended else [])}
+        named = {suite.smoke, *suite.passkey_rows, *filter(None, (suite.recommended, suite.reference))}
+        assert (suite.reference is not None) == ("excess" in suite.columns)
         assert named <= rows and len(rows) == len(suite.rows)
         for source in suite.paper:
             assert source["rows"].keys() <= rows, source["source"]
@@ -147,3 +149,16 @@ def test_the_interval_is_students(tmp_path):
     assert mean_interval([5.0]) == (5.0, 0)
     assert with_interval([1.0, 2.0, 3.0], ".2f") == "2.00 ± 2.48"
     assert with_interval([2.0, 2.0], ".1f") == "2.0" and with_interval([], ".1f") == "-"
+    assert with_interval([1.0, 2.0, 3.0], "+.1f") == "+2.0 ± 2.5"
+
+
+def test_the_excess_is_over_the_reference_with_the_same_seed(tmp_path):
+    suite, scale = read("recipe", "smoke", tmp_path)
+    perplexities = {"YaRN, full": {0: 8.0, 1: 10.0}, "YaRN, S2": {0: 8.8, 1: 10.5, 2: 9.0}, "base": {None: 30.0}}
+    cells = [cell for cell in suite.cells(replace(scale, seeds=[0, 1, 2])) if cell.row in perplexities]
+    for cell in cells:
+        if (value := perplexities[cell.row].get(cell.seed)) is not None:
+            result = {"seq_len": 512, "perplexity": value}
+            write_json(cell.path, {"seed": cell.seed, "perplexity": [{**result, "seq_len": 128}, result]})
+    figures = Figures(suite, scale, cells)
+    assert figures.excess("YaRN, S2") == pytest.approx([10.0, 5.0]) and figures.excess("base") == []
