@@ -1,10 +1,11 @@
 """Take out of training texts what stands in held-out ones: no 50 bytes in a row are left in both.
 
-    python script/data/remove_overlap.py --train_file train.jsonl --eval_file validation.jsonl --output_dir output/corpus
+    python script/data/remove_overlap.py --train_file train.jsonl --eval_file held_out.jsonl --output_dir output/corpus
 
-Both files have rows {"text": ...}. A line of a training text that touches 50 bytes in a row of an evaluation text is left
-out, and so is a text of which less than --min_characters are left. No token is shorter than a byte, so no 50 tokens stand in
-both either, whatever the tokenizer. Writes train.jsonl and, as they were, the evaluation rows as validation.jsonl.
+Both files have rows {"text": ...}. A line of a training text that touches 50 bytes in a row of an evaluation text is
+left out, and so is a text of which less than --min_characters are left. No token is shorter than a byte, so no 50
+tokens stand in both either, whatever the tokenizer. Writes train.jsonl and, as they were, the evaluation rows as
+validation.jsonl.
 """
 
 import argparse
