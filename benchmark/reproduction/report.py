@@ -1,5 +1,6 @@
 """The page of a suite: finished cells as a table with mean and 95% interval, the papers' rows beside, and plots."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from statistics import fmean, stdev
 from tabulate import tabulate
 
 from longqlora.evaluation.retrieval.grid import percent, plot_heatmap
-from longqlora.files import atomic_file, read_json, write_json
+from longqlora.files import atomic_file, read_json
 from longqlora.plot import MARKERS, draw_loss_by_position, draw_perplexity, new_figure
 from longqlora.table import grouped
 from reproduction.suite import Cell, Scale, Suite
@@ -223,7 +224,7 @@ def write_report(suite: Suite, scale: Scale, cells: Sequence[Cell], folder: Path
         if not figures.records:
             parts.append("Not run.")
             continue
-        records[dataset.name] = {row: list(map(brief, own)) for row, own in figures.records.items()}
+        records[dataset.name] = figures.records
         parts += [figures.table(), *([figures.depth_table()] if "passkey" in suite.columns else [])]
         for plot in suite.plots:
             image = folder / f"{stem}-{dataset.name}-{plot}.png"
@@ -241,17 +242,33 @@ def write_report(suite: Suite, scale: Scale, cells: Sequence[Cell], folder: Path
     page = [f"# {suite.title}", suite.question.strip(), "\n".join(["| | |", "|---|---|", *facts]), *parts]
     with atomic_file(folder / f"{stem}.md") as file:
         file.write("\n\n".join(page) + "\n")
-    write_json(folder / f"{stem}.json", {"command": command, "scale": scale.about, "cells": records})
+    if measured:
+        write_records(folder / f"{stem}.json", command, scale.about, records)
     return folder / f"{stem}.md"
 
 
 def brief(record: Mapping) -> dict:
-    """A cell's record for the page's JSON: no commands, and loss by position at the longest length only."""
+    """A cell's record for the page's JSON, without its commands: loss by position at the longest length only, as a list
+    of [first position of a block, loss]."""
     longest = max(result["seq_len"] for result in record["perplexity"])
-    by_length = [{key: value for key, value in result.items()
-                  if key != "loss_by_position" or result["seq_len"] == longest}
+    by_length = [{key: value for key, value in result.items() if key != "loss_by_position"}
                  for result in record["perplexity"]]  # fmt: skip
-    return {key: value for key, value in record.items() if key not in ("row", "commands")} | {"perplexity": by_length}
+    by_position = [[block["start"], round(block["loss"], 4)] for result in record["perplexity"]
+                   if result["seq_len"] == longest for block in result.get("loss_by_position") or []]  # fmt: skip
+    kept = {key: value for key, value in record.items() if key not in ("row", "commands")}
+    return {**kept, "perplexity": by_length, "loss_by_position": by_position}
+
+
+def write_records(path: Path, command: str, scale: str, records: Mapping[str, Mapping[str, list]]) -> None:
+    """The cells by data set and row, in one line; what all of them share stands once, as "of_all"."""
+    cells = {name: {row: list(map(brief, own)) for row, own in rows.items()} for name, rows in records.items()}
+    every = [cell for rows in cells.values() for own in rows.values() for cell in own]
+    of_all = {key: every[0][key] for key in every[0] if all(cell.get(key) == every[0][key] for cell in every)}
+    for cell in every:
+        for key in of_all:
+            del cell[key]
+    with atomic_file(path) as file:
+        json.dump({"command": command, "scale": scale, "of_all": of_all, "cells": cells}, file)
 
 
 def facts_of(records: Sequence[Mapping]) -> dict[str, str]:
