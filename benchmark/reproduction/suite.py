@@ -286,9 +286,11 @@ class Suite:
 
 def make_cell(suite: str, row: Row, dataset: Dataset, scale: Scale, seed: int | None) -> Cell:
     own, overrides, flops = dict(row.own), dict(row.settings), 0.0
-    if seed is None and overrides.get("attention") != "dca":
-        # Read dense in any case.
-        overrides.pop("attention", None)
+    if seed is None:
+        # What only training takes decides nothing, and a base is read dense unless with dual chunk attention.
+        is_dense = overrides.get("attention") != "dca"
+        read = {*CONTEXT_KEYS, "finetuning_type"} - ({"attention"} if is_dense else set())
+        overrides = {name: value for name, value in overrides.items() if name in read}
     if seed is not None:
         like, part = own.pop("equal_flops", None), own.pop("part_of_steps", 1)
         overrides["max_steps"] = num_steps = max(1, round(part * scale.train["max_steps"]))
