@@ -137,7 +137,9 @@ def test_a_dry_run_lists_commands_and_writes_nothing(tmp_path, run_in_process):
         SCRIPT, "--suite", "recipe", "--scale", "paper", "--dry_run", "--output_dir", tmp_path / "out"
     )
     assert code == 0 and not (tmp_path / "out").exists()
-    assert "--rope_type yarn --attention s2 --dense_finish 0.1 --max_steps 1000 --seed 42" in printed
+    assert (
+        "--rope_type yarn --learning_rate 5e-05 --attention s2 --dense_finish 0.1 --max_steps 1000 --seed 42" in printed
+    )
     assert (
         "meta-llama/Llama-2-7b-hf" in printed and "benchmark/train_pattern.py --pattern every_fourth_dense" in printed
     )
