@@ -15,6 +15,7 @@ LOG_RATIO = 20
 BINS_PER_DOUBLING = 4
 MAX_COLUMNS = 3
 MAX_LINES_IN_LEGEND = 5
+MAX_MARKERS = 10
 # Okabe and Ito's colours, told apart by colour-blind eyes (https://jfly.uni-koeln.de/color/); yellow is lost on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -68,7 +69,10 @@ def draw_curve(axis, label: str, points: Sequence[tuple[float, float | None]], *
     finite = sorted((x, value) for x, value in points if value is not None and math.isfinite(value))
     values = [value for _, value in finite]
     width, size = (0.8, 3) if is_thin else (1.8, 5)
-    axis.plot([x for x, _ in finite], values, label=label, linewidth=width, markersize=size)
+    # Few markers on a long curve, and on other points than its neighbours': curves that coincide are told apart.
+    step = max(1, len(finite) // MAX_MARKERS)
+    marks = {"markersize": size, "markevery": (len(axis.lines) % step, step)}
+    axis.plot([x for x, _ in finite], values, label=label, linewidth=width, **marks)
     return values
 
 

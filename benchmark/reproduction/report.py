@@ -21,7 +21,7 @@ TERA = 1e12
 SAME_COST = 1.003
 CAPTIONS = {
     "perplexity": "perplexity by window length, mean of the seeds",
-    "position": "loss by position at the longest length, first seed",
+    "position": "loss by position at the longest length, mean of the seeds",
     "passkey": "passkey accuracy by length and depth, mean of the seeds",
     "cost": "cost against quality, with 95% intervals",
     "steps": "perplexity at the longest length by optimizer steps, with 95% intervals",
@@ -151,8 +151,10 @@ class Figures:
 
     def draw_positions(self, path: Path) -> None:
         def curve(row: str) -> list[Mapping]:
-            by_length = {result["seq_len"]: result["loss_by_position"] for result in self.records[row][0]["perplexity"]}
-            return by_length[max(by_length)]
+            longest = [result["loss_by_position"] for record in self.records[row] for result in record["perplexity"]
+                       if result["seq_len"] == max(self.lengths)]  # fmt: skip
+            return [{**places[0], "loss": fmean(place["loss"] for place in places)}
+                    for places in zip(*longest, strict=True)]  # fmt: skip
 
         self.draw_curves(draw_loss_by_position, curve, path)
 
