@@ -116,7 +116,7 @@ def test_the_recommended_yamls_are_one_recipe(stem):
     values = yaml.safe_load(text)
     expected = {"attention": "s2", "dense_finish": 0.1, "memory": "auto", "finetuning_type": "qlora"}
     assert {key: values[key] for key in expected} == expected
-    assert values["rope_type"] in RECOMMENDED[stem] and "docs/methods.md#a-dense-finish" in text
+    assert values["rope_type"] in RECOMMENDED[stem] and "docs/results/recipe.md" in text
 
 
 def test_yarn_on_llama_3_1_is_refused(dry):
