@@ -71,24 +71,18 @@ class Figures:
 
     def perplexity(self, row: str, length: int | None = None) -> list[float]:
         """At a length, the longest where none is given; what is not finite is left out."""
-        length = length or max(self.lengths)
-        found = [result for record in self.records[row] for result in record["perplexity"]]
-        return [x["perplexity"] for x in found if x["seq_len"] == length and x["perplexity"] is not None]
+        return list(self.by_seed(row, length).values())
 
     def excess(self, row: str) -> list[float]:
         """How far its perplexity at the longest length is above the reference row's with the same seed, in percent."""
         reference = self.by_seed(self.suite.reference)
         return [100 * (own / reference[seed] - 1) for seed, own in self.by_seed(row).items() if seed in reference]
 
-    def by_seed(self, row: str) -> dict[int, float]:
-        """Perplexity at the longest length by seed, where it is finite."""
-        found = {
-            record["seed"]: result["perplexity"]
-            for record in self.records.get(row, [])
-            for result in record["perplexity"]
-            if result["seq_len"] == max(self.lengths) and result["perplexity"] is not None
-        }
-        return {seed: value for seed, value in found.items() if seed is not None}
+    def by_seed(self, row: str, length: int | None = None) -> dict[int | None, float]:
+        """`perplexity` by seed; None is that of a row that is not trained."""
+        length = length or max(self.lengths)
+        found = [(record["seed"], result) for record in self.records.get(row, []) for result in record["perplexity"]]
+        return {seed: x["perplexity"] for seed, x in found if x["seq_len"] == length and x["perplexity"] is not None}
 
     def passkey(self, row: str, length: int, depth: float | None = None) -> list[float]:
         """Accuracy in percent, over all depths or at one."""
@@ -151,10 +145,9 @@ class Figures:
 
     def draw_positions(self, path: Path) -> None:
         def curve(row: str) -> list[Mapping]:
-            longest = [result["loss_by_position"] for record in self.records[row] for result in record["perplexity"]
-                       if result["seq_len"] == max(self.lengths)]  # fmt: skip
+            found = [longest(record)["loss_by_position"] for record in self.records[row]]
             return [{**places[0], "loss": fmean(place["loss"] for place in places)}
-                    for places in zip(*longest, strict=True)]  # fmt: skip
+                    for places in zip(*found, strict=True)]  # fmt: skip
 
         self.draw_curves(draw_loss_by_position, curve, path)
 
@@ -249,14 +242,17 @@ def write_report(suite: Suite, scale: Scale, cells: Sequence[Cell], folder: Path
     return folder / f"{stem}.md"
 
 
+def longest(record: Mapping) -> Mapping:
+    """A cell's perplexity result at its longest length."""
+    return max(record["perplexity"], key=lambda result: result["seq_len"])
+
+
 def brief(record: Mapping) -> dict:
     """A cell's record for the page's JSON, without its commands: loss by position at the longest length only, as a list
     of [first position of a block, loss]."""
-    longest = max(result["seq_len"] for result in record["perplexity"])
     by_length = [{key: value for key, value in result.items() if key != "loss_by_position"}
                  for result in record["perplexity"]]  # fmt: skip
-    by_position = [[block["start"], round(block["loss"], 4)] for result in record["perplexity"]
-                   if result["seq_len"] == longest for block in result.get("loss_by_position") or []]  # fmt: skip
+    by_position = [[block["start"], round(block["loss"], 4)] for block in longest(record)["loss_by_position"]]
     kept = {key: value for key, value in record.items() if key not in ("row", "commands")}
     return {**kept, "perplexity": by_length, "loss_by_position": by_position}
 

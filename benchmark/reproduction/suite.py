@@ -176,7 +176,7 @@ class Cell:
     @property
     def work(self) -> Path:
         """Folder of the training, while it is needed."""
-        return self.scale.output_dir / "work" / self.train_key
+        return self.scale.output_dir / "trainings" / self.train_key
 
     @property
     def settings(self) -> dict:

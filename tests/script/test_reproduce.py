@@ -34,7 +34,7 @@ def smoke(tmp_path_factory, run_script):
     first = [script_process.REPO / SCRIPT, *words[:2], *words[2:]]
     process = script_process.start_script(first, streams, script_process.QUIET, daemon=False)
     deadline = time.monotonic() + 120
-    while not list(folder.glob("out/work/*/train.log")):
+    while not list(folder.glob("out/trainings/*/train.log")):
         assert process.is_alive() and time.monotonic() < deadline, streams[2].read_text()
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -49,7 +49,7 @@ def smoke(tmp_path_factory, run_script):
 def test_a_killed_run_leaves_no_process_and_no_cell_and_goes_on(smoke):
     folder, num_children, alive, left, _ = smoke
     assert num_children == 2 and not alive and not left
-    assert len(list(folder.glob("out/cells/*.json"))) == 5 and not list(folder.glob("out/work/*"))
+    assert len(list(folder.glob("out/cells/*.json"))) == 5 and not list(folder.glob("out/trainings/*"))
 
 
 @pytest.mark.parametrize("name", suite_names())
