@@ -48,6 +48,14 @@ class LayerKind:
     turns_in_fp32: bool = False
 
     @property
+    def linears(self) -> tuple[str, ...]:
+        return *self.projections, "o_proj", *self.mlp
+
+    @property
+    def num_norms_behind(self) -> int:
+        return sum(norm is not None for norm in self.norms[1::2])
+
+    @property
     def projects_all_heads(self) -> bool:
         """Some heads cannot be projected without the others."""
         return self.norms_all_heads or self.projections != PROJECTIONS
@@ -83,8 +91,7 @@ class DecoderLayer:
     def __init__(self, layer: nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         self.kind = kind = KINDS[attention.config.model_type]
-        names = *kind.projections, "o_proj", *kind.mlp
-        self.linears = {name: getattr(mlp if name in kind.mlp else attention, name) for name in names}
+        self.linears = {name: getattr(mlp if name in kind.mlp else attention, name) for name in kind.linears}
         self.act = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
         self.head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         norms = [getattr(layer, name) if name else None for name in kind.norms]

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from random_nf4_model import random_nf4_model
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.ernie4_5 import modeling_ernie4_5
 
 from longqlora.attention import shift_short
 from longqlora.attention.binding import bind_attention
@@ -212,6 +213,24 @@ def test_quantised_base_under_autocast(dtype, tolerance):
         assert_layers_give(expected, model, batch(), ways=[(keep, 1) for keep in KEPT], tolerance=tolerance)
 
 
+def test_ernie_turns_in_fp32_whatever_the_dtype_of_the_products(monkeypatch):
+    model, turned = build("ernie4_5", dtype=torch.bfloat16, trains_rest=False), []
+    stock = DecoderLayer.rotate
+
+    def record(self, x, cos, sin, *, out):
+        stock(self, x, cos, sin, out=out)
+        turned.append([y.clone() for y in (x, cos, sin, out)])
+        return out
+
+    monkeypatch.setattr(DecoderLayer, "rotate", record)
+    bind(model)
+    model(**batch())
+    for x, cos, sin, out in turned:
+        exact, _ = modeling_ernie4_5.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
+        assert cos.dtype == torch.float32 and x.dtype == torch.bfloat16
+        torch.testing.assert_close(out, exact, rtol=2**-7, atol=1e-6)
+
+
 def test_evaluation_and_generation_use_the_models_own_layers(monkeypatch):
     model = build()
     expected = model.eval()(**batch()).loss
@@ -272,12 +291,14 @@ def test_a_transformers_that_calls_no_checkpointing_function_is_refused(monkeypa
         apply_policy(build(), MAX_LENGTH, torch.device("cpu"))
 
 
-def test_products_that_no_gradient_needs_are_not_computed(monkeypatch):
+# A norm needs the values of the product before it: of q, k, o and down.
+@pytest.mark.parametrize("model_type,numbers", [("llama", (6, 6, 3, 0)), ("exaone4", (9, 9, 6, 4))])
+def test_products_that_no_gradient_needs_are_not_computed(model_type, numbers, monkeypatch):
     """Backward recomputes three products for "projections" (o, gate, up) and none for "all"."""
-    model, calls = build(trains_rest=False), []
+    model, calls = build(model_type, trains_rest=False), []
     counted = SimpleNamespace(linear=lambda *tensors: calls.append(tensors) or F.linear(*tensors))
     monkeypatch.setattr(adapted_linear, "F", counted)
-    for keep, num_products in (("input", 6), ("attention", 6), ("projections", 3), ("all", 0)):
+    for keep, num_products in zip(KEPT, numbers, strict=True):
         bind(model, keep, tile_size=64)
         loss = model(**batch()).loss
         assert len(calls) == len(LINEARS) * 2, keep
