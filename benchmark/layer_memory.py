@@ -2,6 +2,7 @@
 
     python benchmark/layer_memory.py
     python benchmark/layer_memory.py --shapes 7b 70b --seq_len 16384 --output_file layer.json --plot layer.png
+    python benchmark/layer_memory.py --shapes 7b --model_types llama glm4 olmo2 --seq_len 2048 --tile_size 128
 
 A unit is one 16-bit vector of the hidden size per token (8 KiB at 7B). The layer is scaled down to --hidden_size,
 with the model's own ratios of MLP width, key/value heads and LoRA rank; NF4 base, dropout on, S2-Attn, bf16. Its input
@@ -25,6 +26,8 @@ GOAL = 11.5
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(RATIOS), default=list(RATIOS), help="default: all")
+    parser.add_argument("--model_types", nargs="+", default=["llama"], metavar="TYPE", help="types of the layer, of "
+                        "those that the layer function knows (default: llama)")  # fmt: skip
     parser.add_argument("--seq_len", type=int, default=8192, help="tokens (default: %(default)s)")
     parser.add_argument("--hidden_size", type=int, default=640, help="hidden size of the scaled layer, a multiple of "
                         "320 (default: %(default)s)")  # fmt: skip
@@ -34,21 +37,23 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def layer_config(shape: str, hidden_size: int):
+def layer_config(model_type: str, shape: str, hidden_size: int):
     """Config of one layer with the ratios of `shape`, and the LoRA rank that is its 64."""
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
     ratio, heads, kv_heads, full_size = RATIOS[shape]
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=hidden_size, intermediate_size=round(hidden_size * ratio), num_hidden_layers=1,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=max(8, hidden_size // heads),
+    config = AutoConfig.for_model(
+        model_type, sliding_window=None, layer_types=["full_attention"], attention_dropout=0.0, residual_dropout=0.0,
+        pad_token_id=0, vocab_size=64, hidden_size=hidden_size, intermediate_size=round(hidden_size * ratio),
+        num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=max(8, hidden_size // heads),
     )  # fmt: skip
     return config, max(1, round(64 * hidden_size / full_size))
 
 
-def measure(shape: str, args: argparse.Namespace, policy) -> dict[str, float]:
+def measure(model_type: str, shape: str, args: argparse.Namespace, policy) -> dict[str, float]:
     """Units held at the peak of a forward and backward pass: in all at --seq_len, and for each further token."""
-    config, rank = layer_config(shape, args.hidden_size)
+    config, rank = layer_config(model_type, shape, args.hidden_size)
     half, whole = (live_bytes(config, rank, length, policy) for length in (args.seq_len // 2, args.seq_len))
     unit = 2 * args.hidden_size
     return {
@@ -119,17 +124,22 @@ def main() -> None:
     check_results(args, {})
 
     from dataclasses import replace
+    from itertools import product
 
     from tqdm import tqdm
 
     from longqlora.files import write_json
+    from longqlora.memory.decoder_layer import MODEL_TYPES
     from longqlora.memory.policy import CANDIDATES, CHECKPOINTED, STOCK
 
+    if unknown := set(args.model_types) - set(MODEL_TYPES):
+        raise ValueError(f"--model_types: {', '.join(sorted(unknown))} not known; choose from {', '.join(MODEL_TYPES)}")
     on_cpu = {"tile_size": args.tile_size, "offload_activations": False, "optim": None}
     sets = list(dict.fromkeys(replace(candidate, **on_cpu) for candidate in (STOCK, CHECKPOINTED, *CANDIDATES)))
-    results: dict = {shape: {} for shape in args.shapes}
-    for shape, policy in tqdm([(s, m) for s in args.shapes for m in sets], desc="sets", leave=False):
-        results[shape][policy.describe()] = measure(shape, args, policy)
+    columns = {" ".join(c if len(args.model_types) > 1 else c[1:]): c for c in product(args.model_types, args.shapes)}
+    results: dict = {name: {} for name in columns}
+    for name, policy in tqdm(list(product(columns, sets)), desc="sets", leave=False):
+        results[name][policy.describe()] = measure(*columns[name], args, policy)
     print(table(results))
     if args.output_file:
         settings = {"seq_len": args.seq_len, "hidden_size": args.hidden_size, "tile_size": args.tile_size}

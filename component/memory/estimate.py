@@ -3,7 +3,8 @@
     peak = static + kept for all layers + max(a layer's backward pass, the loss) (+ 5% and 0.6 GiB on a GPU)
 
 The terms follow the code that they describe (layer_function.py, loss.py), in bytes; what one tile of a layer
-holds was counted, as live tensors on a CPU, for LlamaRMSNorm and SwiGLU. docs/memory.md explains them.
+holds was counted, as live tensors on a CPU, for LlamaRMSNorm and SwiGLU, and for what other kinds of layers add
+(decoder_layer.py). docs/memory.md explains them.
 
 Letters: T tokens of a step, C hidden size, F intermediate size, e bytes of an activation in 16 or 32 bit.
 """
@@ -11,6 +12,7 @@ Letters: T tokens of a step, C hidden size, F intermediate size, e bytes of an a
 from dataclasses import dataclass, replace
 
 from longqlora.device import GIB
+from longqlora.memory.decoder_layer import KINDS, LayerKind
 from longqlora.memory.policy import STOCK, ActivationPolicy
 from longqlora.model.loss import CHUNK_BYTES
 from longqlora.settings.config import KEPT
@@ -25,12 +27,14 @@ STOCK_PEAK = {2: (27.2, 11.05, 2.04), 4: (19.1, 6.03, 2.02)}
 STOCK_SAVED = {2: (24.7, 6.05, 2.04), 4: (16.1, 5.03, 2.02)}
 # The same of a token of the tile at work: in the MLP's backward pass (of C, of F), and in that of the projections.
 TILE_MLP = {2: (6.0, 7.2), 4: (3.0, 7.7)}
+# And of C for a norm behind attention or the MLP, which needs the values that it norms.
+TILE_NORM_BEHIND = {2: 4.8, 4: 1.5}
 TILE_PROJECT = {2: 14.0, 4: 9.0}
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama-like model; widths in elements."""
+    """Sizes of a Llama-like model; widths in elements. kind: Llama's where the layer function knows no other."""
 
     hidden: int
     intermediate: int
@@ -40,6 +44,7 @@ class ModelShape:
     head_dim: int
     vocab: int
     is_tied: bool = False
+    kind: LayerKind = KINDS["llama"]
 
     @classmethod
     def of(cls, config) -> "ModelShape":
@@ -54,6 +59,7 @@ class ModelShape:
             head_dim=getattr(config, "head_dim", None) or hidden // num_heads,
             vocab=config.vocab_size,
             is_tied=bool(config.tie_word_embeddings),
+            kind=KINDS.get(config.model_type, KINDS["llama"]),
         )
 
     @property
@@ -65,10 +71,11 @@ class ModelShape:
     def linears(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of the linear layers of one decoder layer."""
         c, f, q, k = self.widths
-        return {
-            "q_proj": (c, q), "k_proj": (c, k), "v_proj": (c, k), "o_proj": (q, c),
-            "gate_proj": (c, f), "up_proj": (c, f), "down_proj": (f, c),
+        sizes = {
+            "q_proj": (c, q), "k_proj": (c, k), "v_proj": (c, k), "qkv_proj": (c, q + 2 * k), "o_proj": (q, c),
+            "gate_proj": (c, f), "up_proj": (c, f), "gate_up_proj": (c, 2 * f), "down_proj": (f, c),
         }  # fmt: skip
+        return {name: sizes[name] for name in self.kind.linears}
 
     def num_linear(self, *names: str) -> int:
         """Weights of these linear layers of one decoder layer, or of all."""
@@ -181,19 +188,23 @@ def layer_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> 
     # Of a quantised weight, unpacked.
     dense_bytes = e if run.weights == "nf4" else 0
     if not policy.layer_function:
+        # Two thirds of it without a gate.
+        f *= model.num_linear(*model.kind.mlp) / (3 * model.hidden * model.intermediate)
         peak, saved = (table[e][0] * c + table[e][1] * f + table[e][2] * k for table in (STOCK_PEAK, STOCK_SAVED))
-        weights = model.num_linear("up_proj") * dense_bytes
+        weights = model.num_linear(model.kind.mlp[0]) * dense_bytes
         return (c, peak + c + weights) if policy.gradient_checkpointing else (saved, peak - saved + c + weights)
     lse, level = run.tokens * model.num_heads * 4, KEPT.index(policy.keep_activations)
     has_attention = run.by_kernels and level >= KEPT.index("attention")
     has_projections = run.by_kernels and level >= KEPT.index("projections")
     kept = c + (q + lse if has_attention else 0) + (q + 2 * k if has_projections else 0)
-    kept += c + 2 * f if policy.keep_activations == "all" else 0
+    inner = sum(model.linears[name][1] for name in model.kind.mlp[:-1])
+    kept += c + run.tokens * e * inner if policy.keep_activations == "all" else 0
     tile = min(policy.tile_size * run.num_rows, run.tokens) * e
-    mlp_tile = tile * (TILE_MLP[e][0] * model.hidden + TILE_MLP[e][1] * model.intermediate)
-    mlp_tile += model.num_linear("o_proj", "gate_proj", "up_proj", "down_proj") * dense_bytes
+    of_hidden = TILE_MLP[e][0] + TILE_NORM_BEHIND[e] * model.kind.num_norms_behind
+    mlp_tile = tile * (of_hidden * model.hidden + TILE_MLP[e][1] * model.intermediate)
+    mlp_tile += model.num_linear("o_proj", *model.kind.mlp) * dense_bytes
     project_tile = tile * TILE_PROJECT[e] * model.hidden
-    project_tile += model.num_linear("q_proj", "k_proj", "v_proj") * dense_bytes
+    project_tile += model.num_linear(*model.kind.projections) * dense_bytes
     heads_per_chunk = -(-model.num_kv_heads // policy.num_head_chunks)
     num_chunks = -(-model.num_kv_heads // heads_per_chunk) if run.by_kernels else 1
     attention = (q + 2 * k) / num_chunks
@@ -233,11 +244,17 @@ def step_work(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> flo
     if not policy.layer_function:
         work += sum(linear.values()) + attention if policy.gradient_checkpointing else 0
     else:
-        projections = linear["q_proj"] + linear["k_proj"] + linear["v_proj"]
+        kind, num_chunks = model.kind, min(policy.num_head_chunks, model.num_kv_heads) if run.by_kernels else 1
+        # Of all heads, where some cannot be projected alone, for every chunk.
+        repeats = num_chunks if kind.projects_all_heads else 1
+        projections = repeats * sum(linear[name] for name in kind.projections)
+        work += projections * (1 - 1 / repeats)
         work += attention if keep == "input" or not run.by_kernels else 0
         work += projections if keep in ("input", "attention") else 0
-        work += projections if keep == "input" and policy.num_head_chunks > 1 else 0
-        work += 0 if keep == "all" else linear["o_proj"] + linear["gate_proj"] + linear["up_proj"]
+        work += projections if keep == "input" and num_chunks > 1 else 0
+        work += 0 if keep == "all" else sum(linear[name] for name in kind.mlp[:-1])
+        work += 0 if keep == "all" and not kind.num_norms_behind else linear["o_proj"]
+        work += linear["down_proj"] if kind.num_norms_behind else 0
         # Norms, masks and small kernel calls again for each chunk.
         work *= 1 + 0.02 * (policy.num_head_chunks - 1) + (0.02 if policy.offload_activations else 0)
     return work * model.num_layers + 4 * model.vocab * model.hidden

@@ -80,8 +80,9 @@ class LayerCheckpoint:
         rope, _ = inputs.pop("position_embeddings"), inputs.pop("past_key_values", None)
         attention = self.parts.attention, inputs.pop("attention_mask", None)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        rope = [x if self.parts.kind.turns_in_fp32 else x.to(dtype) for x in rope]
         call = LayerCall(
-            self.parts, self.policy, dtype, tuple(x.to(dtype) for x in rope),
+            self.parts, self.policy, dtype, rope,
             pattern=attention_pattern(*attention), attend=partial(call_attention, *attention, **inputs),
             # From the CPU's generator: no wait for a GPU.
             seed=int(torch.randint(2**62, ())),
@@ -100,12 +101,15 @@ def tiled_norm(norm: nn.Module, tile_size: int, x: torch.Tensor) -> torch.Tensor
 
 
 def prove_layers(model: PreTrainedModel | PeftModel, policy: ActivationPolicy) -> None:
-    """Raise ValueError unless the first two layers, bound in a copy, have the stock logits and gradients.
+    """Raise ValueError unless the first layers, bound in a copy, have the stock logits and gradients.
 
     Trained are all weights, or, where `model` has an adapter, norms and the random LoRA matrices of another.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    small, inputs, fix = tiny_copy(base, num_layers=2), trial_inputs(), "set layer_function: false"
+    # Both of SmolLM3's kinds of layers: with RoPE and without.
+    kinds = getattr(base.config, "no_rope_layers", None) or [1]
+    inputs, fix = trial_inputs(), "set layer_function: false"
+    small = tiny_copy(base, num_layers=max(2, *(kinds.index(kind) + 1 for kind in kinds)))
     small.set_attn_implementation("sdpa")
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), refusing(base, "layer_function", fix):
         small = (small if base is model else attach_random_adapter(small)).train()

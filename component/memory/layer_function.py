@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from longqlora.attention.inplace_attention import CausalPattern, attention_backward, attention_forward
 from longqlora.attention.sdpa import sum_dtype
 from longqlora.memory.adapted_linear import adapted_outputs
-from longqlora.memory.decoder_layer import MLP, PROJECTIONS, CosSin, DecoderLayer, Linear, adapted_linear, rotate
+from longqlora.memory.decoder_layer import PROJECTIONS, CosSin, DecoderLayer, Linear, adapted_linear
 from longqlora.memory.host_offload import HostOffload
 from longqlora.memory.policy import ActivationPolicy
 from longqlora.settings.config import KEPT
@@ -142,25 +142,27 @@ def attention_of(call: LayerCall, x: torch.Tensor) -> tuple[torch.Tensor | None,
 
 def project(call: LayerCall, x: torch.Tensor, heads: slice, kv_heads: slice) -> list[torch.Tensor]:
     """Queries, keys and values after RoPE, of some heads: [B, S, H, D], [B, S, K, D] twice."""
-    size, parts = call.layer.head_dim, dict(zip(PROJECTIONS, (heads, kv_heads, kv_heads), strict=True))
-    rows = {name: slice(part.start * size, part.stop * size) for name, part in parts.items()}
-    states = [x.new_empty(*x.shape[:2], part.stop - part.start, size) for part in parts.values()]
-    for tile, linear in call.tiles(*PROJECTIONS, rows=rows):
-        query, key, value = call.layer.project(x[:, tile], linear)
+    layer, size, parts = call.layer, call.layer.head_dim, (heads, kv_heads, kv_heads)
+    rows = {name: slice(p.start * size, p.stop * size) for name, p in zip(PROJECTIONS, parts, strict=True)}
+    rows = {} if layer.kind.projects_all_heads else rows
+    states = [x.new_empty(*x.shape[:2], part.stop - part.start, size) for part in parts]
+    for tile, linear in call.tiles(*layer.kind.projections, rows=rows):
+        projected = layer.project(x[:, tile], linear)
+        if layer.kind.projects_all_heads:
+            projected = [source[:, :, part] for source, part in zip(projected, parts, strict=True)]
         rope = [angles[:, tile] for angles in call.rope]
-        for target, source in zip(states, (query, key), strict=False):
-            rotate(source, *rope, out=target[:, tile])
-        states[2][:, tile] = value
+        for target, source in zip(states, projected[:2], strict=False):
+            layer.rotate(source, *rope, out=target[:, tile])
+        states[2][:, tile] = projected[2]
     return states
 
 
 def finish(call: LayerCall, x, output) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The layer's result from its input and its attention output; the inner products if they are to be kept."""
     layer, result, kept = call.layer, torch.empty_like(x), []
-    for tile, linear in call.tiles("o_proj", *MLP):
-        (attended,) = linear(("o_proj",), output[:, tile].flatten(2))
-        hidden = attended.add_(x[:, tile])
-        added, *products = layer.mlp(hidden, linear)
+    for tile, linear in call.tiles("o_proj", *layer.kind.mlp):
+        hidden = layer.branch("o_proj", output[:, tile].flatten(2), linear).add_(x[:, tile])
+        added, products = layer.mlp(hidden, linear)
         torch.add(hidden, added, out=result[:, tile])
         if call.policy.keep_activations == "all":
             kept += [hidden, *products]
@@ -170,15 +172,15 @@ def finish(call: LayerCall, x, output) -> tuple[torch.Tensor, list[torch.Tensor]
 def finish_backward(call, x, output, gradient, products, sums) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x [B, S, C], as far as they do not pass attention, and of the attention output [B, S, H, D]."""
     layer, grad_x, grad_output = call.layer, torch.empty_like(x), torch.empty_like(output)
-    trained, trained_mlp = layer.trained("o_proj"), layer.trained(*MLP)
-    products = iter(products)
-    for tile, linear in call.tiles("o_proj", *MLP):
-        hidden, gate, up = (next(products, None) for _ in range(3))
+    trained, trained_mlp = layer.trained("o_proj"), layer.trained(*layer.kind.mlp)
+    kept = iter(products)
+    for tile, linear in call.tiles("o_proj", *layer.kind.mlp):
+        hidden, *products = (next(kept, None) for _ in layer.kind.mlp)
         with torch.enable_grad():
             attended = output[:, tile].flatten(2).detach().requires_grad_()
-            (added,) = linear(("o_proj",), attended, is_needed=(hidden is None,))
+            added = layer.branch("o_proj", attended, linear, is_needed=hidden is None)
             hidden = (x[:, tile] + added.detach() if hidden is None else hidden.detach()).requires_grad_()
-            mlp_added, _, _ = layer.mlp(hidden, linear, gate=gate, up=up, is_output_needed=False)
+            mlp_added, _ = layer.mlp(hidden, linear, products=products, is_output_needed=False)
         grad_hidden = gradient_of(hidden, mlp_added, gradient[:, tile], trained_mlp, sums)
         torch.add(grad_hidden, gradient[:, tile], out=grad_x[:, tile])
         grad_attended = gradient_of(attended, added, grad_x[:, tile], trained, sums)
@@ -221,14 +223,15 @@ def backward_through_autograd(call, x, _kept, gradient, products, sums) -> tuple
 
 def project_backward(call, x, grads, grad_x: torch.Tensor | None, sums) -> None:
     """Add the gradient that reaches x through queries, keys and values to grad_x [B, S, C], where that is wanted."""
-    trained = call.layer.trained(*PROJECTIONS)
-    for tile, linear in call.tiles(*PROJECTIONS):
+    names = call.layer.kind.projections
+    trained = call.layer.trained(*names)
+    for tile, linear in call.tiles(*names):
         with torch.enable_grad():
             part = x[:, tile].detach().requires_grad_(grad_x is not None)
             projected = call.layer.project(part, linear, are_values_needed=False)
         cos, sin = (angles[:, tile] for angles in call.rope)
         query, key, value = (grad[:, tile] for grad in grads)
-        query, key = (rotate(grad, cos, -sin, out=torch.empty_like(grad)) for grad in (query, key))
+        query, key = (call.layer.rotate(grad, cos, -sin, out=torch.empty_like(grad)) for grad in (query, key))
         grad_part = gradient_of(part, projected, (query, key, value), trained, sums)
         if grad_x is not None:
             grad_x[:, tile] += grad_part

@@ -8,10 +8,11 @@ import pytest
 import torch
 from live_memory import PeakMemory
 from random_nf4_model import random_nf4_model, shape_config
-from transformers import LlamaConfig
+from transformers import AutoConfig
 
 from longqlora.attention.binding import bind_attention
 from longqlora.memory import layer_binding
+from longqlora.memory.decoder_layer import LayerKind
 from longqlora.memory.estimate import CUDA_CONTEXT, GIB, ModelShape, RunShape, optimizer_bytes, predict
 from longqlora.memory.layer_binding import apply_policy
 from longqlora.memory.policy import BALANCED, CANDIDATES, CHECKPOINTED, MAX_LENGTH, POLICIES, STOCK
@@ -22,7 +23,10 @@ from longqlora.settings.config import AdapterConfig, AttentionConfig
 CPU = torch.device("cpu")
 # Ratios of Llama-2-7B, of 70B (grouped heads), and of a Qwen2.5-1.5B with its tied, large vocabulary.
 SHAPES = {
-    "7b": {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8, "vocab_size": 2000},
+    "7b": {
+        "hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8, "num_key_value_heads": 8,
+        "head_dim": 16, "vocab_size": 2000,
+    },
     "70b": {
         "hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 32, "num_key_value_heads": 4,
         "vocab_size": 2000,
@@ -34,8 +38,10 @@ SHAPES = {
 }  # fmt: skip
 
 
-def assert_prediction_is_close(name, run, policies, dtype, **inputs):
-    config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=2048, **SHAPES[name])
+def assert_prediction_is_close(name, run, policies, dtype, model_type="llama", **inputs):
+    config = AutoConfig.for_model(
+        model_type, num_hidden_layers=2, max_position_embeddings=2048, pad_token_id=None, **SHAPES[name]
+    )
     attention = AttentionConfig(attention="full" if run.attended == run.num_tokens else "s2")
     ids = torch.randint(config.vocab_size, (run.num_rows, run.num_tokens))
     for policy in policies:
@@ -62,6 +68,22 @@ ON_CPU = {"tile_size": 128, "optim": None, "offload_activations": False}
 def test_prediction_is_within_a_tenth_of_live_bytes(name, dtype):
     policies = dict.fromkeys(replace(policy, **ON_CPU) for policy in (STOCK, CHECKPOINTED, *CANDIDATES))
     assert_prediction_is_close(name, replace(RUN, activation_bytes=dtype.itemsize), policies, dtype)
+
+
+# No gate; norms behind attention and MLP; those beside others; a multiplier; all heads by one layer.
+@pytest.mark.parametrize("model_type", ["arcee", "olmo2", "glm4", "granite", "phi3"])
+def test_other_kinds_of_layers_are_predicted_as_closely(model_type):
+    policies = dict.fromkeys(replace(policy, **ON_CPU) for policy in CANDIDATES)
+    assert_prediction_is_close("7b", replace(RUN, activation_bytes=4), policies, torch.float32, model_type)
+
+
+def test_heads_that_cannot_be_projected_alone_cost_time_and_no_memory():
+    whole = replace(LLAMA_7B, kind=LayerKind(norms_all_heads=True))
+    policies = [replace(CANDIDATES[2], num_head_chunks=num) for num in (1, 4)]
+    (one, four), (own_one, own_four) = ([predict(x, RUN, policy) for policy in policies] for x in (whole, LLAMA_7B))
+    assert (one.peak, four.peak) == (own_one.peak, own_four.peak) and one.flops == own_one.flops
+    # Three times more in either pass, of 2 x 3 x 4096 x 4096 FLOPs a token and layer.
+    assert four.flops - own_four.flops == pytest.approx(1.06 * 6 * 6 * 4096**2 * 32 * RUN.tokens, rel=0.01)
 
 
 @pytest.mark.parametrize("attended", [128, 512])

@@ -16,14 +16,15 @@ from peft import LoraConfig, get_peft_model
 from random_nf4_model import random_nf4_model
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.ernie4_5 import modeling_ernie4_5
 
 from longqlora.attention import shift_short
 from longqlora.attention.binding import bind_attention
 from longqlora.memory import adapted_linear, layer_binding
 from longqlora.memory.adapted_linear import keep_mask
-from longqlora.memory.decoder_layer import LINEARS, MODEL_TYPES, PROJECTIONS
+from longqlora.memory.decoder_layer import KINDS, LINEARS, MODEL_TYPES, DecoderLayer, rotate
 from longqlora.memory.host_offload import HostOffload
-from longqlora.memory.layer_binding import apply_policy, bind_layers, decoder_layers
+from longqlora.memory.layer_binding import apply_policy, bind_layers, decoder_layers, prove_layers
 from longqlora.memory.layer_function import mask_seed
 from longqlora.memory.policy import MAX_LENGTH, ActivationPolicy
 from longqlora.model.adapter import attach_adapter
@@ -32,6 +33,21 @@ from longqlora.settings.config import KEPT, AdapterConfig, AttentionConfig
 
 LENGTH, TILE_SIZE = 61, 16
 MANY_WAYS = list(itertools.product(KEPT, (1, 2)))
+# What a tiny model of a type needs, to be served and to have all that its layers can have.
+SPECIAL = {
+    "smollm3": {"num_hidden_layers": 2, "no_rope_layers": [1, 0]},
+    "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.2, "embedding_multiplier": 3.0},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0, "mlp_bias": True},
+    "arcee": {"mlp_bias": True},
+    "ernie4_5": {"use_bias": True},
+    "glm": {"head_dim": 16},
+    "glm4": {"attention_bias": True},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+}
+# ERNIE turns queries and keys in fp32 whatever the model's dtype is, and Gemma sums gradients of norms in it.
+TOLERANCES = {"ernie4_5": 1e-6, "gemma": 1e-6}
+ONE_OF_EACH_KIND = ["qwen3", "granite", *{kind: name for name, kind in reversed(KINDS.items())}.values()]
 
 
 def build(
@@ -39,7 +55,7 @@ def build(
 ):
     """Tiny model with attention, loss and an adapter whose B is not zero; in training mode."""
     torch.manual_seed(0)
-    config = tiny_config(model_type, **overrides)
+    config = tiny_config(model_type, **{**SPECIAL.get(model_type, {}), **overrides})
     if kind == "qlora":
         model = random_nf4_model(config, dtype=dtype, device=torch.device("cpu"))
     else:
@@ -87,12 +103,12 @@ def assert_layers_give(expected, model, inputs, *, ways=MANY_WAYS, tolerance: fl
         assert_equal(loss_and_gradients(model, inputs), expected, tolerance)
 
 
-MODELS = {f"{name} {attention}": {"model_type": name, "attention": attention}
-          for name in MODEL_TYPES for attention in ("s2", "full")}  # fmt: skip
+MODELS = {name: {"model_type": name} for name in MODEL_TYPES}
+MODELS |= {f"{name}, full attention, all weights": {"model_type": name, "attention": "full", "kind": "full"}
+           for name in MODEL_TYPES}  # fmt: skip
 MODELS |= {
     "one key/value head": {"num_key_value_heads": 1},
     "as many as heads": {"num_key_value_heads": 4},
-    "all weights": {"model_type": "qwen2", "kind": "full"},
     "dual chunk attention": {"attention": "dca"},
 }
 
@@ -100,9 +116,9 @@ MODELS |= {
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_plain_layers(name):
     model = build(**MODELS[name])
-    expected = loss_and_gradients(model, batch())
-    assert name != "all weights" or any("q_proj.bias" in name for name in expected[1])
-    assert_layers_give(expected, model, batch(), ways=[*MANY_WAYS, ("input", 4)])
+    expected, tolerance = loss_and_gradients(model, batch()), TOLERANCES.get(model.config.model_type, 1e-10)
+    assert name != "qwen2, full attention, all weights" or any("q_proj.bias" in name for name in expected[1])
+    assert_layers_give(expected, model, batch(), ways=[*MANY_WAYS, ("input", 4)], tolerance=tolerance)
 
 
 # Documents of each row, as positions count them; the kernels are called document by document.
@@ -146,28 +162,29 @@ def hand_over_masks(model, seed: int, rows: int, p: float) -> None:
     """Put into PEFT's dropout the masks that the layer function will draw after `seed`."""
     torch.manual_seed(seed)
     for layer in decoder_layers(model):
-        base = int(torch.randint(2**62, ()))
-        for name in LINEARS:
-            module, tiles = getattr(layer.mlp if hasattr(layer.mlp, name) else layer.self_attn, name), []
+        base, view = int(torch.randint(2**62, ())), DecoderLayer(layer)
+        *inner, down = view.kind.mlp
+        # Layers that read one input have one mask.
+        for names in (view.kind.projections, ("o_proj",), inner, (down,)):
+            tiles, width = [], view.linears[names[0]].in_features
             for start in range(0, LENGTH, TILE_SIZE):
-                x = torch.empty(rows * min(TILE_SIZE, LENGTH - start), module.in_features)
-                # Layers that read one input have one mask.
-                first = "q_proj" if name in PROJECTIONS else "gate_proj" if name == "up_proj" else name
-                tiles.append(keep_mask(x, p, mask_seed(base, first, start)).view(rows, -1, module.in_features))
+                x = torch.empty(rows * min(TILE_SIZE, LENGTH - start), width)
+                tiles.append(keep_mask(x, p, mask_seed(base, names[0], start)).view(rows, -1, width))
             scales = torch.cat(tiles, dim=1).double() * (2**16 / (2**16 - round(p * 2**16)))
-            module.lora_dropout["default"].forward = partial(torch.mul, scales)
+            for name in names:
+                view.linears[name].lora_dropout["default"].forward = partial(torch.mul, scales)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", ONE_OF_EACH_KIND)
 def test_dropout_equals_the_plain_path_under_the_same_masks(model_type):
     model = build(model_type, dropout=0.3)
     hand_over_masks(model, 5, rows=2, p=0.3)
-    expected = loss_and_gradients(model, batch())
+    expected, tolerance = loss_and_gradients(model, batch()), TOLERANCES.get(model_type, 1e-10)
     for keep, num_head_chunks in MANY_WAYS:
         bind(model, keep, num_head_chunks)
         torch.manual_seed(5)
         got = loss_and_gradients(model, batch())
-        assert_equal(got, expected, 1e-10)
+        assert_equal(got, expected, tolerance)
         torch.manual_seed(5)
         assert_equal(loss_and_gradients(model, batch()), got, 0.0)
         assert loss_and_gradients(model, batch())[0] != got[0], "another seed drops something else"
@@ -194,6 +211,24 @@ def test_quantised_base_under_autocast(dtype, tolerance):
         expected = loss_and_gradients(model, batch())
         assert all(gradient.dtype == torch.float32 for gradient in expected[1].values())
         assert_layers_give(expected, model, batch(), ways=[(keep, 1) for keep in KEPT], tolerance=tolerance)
+
+
+def test_ernie_turns_in_fp32_whatever_the_dtype_of_the_products(monkeypatch):
+    model, turned = build("ernie4_5", dtype=torch.bfloat16, trains_rest=False), []
+    stock = DecoderLayer.rotate
+
+    def record(self, x, cos, sin, *, out):
+        stock(self, x, cos, sin, out=out)
+        turned.append([y.clone() for y in (x, cos, sin, out)])
+        return out
+
+    monkeypatch.setattr(DecoderLayer, "rotate", record)
+    bind(model)
+    model(**batch())
+    for x, cos, sin, out in turned:
+        exact, _ = modeling_ernie4_5.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
+        assert cos.dtype == torch.float32 and x.dtype == torch.bfloat16
+        torch.testing.assert_close(out, exact, rtol=2**-7, atol=1e-6)
 
 
 def test_evaluation_and_generation_use_the_models_own_layers(monkeypatch):
@@ -227,10 +262,26 @@ def test_what_transformers_hands_to_a_layer(model_type):
     for keywords, arguments, output in seen:
         read = {"attention_mask", "past_key_values", "position_embeddings"}
         assert read <= set(keywords) and len(arguments) == 1, f"{sentence} (arguments)"
-        assert [x.shape for x in keywords["position_embeddings"]] == [(1, LENGTH, 16)] * 2, f"{sentence} (cos and sin)"
+        width = 8 if model_type in ("glm", "glm4", "phi3") else 16
+        shapes = [x.shape for x in keywords["position_embeddings"]]
+        assert shapes == [(1, LENGTH, width)] * 2, f"{sentence} (cos and sin)"
         assert isinstance(output, torch.Tensor) and output.shape == (2, LENGTH, 64), f"{sentence} (output)"
-    children = {name for name, _ in decoder_layers(model)[0].named_children()}
-    assert children == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}, f"{sentence} (modules)"
+    children = {name for name, x in decoder_layers(model)[0].named_children() if not isinstance(x, nn.Dropout)}
+    assert children == {"self_attn", "mlp", *filter(None, KINDS[model_type].norms)}, f"{sentence} (modules)"
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_each_type_passes_the_proof(model_type, kind):
+    prove_layers(build(model_type, kind=kind), ActivationPolicy(tile_size=5))
+
+
+def test_the_proof_sees_layers_without_rope(monkeypatch):
+    """The fourth of SmolLM3's, as it comes."""
+    model = build("smollm3", num_hidden_layers=4, no_rope_layers=None)
+    monkeypatch.setattr(DecoderLayer, "rotate", lambda self, *angles, out: rotate(*angles, out=out))
+    with pytest.raises(ValueError, match="layer_function does not suit smollm3: .*differs from the stock model"):
+        prove_layers(model, ActivationPolicy(tile_size=5))
 
 
 def test_a_transformers_that_calls_no_checkpointing_function_is_refused(monkeypatch):
@@ -240,12 +291,14 @@ def test_a_transformers_that_calls_no_checkpointing_function_is_refused(monkeypa
         apply_policy(build(), MAX_LENGTH, torch.device("cpu"))
 
 
-def test_products_that_no_gradient_needs_are_not_computed(monkeypatch):
+# A norm needs the values of the product before it: of q, k, o and down.
+@pytest.mark.parametrize("model_type,numbers", [("llama", (6, 6, 3, 0)), ("exaone4", (9, 9, 6, 4))])
+def test_products_that_no_gradient_needs_are_not_computed(model_type, numbers, monkeypatch):
     """Backward recomputes three products for "projections" (o, gate, up) and none for "all"."""
-    model, calls = build(trains_rest=False), []
+    model, calls = build(model_type, trains_rest=False), []
     counted = SimpleNamespace(linear=lambda *tensors: calls.append(tensors) or F.linear(*tensors))
     monkeypatch.setattr(adapted_linear, "F", counted)
-    for keep, num_products in (("input", 6), ("attention", 6), ("projections", 3), ("all", 0)):
+    for keep, num_products in zip(KEPT, numbers, strict=True):
         bind(model, keep, tile_size=64)
         loss = model(**batch()).loss
         assert len(calls) == len(LINEARS) * 2, keep
@@ -301,6 +354,9 @@ def test_a_second_backward_pass_is_refused():
 REFUSED = [
     ({"model_type": "mixtral"}, {}, "mixtral layers"),
     ({"attention_dropout": 0.1}, {}, "the model drops attention weights"),
+    ({"model_type": "seed_oss", "attention_dropout": 0.0}, {}, "the model drops what .* add .residual_dropout."),
+    ({"model_type": "phi3", "resid_pdrop": 0.1}, {}, "the model drops what .* add .resid_pdrop."),
+    ({"model_type": "exaone4"}, {}, "the model has sliding-window layers"),
     ({}, {"use_dora": True}, "its adapter is more than one plain LoRA"),
 ]
 
@@ -308,7 +364,7 @@ REFUSED = [
 @pytest.mark.parametrize("config,adapter,reason", REFUSED)
 def test_other_layers_and_adapters_are_refused_by_name(config, adapter, reason):
     model = AutoModelForCausalLM.from_config(tiny_config(**config))
-    model = get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj"], **adapter}))
+    model = get_peft_model(model, LoraConfig(**{"target_modules": ["o_proj"], **adapter}))
     with pytest.raises(ValueError, match=f"layer_function: not available, since {reason}.*set layer_function: false"):
         bind(model)
 
