@@ -35,6 +35,8 @@ LARGEST = {
     # As many experts as a token takes, so that rounding cannot change which.
     "num_experts": 2, "num_local_experts": 2, "n_routed_experts": 2, "moe_num_experts": 2, "num_experts_per_tok": 2,
     "moe_k": 2, "n_group": 1, "topk_group": 1,
+    # Shorter than an input, so that a layer without its window shows.
+    "sliding_window": 4,
     # The vocabulary is smaller than their ids.
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip

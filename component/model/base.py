@@ -24,6 +24,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from longqlora.attention.model_internals import stock_attention
 from longqlora.device import cpu_has_bf16
 from longqlora.distributed import print_notice
 from longqlora.model.library_internals import drop_kernels, keep_4bit_weights_trainable, save_under_own_names
@@ -184,7 +185,7 @@ def load_model(
                 quantization_config=quantization_config(dtype) if load_in_4bit else None,
                 device_map=None if device is None else {"": device},
                 trust_remote_code=trust_remote_code,
-                attn_implementation="sdpa",
+                attn_implementation=stock_attention(config),
                 ignore_mismatched_sizes=True,  # named by check_loaded
                 output_loading_info=True,
             )
