@@ -25,6 +25,11 @@ def is_local(config: PretrainedConfig, layer_idx: int) -> bool:
     return "sliding" in kinds[layer_idx] or "chunked" in kinds[layer_idx]
 
 
+def config_of_full_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """What holds for full-attention layers, where kinds of layers differ in more than the window (Gemma 4's heads)."""
+    return config.per_layer_config["full_attention"] if getattr(config, "is_heterogeneous", False) else config
+
+
 def has_sliding_window(config: PretrainedConfig) -> bool:
     kinds = getattr(config, "layer_types", None)
     return any("sliding" in kind for kind in kinds) if kinds else is_local(config, 0)

@@ -124,7 +124,6 @@ def tiny_copy(model: PreTrainedModel, *, num_layers: int | None = None, drops: b
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    shrink(config)
     if num_layers is not None:
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None):
@@ -133,6 +132,7 @@ def tiny_copy(model: PreTrainedModel, *, num_layers: int | None = None, drops: b
         setattr(config, name, 0.0)
     trial = refusing(model, "model_name_or_path: a trial on a small copy", "give another model_name_or_path")
     with trial, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        shrink(config)
         small = type(model)(config).float().eval()
         randomise(small)
     if uses_attention_interface(model):

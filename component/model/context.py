@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from longqlora.attention.dual_chunk import DualChunkSizes
 from longqlora.attention.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
-from longqlora.attention.model_internals import has_sliding_window
+from longqlora.attention.model_internals import config_of_full_layers, has_sliding_window
 from longqlora.distributed import print_notice
 from longqlora.model.adapter_folder import base_model_of
 from longqlora.model.base import load_config
@@ -157,7 +157,8 @@ def extend_rope(
         return f"context of {rope.context_length} tokens, RoPE unchanged"
     if "rope_theta" not in rope.rope_parameters:
         raise ValueError(f"model_max_length: {config.model_type} has no single set of RoPE parameters to scale")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = config_of_full_layers(config)
+    head_dim = getattr(layers, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary_dim = int(head_dim * rope.rope_parameters.get("partial_rotary_factor", 1.0))
     if rope_type is None and config.model_type in ROPE_IN_WINDOWS and has_sliding_window(config):
         if target > rope.context_length:
@@ -168,7 +169,7 @@ def extend_rope(
     if scaled.context_length == rope.context_length and parameters == rope.rope_parameters:
         return f"context of {target} tokens fits the model's {rope.context_length}, RoPE unchanged"
     set_rope(config, scaled)
-    if getattr(config, "head_dim", 0) is None:
+    if getattr(layers, "head_dim", 0) is None:
         # transformers 5.23 multiplies it by the part that is rotated in YaRN and dynamic NTK (Mixtral).
         config.head_dim = head_dim
     try:
