@@ -84,26 +84,34 @@ def tokenizer(tiny_tokenizer):
     return copy.deepcopy(tiny_tokenizer)
 
 
+# Layers of both kinds.
+WINDOWS = {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {
+    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+}  # fmt: skip
 # What single model types need beside the sizes that all have.
 SIZES = {
+    **dict.fromkeys(("gemma3_text", "cohere2", "ministral", "olmo3", "exaone4"), WINDOWS),
     "mistral": {"sliding_window": None},
     "smollm3": {"num_hidden_layers": 4},  # every fourth layer has no RoPE
     **dict.fromkeys(
-        ("qwen3", "ernie4_5", "glm4", "gemma", "gemma2", "gemma3_text", "helium", "seed_oss", "hunyuan_v1_dense",
+        ("qwen3", "ernie4_5", "glm4", "gemma", "gemma2", "helium", "seed_oss", "hunyuan_v1_dense",
          "nemotron"), {"head_dim": 16},
     ),
-    **dict.fromkeys(
-        ("mixtral", "phimoe", "granitemoe", "llama4_text", "olmoe"), {"num_local_experts": 4, "num_experts_per_tok": 2}
-    ),
-    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    **dict.fromkeys(("mixtral", "phimoe", "granitemoe", "olmoe"), {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "llama4_text": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["chunked_attention", "full_attention"],
+    },
+    "glm4_moe": {"head_dim": 16, **EXPERTS},
+    "gpt_oss": {**WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
         "decoder_sparse_step": 2,
     },
     "deepseek_v3": {
-        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-        "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-        "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+        **EXPERTS, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
     },
 }  # fmt: skip
 

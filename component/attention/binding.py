@@ -17,7 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from longqlora.attention import dual_chunk_binding as dca
 from longqlora.attention.dual_chunk import DualChunkSizes
 from longqlora.attention.inplace_attention import CausalPattern
-from longqlora.attention.model_internals import attention_name, uses_attention_interface
+from longqlora.attention.model_internals import (
+    attention_name,
+    has_sliding_window,
+    is_local,
+    stock_attention,
+    uses_attention_interface,
+)
 from longqlora.attention.proof import NUM_TOKENS, prove_attention, refusing, tiny_copy
 from longqlora.attention.rotation import RotaryLayout
 from longqlora.attention.sdpa import AttentionKernel, causal_attention
@@ -27,11 +33,9 @@ from longqlora.attention.shift_short import check_shift_short
 from longqlora.attention.shift_short_binding import dense_forward, segment_mask_function, shift_short_forward
 from longqlora.settings.config import AttentionConfig
 
-STOCK = "sdpa"
 # Names with "sdpa" are checked by transformers for models that SDPA cannot serve.
 DENSE = "sdpa_no_mask"
 SHIFT_SHORT_PREFIX = "s2_sdpa_g"
-DENSE_DESCRIPTION = "dense causal (sdpa)"
 # On the few tokens of a proof: one group, and chunks whose distances are all exact (the first two).
 PROOF_GROUP_SIZE = 2 * NUM_TOKENS
 PROOF_SIZES = DualChunkSizes(NUM_TOKENS, chunk_size=NUM_TOKENS, local_window=NUM_TOKENS // 2)
@@ -46,7 +50,7 @@ def bind_attention(
 
     sequence_parallel_size: processes that share each row; is_packed: rows then hold several documents.
     Raises ValueError, naming the model type and what is wrong, where the method is not defined for the model
-    (sliding-window layers, an odd number of heads, a model that bypasses AttentionInterface) or differs from it.
+    (windows in every layer, an odd number of heads, a model that bypasses AttentionInterface) or differs from it.
     """
     size, group_size, description = sequence_parallel_size, None, "full causal attention"
     check_attention(model, config, max_seq_length, size)
@@ -55,10 +59,14 @@ def bind_attention(
     kernel, package = (flash_kernel(), "flash-attn") if config.use_flash_attn else (causal_attention, "SDPA")
     if config.attention == "full" and size == 1:
         bind_full_attention(model, is_packed=is_packed, use_flash_attn=config.use_flash_attn)
+        if attention_name(model.config) == "eager":
+            package = f"eager, all that {model.config.model_type} has: memory grows with the square of the length"
         return f"{description} ({package})"
     if config.attention == "s2":
         group_size = config.group_size(max_seq_length)
         description = f"S2-Attn, groups of {group_size} tokens, no wrap-around"
+        if num_local := sum(is_local(model.config, index) for index in range(model.config.num_hidden_layers)):
+            description += f", in all layers but {num_local} of {model.config.num_hidden_layers} with windows"
     # How groups are cut and rows shared by processes is the same for every model type, and not tried.
     in_one_group = partial(shift_short_forward, group_size=PROOF_GROUP_SIZE, kernel=causal_attention)
     bind = partial(set_attention, name=f"{SHIFT_SHORT_PREFIX}{PROOF_GROUP_SIZE}", function=in_one_group)
@@ -169,14 +177,14 @@ def describe_inference_attention(config: PretrainedConfig) -> str:
     """One line on the attention that `bind_inference_attention` sets for `config`."""
     sizes, mscale = dca.dual_chunk_sizes(config), dca.logit_scale(config)
     if sizes is None:
-        return DENSE_DESCRIPTION
+        return f"dense causal ({stock_attention(config)})"
     text = f"chunk {sizes.chunk_size}, local window {sizes.local_window}, pretraining length {sizes.pretraining_length}"
     return f"dual chunk attention ({text}{f', logits x {mscale:.4g}' if mscale != 1 else ''})"
 
 
 def unbind_attention(model: PreTrainedModel) -> None:
     """Give the model stock dense attention back."""
-    use_attention(model, STOCK)
+    use_attention(model, stock_attention(model.config))
 
 
 def set_dense_attention(model: PreTrainedModel) -> None:
@@ -188,15 +196,16 @@ def attention_pattern(module: torch.nn.Module, attention_mask: torch.Tensor | No
 
     None where it is something else: a mask, another attention or kernel package.
     """
-    name, lengths = attention_name(module.config), None
+    name, lengths, has_window = attention_name(module.config), None, is_local(module.config, module.layer_idx)
     is_sparse = name.startswith(SHIFT_SHORT_PREFIX)
     is_ours = is_sparse or name == DENSE
     if attention_mask is not None:
         lengths = segment_lengths(attention_mask) if is_ours and attention_mask.ndim == 2 else None
-    is_causal = is_ours or (name == STOCK and not has_sliding_window(module.config))
+    # Ours makes a mask for a window that is shorter than the row.
+    is_causal = is_ours or (name == "sdpa" and not has_window)
     if not is_causal or (attention_mask is not None and lengths is None):
         return None
-    group_size = int(name.removeprefix(SHIFT_SHORT_PREFIX)) if is_sparse else None
+    group_size = int(name.removeprefix(SHIFT_SHORT_PREFIX)) if is_sparse and not has_window else None
     return CausalPattern(group_size, module.config.num_attention_heads, lengths)
 
 
@@ -212,28 +221,32 @@ def check_attention(
     """Raise ValueError where the attention of `config` is not defined for `model`, of which only the config is read."""
     if config.attention == "dca":
         check_model_supports(model, "dual chunk attention")
-    elif config.attention == "s2":
-        check_model_supports(model, "S2-Attn")
+    if config.attention == "s2":
+        check_model_supports(model, "S2-Attn", may_have_windows=True)
         check_shift_short(model.config.num_attention_heads, config.group_size(max_seq_length))
-    elif sequence_parallel_size > 1:
-        check_model_supports(model, "sequence parallelism", fix="leave out sequence_parallel_size")
+    if sequence_parallel_size > 1:
+        fix = "leave out sequence_parallel_size"
+        check_model_supports(model, "a row shared by processes", fix=fix)
 
 
-def check_model_supports(model: PreTrainedModel, method: str, *, fix: str = "use attention: full") -> None:
-    """Raise ValueError for a model that bypasses AttentionInterface or has sliding-window layers."""
-    kind = f"attention: {model.config.model_type}"
+def check_model_supports(
+    model: PreTrainedModel, method: str, *, may_have_windows: bool = False, fix: str | None = None
+) -> None:
+    """Raise ValueError for a model whose attention `method` cannot take the place of: it bypasses AttentionInterface,
+    does more than SDPA, or has layers with windows: all of them, or, where not `may_have_windows`, any."""
+    config, reason = model.config, None
+    windows = [is_local(config, index) for index in range(config.num_hidden_layers)]
     if not uses_attention_interface(model):
-        raise ValueError(f"{kind} does not use transformers' AttentionInterface; {fix}")
-    if has_sliding_window(model.config):
-        raise ValueError(
-            f"{kind} has sliding-window layers (sliding_window={model.config.sliding_window}), which {method} does not "
-            f"define; set sliding_window to null in its config.json, or {fix}"
-        )
-
-
-def has_sliding_window(config: PretrainedConfig) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    return any("sliding" in kind for kind in kinds) if kinds else getattr(config, "sliding_window", None) is not None
+        reason = "does not use transformers' AttentionInterface"
+    elif stock_attention(config) == "eager":
+        reason = f"has attention that torch's SDPA does not compute (soft caps, sinks), and {method} neither"
+    elif all(windows) or (any(windows) and not may_have_windows):
+        size = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+        has = f"has sliding-window layers{' alone' if all(windows) else ''} (of {size} tokens)"
+        reason = f"{has}, for which {method} is not defined"
+        fix = fix or (None if all(windows) else "use attention: s2 or full")
+    if reason:
+        raise ValueError(f"attention: {config.model_type} {reason}; {fix or 'use attention: full'}")
 
 
 def flash_kernel() -> AttentionKernel:

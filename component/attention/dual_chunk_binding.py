@@ -113,6 +113,8 @@ def rotary_layouts(model: PreTrainedModel, set_attention: Callable) -> dict[int,
     set_attention(model, "recording", record, lambda **kwargs: None)
     for start in (0, shift):
         model(input_ids=ids, position_ids=torch.arange(start, start + ids.shape[1])[None], use_cache=False)
+    if any(len(found) != 2 for found in queries.values()):
+        raise ValueError("a layer calls attention more than once")
     return {index: layout_between(*pair, shift, inv_freq) for index, pair in queries.items()}
 
 

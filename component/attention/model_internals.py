@@ -4,7 +4,7 @@ As in transformers 5.17 to 5.23; tests/attention/test_model_internals.py says wh
 """
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 
 def attention_name(config: PretrainedConfig) -> str | None:
@@ -15,6 +15,30 @@ def attention_name(config: PretrainedConfig) -> str | None:
 def uses_attention_interface(model: PreTrainedModel) -> bool:
     """Whether all attention of the model goes through the function registered under `attention_name`."""
     return model._supports_attention_backend
+
+
+def is_local(config: PretrainedConfig, layer_idx: int) -> bool:
+    """Whether a layer sees a window or chunk of its row only, as its config's `layer_types` or `sliding_window` say."""
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return getattr(config, "sliding_window", None) is not None
+    return "sliding" in kinds[layer_idx] or "chunked" in kinds[layer_idx]
+
+
+def config_of_full_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """What holds for full-attention layers, where kinds of layers differ in more than the window (Gemma 4's heads)."""
+    return config.per_layer_config["full_attention"] if getattr(config, "is_heterogeneous", False) else config
+
+
+def has_sliding_window(config: PretrainedConfig) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    return any("sliding" in kind for kind in kinds) if kinds else is_local(config, 0)
+
+
+def stock_attention(config: PretrainedConfig) -> str:
+    """The name of transformers' attention for a model: SDPA, or eager where SDPA does not do (soft caps, sinks)."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
 
 
 def attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:

@@ -35,6 +35,8 @@ LARGEST = {
     # As many experts as a token takes, so that rounding cannot change which.
     "num_experts": 2, "num_local_experts": 2, "n_routed_experts": 2, "moe_num_experts": 2, "num_experts_per_tok": 2,
     "moe_k": 2, "n_group": 1, "topk_group": 1,
+    # Shorter than an input, so that a layer without its window shows.
+    "sliding_window": 4,
     # The vocabulary is smaller than their ids.
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -122,7 +124,6 @@ def tiny_copy(model: PreTrainedModel, *, num_layers: int | None = None, drops: b
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    shrink(config)
     if num_layers is not None:
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None):
@@ -131,6 +132,7 @@ def tiny_copy(model: PreTrainedModel, *, num_layers: int | None = None, drops: b
         setattr(config, name, 0.0)
     trial = refusing(model, "model_name_or_path: a trial on a small copy", "give another model_name_or_path")
     with trial, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        shrink(config)
         small = type(model)(config).float().eval()
         randomise(small)
     if uses_attention_interface(model):

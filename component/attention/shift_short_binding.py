@@ -1,7 +1,8 @@
 """S2-Attn, and dense attention without a mask [S, S], as transformers' interfaces call them.
 
-S2-Attn is sparse while `module.training` and dense otherwise (LongLoRA, section 3.2). transformers' own dense attention
-would hold a mask for packed rows, and for blocks against a key/value cache.
+S2-Attn is sparse while `module.training` and dense otherwise (LongLoRA, section 3.2); layers with a window keep it,
+and are never sparse. transformers' own dense attention would hold a mask for packed rows, and for blocks against a
+key/value cache.
 
 Dimensions: B batch, H query heads, K key/value heads, Q queries (the last of S positions), S keys, D head dim.
 """
@@ -13,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from longqlora.attention.merged import causal_attention_with_past
+from longqlora.attention.model_internals import is_local
 from longqlora.attention.sdpa import AttentionKernel
 from longqlora.attention.shift_short import grouped_attention, shift_short_attention
 
@@ -25,7 +27,7 @@ def shift_short_forward(
     query [B, H, S, D]; key and value [B, K, S, D]; attention_mask as `segment_mask_function` makes it.
     Returns ([B, S, H, D], None).
     """
-    if not module.training:
+    if not module.training or is_local(module.config, module.layer_idx):
         return dense_forward(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
     if query.shape[2] != key.shape[2] or (attention_mask is not None and attention_mask.ndim != 2):
         raise ValueError(

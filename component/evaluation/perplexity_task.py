@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from tqdm import tqdm
 
-from longqlora.attention.binding import DENSE_DESCRIPTION, bind_inference_attention
+from longqlora.attention.binding import bind_inference_attention
 from longqlora.attention.chunked_prefill import states_in_blocks
 from longqlora.data.token_file import TokenFile, sidecar_path
 from longqlora.distributed import is_main_process
@@ -166,7 +166,7 @@ class Perplexity(Task):
 
     def use(self, loaded: LoadedModel) -> None:
         if self.flash_attn:
-            if loaded.attention != DENSE_DESCRIPTION:
+            if not loaded.attention.startswith("dense causal"):
                 raise ValueError("--flash_attn is for dense attention only; leave it out with --attention dca")
             loaded.model.set_attn_implementation("flash_attention_2")
             loaded.attention = "dense causal (flash-attn)"

@@ -19,14 +19,14 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from longqlora.attention.binding import has_sliding_window, set_attention
+from longqlora.attention.binding import set_attention
 from longqlora.attention.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
 from longqlora.attention.dual_chunk_binding import rotary_layouts
-from longqlora.attention.model_internals import rotary_embedding
+from longqlora.attention.model_internals import has_sliding_window, rotary_embedding
 from longqlora.attention.proof import refusing, tiny_copy
 from longqlora.attention.rotation import LLAMA_LAYOUT, query_rotation
 from longqlora.attention.sdpa import sum_dtype
-from longqlora.model.context import context_length
+from longqlora.model.context import context_length, rope_of
 
 DEFAULT_NUM_SINKS = 4
 MAX_BLOCK_SIZE = 1024
@@ -133,7 +133,7 @@ def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int
     """
     if getattr(config, DUAL_CHUNK_KEY, None):
         raise ValueError("--streaming: does not go with dual chunk attention; pass --attention full")
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    rope_type = rope_of(config).rope_parameters.get("rope_type")
     if rope_type in ("dynamic", "longrope"):
         raise ValueError(
             f"--streaming: {rope_type} RoPE rotates by other angles as the text grows, which kept keys cannot follow; "

@@ -11,6 +11,7 @@ Letters: T tokens of a step, C hidden size, F intermediate size, e bytes of an a
 
 from dataclasses import dataclass, replace
 
+from longqlora.attention.model_internals import config_of_full_layers
 from longqlora.device import GIB
 from longqlora.memory.decoder_layer import KINDS, LayerKind
 from longqlora.memory.policy import STOCK, ActivationPolicy
@@ -49,14 +50,16 @@ class ModelShape:
     @classmethod
     def of(cls, config) -> "ModelShape":
         """From a config.json of transformers; other families than Llama's by what their configs share with it."""
-        hidden, num_heads = config.hidden_size, config.num_attention_heads
+        hidden, num_heads, layers = config.hidden_size, config.num_attention_heads, config_of_full_layers(config)
+        intermediate = getattr(config, "intermediate_size", 4 * hidden)
         return cls(
             hidden=hidden,
-            intermediate=getattr(config, "intermediate_size", 4 * hidden),
+            # Gemma 3n has one for each layer.
+            intermediate=max(intermediate) if isinstance(intermediate, list) else intermediate,
             num_layers=config.num_hidden_layers,
             num_heads=num_heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-            head_dim=getattr(config, "head_dim", None) or hidden // num_heads,
+            num_kv_heads=getattr(layers, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(layers, "head_dim", None) or hidden // num_heads,
             vocab=config.vocab_size,
             is_tied=bool(config.tie_word_embeddings),
             kind=KINDS.get(config.model_type, KINDS["llama"]),

@@ -3,12 +3,15 @@
 import copy
 import os
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,15 +21,24 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers import logging as transformers_logging
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from longqlora.attention.model_internals import stock_attention
 from longqlora.device import cpu_has_bf16
 from longqlora.distributed import print_notice
-from longqlora.model.library_internals import drop_kernels, keep_4bit_weights_trainable
+from longqlora.model.library_internals import drop_kernels, keep_4bit_weights_trainable, save_under_own_names
 from longqlora.settings.config import Settings
 
 # Forms of quantised weights whose kernels come from installed packages; for others transformers may ask the hub.
 QUANTIZERS_WITHOUT_HUB = ("bitsandbytes", "gptq", "awq")
+# How weights of a text model are called in the files of a model that wraps it, with images or sound (transformers'
+# key_mapping: patterns and what they become).
+TEXT_NAMES = {
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+}
 
 
 def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -69,6 +81,7 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
         # Values of a wrong kind reach transformers' checks, which raise types of their own, and plain Python.
         text = str(error) if isinstance(error, OSError | ValueError) else f"config.json cannot be read ({error!r})"
         raise ValueError(f"model_name_or_path: {name_or_path!r}: {text}") from None
+    config = text_config(config, name_or_path)
     if getattr(config, "max_position_embeddings", None) is None:
         raise ValueError(f"model_name_or_path: {config.model_type} says no max_position_embeddings in its config.json")
     if getattr(config, "transformers_weights", None):
@@ -79,6 +92,39 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
     refuse_hub_code(config, name_or_path, trust_remote_code=trust_remote_code)
     config.use_cache = True
     return config
+
+
+def text_config(config: PretrainedConfig, name: str) -> PretrainedConfig:
+    """The text model's part of a config that wraps one, as Gemma 3's with images; else `config` itself."""
+    text = getattr(config, "text_config", None)
+    if not isinstance(text, PretrainedConfig) or getattr(config, "max_position_embeddings", None) is not None:
+        return config
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        text = f"{name!r} is a {config.model_type} around a {text.model_type}, which is no causal language model"
+        raise ValueError(f"model_name_or_path: {text}; give a text model")
+    text._name_or_path = config._name_or_path
+    # What is said of the whole holds for the part.
+    for key in ("tie_word_embeddings", "quantization_config", "transformers_weights"):
+        if getattr(config, key, None) is not None:
+            setattr(text, key, getattr(config, key))
+    return text
+
+
+def wraps_text_model(source: str, config: PretrainedConfig) -> bool:
+    """Whether the model of `source` is one around that of `config`, its text model."""
+    values, _ = PretrainedConfig.get_config_dict(source)
+    return "text_config" in values and values.get("model_type") != config.model_type
+
+
+def text_names(names: Iterable[str]) -> dict[str, str]:
+    """Of the weights `names` in the files of a model that wraps a text model, those of the latter: its own name -> name
+    in the files; empty for other models."""
+    found = {}
+    for name in names:
+        part = next((part for pattern, part in TEXT_NAMES.items() if re.match(pattern, name)), None)
+        if part:
+            found[part + re.sub("|".join(TEXT_NAMES), "", name)] = name
+    return {**found, **{name: name for name in names if name.startswith("lm_head.")}} if found else {}
 
 
 def refuse_hub_code(config: PretrainedConfig, name: str, *, trust_remote_code: bool) -> None:
@@ -126,25 +172,45 @@ def load_model(
     `dtype` is that of the 16- or 32-bit weights, and of the products with the 4-bit ones. Raises ValueError for
     weights that are missing, damaged or of another shape, which transformers would make up at random.
     """
+    source = model_source(name_or_path)
+    is_wrapped = wraps_text_model(source, config)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            model_source(name_or_path),
-            config=config,
-            dtype=dtype,
-            quantization_config=quantization_config(dtype) if load_in_4bit else None,
-            device_map=None if device is None else {"": device},
-            trust_remote_code=trust_remote_code,
-            attn_implementation="sdpa",
-            ignore_mismatched_sizes=True,  # named by check_loaded
-            output_loading_info=True,
-        )
+        # It would list the weights around the text model, one a line.
+        with without_reports(is_silent=is_wrapped):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                key_mapping=TEXT_NAMES if is_wrapped else None,
+                dtype=dtype,
+                quantization_config=quantization_config(dtype) if load_in_4bit else None,
+                device_map=None if device is None else {"": device},
+                trust_remote_code=trust_remote_code,
+                attn_implementation=stock_attention(config),
+                ignore_mismatched_sizes=True,  # named by check_loaded
+                output_loading_info=True,
+            )
     except (SafetensorError, UnpicklingError, EOFError, ImportError) as error:
         kind = "cannot be loaded" if isinstance(error, ImportError) else "has weights that cannot be read"
         raise ValueError(f"model_name_or_path: {name_or_path!r} {kind} ({error})") from None
+    if is_wrapped:
+        info["unexpected_keys"] = text_names(info["unexpected_keys"]).values()
+        save_under_own_names(model, TEXT_NAMES)
     check_loaded(info, model, name_or_path)
     if load_in_4bit:
         keep_4bit_weights_trainable(model)
     return model
+
+
+@contextmanager
+def without_reports(*, is_silent: bool = True) -> Iterator[None]:
+    """Let transformers log errors alone; is_silent false: leave it as it is."""
+    verbosity = transformers_logging.get_verbosity()
+    if is_silent:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def check_loaded(info: dict, model: PreTrainedModel, name: str, *, hint: str = "; is it whole?") -> None:

@@ -5,13 +5,14 @@ attention in `dual_chunk_attention_config`, the key and the names of Qwen2.5-1M'
 """
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from longqlora.attention.dual_chunk import DualChunkSizes
 from longqlora.attention.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
+from longqlora.attention.model_internals import config_of_full_layers, has_sliding_window
 from longqlora.distributed import print_notice
 from longqlora.model.adapter_folder import base_model_of
 from longqlora.model.base import load_config
@@ -24,12 +25,30 @@ SHORTEST_PRETRAINING = 2048
 ROPE_KEYS = tuple(field.name for field in fields(Rope))
 # Whatever config.json says of these, in the config itself or a part of it, is a positive number.
 LENGTHS = {*ROPE_KEYS[1:], "rope_theta", "factor", "chunk_size", "local_size"}
+# The kind of layers whose RoPE is scaled, where rope_parameters are given by kind (Gemma 3, OLMo 3): of sliding-window
+# layers no distance grows.
+SCALED_LAYERS = "full_attention"
+# Models whose full-attention layers have no RoPE, where others have a window (`if self.sliding_window` around RoPE in
+# their modeling files): every distance that RoPE sees fits the window.
+ROPE_IN_WINDOWS = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone4_5_text", "exaone_moe", "flint", "kolibri1")
 
 
 def rope_of(config: PretrainedConfig) -> Rope:
-    """What `config` says of RoPE."""
+    """What `config` says of RoPE; of the full-attention layers', where it differs by kind of layer."""
     values = {key: getattr(config, key, None) for key in ROPE_KEYS}
-    return Rope(**{**values, "rope_parameters": values["rope_parameters"] or {}})
+    parameters = values["rope_parameters"] or {}
+    if isinstance(parameters, dict) and SCALED_LAYERS in parameters:
+        parameters = parameters[SCALED_LAYERS] or {}
+    return Rope(**{**values, "rope_parameters": parameters})
+
+
+def set_rope(config: PretrainedConfig, rope: Rope) -> None:
+    """Let `config` say `rope`, as `rope_of` reads it."""
+    by_kind = config.rope_parameters if SCALED_LAYERS in config.rope_parameters else None
+    for key in ROPE_KEYS:
+        setattr(config, key, getattr(rope, key))
+    if by_kind:
+        config.rope_parameters = {**by_kind, SCALED_LAYERS: rope.rope_parameters}
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -138,15 +157,19 @@ def extend_rope(
         return f"context of {rope.context_length} tokens, RoPE unchanged"
     if "rope_theta" not in rope.rope_parameters:
         raise ValueError(f"model_max_length: {config.model_type} has no single set of RoPE parameters to scale")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = config_of_full_layers(config)
+    head_dim = getattr(layers, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary_dim = int(head_dim * rope.rope_parameters.get("partial_rotary_factor", 1.0))
+    if rope_type is None and config.model_type in ROPE_IN_WINDOWS and has_sliding_window(config):
+        if target > rope.context_length:
+            set_rope(config, replace(rope, max_position_embeddings=target))
+        return f"context of {target} tokens, RoPE unchanged: {config.model_type} has it in sliding windows only"
     scaled = scale_rope(rope, target, rotary_dim=rotary_dim, rope_type=rope_type, rope_theta=rope_theta)
     parameters = scaled.rope_parameters
     if scaled.context_length == rope.context_length and parameters == rope.rope_parameters:
         return f"context of {target} tokens fits the model's {rope.context_length}, RoPE unchanged"
-    for key in ROPE_KEYS:
-        setattr(config, key, getattr(scaled, key))
-    if getattr(config, "head_dim", 0) is None:
+    set_rope(config, scaled)
+    if getattr(layers, "head_dim", 0) is None:
         # transformers 5.23 multiplies it by the part that is rotated in YaRN and dynamic NTK (Mixtral).
         config.head_dim = head_dim
     try:

@@ -5,6 +5,7 @@ names what another version changed. loss_binding.py holds the one method of tran
 
 - `_attn_implementation`, `_experts_implementation` of a config: from_pretrained(attn_implementation=...) sets them, but
   nothing public reads them, or drops them from a config that a file filled in.
+- `_weight_conversions` of a model: what from_pretrained renamed, which save_pretrained names back.
 - `revert_weight_conversion`: transformers renames and fuses weights when it loads them, and offers the way back in
   save_pretrained only, which needs the weights.
 """
@@ -28,6 +29,12 @@ def drop_kernels(config: PretrainedConfig) -> list[str]:
 def saved_names(model: PreTrainedModel) -> list[str]:
     """The names under which transformers saves the weights of `model`, which may be on the meta device."""
     return sorted(revert_weight_conversion(model, model.state_dict()))
+
+
+def save_under_own_names(model: PreTrainedModel, key_mapping: dict[str, str]) -> None:
+    """Let save_pretrained not undo the `key_mapping` that `model` was loaded with."""
+    conversions = model._weight_conversions
+    model._weight_conversions = [x for x in conversions if not {*x.source_patterns} & {*key_mapping}]
 
 
 def names_in_files(model: PreTrainedModel, saved: set[str]) -> dict[str, str]:

@@ -123,7 +123,7 @@ def merge(
             "merged_into": "nf4" if load_in_4bit else "base weights",
             "dtype": str(dtype).removeprefix("torch."),
             "context_size": context_length(config),
-            "rope_parameters": config.rope_parameters,
+            "rope_parameters": getattr(config, "rope_parameters", None),
             "num_lora_weights": len(updates.lora),
             "replaced_weights": sorted(updates.replacements),
             "tie_word_embeddings": config.tie_word_embeddings,

@@ -87,6 +87,9 @@ ROPE_METHODS: dict[str, Callable[[RopeTarget], dict]] = {
     # A base of the user's choice (adjusted base frequency, arXiv 2309.16039, section 4.1).
     "theta": lambda rope: {"rope_theta": float(rope.new_theta), "rope_type": "default"},
 }  # fmt: skip
+# Methods that a model comes with and that nobody can choose: their other parameters are the model's. The factor of
+# LongRoPE (arXiv 2402.13753) decides the size of cos and sin alone; its lists have a factor for each pair.
+OWN_METHODS = ("longrope", "proportional")
 assert tuple(ROPE_METHODS) == ROPE_TYPES, "name each method in settings/config.py"
 
 
@@ -102,19 +105,23 @@ def scale_rope(
     parameters, present, original = rope.rope_parameters, rope.context_length, rope.original_length
     present_type = parameters.get("rope_type", "default")
     base = rope.original_rope_theta or parameters["rope_theta"]
-    method = rope_type or (present_type if present_type in ROPE_METHODS else "linear")
+    own = present_type if present_type in (*ROPE_METHODS, *OWN_METHODS) else None
+    method = rope_type or own or "linear"
     # The stock types carry their name; a changed base does not, and shows by differing from the original one.
     is_scaled = present_type != "default" or base != parameters["rope_theta"]
     scaled_by = "theta" if present_type == "default" else present_type
     if is_scaled and scaled_by != ("theta" if method == "ntk" else method) and (rope_type or target > present):
+        unknown = "give rope_type: ntk" if scaled_by == "theta" else f"lower model_max_length to at most {present}"
         raise ValueError(
-            f"rope_type: the model's RoPE is already scaled by {scaled_by!r} to {present} tokens, not by {method!r}; "
-            f"use the same method, or leave rope_type out and lower model_max_length to at most {present}"
+            f"rope_type: the model's RoPE is already scaled by {scaled_by!r} to {present} tokens, and {method!r} does "
+            f"not go on top; {'leave rope_type out, to go on by its own' if own else unknown}, or use attention: dca"
         )
     if target <= present and method != "theta":
         return rope
     aim = RopeTarget(target / original, original, base, rotary_dim, rope_theta)
-    scaled = {"rope_theta": base, **ROPE_METHODS[method](aim)}
+    is_own = method in OWN_METHODS
+    changes = {"rope_type": method, "factor": aim.scale} if is_own else ROPE_METHODS[method](aim)
+    scaled = {"rope_theta": base, **changes}
     previous = parameters.get("factor", 1.0) if present_type == "linear" else 1.0
     if scaled.get("factor", previous) < previous:
         raise ValueError(
@@ -124,5 +131,13 @@ def scale_rope(
     # What else the model says of the same method (YaRN's betas) is its own; of another, only the rotated part.
     is_same = scaled["rope_type"] == present_type
     kept = {key for key in parameters if is_same or key == "partial_rotary_factor"}
+    if is_same and method == "yarn" and is_yarn_default(parameters):
+        kept -= {"attention_factor"}
     scaled |= {key: parameters[key] for key in kept - {"rope_theta", "rope_type", "factor"}}
     return Rope(scaled, original if method == "dynamic" else max(target, present), original, base)
+
+
+def is_yarn_default(parameters: dict) -> bool:
+    """Whether attention_factor, where `parameters` have it, is what YaRN takes for their factor, so follows it."""
+    stated, factor = parameters.get("attention_factor"), parameters.get("factor") or 1.0
+    return stated is not None and math.isclose(stated, 0.1 * math.log(factor) + 1, rel_tol=1e-6)

@@ -35,10 +35,10 @@ def keys_of_other_readers(values: dict) -> dict:
     length to multiply from `max_seq_len` where there is one.
     """
     rope, added = values.get("rope_parameters") or {}, {}
-    is_by_layer_type = values["model_type"].startswith("gemma3") and "full_attention" in rope
-    if is_by_layer_type:
+    is_gemma, is_by_layer_type = values["model_type"].startswith("gemma3"), "full_attention" in rope
+    if is_gemma and is_by_layer_type:
         added["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        rope = rope["full_attention"]
+    rope = (rope["full_attention"] or {}) if is_by_layer_type else rope
     if "rope_theta" not in rope:
         return {}
     old_names = OLD_NAMES.get(values["model_type"], {})
@@ -48,7 +48,7 @@ def keys_of_other_readers(values: dict) -> dict:
     if scaling.keys() > {"rope_type"}:
         added["rope_scaling"] = scaling
     length = values.get("max_position_embeddings")
-    if is_by_layer_type or length is None or rope["rope_type"] == "dynamic":
+    if is_gemma or length is None or rope["rope_type"] == "dynamic":
         return added
     original = values.get("original_max_position_embeddings")
     added["max_position_embeddings"] = Rope(rope, length, original).context_length

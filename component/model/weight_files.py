@@ -18,7 +18,7 @@ from transformers.modeling_utils import load_state_dict
 
 from longqlora.distributed import is_main_process, print_notice
 from longqlora.files import read_json, write_json
-from longqlora.model.base import check_loaded, embedding_names, empty_model, model_source
+from longqlora.model.base import check_loaded, embedding_names, empty_model, model_source, text_names, without_reports
 from longqlora.model.library_internals import names_in_files, saved_names
 
 INDEX = "model.safetensors.index.json"
@@ -42,13 +42,15 @@ def read_weights(file: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
 class SavedWeights:
     """The weights in a model folder: one file or shards with an index, safetensors or .bin (read without pickle).
 
-    file_of: name -> file, one file after another. headers: name -> tensor on the meta device.
+    file_of: name -> file, one file after another. headers: name -> tensor on the meta device. Of a model that wraps a
+    text model, the text model's weights alone, under its own names.
     Raises ValueError for a folder without weights, and for files that are damaged or do not go with their index.
     """
 
     def __init__(self, folder: Path):
         self.file_of: dict[str, Path] = {}
         self.headers: dict[str, torch.Tensor] = {}
+        self._names_in_files: dict[str, str] = {}
         self._open = lru_cache(maxsize=1)(read_weights)
         first = weight_file(folder)
         if first is None:
@@ -63,9 +65,14 @@ class SavedWeights:
         for name, shard in index.items():
             if self.file_of.get(name) != folder / shard:
                 raise ValueError(f"{str(folder / shard)!r} lacks {name!r}, which the index says is in it")
+        if names := text_names(self.file_of):
+            self._names_in_files = names
+            self.file_of, self.headers = (
+                {name: known[names[name]] for name in names} for known in (self.file_of, self.headers)
+            )
 
     def read(self, name: str) -> torch.Tensor:
-        return self._open(self.file_of[name])[name]
+        return self._open(self.file_of[name])[self._names_in_files.get(name, name)]
 
 
 def weight_file(folder: Path) -> Path | None:
@@ -135,26 +142,25 @@ def check_weights(folder: Path, model: PreTrainedModel, config: PretrainedConfig
     }
     is_quantised = any(name.endswith("weight") for name in weights.headers.keys() - usable.keys())
     hint = "; it is saved quantised (stored as integers): give the 16-bit model" if is_quantised else "; is it whole?"
-    verbosity, shows_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    shows_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        _, info = type(model).from_pretrained(
-            None,
-            config=model.config,
-            state_dict=usable,
-            dtype=model.dtype,
-            device_map={"": "meta"},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with without_reports():
+            _, info = type(model).from_pretrained(
+                None,
+                config=model.config,
+                state_dict=usable,
+                dtype=model.dtype,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except RuntimeError as error:
         # Parts that transformers puts together (experts) do not fit: one is missing, or of another shape.
         lacking = [name for name in saved_names(model) if name not in usable]
         cause = f"lacks {lacking[0]!r}" if lacking else f"has weights that do not fit together ({error})"
         raise ValueError(f"model_name_or_path: {str(folder)!r} {cause}{hint}") from None
     finally:
-        transformers_logging.set_verbosity(verbosity)
         if shows_bars:
             transformers_logging.enable_progress_bar()
     check_loaded(info, model, str(folder), hint=hint)

@@ -18,7 +18,7 @@ from longqlora.distributed import is_main_process, world_size
 from longqlora.memory.estimate import ModelShape
 from longqlora.model.adapter import frozen_experts_notice, target_module_names
 from longqlora.model.base import check_vocabulary, routers
-from longqlora.model.context import context_length
+from longqlora.model.context import context_length, rope_of
 from longqlora.model.weight_files import check_base, weight_file
 from longqlora.settings.config import Notice, Settings, warning
 from longqlora.training.arguments import RunArguments
@@ -107,9 +107,6 @@ def check_model(
     if getattr(config, "quantization_config", None):
         raise ValueError(f"model_name_or_path: {name!r} is already quantised; give the model it was made from")
     model = check_base(name, config, trust_remote_code=trust, needs_weights=needs_weights)
-    if not model._supports_sdpa:
-        text = f"{name!r} is a {config.model_type}, whose attention torch's SDPA cannot compute"
-        raise ValueError(f"model_name_or_path: {text}; give a model of another type")
     attention, size = settings.attention, settings.parallel.sequence_parallel_size
     check_sequence_parallel(size, config, attention=attention.attention, num_processes=world_size())
     check_attention(model, attention, length, size)
@@ -121,7 +118,7 @@ def check_model(
 
 def settings_known_to_lose(settings: Settings, config: PretrainedConfig) -> list[Notice]:
     """A notice where sparse training leaves distances unlearned that dense evaluation reads."""
-    rope, attention = getattr(config, "rope_parameters", None) or {}, settings.attention
+    rope, attention = rope_of(config).rope_parameters, settings.attention
     is_interpolated = rope.get("rope_type") == "linear" and rope["factor"] > 1
     if attention.attention != "s2" or attention.dense_finish or not is_interpolated:
         return []
@@ -139,7 +136,7 @@ def check_sequence_parallel(size: int, config: PretrainedConfig, *, attention: s
     shape, fault = ModelShape.of(config), None
     if attention == "dca":
         fault = "dual chunk attention needs whole rows; use attention: s2 or full"
-    elif (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+    elif rope_of(config).rope_parameters.get("rope_type") == "dynamic":
         fault = "dynamic RoPE follows the length of whole rows, which no process sees; use another rope_type"
     elif num_processes % size:
         start = f"deepspeed --num_gpus {size} or torchrun --nproc_per_node {size}"

@@ -11,7 +11,7 @@ from attention_reference import assert_close, logits_and_gradients, logits_in_bl
 from conftest import tiny_config
 from transformers import AutoModelForCausalLM
 
-from longqlora.attention.binding import bind_attention, bind_inference_attention, unbind_attention
+from longqlora.attention.binding import attention_pattern, bind_attention, bind_inference_attention, unbind_attention
 from longqlora.attention.sdpa import causal_attention
 from longqlora.settings.config import AttentionConfig
 
@@ -106,6 +106,55 @@ def test_dense_blocks_against_the_cache_equal_stock(window, mask):
     assert_close(results[1][real], results[0][real])
 
 
+WINDOW = 8
+MIXED = {"sliding_window": WINDOW, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "cohere2", "ministral", "olmo3", "exaone4"])
+def test_layers_with_windows_keep_them_and_the_others_are_sparse(model_type, is_packed):
+    """Logits and gradients in training are stock's under two explicit masks; evaluation is stock's."""
+    model = make(model_type, num_hidden_layers=4, **MIXED).train()
+    ids, inputs = (IDS[:1], {"position_ids": POSITIONS[:1]}) if is_packed else (IDS, {})
+    segments = DOCUMENTS[:1] if is_packed else None
+    window = torch.ones(40, 40, dtype=torch.bool).triu(1 - WINDOW)
+
+    def under_masks(ids, group_size=16):
+        model.set_attn_implementation("sdpa")
+        allowed = shift_short_allowed(40, 4, group_size, segments), shift_short_allowed(40, 4, 2**20, segments) & window
+        masks = dict(zip(("full_attention", "sliding_attention"), allowed, strict=True))
+        return model(input_ids=ids, attention_mask=masks, use_cache=False, **inputs).logits
+
+    expected, dense = logits_and_gradients(model, ids, under_masks), under_masks(ids, 2**20)
+    assert "in all layers but 2 of 4 with windows" in bind_attention(model, S2, 64, is_packed=is_packed)
+    ours = logits_and_gradients(model, ids, lambda ids: model(input_ids=ids, use_cache=False, **inputs).logits)
+    for found, reference in zip(ours, expected, strict=True):
+        assert_close(found, reference)
+    assert not torch.allclose(ours[0], dense, atol=1e-6)
+    for attention in ("s2", "full"):
+        bind_attention(model.eval(), AttentionConfig(attention, group_size_ratio=0.25), 64, is_packed=is_packed)
+        assert_close(model(input_ids=ids, use_cache=False, **inputs).logits, dense)
+
+
+def test_a_short_row_has_a_window_without_a_mask():
+    """Rows within the window need no mask; that a layer has one is known without it."""
+    model = make("ministral", num_hidden_layers=4, **{**MIXED, "sliding_window": 64}).train()
+    bind_attention(model, S2, 64)
+    groups = [attention_pattern(layer.self_attn, None).group_size for layer in model.model.layers]
+    assert groups == [None, 16, None, 16]
+    bind_attention(model, AttentionConfig("full"), 64)
+    patterns = [attention_pattern(layer.self_attn, None) for layer in model.model.layers]
+    assert [pattern is None for pattern in patterns] == [True, False, True, False]
+
+
+def test_attention_that_sdpa_does_not_compute_stays_eager():
+    """Sinks and soft caps: with stock SDPA transformers would refuse them, or compute something else."""
+    for model_type in ("gpt_oss", "gemma2"):
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **{**MIXED, "num_hidden_layers": 4}))
+        assert f"eager, all that {model_type} has" in bind_attention(model.train(), AttentionConfig("full"), 64)
+        assert bind_inference_attention(model) == "dense causal (eager)" and model(IDS).logits.isfinite().all()
+
+
 def test_a_binding_is_of_its_model_alone_and_unbinding_restores_stock():
     model, other = make().train(), make().train()
     stock = model(input_ids=IDS).logits
@@ -133,8 +182,14 @@ def test_generation_under_the_binding_equals_stock():
 
 USES_WINDOWS = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
 REFUSED = [
-    ("mistral", {"sliding_window": 16}, 64, "mistral has sliding-window layers"),
-    ("qwen2", USES_WINDOWS, 64, "qwen2 has sliding-window"),
+    (
+        "mistral",
+        {"sliding_window": 16},
+        64,
+        r"mistral has sliding-window layers alone \(of 16 tokens\).*attention: full",
+    ),
+    ("qwen2", USES_WINDOWS, 64, "qwen2 has sliding-window layers alone"),
+    ("gemma2", {}, 64, "gemma2 has attention that torch's SDPA does not compute"),
     ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1}, 64, "odd number"),
     ("llama", {}, 4, "group"),
 ]

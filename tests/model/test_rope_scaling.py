@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import tiny_config
 from model_folders import extended
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from longqlora.model.context import ContextRequest, context_length, extend_rope
+from longqlora.model.context import ContextRequest, context_length, extend_rope, rope_of
 from longqlora.model.rope_scaling import ROPE_METHODS, Rope, scale_rope
+from longqlora.model.saved_folder import save_config
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 every_method = pytest.mark.parametrize("rope_type", list(ROPE_METHODS))
@@ -34,6 +35,9 @@ LINEAR_X8 = {**LINEAR_X2, "factor": 8.0}  # of LongLoRA's models, whose max_posi
 YARN_X4 = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32768}
 LLAMA_31 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192}  # fmt: skip
+LISTS = {"short_factor": [1.0] * 8, "long_factor": [1.0, 1.1, 1.5, 2.0, 4.0, 9.0, 20.0, 40.0]}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096, **LISTS}  # Phi-3's
+OLMO_3 = {**YARN_X4, "factor": 8.0, "attention_factor": 1.2079441541679836, "original_max_position_embeddings": 8192}
 PARTIAL = {**DEFAULT, "partial_rotary_factor": 0.5}
 
 
@@ -45,6 +49,9 @@ PARTIAL = {**DEFAULT, "partial_rotary_factor": 0.5}
         (LINEAR_X8, 4096, 4096, {8192: {}, 32768: {}, 65536: {"factor": 16}}),
         ({**YARN_X4, "beta_fast": 16}, 131072, 32768, {262144: {"factor": 8.0}}),
         (LLAMA_31, 131072, 8192, {262144: {"factor": 32.0}}),
+        (LONGROPE, 131072, 4096, {131072: {}, 262144: {"factor": 64.0}}),
+        ({**PARTIAL, "rope_type": "proportional"}, 64, 64, {128: {"factor": 2.0}}),
+        ({**YARN_X4, "attention_factor": 1.5}, 131072, 32768, {262144: {"factor": 8.0}}),
     ],
 )
 def test_what_a_target_changes(parameters, length, original, targets):
@@ -54,6 +61,52 @@ def test_what_a_target_changes(parameters, length, original, targets):
         assert scaled.rope_parameters == {**parameters, **changes} and scaled.original_length == original
         assert scaled.context_length == max(target, Rope(parameters, length).context_length)
         assert (scaled.max_position_embeddings == length) == (not changes)
+
+
+def test_yarns_attention_factor_follows_the_factor_where_it_did():
+    scaled = decide(131072, OLMO_3, length=65536).rope_parameters
+    assert scaled["factor"] == 16.0 and "attention_factor" not in scaled
+
+
+BY_KIND = {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16, "sliding_window": 8}
+
+
+@pytest.mark.parametrize("rope_type", [None, "yarn", "ntk"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo3"])
+def test_only_full_attention_is_scaled_where_rope_differs_by_kind_of_layer(model_type, rope_type, tmp_path):
+    config = tiny_config(model_type, **BY_KIND)
+    plain, theta = (
+        AutoModelForCausalLM.from_config(config).model.rotary_emb,
+        rope_of(config).rope_parameters["rope_theta"],
+    )
+    extended(config, 256, rope_type)
+    save_config(config, tmp_path)
+    for read in (config, AutoConfig.from_pretrained(tmp_path)):
+        rotary = AutoModelForCausalLM.from_config(read).model.rotary_emb
+        assert context_length(read) == 256 and rope_of(read).original_length == 64
+        assert torch.equal(rotary.sliding_attention_inv_freq, plain.sliding_attention_inv_freq)
+        expected, _ = expected_inv_freq(rope_type or "linear", 4.0, theta=theta, dim=16, original=64, num_tokens=256)
+        assert rotary.full_attention_inv_freq.tolist() == pytest.approx(expected, rel=1e-4)
+        assert rope_of(extended(read, 512, rope_type)).original_length == 64
+
+
+@pytest.mark.parametrize("model_type", ["cohere2", "exaone4"])
+def test_rope_that_windows_alone_have_stays(model_type):
+    config = tiny_config(model_type, **BY_KIND)
+    before = dict(config.rope_parameters)
+    assert "sliding windows only" in extend_rope(config, 256)
+    assert config.rope_parameters == before and context_length(config) == 256
+    assert context_length(extended(tiny_config(model_type, **BY_KIND), 256, "yarn")) == 256
+
+
+def test_longrope_goes_on_with_its_lists(tmp_path):
+    config = tiny_config("phi3", rope_parameters=dict(LONGROPE), max_position_embeddings=131072)
+    extended(config, 262144)
+    save_config(config, tmp_path)
+    for read in (config, AutoConfig.from_pretrained(tmp_path)):
+        rotary = AutoModelForCausalLM.from_config(read).model.rotary_emb
+        assert context_length(read) == 262144
+        assert rotary.attention_scaling == pytest.approx(math.sqrt(1 + math.log(64) / math.log(4096)))
 
 
 def test_a_base_of_the_users_choice_holds_within_the_context_too():
@@ -129,7 +182,7 @@ def test_a_method_on_top_of_another_is_refused():
     for first, second in [("ntk", "linear"), ("linear", "yarn"), ("theta", "dynamic"), ("yarn", "ntk")]:
         config = extended(tiny_config(), 128, first)
         for target in (128, 256):
-            with pytest.raises(ValueError, match="already scaled"):
+            with pytest.raises(ValueError, match="already scaled .* not go on top; .*, or use attention: dca"):
                 extend_rope(config, target, second)
     for rope_type in ("llama3", "yarn", "dynamic", "longrope"):
         with pytest.raises(ValueError, match=rope_type):

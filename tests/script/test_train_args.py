@@ -120,7 +120,7 @@ def test_the_recommended_yamls_are_one_recipe(stem):
 
 
 def test_yarn_on_llama_3_1_is_refused(dry):
-    with pytest.raises(ValueError, match="already scaled by 'llama3' to 131072 tokens, not by 'yarn'"):
+    with pytest.raises(ValueError, match="already scaled by 'llama3' to 131072 tokens, and 'yarn' does not go"):
         dry(REPO / "train_args" / "llama3.1-8b-256k.yaml", "--rope_type", "yarn")
 
 
