@@ -67,13 +67,14 @@ def main() -> None:
         model_max_length=context_length(config),
         trust_remote_code=settings.model.trust_remote_code,
     )
-    check_data(settings, config, tokenizer)
+    settings, on_data = check_data(settings, config, tokenizer)
+    notices += on_data
     if args.dry_run:
         return dry_run(settings, arguments, empty_model, plan.policy, notices)
 
     run = start_run(settings, arguments, notices, mechanisms=asdict(plan.policy))
-    size, is_packed = settings.parallel.sequence_parallel_size, settings.data.pack
-    train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log)
+    size, is_packed = settings.parallel.sequence_parallel_size, settings.data.is_packed
+    train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log, seed=arguments.seed)
     num_eval_rows = len(eval_dataset) if eval_dataset else None
     check_num_rows(arguments, len(train_dataset), num_eval_rows, processes_per_row=size)
     model = load_training_model(settings, config, arguments)

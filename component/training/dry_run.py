@@ -49,7 +49,7 @@ def rehearse(model: PreTrainedModel, settings: Settings, policy: ActivationPolic
     What a library below has against the model comes out here. Not rehearsed: NF4, DeepSpeed, rows shared by processes.
     Raises ValueError, naming the model type.
     """
-    small, is_packed, part = tiny_copy(model, drops=True), settings.data.pack, settings.attention.dense_part
+    small, is_packed, part = tiny_copy(model, drops=True), settings.data.is_packed, settings.attention.dense_part
     options = settings.attention, settings.data.max_seq_length
     attention = bind_attention(small, *options, is_packed=is_packed)
     switch = bind_dense_finish(small, *options, is_packed=is_packed) if part else None

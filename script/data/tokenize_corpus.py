@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from longqlora.cli import require_folder, run_main
+from longqlora.data.columns import check_unread, found_keys
 from longqlora.data.documents import find_files
-from longqlora.data.jsonl import check_unread, found_keys, read_rows
+from longqlora.data.jsonl import read_rows
 from longqlora.data.prompt import checked_text, encode_text
 from longqlora.data.token_file import sidecar_path, write_token_file
 from longqlora.files import decode_utf8
