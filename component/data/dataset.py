@@ -20,7 +20,7 @@ import tokenizers
 import transformers
 
 from longqlora.data.packing import pack, packed_row
-from longqlora.data.prompt import bos_ids, encode_for_training, encode_text, eos_id
+from longqlora.data.prompt import bos_ids, encode_document, encode_for_training, eos_id
 from longqlora.data.row import conversation_of_row, text_of_row
 from longqlora.data.source import Source, sources_of
 from longqlora.distributed import is_main_process, local_rank, print_notice
@@ -251,7 +251,7 @@ def encode(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> tuple[str
             return form, [], []
         return form, *encode_for_training(tokenizer, messages, template=config.prompt_template, tools=tools)
     text = text_of_row(row)
-    ids = [*bos_ids(tokenizer), *encode_text(tokenizer, text), eos_id(tokenizer)] if text.strip() else []
+    ids = [*bos_ids(tokenizer), *encode_document(tokenizer, text), eos_id(tokenizer)] if text.strip() else []
     return "", ids, ids
 
 

@@ -20,6 +20,8 @@ ROLES = tuple(FOLLOWERS)
 # Of a message, beside "role" and "content".
 TOOL_KEYS = ("tool_calls", "tool_call_id")
 CHAT_TEMPLATE = "chat_template"
+# Characters of a document that a tokenizer gets at once: it takes more than 100 bytes for each.
+MAX_PIECE, LINE_START = 2**22, re.compile(r"\n(?=\S)")
 DEFAULT_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -72,6 +74,21 @@ def prompt_template_for(tokenizer: Any, requested: str | None) -> str:
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Ids of `text` alone: nothing added, and text that spells a special token stays text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def encode_document(tokenizer: Any, text: str, *, piece_size: int = MAX_PIECE) -> list[int]:
+    """`encode_text` of a text of any length, in pieces of about `piece_size` characters, each of whole lines.
+
+    A tokenizer joins no letter with the line break before it, so the ids are those of the whole.
+    """
+    ids, start = [], 0
+    while start < len(text):
+        match = LINE_START.search(text, start + piece_size)
+        end = match.end() if match else len(text)
+        piece = text[start:end]
+        ids += encode_after(tokenizer, "\n", piece) if start else encode_text(tokenizer, piece)
+        start = end
+    return ids
 
 
 def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:

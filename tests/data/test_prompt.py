@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 
+from longqlora.data import prompt
 from longqlora.data.prompt import (
     DEFAULT_SYSTEM,
     TURN_TEMPLATES,
     encode_conversation,
+    encode_document,
     encode_for_training,
     encode_text,
     prompt_template_for,
@@ -126,6 +128,17 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer_and_template):
     assert tokenizer("a </s>").input_ids == before, "the tokenizer is left as it was"
 
 
+LINES = "def f(x):\n\n    return x\n\ttabs \n \nÜber\n(1)\n\n\nend\n" * 40
+
+
+@pytest.mark.parametrize("piece_size", [0, 1, 7, 100, 10_000])
+def test_a_long_document_has_the_ids_of_the_whole(tokenizer, monkeypatch, piece_size):
+    whole, sizes = encode_text(tokenizer, LINES), []
+    monkeypatch.setattr(prompt, "encode_text", lambda _, text: sizes.append(len(text)) or encode_text(tokenizer, text))
+    assert encode_document(tokenizer, LINES, piece_size=piece_size) == whole
+    assert max(sizes) <= piece_size + 30 or piece_size == 10_000
+
+
 # As Qwen3: only the last answer has its thoughts.
 THOUGHTS = CHATML.replace("{{ message.content }}", "{% if message.role == 'assistant' and loop.last %}think{% endif %}"
                           "{{ message.content }}")  # fmt: skip
@@ -234,5 +247,6 @@ def test_llama2_ids_are_those_of_the_whole_text(shared_data):
     turns = ("<<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST] Hello, you. ", "Bye [/INST] (waves) 7 ")
     expected = [token for turn in turns for token in llama(f"[INST] {turn}</s>").input_ids]
     assert encode_for_training(llama, messages, template="llama2")[0] == expected
+    assert encode_document(llama, LINES, piece_size=50) == encode_text(llama, LINES)
     ids = encode_conversation(llama, messages[1:2], template="vicuna_v1.1")
     assert llama.decode(ids[1:]) == f"{DEFAULT_SYSTEM}\nUSER: Hi there\nASSISTANT: "

@@ -131,6 +131,11 @@ def test_sft_and_evaluation_during_training(write_yaml, tmp_path):
     train(path)
     evaluations = [entry["eval_loss"] for entry in history_of(out) if "eval_loss" in entry]
     assert len(evaluations) == 2 and evaluations[1] < evaluations[0]
+    log = (out / "train.log").read_text()
+    assert "prompt_template: vicuna_v1.1 (the tokenizer has no chat template" in log
+    assert log.count(" learned, between ") == 2 and "form input/output" in log
+    record = json.loads((out / "final" / "run_record.json").read_text())
+    assert record["arguments"]["data"]["prompt_template"] == "vicuna_v1.1"
 
 
 def test_memory_policies_train_as_the_plain_path_does(write_yaml):
