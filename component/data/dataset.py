@@ -126,6 +126,7 @@ def build_dataset(
     bad row, and where no row is left.
     """
     folder = cache_folder(source, key or settings_key(tokenizer, config), config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     if not is_main_process():
         datasets.disable_progress_bars()
     while True:
@@ -271,7 +272,6 @@ def cache_folder(source: Source, key: str, config: DataConfig) -> Path:
     """The folder of the rows of a source, named by its content and `settings_key`."""
     digest = hashlib.sha256(f"{type(source).__name__} {source.unit} {source.content} {key}".encode()).hexdigest()[:24]
     root = Path(os.path.expanduser(config.data_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "longqlora"))
-    root.mkdir(parents=True, exist_ok=True)
     return root / f"{Path(source.name).stem[:80]}-{digest}"
 
 

@@ -70,16 +70,15 @@ def measure(tokenizer: Any, config: DataConfig) -> DataSize:
                 )
             if sum(length for _, length in rows) > MAX_SAMPLED_TOKENS:
                 break
-        kept, report = np.array([length for _, length in sorted(rows)]), cache_folder(source, key, config) / REPORT_NAME
-        is_whole = len(rows) == total
+        report = cache_folder(source, key, config) / REPORT_NAME
         if report.exists():
             known = read_json(report)
             counted = known["num_rows"], known["num_tokens"]
-        elif is_whole:
-            starts, stops = pack(kept, config.max_seq_length, split=not config.sft) if config.pack else (0 * kept, kept)
-            counted = int((stops > starts).sum()), int((stops - starts).sum())
         else:
-            tokens, is_exact = kept.mean() * total, False
-            counted = tokens / config.max_seq_length if config.pack else (kept > 0).mean() * total, tokens
-        num_rows, num_tokens = num_rows + weight * counted[0], num_tokens + weight * counted[1]
+            kept = np.array([length for _, length in sorted(rows)])
+            starts, stops = pack(kept, config.max_seq_length, split=not config.sft) if config.pack else (0 * kept, kept)
+            counted = (total / len(rows) * int(count) for count in ((stops > starts).sum(), (stops - starts).sum()))
+            is_exact = is_exact and len(rows) == total
+        of_rows, of_tokens = counted
+        num_rows, num_tokens = num_rows + weight * of_rows, num_tokens + weight * of_tokens
     return DataSize(math.ceil(num_rows), math.ceil(num_tokens), is_exact, shown)

@@ -58,17 +58,17 @@ def describe_data(
 ) -> list[str]:
     """Lines on the size of the training data, its first rows, and the steps and hours that they make."""
     size, accumulated = measure(tokenizer, settings.data), arguments.gradient_accumulation_steps
-    together = arguments.train_batch_size * world_size() // settings.parallel.sequence_parallel_size
+    together = arguments.per_device_train_batch_size * world_size() // settings.parallel.sequence_parallel_size
     round_off = math.floor if arguments.dataloader_drop_last else math.ceil
     num_batches = round_off(size.num_rows / max(1, together))
     steps = math.ceil(arguments.num_train_epochs * max(1, math.ceil(num_batches / accumulated)))
     about = "" if size.is_exact or arguments.max_steps > 0 else "about "
     steps = arguments.max_steps if arguments.max_steps > 0 else steps
     hours = steps * accumulated * plan.estimate.flops / (TFLOPS * 1e12) / 3600
-    took = f"at most {hours:.3g} hours at {TFLOPS} TFLOP/s a GPU" if hours >= 0.01 else "well below a minute"
+    took = f", at most {hours:.3g} hours at {TFLOPS} TFLOP/s a GPU" if hours >= 0.01 else ""
     return [
         *(f"row {number}: {row}" for number, row in enumerate(size.shown, start=1)),
-        f"{size.describe()}; {about}{steps:,} steps of {together * accumulated:,} rows, {took}",
+        f"{size.describe()}; {about}{steps:,} steps of {together * accumulated:,} rows{took}",
     ]
 
 

@@ -321,7 +321,7 @@ def test_sources(name, read, data_folder):
         ({"train_file": "n*.jsonl"}, r"train_file: no file matches 'n\*.jsonl'"),
         ({"eval_file": "org/name.jsonl"}, "eval_file: no file at"),
         ({"train_file_weights": [1, 2]}, r"train_file_weights: 2 numbers for 1 source\(s\)"),
-        ({"train_file": "s/*", "train_file_weights": [1, 2]}, "train_file_weights: 2 numbers"),
+        ({"train_file": "s/*", "train_file_weights": [1, 2, 3]}, "train_file_weights: 3 numbers for 2"),
         *(({"train_file_weights": [bad]}, "train_file_weights: .* is not a list of numbers above 0")
           for bad in (0, -1, 1e18, float("nan"), "1", True)),
         ({"train_file_weights": 2}, "train_file_weights: 2 is not a list"),
