@@ -73,12 +73,14 @@ def measure(tokenizer: Any, config: DataConfig) -> DataSize:
         report = cache_folder(source, key, config) / REPORT_NAME
         if report.exists():
             known = read_json(report)
-            counted = known["num_rows"], known["num_tokens"]
+            of_rows, of_tokens = known["num_rows"], known["num_tokens"]
         else:
             kept = np.array([length for _, length in sorted(rows)])
             starts, stops = pack(kept, config.max_seq_length, split=not config.sft) if config.pack else (0 * kept, kept)
-            counted = (total / len(rows) * int(count) for count in ((stops > starts).sum(), (stops - starts).sum()))
-            is_exact = is_exact and len(rows) == total
-        of_rows, of_tokens = counted
+            of_rows, of_tokens = int((stops > starts).sum()), int((stops - starts).sum())
+            if len(rows) < total:
+                # The last row of a sample that is split into full rows is not full.
+                of_rows = of_tokens / config.max_seq_length if config.pack and not config.sft else of_rows
+                of_rows, of_tokens, is_exact = of_rows * total / len(rows), of_tokens * total / len(rows), False
         num_rows, num_tokens = num_rows + weight * of_rows, num_tokens + weight * of_tokens
     return DataSize(math.ceil(num_rows), math.ceil(num_tokens), is_exact, shown)
