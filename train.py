@@ -39,6 +39,7 @@ def main() -> None:
     from longqlora.attention.binding import bind_attention
     from longqlora.data.collator import DataCollator
     from longqlora.data.dataset import build_datasets
+    from longqlora.data.preview import NUM_SHOWN, show_row
     from longqlora.device import GIB
     from longqlora.memory.layer_binding import apply_policy
     from longqlora.memory.plan import plan_memory
@@ -67,13 +68,16 @@ def main() -> None:
         model_max_length=context_length(config),
         trust_remote_code=settings.model.trust_remote_code,
     )
-    check_data(settings, config, tokenizer)
+    settings, on_data = check_data(settings, config, tokenizer)
+    notices += on_data
     if args.dry_run:
-        return dry_run(settings, arguments, empty_model, plan.policy, notices)
+        return dry_run(settings, arguments, empty_model, tokenizer, plan, notices)
 
     run = start_run(settings, arguments, notices, mechanisms=asdict(plan.policy))
-    size, is_packed = settings.parallel.sequence_parallel_size, settings.data.pack
-    train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log)
+    size, is_packed = settings.parallel.sequence_parallel_size, settings.data.is_packed
+    train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log, seed=arguments.seed)
+    for row in train_dataset.select(range(min(NUM_SHOWN, len(train_dataset)))):
+        run.log(f"row: {show_row(tokenizer, row['input_ids'], row['labels'])}")
     num_eval_rows = len(eval_dataset) if eval_dataset else None
     check_num_rows(arguments, len(train_dataset), num_eval_rows, processes_per_row=size)
     model = load_training_model(settings, config, arguments)

@@ -1,4 +1,4 @@
-"""Training data: a jsonl file becomes memory-mapped rows of token ids by `datasets.map`, which caches them on disk."""
+"""Training data: each source becomes memory-mapped rows of token ids by `datasets.map`, which caches them on disk."""
 
 import hashlib
 import inspect
@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ import pyarrow.compute as pc
 import tokenizers
 import transformers
 
-from longqlora.cli import require_file
-from longqlora.data import jsonl, prompt
-from longqlora.data.jsonl import index_rows, messages_of_row, read_rows, text_of_row
-from longqlora.data.prompt import bos_ids, encode_for_training, encode_text, eos_id
+from longqlora.data.packing import pack, packed_row
+from longqlora.data.prompt import bos_ids, encode_document, encode_for_training, eos_id
+from longqlora.data.row import conversation_of_row, text_of_row
+from longqlora.data.source import Source, sources_of
 from longqlora.distributed import is_main_process, local_rank, print_notice
 from longqlora.files import file_sha256, partial_name, remove, write_json
 from longqlora.settings.config import IGNORE_INDEX, DataConfig
 
+# The files beside this one that decide rows.
+CODE = ("columns", "dataset", "jsonl", "packing", "prompt", "row", "source")
 REPORT_NAME = "report.json"
 ROWS_PER_WRITE = 32
 IDS, COUNT = datasets.List(datasets.Value("int32")), datasets.Value("int64")
@@ -34,7 +36,7 @@ IDS, COUNT = datasets.List(datasets.Value("int32")), datasets.Value("int64")
 
 @dataclass
 class DataReport:
-    """What became of a file. Every token counts once: in `num_tokens` or in `num_dropped_tokens`."""
+    """What became of a source. Every token counts once: in `num_tokens` or in `num_dropped_tokens`."""
 
     source: str
     num_source_rows: int
@@ -46,6 +48,7 @@ class DataReport:
     num_unanswered_rows: int  # rows dropped: nothing to predict within max_seq_length
     num_dropped_tokens: int  # tokens cut off, or in rows without anything to predict
     num_predicted_tokens: int = 0  # tokens with a loss
+    forms: dict[str, int] = field(default_factory=dict)  # source rows of each form of conversation
     cached: bool = False
 
     @property
@@ -56,6 +59,9 @@ class DataReport:
         """The report on one line."""
         rows = f"{self.num_rows:,} rows from {self.num_source_rows:,}, {self.num_tokens:,} tokens "
         parts = [f"{rows}({self.num_predicted_tokens:,} predicted), longest row {self.max_row_length:,}"]
+        is_mixed = len(self.forms) > 1
+        names = [f"{count:,} as {name}" if is_mixed else f"form {name}" for name, count in self.forms.items()]
+        parts += [", ".join(names)] if names else []
         if self.num_truncated_rows:
             parts.append(f"{self.num_truncated_rows:,} rows cut at max_seq_length")
         if self.num_dropped_rows:
@@ -66,27 +72,61 @@ class DataReport:
         return f"{self.source}: {'; '.join(parts)}{' [cached]' if self.cached else ''}"
 
 
-def build_datasets(
-    tokenizer: Any, config: DataConfig, *, log: Callable[[str], None]
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """The training and, where `eval_file` is given, the evaluation rows; reports both through `log`."""
-    built = {}
+def check_sources(tokenizer: Any, config: DataConfig) -> None:
+    """Check every row of the data files that are not in the cache yet. Raises ValueError with source and row."""
+    key = settings_key(tokenizer, config)
     for flag in config.files:
-        dataset, report = build_dataset(tokenizer, config, flag=flag)
-        log(f"{flag}: {report.summary()}")
+        for source in sources_of(config, flag):
+            if not (cache_folder(source, key, config) / REPORT_NAME).exists():
+                source.check(conversation_of_row if config.sft else text_of_row)
+
+
+def build_datasets(
+    tokenizer: Any, config: DataConfig, *, log: Callable[[str], None], seed: int = 0
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The training and, where `eval_file` is given, the evaluation rows; reports each source through `log`.
+
+    seed: of the rows that a part of a pass takes (`train_file_weights`).
+    """
+    built, key = {}, settings_key(tokenizer, config)
+    for flag in config.files:
+        parts = []
+        for source in sources_of(config, flag):
+            dataset, report = build_dataset(source, tokenizer, config, key=key)
+            parts.append(dataset)
+            log(f"{flag}: {report.summary()}")
+        weights = config.train_file_weights if flag == "train_file" else None
+        dataset = mixture(parts, weights or [1] * len(parts), seed=seed)
+        if len(parts) > 1 or weights:
+            passes = f", {' + '.join(f'{weight:g}' for weight in weights)} passes" if weights else ""
+            log(f"{flag}: {len(dataset):,} rows of {len(parts)} sources{passes}")
         # A list of 100,000 numbers takes 40 ms to become a tensor, an array 1 ms.
         built[flag] = dataset.with_format("numpy")
     return built["train_file"], built.get("eval_file")
 
 
-def build_dataset(tokenizer: Any, config: DataConfig, flag: str = "train_file") -> tuple[datasets.Dataset, DataReport]:
-    """Rows of the file of key `flag`: columns input_ids, labels and, where `config.pack`, position_ids (int32 lists).
+def mixture(parts: list[datasets.Dataset], weights: list[float], *, seed: int) -> datasets.Dataset:
+    """Each part as often as its weight says; of the fraction that is left, that share of its rows, at least one."""
+    taken = []
+    for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        taken += [part] * int(weight)
+        if share := weight % 1:
+            chosen = np.random.default_rng([seed, number]).permutation(len(part))[: max(1, round(share * len(part)))]
+            taken.append(part.select(np.sort(chosen)))
+    return taken[0] if len(taken) == 1 else datasets.concatenate_datasets(taken)
 
-    The first process of each node tokenises; the others wait for its cache. A damaged cache is built again, with a
-    notice. No random state is touched. Raises ValueError with file and line for a bad row, and where no row is left.
+
+def build_dataset(
+    source: Source, tokenizer: Any, config: DataConfig, *, key: str | None = None
+) -> tuple[datasets.Dataset, DataReport]:
+    """Rows of a source: columns input_ids, labels and, where `config.is_packed`, position_ids (int32 lists).
+
+    key: `settings_key`, where it is known. The first process of each node tokenises; the others wait for its cache. A
+    damaged cache is built again, with a notice. No random state is touched. Raises ValueError with file and line for a
+    bad row, and where no row is left.
     """
-    path = require_file(config.files[flag], flag)
-    folder = cache_folder(path, tokenizer, config)
+    folder = cache_folder(source, key or settings_key(tokenizer, config), config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     if not is_main_process():
         datasets.disable_progress_bars()
     while True:
@@ -95,7 +135,7 @@ def build_dataset(tokenizer: Any, config: DataConfig, flag: str = "train_file") 
             time.sleep(0.2)
         is_known = folder.exists()
         try:
-            return build_rows(path, folder, tokenizer, config, flag=flag)
+            return build_rows(source, folder, tokenizer, config)
         except (pa.ArrowException, FileNotFoundError) as error:
             if local_rank() != 0:
                 continue
@@ -107,26 +147,25 @@ def build_dataset(tokenizer: Any, config: DataConfig, flag: str = "train_file") 
             remove(folder.rename(partial_name(folder)))
 
 
-def build_rows(
-    path: Path, folder: Path, tokenizer: Any, config: DataConfig, *, flag: str
-) -> tuple[datasets.Dataset, DataReport]:
+def build_rows(source: Source, folder: Path, tokenizer: Any, config: DataConfig) -> tuple[datasets.Dataset, DataReport]:
     """`build_dataset` in one process, by way of the cache in `folder`."""
-    source = datasets.Dataset.from_dict(index_rows(path, sft=config.sft, flag=flag))
+    index = datasets.Dataset.from_dict(source.places())
     rows = cached_map(
-        source,
-        partial(encode_row, path=path, tokenizer=tokenizer, config=config, flag=flag),
+        index,
+        partial(encode_row, source=source, tokenizer=tokenizer, config=config),
         folder / "documents.arrow",
-        {"num_tokens": COUNT},
-        num_workers=min(config.preprocessing_num_workers, len(source)),
-        desc=f"Tokenising {path.name}",
+        {"num_tokens": COUNT, "form": datasets.Value("string")},
+        num_workers=min(config.preprocessing_num_workers, len(index)),
+        desc=f"Tokenising {Path(source.name).name}",
     )
     num_tokens = np.asarray(rows.data["num_tokens"])
     kept = np.asarray(pc.list_value_length(rows.data["input_ids"]))
     starts, stops = pack(kept, config.max_seq_length, split=not config.sft) if config.pack else (0 * kept, kept)
     lengths = (stops - starts)[stops > starts]
+    forms = {counted["values"]: counted["counts"] for counted in pc.value_counts(rows.data["form"]).to_pylist()}
     report = DataReport(
-        source=str(path),
-        num_source_rows=len(source),
+        source=source.name,
+        num_source_rows=len(index),
         num_rows=len(lengths),
         num_tokens=int(lengths.sum()),
         max_row_length=int(lengths.max(initial=0)),
@@ -134,10 +173,13 @@ def build_rows(
         num_empty_rows=int((num_tokens == 0).sum()),
         num_unanswered_rows=int(((0 == kept) & (kept < num_tokens)).sum()),
         num_dropped_tokens=int(num_tokens.sum() - lengths.sum()),
+        forms=forms if config.sft else {},
         cached=(folder / REPORT_NAME).exists(),
     )
     if not len(lengths):
-        raise ValueError(f"{flag}: no row is left ({report.summary()}); raise max_seq_length or correct the file")
+        raise ValueError(
+            f"{source.flag}: no row is left ({report.summary()}); raise max_seq_length or correct the file"
+        )
     if config.pack:
         # In one process: it only copies, and others would have to be sent all ids.
         rows = cached_map(
@@ -146,18 +188,18 @@ def build_rows(
                 packed_row,
                 input_ids=pc.list_flatten(rows.data["input_ids"]),
                 labels=pc.list_flatten(rows.data["labels"]),
-                document_ends=np.cumsum(kept),
+                document_ends=np.cumsum(kept) if config.is_packed else None,
             ),
             folder / "packed.arrow",
-            {"position_ids": IDS},
-            desc=f"Packing {path.name}",
+            {"position_ids": IDS} if config.is_packed else {},
+            desc=f"Packing {Path(source.name).name}",
         )
     elif not kept.all():
         rows = rows.select(np.flatnonzero(kept))
     report.num_predicted_tokens = int(np.asarray(rows.data["num_predicted"]).sum())
     if local_rank() == 0:
         write_json(folder / REPORT_NAME, asdict(report))
-    return rows.select_columns(["input_ids", "labels", *(["position_ids"] if config.pack else [])]), report
+    return rows.select_columns(["input_ids", "labels", *(["position_ids"] if config.is_packed else [])]), report
 
 
 def cached_map(
@@ -178,16 +220,13 @@ def cached_map(
     )
 
 
-def encode_row(row: dict[str, int], *, path: Path, tokenizer: Any, config: DataConfig, flag: str) -> dict[str, Any]:
-    """Ids and labels of the row of `path` at {"line", "offset"}; both empty where it has nothing to predict.
+def encode_row(place: dict[str, int], *, source: Source, tokenizer: Any, config: DataConfig) -> dict[str, Any]:
+    """Ids and labels of the row at `place` of `source`; both empty where it has nothing to predict.
 
-    num_tokens: of the whole row, before max_seq_length cuts it; 0 where it has no text or an answer is empty.
+    num_tokens: of the whole row, before max_seq_length cuts it; 0 where it has no text or an answer is empty. form: of
+    a conversation.
     """
-    with path.open("rb") as file:
-        file.seek(row["offset"])
-        lines = [file.readline()]
-    parse = partial(encode, tokenizer=tokenizer, config=config)
-    [(_, columns)] = read_rows(lines, path, flag=flag, parse=parse, first=row["line"])
+    form, *columns = source.parsed(place, partial(encode, tokenizer=tokenizer, config=config))
     ids, labels = (np.array(column, dtype=np.int32) for column in columns)
     num_tokens = len(ids)
     # A document that is packed goes on in the next row, a conversation does not. Nothing predicts a first label.
@@ -195,75 +234,45 @@ def encode_row(row: dict[str, int], *, path: Path, tokenizer: Any, config: DataC
         num_kept = config.max_seq_length if (labels[1 : config.max_seq_length] != IGNORE_INDEX).any() else 0
         ids, labels = ids[:num_kept], labels[:num_kept]
     num_predicted = np.count_nonzero(labels[1:] != IGNORE_INDEX)
-    return {"input_ids": ids, "labels": labels, "num_predicted": num_predicted, "num_tokens": num_tokens}
-
-
-def encode(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> tuple[list[int], list[int]]:
-    """Ids and labels of a row of jsonl: BOS + text + EOS, all of it predicted, or `encode_for_training`'s.
-
-    Both are empty for a text without content, and for a conversation with an empty answer, which would teach the model
-    to stop at once.
-    """
-    if config.sft:
-        messages = messages_of_row(row)
-        if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):
-            return [], []
-        return encode_for_training(tokenizer, messages, template=config.prompt_template)
-    text = text_of_row(row)
-    ids = [*bos_ids(tokenizer), *encode_text(tokenizer, text), eos_id(tokenizer)] if text.strip() else []
-    return ids, ids
-
-
-def pack(lengths: np.ndarray, max_seq_length: int, *, split: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end of each packed row among the tokens of all documents, int64 [num_rows] each.
-
-    lengths: tokens of each document, int [n]. split: a document that does not fit goes on in the next row, so every
-    row but the last is full. Otherwise it starts the next row, and no document may be longer than a row. A row of
-    nothing but first tokens is left out: none is predicted, and the loss of its batch would be 0 / 0.
-    """
-    ends = np.cumsum(lengths, dtype=np.int64)
-    bounds = [0, *range(max_seq_length, ends[-1], max_seq_length)] if split else [0]
-    while bounds[-1] < ends[-1] and not split:
-        bounds.append(ends[np.searchsorted(ends, bounds[-1] + max_seq_length, side="right") - 1])
-        assert bounds[-1] > bounds[-2], "a document longer than a row"
-    bounds = np.unique([*bounds, ends[-1]])
-    num_pieces = np.diff(np.searchsorted(np.union1d(bounds, ends), bounds))
-    predicts = np.diff(bounds) > num_pieces
-    return bounds[:-1][predicts], bounds[1:][predicts]
-
-
-def packed_row(
-    row: dict[str, int], *, input_ids: pa.ChunkedArray, labels: pa.ChunkedArray, document_ends: np.ndarray
-) -> dict[str, Any]:
-    """The row of tokens {"start", "stop"} of all documents. Its positions restart at 0 in each piece of a document.
-
-    The first label of each piece is -100: the model would predict that token from the document before it.
-    """
-    start, length = row["start"], row["stop"] - row["start"]
-    first, last = np.searchsorted(document_ends, [start, row["stop"]], side="right")
-    pieces = np.union1d(document_ends[first:last], [start, row["stop"]])[:-1] - start
-    labels = labels.slice(start, length).to_numpy().copy()
-    labels[pieces] = IGNORE_INDEX
-    positions = np.arange(length, dtype=np.int32) - np.repeat(pieces, np.diff([*pieces, length])).astype(np.int32)
     return {
-        "input_ids": input_ids.slice(start, length).to_numpy(), "labels": labels,
-        "num_predicted": np.count_nonzero(labels != IGNORE_INDEX), "position_ids": positions,
+        "input_ids": ids, "labels": labels, "num_predicted": num_predicted, "num_tokens": num_tokens, "form": form
     }  # fmt: skip
 
 
-def cache_folder(path: Path, tokenizer: Any, config: DataConfig) -> Path:
-    """The folder of a file's rows, named by all that decides them: content, tokenizer, settings and code."""
+def encode(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> tuple[str, list[int], list[int]]:
+    """Form, ids and labels of a row: BOS + text + EOS, all of it predicted, or `encode_for_training`'s.
+
+    Both lists are empty for a text without content, and for a conversation with an empty answer, which would teach the
+    model to stop at once.
+    """
+    if config.sft:
+        form, messages, tools = conversation_of_row(row)
+        answers = [message for message in messages if message["role"] == "assistant"]
+        if not all(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
+            return form, [], []
+        return form, *encode_for_training(tokenizer, messages, template=config.prompt_template, tools=tools)
+    text = text_of_row(row)
+    ids = [*bos_ids(tokenizer), *encode_document(tokenizer, text), eos_id(tokenizer)] if text.strip() else []
+    return "", ids, ids
+
+
+def settings_key(tokenizer: Any, config: DataConfig) -> str:
+    """A hash of all but the source that decides rows: tokenizer, settings and code."""
+    template = config.prompt_template if config.sft else None
     decisive = {
-        "content": file_sha256(path),
-        "settings": [config.sft, config.max_seq_length, config.pack, config.prompt_template if config.sft else None],
-        "code": [inspect.getsource(module) for module in (sys.modules[__name__], jsonl, prompt)],
+        "settings": [config.sft, config.max_seq_length, config.pack, template],
+        "code": [inspect.getsource(sys.modules[f"{__package__}.{name}"]) for name in CODE],
         "versions": [tokenizers.__version__, transformers.__version__],
         "tokenizer": tokenizer_state(tokenizer),
     }
-    key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def cache_folder(source: Source, key: str, config: DataConfig) -> Path:
+    """The folder of the rows of a source, named by its content and `settings_key`."""
+    digest = hashlib.sha256(f"{type(source).__name__} {source.unit} {source.content} {key}".encode()).hexdigest()[:24]
     root = Path(os.path.expanduser(config.data_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "longqlora"))
-    root.mkdir(parents=True, exist_ok=True)
-    return root / f"{path.stem[:80]}-{key}"
+    return root / f"{Path(source.name).stem[:80]}-{digest}"
 
 
 def tokenizer_state(tokenizer: Any) -> list:

@@ -5,15 +5,25 @@ the same ids in a training row and at inference, whatever the answer is.
 """
 
 import inspect
+import itertools
+import json
 import re
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
 from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE, IGNORE_INDEX, PROMPT_TEMPLATES
 
-ROLES = ("system", "user", "assistant")
+# Which roles may follow each; a conversation starts as behind a system message.
+FOLLOWERS = {"system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+ROLES = tuple(FOLLOWERS)
+# Of a message, beside "role" and "content".
+TOOL_KEYS = ("tool_calls", "tool_call_id")
 CHAT_TEMPLATE = "chat_template"
+# Characters of a document that a tokenizer gets at once: it takes more than 100 bytes for each.
+MAX_PIECE, MAX_BATCH, LINE_START = 2**22, 256, re.compile(r"\n(?=\S)")
 DEFAULT_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -21,22 +31,29 @@ DEFAULT_SYSTEM = (
 
 
 class TurnTemplate(NamedTuple):
-    """A template of plain text: `{system}{separator}USER: {user}{separator}ASSISTANT: {answer}</s>USER: ...`.
+    """A template of plain text. question: up to the answer, `{system}` empty behind the first; answer: up to its EOS.
 
-    lead_in_prompt: whether the space before the answer belongs to the prompt or to the answer.
+    system: what becomes of a system message. An answer that starts with a space is encoded as it follows the question.
     """
 
-    separator: str
-    lead_in_prompt: bool
+    question: str
+    system: str
+    answer: str = "{}"
+    default_system: str = DEFAULT_SYSTEM
+    repeats_bos: bool = False
 
 
 # `vicuna_v1.1` is the form LongQLoRA's released models were trained with (yangjianxin1/LongQLoRA
 # component/data/dataset.py): turns on lines of their own, the prompt ends in "ASSISTANT: ", and the answer is encoded
 # by itself. `vicuna_v1.1_fastchat` is the form of lmsys/vicuna-*-v1.5 (fastchat/conversation.py, sep=" ",
 # sep2="</s>"): one line, the prompt ends in "ASSISTANT:", and the space belongs to the answer's first token.
+# `llama2` is that of Llama-2-chat (meta-llama/llama, llama/generation.py) and LongAlpaca's models: a BOS in each turn.
 TURN_TEMPLATES = {
-    "vicuna_v1.1": TurnTemplate(separator="\n", lead_in_prompt=True),
-    "vicuna_v1.1_fastchat": TurnTemplate(separator=" ", lead_in_prompt=False),
+    "vicuna_v1.1": TurnTemplate("{system}USER: {user}\nASSISTANT: ", "{}\n"),
+    "vicuna_v1.1_fastchat": TurnTemplate("{system}USER: {user} ASSISTANT:", "{} ", " {}"),
+    "llama2": TurnTemplate(
+        "[INST] {system}{user} [/INST]", "<<SYS>>\n{}\n<</SYS>>\n\n", " {} ", default_system="", repeats_bos=True
+    ),
 }
 assert PROMPT_TEMPLATES == (*TURN_TEMPLATES, CHAT_TEMPLATE), "name each template in settings/config.py"
 
@@ -56,9 +73,35 @@ def prompt_template_for(tokenizer: Any, requested: str | None) -> str:
     return requested
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of `text` alone: nothing added, and text that spells a special token stays text."""
+def encode_text(tokenizer: Any, text: str | list[str]) -> list:
+    """Ids of `text` alone, or of each of a list: nothing added, and text that spells a special token stays text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def encode_document(tokenizer: Any, text: str, *, piece_size: int = MAX_PIECE) -> list[int]:
+    """`encode_text` of a text of any length, in pieces of about `piece_size` characters, each of whole lines.
+
+    A tokenizer joins no letter with the line break before it, so the ids are those of the whole.
+    """
+    ids, start = [], 0
+    while start < len(text):
+        match = LINE_START.search(text, start + piece_size)
+        end = match.end() if match else len(text)
+        piece = text[start:end]
+        ids += encode_after(tokenizer, "\n", piece) if start else encode_text(tokenizer, piece)
+        start = end
+    return ids
+
+
+def encode_texts(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+    """`encode_document` of each text. A fast tokenizer gets many at a time, which it spreads over the cores."""
+    batch: list[str] = []
+    for text in itertools.chain(texts, [None]):
+        if batch and (text is None or sum(map(len, batch)) + len(text) > MAX_PIECE or len(batch) == MAX_BATCH):
+            is_one = len(batch) == 1
+            yield from [encode_document(tokenizer, batch[0])] if is_one else encode_text(tokenizer, batch)
+            batch = []
+        batch.append(text)
 
 
 def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:
@@ -101,7 +144,10 @@ def checked_text(value: Any, name: str) -> str:
 
 
 def check_messages(messages: Any, *, last_role: str) -> None:
-    """Raise ValueError unless `messages` is [system,] user, assistant, user, ... `last_role` with text contents."""
+    """Raise ValueError unless `messages` is [system,] user, assistant, user, ... `last_role` with text contents.
+
+    Results of tools may stand between two messages of the assistant.
+    """
     if not isinstance(messages, list) or not messages:
         raise ValueError('the conversation is empty; give a list of {"role": ..., "content": ...}')
     for number, message in enumerate(messages, start=1):
@@ -112,7 +158,7 @@ def check_messages(messages: Any, *, last_role: str) -> None:
         checked_text(message["content"], f"the content of message {number}")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
-    if not turns or turns != [("user", "assistant")[position % 2] for position in range(len(turns))]:
+    if not turns or not all(role in FOLLOWERS[last] for last, role in zip(["system", *turns], turns, strict=False)):
         raise ValueError(f"the roles are {', '.join(roles)}; give user and assistant in turn, after at most one system")
     if roles[-1] != last_role:
         fix = "add the answer or remove the last message" if last_role == "assistant" else "remove the last message"
@@ -132,44 +178,49 @@ def encode_conversation(tokenizer: Any, messages: list[dict], *, template: str =
 
 
 def encode_for_training(
-    tokenizer: Any, messages: list[dict], *, template: str = DEFAULT_PROMPT_TEMPLATE
+    tokenizer: Any, messages: list[dict], *, template: str | None = DEFAULT_PROMPT_TEMPLATE, tools: list | None = None
 ) -> tuple[list[int], list[int]]:
     """Ids of a whole conversation and its labels: the answers and the EOS after each, -100 elsewhere.
 
-    Labels are not shifted (the model shifts them). Raises ValueError for messages or a template that do not fit.
+    template: None as in `prompt_template_for`; tools: functions that the model may call. Labels are not shifted (the
+    model shifts them). Raises ValueError for messages or a template that do not fit.
     """
     check_messages(messages, last_role="assistant")
-    if prompt_template_for(tokenizer, template) == CHAT_TEMPLATE:
-        return encode_chat_template_for_training(tokenizer, messages)
+    template = prompt_template_for(tokenizer, template)
+    if template == CHAT_TEMPLATE:
+        return encode_chat_template_for_training(tokenizer, messages, tools)
+    if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        fix = f"use prompt_template: {CHAT_TEMPLATE} with a tokenizer whose template has them, or leave such rows out"
+        raise ValueError(f"tools, and messages from and to them, have no form in {template}; {fix}")
     return encode_turns(tokenizer, messages, TURN_TEMPLATES[template])
 
 
 def encode_turns(tokenizer: Any, messages: list[dict], template: TurnTemplate) -> tuple[list[int], list[int]]:
     """Ids and labels of a conversation in a template of plain text, up to its last answer or where the next starts."""
-    eos = eos_id(tokenizer)
-    ids = bos_ids(tokenizer)
-    labels = [IGNORE_INDEX] * len(ids)
-    assistant = f"{template.separator}ASSISTANT:{' ' if template.lead_in_prompt else ''}"
-    system = messages[0]["content"].strip() if messages[0]["role"] == "system" else DEFAULT_SYSTEM
-    opening = system + template.separator if system else ""
+    bos, eos = bos_ids(tokenizer), eos_id(tokenizer)
+    ids, labels = [], []
+    system = messages[0]["content"].strip() if messages[0]["role"] == "system" else template.default_system
+    opening = template.system.format(system) if system else ""
     for message in messages:
         content = message["content"].strip()
         if message["role"] == "user":
-            prompt = encode_text(tokenizer, f"{opening}USER: {content}{assistant}")
+            text = template.question.format(system=opening, user=content)
+            prompt = [*(bos if template.repeats_bos or not ids else []), *encode_text(tokenizer, text)]
             ids, labels, opening = ids + prompt, labels + [IGNORE_INDEX] * len(prompt), ""
         elif message["role"] == "assistant":
-            if template.lead_in_prompt:
-                answer = encode_text(tokenizer, content)
-            else:
-                # After the prompt's last character, so that " Yes" is the one token a model writes after "ASSISTANT:".
-                answer = encode_after(tokenizer, ":", f" {content}")
+            text = template.answer.format(content)
+            # After the prompt's last character, so that " Yes" is the one token a model writes after "ASSISTANT:".
+            is_apart = not text.startswith(" ")
+            answer = encode_text(tokenizer, text) if is_apart else encode_after(tokenizer, template.question[-1], text)
             ids, labels = [*ids, *answer, eos], [*labels, *answer, eos]
     return ids, labels
 
 
-def apply_chat_template(tokenizer: Any, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:
+def apply_chat_template(
+    tokenizer: Any, messages: list[dict], tools: list | None = None, *, add_generation_prompt: bool
+) -> list[int]:
     """Ids of the tokenizer's own chat template, with a BOS in front where the template writes none."""
-    options = {"add_generation_prompt": add_generation_prompt, "return_dict": False}
+    options = {"tools": tools, "add_generation_prompt": add_generation_prompt, "return_dict": False}
     # Newer transformers can keep text that spells a control token as text.
     if "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters:
         options["sanitize_control_tokens"] = True
@@ -181,40 +232,62 @@ def apply_chat_template(tokenizer: Any, messages: list[dict], *, add_generation_
     return ids if ids[: len(bos)] == bos else bos + ids
 
 
-def encode_chat_template_for_training(tokenizer: Any, messages: list[dict]) -> tuple[list[int], list[int]]:
+def encode_chat_template_for_training(
+    tokenizer: Any, messages: list[dict], tools: list | None = None
+) -> tuple[list[int], list[int]]:
     """Ids and labels of the tokenizer's own chat template.
 
     The answers are what the template marks with `{% generation %}`; without that mark, what an assistant message adds
-    to the prompt before it. Raises ValueError where the two cannot be told apart.
+    to the prompt before it. Raises ValueError where the two cannot be told apart, and for what the template leaves out.
     """
-    ids = apply_chat_template(tokenizer, messages, add_generation_prompt=False)
-    mask = generation_mask(tokenizer, messages, ids)
+    ids = apply_chat_template(tokenizer, messages, tools, add_generation_prompt=False)
+    check_rendered(tokenizer, messages, tools)
+    mask = generation_mask(tokenizer, messages, tools, ids)
     if mask is None:
         mask = [False] * len(ids)
         for position, message in enumerate(messages):
             if message["role"] == "assistant":
-                start, end = answer_span(tokenizer, messages, position, ids)
+                start, end = answer_span(tokenizer, messages, tools, position, ids)
                 mask[start:end] = [True] * (end - start)
     return ids, [token if wanted else IGNORE_INDEX for token, wanted in zip(ids, mask, strict=True)]
 
 
-def generation_mask(tokenizer: Any, messages: list[dict], ids: list[int]) -> list[bool] | None:
+def check_rendered(tokenizer: Any, messages: list[dict], tools: list | None) -> None:
+    """Raise ValueError for system messages, tools, calls and results that the chat template leaves out, as many do."""
+    parts = [(f"{x['role']} messages", x["content"]) for x in messages if x["role"] in ("system", "tool")]
+    parts += [("calls of tools", call["function"]["name"]) for x in messages for call in x.get("tool_calls", ())]
+    if not parts and not tools:
+        return
+    render = partial(tokenizer.apply_chat_template, messages, tokenize=False)
+    text = render(tools=tools)
+    # As it stands, or as JSON.
+    as_json = partial(json.dumps, ensure_ascii=False)
+    missing = [what for what, part in parts if part.strip() not in text and as_json(part)[1:-1] not in text]
+    missing += ["the list of tools"] if tools and text == render() else []
+    if missing:
+        fix = "leave such rows out, or give a model whose template has them"
+        raise ValueError(f"the tokenizer's chat template leaves out {missing[0]}; {fix}")
+
+
+def generation_mask(tokenizer: Any, messages: list[dict], tools: list | None, ids: list[int]) -> list[bool] | None:
     """Which of `ids` the template marks as the assistant's; None where it marks nothing or other ids."""
-    template = tokenizer.get_chat_template()
+    template = tokenizer.get_chat_template(tools=tools)
     if not tokenizer.is_fast or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
         return None
-    marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    marked = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
     num_added = len(ids) - len(marked["input_ids"])
     if num_added < 0 or ids[num_added:] != marked["input_ids"] or ids[:num_added] != bos_ids(tokenizer)[:num_added]:
         return None
     return [False] * num_added + [bool(mark) for mark in marked["assistant_masks"]]
 
 
-def answer_span(tokenizer: Any, messages: list[dict], position: int, ids: list[int]) -> tuple[int, int]:
+def answer_span(
+    tokenizer: Any, messages: list[dict], tools: list | None, position: int, ids: list[int]
+) -> tuple[int, int]:
     """Start and end in `ids` of the assistant message at `position`: what follows its prompt, up to its EOS."""
-    start = len(prompt := apply_chat_template(tokenizer, messages[:position], add_generation_prompt=True))
-    upto = apply_chat_template(tokenizer, messages[: position + 1], add_generation_prompt=False)
-    eos = tokenizer.eos_token_id
+    prompt = apply_chat_template(tokenizer, messages[:position], tools, add_generation_prompt=True)
+    upto = apply_chat_template(tokenizer, messages[: position + 1], tools, add_generation_prompt=False)
+    start, eos = len(prompt), tokenizer.eos_token_id
     if ids[:start] != prompt:
         problem = f"writes the prompt of message {position + 1} differently when its answer follows"
     elif ids[: len(upto)] == upto:

@@ -5,6 +5,7 @@ Imports nothing heavy, so that a YAML can be read before torch is. The help text
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from types import MappingProxyType
@@ -20,8 +21,13 @@ INPUT = "input"
 MEMORY_POLICIES = ("auto", "fast", "balanced", "max_length")
 # keep_activations: each with those before it.
 KEPT = ("input", "attention", "projections", "all")
-PROMPT_TEMPLATES = ("vicuna_v1.1", "vicuna_v1.1_fastchat", "chat_template")
+PROMPT_TEMPLATES = ("vicuna_v1.1", "vicuna_v1.1_fastchat", "llama2", "chat_template")
 DEFAULT_PROMPT_TEMPLATE = "vicuna_v1.1"
+# pack: rows in which documents attend to those before them.
+JOIN = "join"
+MAX_PASSES = 1000
+# org/name[:split] of the hub, and no path of a file that is not there.
+HUB_NAME = re.compile(r"(?!.*\.(jsonl?|parquet|csv|txt|bin|gz|zip|zst)(:|$))[\w.-]+/[\w.-]+(:[\w.%:+\[\]-]+)?")
 
 # What a value must be, in words and as a test.
 Limit = tuple[str, Callable[[Any], bool]]
@@ -196,24 +202,55 @@ class SequenceParallelConfig(Section):
 class DataConfig(Section):
     """What to train on and how it is cut into rows."""
 
-    train_file: str = key(MISSING, 'jsonl: {"text"} rows, or conversations where sft is true.')
-    eval_file: str | None = key(None, "jsonl of the same form, for the evaluation loss.")
+    train_file: str | list[str] = key(
+        MISSING,
+        'Rows {"text"}, or conversations where sft is true: a .jsonl, .json (array) or .parquet file, a glob, '
+        "org/name[:split] of the hub, or a list of these.",
+    )
+    eval_file: str | list[str] | None = key(None, "Rows of the same form, for the evaluation loss.")
+    train_file_weights: list[float] | None = key(
+        None,
+        "Passes over each source of train_file in an epoch: 2 takes it twice, 0.5 a random half (by seed, the same in "
+        "each epoch); default: 1 each.",
+        (
+            f"a list of numbers above 0 and up to {MAX_PASSES}",
+            lambda value: value and all(type(x) in (int, float) and 0 < x <= MAX_PASSES for x in value),
+        ),
+    )
     sft: bool = key(False, "Rows are conversations; only the answers are learned.")
     max_seq_length: int = key(8192, "Most tokens of a row; longer rows are cut.", at_least(2))
-    pack: bool = key(False, "Fill rows with several documents, kept apart, and split long documents, not cut them.")
-    prompt_template: str = key(
-        DEFAULT_PROMPT_TEMPLATE,
-        f"Form of the conversations where sft is true: {', '.join(PROMPT_TEMPLATES)}.",
+    pack: bool | str = key(
+        False,
+        "true: fill rows with several documents, kept apart, and split long documents, not cut them; "
+        f"{JOIN}: the same, but each attends to those before it in the row, as in LongLoRA.",
+        (f"true, false or {JOIN}", lambda value: value in (True, False, JOIN)),
+    )
+    prompt_template: str | None = key(
+        None,
+        f"Form of the conversations where sft is true: {', '.join(PROMPT_TEMPLATES)}; default: chat_template where the "
+        f"tokenizer has one, else {DEFAULT_PROMPT_TEMPLATE}.",
         one_of(PROMPT_TEMPLATES),
     )
     preprocessing_num_workers: int = key(1, "Processes that tokenise.", at_least(1))
     data_cache_dir: str | None = key(None, "Folder for tokenised files; default: the Hugging Face datasets cache.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        num_weights, num_sources = len(self.train_file_weights or ()), len(self.files["train_file"])
+        if num_weights not in (0, num_sources):
+            text = f"{num_weights} numbers for {num_sources} source(s) of train_file; give one for each"
+            raise ValueError(f"train_file_weights: {text}")
+
     @property
-    def files(self) -> dict[str, str]:
-        """The data files of the run by their keys."""
+    def files(self) -> dict[str, list[str]]:
+        """The sources of the run by their keys."""
         files = {"train_file": self.train_file, "eval_file": self.eval_file}
-        return {name: path for name, path in files.items() if path}
+        return {name: [value] if isinstance(value, str) else value for name, value in files.items() if value}
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether rows hold several documents that are kept apart."""
+        return self.pack is True
 
 
 @dataclass(frozen=True)

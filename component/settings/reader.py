@@ -6,6 +6,7 @@ A key nobody owns, a value of a wrong type or a missing file is a ValueError tha
 import dataclasses
 import difflib
 import enum
+import glob
 import math
 import os
 import types
@@ -18,11 +19,11 @@ import yaml
 from transformers import TrainingArguments
 
 from longqlora.device import cpu_has_bf16
-from longqlora.settings.config import SECTIONS, Notice, Settings, warning
+from longqlora.settings.config import HUB_NAME, SECTIONS, Notice, Settings, warning
 from longqlora.settings.deepspeed import complete_deepspeed, offloads
 
 REPO = Path(__file__).resolve().parents[2]
-PATH_KEYS = ("model_name_or_path", "train_file", "eval_file", "deepspeed")
+PATH_KEYS, DATA_KEYS = ("model_name_or_path", "deepspeed"), ("train_file", "eval_file")
 FOLDER_KEYS = ("output_dir", "logging_dir", "data_cache_dir", "resume_from_checkpoint")
 REQUIRED_KEYS = ("model_name_or_path", "train_file", "output_dir")
 TRAINING_DEFAULTS = {"per_device_train_batch_size": 1, "report_to": "tensorboard", "logging_steps": 10}
@@ -130,6 +131,38 @@ def input_path(key: str, value: str) -> str:
     return str(path) if value.startswith("~") else value
 
 
+def expand_sources(values: dict[str, Any]) -> None:
+    """Replace the globs of the data keys by the files that they match, each with the weight of its glob."""
+    for key in DATA_KEYS:
+        if not (given := values.get(key)):
+            continue
+        entries = [given] if isinstance(given, str) else given
+        if not all(isinstance(entry, str) and entry for entry in entries):
+            raise ValueError(f"{key}: {given!r} is not a list of paths and names; put each in quotes")
+        found = [data_paths(key, entry) for entry in entries]
+        weights = values.get("train_file_weights")
+        if key == "train_file" and weights and len(weights) == len(entries):
+            values["train_file_weights"] = [w for w, paths in zip(weights, found, strict=True) for _ in paths]
+        paths = [path for group in found for path in group]
+        values[key] = paths[0] if isinstance(given, str) and len(paths) == 1 else paths
+
+
+def data_paths(key: str, value: str) -> list[str]:
+    """The files that an entry of a data key names, in the order of their names, or the name on the hub that it is."""
+    path = Path(os.path.expanduser(value))
+    if path.exists() or (REPO / path).is_file():
+        return [value] if path.is_dir() and HUB_NAME.fullmatch(value) else [input_path(key, value)]
+    if HUB_NAME.fullmatch(value):
+        return [value]
+    if not glob.has_magic(value):
+        return [input_path(key, value)]
+    found = [glob.glob(str(root / path), recursive=True) for root in (Path(), REPO)]
+    files = sorted(file for file in found[0] or found[1] if os.path.isfile(file))
+    if not files:
+        raise ValueError(f"{key}: no file matches {value!r}; give the path of an existing file")
+    return files
+
+
 def known_keys() -> dict[str, tuple[str, dataclasses.Field, Any]]:
     """Section, field and type of every key that a YAML can have."""
     known = {}
@@ -167,9 +200,12 @@ def resolve_settings(
         value = coerce(key, value, hint, item.metadata.get("choices"))
         if key in FOLDER_KEYS and isinstance(value, str):
             value = os.path.expanduser(value)
-        if key in PATH_KEYS and isinstance(value, str) and (for_this_machine or not key.endswith("_file")):
+        if key in PATH_KEYS and isinstance(value, str):
             value = input_path(key, value)
         given[key] = sections[section][key] = value
+    if for_this_machine:
+        expand_sources(sections["data"])
+        given |= {key: sections["data"][key] for key in (*DATA_KEYS, "train_file_weights") if key in sections["data"]}
     for key in REQUIRED_KEYS:
         if not given.get(key):
             raise ValueError(f"{key}: missing; add `{key}: ...` to {path}")

@@ -6,21 +6,22 @@ check_settings, check_model, check_data, check_num_rows.
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
 from longqlora.attention.binding import check_attention, flash_kernel
-from longqlora.data.jsonl import check_data_file
-from longqlora.data.prompt import eos_id, prompt_template_for
+from longqlora.data.dataset import check_sources
+from longqlora.data.prompt import CHAT_TEMPLATE, eos_id, prompt_template_for
 from longqlora.distributed import is_main_process, world_size
 from longqlora.memory.estimate import ModelShape
 from longqlora.model.adapter import frozen_experts_notice, target_module_names
 from longqlora.model.base import check_vocabulary, routers
 from longqlora.model.context import context_length, rope_of
 from longqlora.model.weight_files import check_base, weight_file
-from longqlora.settings.config import Notice, Settings, warning
+from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE, Notice, Settings, warning
 from longqlora.training.arguments import RunArguments
 from longqlora.training.resume import FINAL, list_checkpoints
 
@@ -57,7 +58,8 @@ def check_paths(settings: Settings) -> None:
         path = Path(value or ".")
         if file := next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None):
             raise ValueError(f"{key}: {value!r} cannot be a folder, since {str(file)!r} is a file; give another")
-    for key, value in {"model_name_or_path": settings.model.model_name_or_path, **settings.data.files}.items():
+    inputs = {"model_name_or_path": [settings.model.model_name_or_path], **settings.data.files}
+    for key, value in ((key, value) for key, values in inputs.items() for value in values):
         for place in (Path(output_dir, FINAL), *list_checkpoints(output_dir)):
             if value and Path(os.path.realpath(value)).is_relative_to(os.path.realpath(place)):
                 text = f"{value!r} lies in {str(place)!r}, which this run replaces; choose another output_dir"
@@ -162,15 +164,25 @@ def check_adapter(settings: Settings, model: PreTrainedModel) -> list[Notice]:
     return [Notice(text) for text in frozen_experts_notice(model)]
 
 
-def check_data(settings: Settings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer without EOS, without the chat template asked for, or made for another model; then, on the
-    first process, the first bad row of the data files."""
+def check_data(
+    settings: Settings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Settings, list[Notice]]:
+    """Settings with the prompt template that is taken, and a notice of it where none was given.
+
+    Refuses a tokenizer without EOS, without the chat template asked for, or made for another model; then, on the first
+    process, the first bad row of the data files.
+    """
     eos_id(tokenizer)
-    if settings.data.sft:
-        prompt_template_for(tokenizer, settings.data.prompt_template)
+    asked, notices = settings.data.prompt_template, []
+    template = prompt_template_for(tokenizer, asked) if settings.data.sft else asked or DEFAULT_PROMPT_TEMPLATE
+    if settings.data.sft and not asked:
+        why = "the tokenizer's own" if template == CHAT_TEMPLATE else "the tokenizer has no chat template"
+        notices.append(Notice(f"prompt_template: {template} ({why}; none was given)"))
+    settings = replace(settings, data=replace(settings.data, prompt_template=template))
     check_vocabulary(tokenizer, config.vocab_size, settings.model.model_name_or_path)
-    for key, path in settings.data.files.items() if is_main_process() else ():
-        check_data_file(path, sft=settings.data.sft, flag=key)
+    if is_main_process():
+        check_sources(tokenizer, settings.data)
+    return settings, notices
 
 
 def check_num_rows(

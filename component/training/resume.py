@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
+from longqlora.data.source import joint_content, sources_of
 from longqlora.distributed import is_main_process, world_size
-from longqlora.files import file_sha256
 from longqlora.run_record import read_run_record
 from longqlora.settings.config import CHANGES_NO_LOSS, DataConfig, Notice, Settings, warning
 from longqlora.settings.deepspeed import zero_stage
@@ -43,8 +43,8 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def data_hashes(data: DataConfig) -> dict[str, str]:
-    """SHA-256 of each data file by its key, on rank 0, which compares and records them."""
-    return {key: file_sha256(path) for key, path in data.files.items()} if is_main_process() else {}
+    """SHA-256 of the data by its key, on rank 0, which compares and records them."""
+    return {key: joint_content(sources_of(data, key)) for key in data.files} if is_main_process() else {}
 
 
 def choose_start(settings: Settings) -> Path | None:

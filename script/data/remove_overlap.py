@@ -15,8 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from longqlora.cli import require_file, run_main
-from longqlora.data.jsonl import read_rows, text_of_row
+from longqlora.data.jsonl import read_rows
 from longqlora.data.overlap import HeldOut, text_bytes
+from longqlora.data.row import text_of_row
 from longqlora.files import atomic_file
 from longqlora.outputs import OutputFolder, check_outputs
 

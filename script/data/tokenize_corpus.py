@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from longqlora.cli import require_folder, run_main
+from longqlora.data.columns import check_unread, found_keys
 from longqlora.data.documents import find_files
-from longqlora.data.jsonl import check_unread, found_keys, read_rows
-from longqlora.data.prompt import checked_text, encode_text
+from longqlora.data.jsonl import read_rows
+from longqlora.data.prompt import checked_text, encode_texts
 from longqlora.data.token_file import sidecar_path, write_token_file
 from longqlora.files import decode_utf8
 from longqlora.outputs import check_outputs
@@ -99,16 +100,19 @@ def main() -> None:
             raise ValueError(f"--add_{name}: the tokenizer has no {name.upper()} token; pass --no-add_{name}")
     num_dropped = 0
 
-    def documents() -> Iterator[list[int]]:
-        nonlocal num_dropped
+    def texts() -> Iterator[str]:
         with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True) as bar:
             for path in files:
                 for text in read_documents(path, args.text_key):
-                    ids = encode_text(tokenizer, text.replace("\r\n", "\n"))
-                    num_dropped += len(ids) < args.min_tokens
-                    if len(ids) >= args.min_tokens:
-                        yield ids
+                    yield text.replace("\r\n", "\n")
                 bar.update(path.stat().st_size)
+
+    def documents() -> Iterator[list[int]]:
+        nonlocal num_dropped
+        for ids in encode_texts(tokenizer, texts()):
+            num_dropped += len(ids) < args.min_tokens
+            if len(ids) >= args.min_tokens:
+                yield ids
 
     kept = documents()
     if args.total_tokens:

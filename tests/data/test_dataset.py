@@ -8,14 +8,17 @@ import random
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import sentences
 
 from longqlora.data import dataset as dataset_module
-from longqlora.data.dataset import build_dataset, build_datasets, pack
+from longqlora.data.dataset import build_dataset, build_datasets, check_sources, mixture
+from longqlora.data.packing import pack
 from longqlora.data.prompt import TURN_TEMPLATES, bos_ids, encode_conversation, encode_for_training, encode_text
+from longqlora.data.source import open_source
 from longqlora.settings.config import DataConfig
 
 TURNS = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "jumps over"}]
@@ -28,7 +31,7 @@ def build(tmp_path, tokenizer):
     def build(source, **settings):
         path = source if isinstance(source, Path) else write_jsonl(tmp_path / "train.jsonl", source)
         config = DataConfig(str(path), **{"data_cache_dir": str(tmp_path / "cache"), **settings})
-        return build_dataset(tokenizer, config)
+        return build_dataset(open_source(str(path), "train_file"), tokenizer, config)
 
     return build
 
@@ -103,9 +106,34 @@ def test_training_and_evaluation_rows(tokenizer, tmp_path):
     assert list(map(len, built)) == [1, 2] and isinstance(built[0][0]["input_ids"], np.ndarray)
     said = [f"train_file: {train}: 1", f"train_file: {train}: 1", f"eval_file: {evaluation}: 2"]
     assert [line.split(" rows")[0] for line in lines] == said
+    # Of both at once the training rows are those of one after the other, whatever is tokenised anew.
+    both = dataclasses.replace(config, train_file=[str(train), str(evaluation)], eval_file=None)
+    [rows, _] = build_datasets(tokenizer, both, log=lines.append)
+    assert [row["input_ids"].tolist() for row in rows] == [row["input_ids"].tolist() for part in built for row in part]
+    assert lines[-1] == "train_file: 3 rows of 2 sources" and "[cached]" in lines[-2]
     evaluation.write_text("{}")
     with pytest.raises(ValueError, match=r"eval_file: .*eval\.jsonl line 1"):
         build_datasets(tokenizer, config, log=lines.append)
+
+
+@pytest.mark.parametrize(
+    "weights,counts", [([1, 1], [4, 6]), ([2, 0.5], [8, 3]), ([1.25, 0.01], [5, 1]), ([0.5, 3], [2, 18])]
+)
+def test_a_mixture_takes_each_source_by_its_weight(weights, counts):
+    parts = [datasets.Dataset.from_dict({"x": range(start, start + size)}) for start, size in ((0, 4), (10, 6))]
+    rows, again, other = (mixture(parts, weights, seed=seed)["x"][:] for seed in (1, 1, 2))
+    assert [sum(x < 10 for x in rows), sum(x >= 10 for x in rows)] == counts and rows == again
+    assert len(set(rows)) == sum(min(count, size) for count, size in zip(counts, (4, 6), strict=True))
+    assert (rows == other) == all(weight % 1 in (0, 0.01) for weight in weights) or weights == [1.25, 0.01]
+
+
+def test_forms_are_named_and_counted(build):
+    pair, turns = {"input": "a", "output": "b"}, [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    sharegpt = {"conversations": turns}
+    assert "; form input/output" in build([pair, pair], sft=True)[1].summary()
+    mixed = build([sharegpt, pair, pair], sft=True)[1].summary()
+    assert "; 1 as ShareGPT (from/value), 2 as input/output" in mixed
+    assert " as " not in build(texts_of("a"))[1].summary()
 
 
 # Cutting
@@ -180,6 +208,20 @@ def test_packed_texts(tokenizer, build, max_seq_length):
     assert len(texts) - report.num_dropped_tokens <= len(pieces) <= len(texts) + len(dataset)
 
 
+@pytest.mark.parametrize("sft", [False, True])
+def test_joined_rows_are_those_kept_apart_but_attend_to_each_other(build, sft):
+    rows = [{"input": text, "output": text} if sft else {"text": text} for text in documents_of(30)]
+    apart, report = build(rows, sft=sft, pack=True, max_seq_length=300)
+    joined, joined_report = build(rows, sft=sft, pack="join", max_seq_length=300)
+    assert joined["input_ids"][:] == apart["input_ids"][:] and joined.column_names == ["input_ids", "labels"]
+    assert joined_report.num_tokens == report.num_tokens
+    if sft:
+        assert joined["labels"][:] == apart["labels"][:]
+    else:
+        assert joined["labels"][:] == joined["input_ids"][:]
+        assert joined_report.num_predicted_tokens == report.num_tokens - len(joined)
+
+
 @pytest.mark.parametrize("max_seq_length", [200, 300, 5000])
 def test_packed_conversations_stay_whole(build, max_seq_length):
     rows = [{"input": text, "output": text} for text in documents_of(30)]
@@ -249,6 +291,17 @@ def test_cache_is_not_read_for_anything_else(tokenizer, build, encoded):
         assert len(encoded) == num_rows + 1
 
 
+def test_what_is_cached_is_not_checked_again(tokenizer, build, monkeypatch, tmp_path):
+    rows, other = texts_of("the fox"), write_jsonl(tmp_path / "other.jsonl", [{"txt": "a"}])
+    build(rows)
+    config = DataConfig(str(tmp_path / "train.jsonl"), data_cache_dir=str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_module, "text_of_row", None)
+        check_sources(tokenizer, config)
+    with pytest.raises(ValueError, match="eval_file: .*other.jsonl line 1"):
+        check_sources(tokenizer, dataclasses.replace(config, eval_file=str(other)))
+
+
 @pytest.mark.parametrize("name", ["documents", "packed"])
 @pytest.mark.parametrize("num_bytes", [0, 1, 700])
 def test_a_damaged_cache_is_built_again(build, encoded, tmp_path, capsys, name, num_bytes):
@@ -297,7 +350,8 @@ def build_as_rank(rank, local_rank, path, cache, tokenizer, folder):
     """Build in this process as rank `rank` of three; leaves its outcome and its stderr in `folder`."""
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "3"})
     with (folder / f"stderr{rank}").open("w") as sys.stderr:
-        dataset, report = build_dataset(tokenizer, DataConfig(str(path), pack=True, data_cache_dir=str(cache)))
+        config = DataConfig(str(path), pack=True, data_cache_dir=str(cache))
+        dataset, report = build_dataset(open_source(str(path), "train_file"), tokenizer, config)
     (folder / f"rank{rank}.json").write_text(json.dumps([dataset[:], report.num_tokens]))
 
 
@@ -328,7 +382,7 @@ def test_real_conversations_with_the_llama2_tokenizer(shared_data, tmp_path):
     llama = AutoTokenizer.from_pretrained(shared_data / "llama2_tokenizer")
     path = shared_data / "sft_long/sft_input_output.jsonl"
     config = DataConfig(str(path), sft=True, max_seq_length=4096, data_cache_dir=str(tmp_path))
-    dataset, report = build_dataset(llama, config)
+    dataset, report = build_dataset(open_source(str(path), "train_file"), llama, config)
     assert report.num_rows + report.num_dropped_rows == report.num_source_rows == 180
     assert report.num_rows == len(dataset) > 90 and report.max_row_length <= 4096
     assert report.num_tokens == sum(map(len, dataset["input_ids"]))

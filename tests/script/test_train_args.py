@@ -83,6 +83,7 @@ def test_dry_run(path, dry, caplog):
     if path.stem in RECOMMENDED:
         assert RECOMMENDED[path.stem] in out + caplog.text and KNOWN_TO_LOSE not in out + caplog.text
     assert "dry run: all settings are valid" in out and "S2-Attn" in out
+    assert "train_file: 1 rows, " in out and " steps of " in out and "row 1: " in out
     table = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("LoRA", "linear", "embed"))}
     values = yaml.safe_load(path.read_text())
     # Frozen embeddings stay in 16 bit; without a GPU fp16 becomes fp32, and on many CPUs bf16 too.

@@ -280,6 +280,59 @@ def test_paths_are_found_below_the_repository_and_home(read, tmp_path, monkeypat
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "l")
 
 
+# What is given: train_file, train_file_weights; what becomes of it.
+SOURCES = {
+    "one": ("a.jsonl", None, "a.jsonl", None),
+    "a list": (["b.jsonl", "org/name:train[:9]"], [1, 0.5], ["b.jsonl", "org/name:train[:9]"], [1, 0.5]),
+    "a glob": ("*.jsonl", None, ["a.jsonl", "b.jsonl"], None),
+    "a glob with a weight": (["s/*.json*", "a.jsonl"], [2, 1], ["s/c.json", "s/d.jsonl", "a.jsonl"], [2, 2, 1]),
+    "a glob of one": ("s/*.json", [3], "s/c.json", [3]),
+    "below the repository": (["data/dummy_s*.jsonl"], None, [str(REPO / "data/dummy_sft.jsonl")], None),
+    "on the command line": ("[a.jsonl, org/name]", "[1, 2]", ["a.jsonl", "org/name"], [1, 2]),
+    "a name with brackets": ("[e].jsonl", None, "[e].jsonl", None),
+}
+
+
+@pytest.fixture
+def data_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s").mkdir()
+    for name in ("a.jsonl", "b.jsonl", "s/c.json", "s/d.jsonl", "[e].jsonl"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "train.jsonl").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_sources(name, read, data_folder):
+    given, given_weights, taken, weights = SOURCES[name]
+    if name == "a glob":
+        taken = ["[e].jsonl", *taken]
+    data = read({"train_file": given, "train_file_weights": given_weights})[0].data
+    assert (data.train_file, data.train_file_weights) == (taken, weights)
+    assert data.files == {"train_file": [taken] if isinstance(taken, str) else taken}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"train_file": ["a.jsonl", "nowhere.jsonl"]}, "train_file: no file at 'nowhere.jsonl'"),
+        ({"train_file": ["a.jsonl", 3]}, "train_file: .* is not a list of paths"),
+        ({"train_file": []}, "train_file: missing"),
+        ({"train_file": "n*.jsonl"}, r"train_file: no file matches 'n\*.jsonl'"),
+        ({"eval_file": "org/name.jsonl"}, "eval_file: no file at"),
+        ({"train_file_weights": [1, 2]}, r"train_file_weights: 2 numbers for 1 source\(s\)"),
+        ({"train_file": "s/*", "train_file_weights": [1, 2, 3]}, "train_file_weights: 3 numbers for 2"),
+        *(({"train_file_weights": [bad]}, "train_file_weights: .* is not a list of numbers above 0")
+          for bad in (0, -1, 1e18, float("nan"), "1", True)),
+        ({"train_file_weights": 2}, "train_file_weights: 2 is not a list"),
+        ({"pack": "joined"}, "pack: 'joined' is not true, false or join"),
+    ],
+)  # fmt: skip
+def test_sources_that_are_none(changes, text, read, data_folder):
+    with pytest.raises(ValueError, match=f"^{text}"):
+        read({"train_file": "a.jsonl", **changes})
+
+
 def test_the_yaml_may_have_a_byte_order_mark_windows_lines_and_anchors(tmp_path):
     (tmp_path / "t.jsonl").write_text("")
     path = tmp_path / "run.yaml"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from longqlora.cli import require_file
-from longqlora.data.jsonl import check_unread, error_at, found_keys, read_rows
+from longqlora.data.columns import check_unread, found_keys
+from longqlora.data.jsonl import error_at, read_rows
 from longqlora.data.prompt import checked_text
 from longqlora.evaluation.longtask.scores import LETTERS_REFERENCE, METRICS, OPTION_LETTERS, normalize_answer
 

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
-from longqlora.data.jsonl import checked_text
-from longqlora.data.prompt import encode_after
+from longqlora.data.prompt import checked_text, encode_after
 from longqlora.evaluation.frame import ModelSource
 from longqlora.evaluation.retrieval.grid import GridTask
 from longqlora.evaluation.retrieval.haystack import Haystack, NeedlePrompt, read_haystack
