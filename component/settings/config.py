@@ -50,6 +50,7 @@ LIMITS = {name: limit for names, limit in {
     "seed data_seed": ("in [0, 2**32)", lambda value: 0 <= value < 2**32),
     "max_steps": ("positive, or -1 for whole epochs", lambda value: value == -1 or value > 0),
     "metric_for_best_model": ("measured; use eval_loss", lambda value: value in ("loss", "eval_loss")),
+    "hub_strategy": ("end: final/ alone is uploaded, after training", lambda value: value == "end"),
     "lr_scheduler_kwargs activation_checkpointing_kwargs gradient_checkpointing_kwargs":
         ("a mapping", lambda value: not isinstance(value, str)),
     **{key: (f"supported; leave it out ({fix})", lambda value: not value) for key, fix in UNSUPPORTED.items()},
@@ -59,7 +60,8 @@ LIMITS = {name: limit for names, limit in {
 CHANGES_NO_LOSS = {
     "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "save_strategy",
     "logging_steps", "logging_dir", "disable_tqdm", "report_to", "dataloader_num_workers", "dataloader_pin_memory",
-    "local_rank", "gpu_memory", "data_cache_dir", "preprocessing_num_workers",
+    "local_rank", "gpu_memory", "data_cache_dir", "preprocessing_num_workers", "run_name", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from longqlora.files import atomic_folder, remove, write_json
 from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.saved_folder import save_config, save_tokenizer
 from longqlora.run_record import RECORD_NAME
+from longqlora.training.model_card import make_model_card
 from longqlora.training.resume import FINAL, TRAINER_STATE
 from longqlora.training.run_folder import RESULTS_NAME, RunFolder
 
@@ -197,6 +198,7 @@ class LongContextTrainer(Trainer, TrainerCallback):
             if is_main_process():
                 with atomic_folder(target) as unfinished:
                     self.save_model(str(unfinished))
+                    self.write_model_card(unfinished)
                     self.folder.set_earlier_aside()
                     # Those of an earlier run, which must not pass for those of this one after a kill.
                     remove(self.folder.path / RESULTS_NAME)
@@ -205,6 +207,12 @@ class LongContextTrainer(Trainer, TrainerCallback):
                 self.save_model()
             barrier()
         return target
+
+    def write_model_card(self, folder: Path) -> None:
+        """README.md of `folder`, which holds what was trained."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        options = {"name": self.folder.path.resolve().name, "is_adapter": isinstance(model, PeftModel)}
+        make_model_card(self.run_record, self.state.log_history, model.config, **options).save(folder / "README.md")
 
     @contextmanager
     def failed_writes_explained(self) -> Iterator[None]:
