@@ -5,11 +5,13 @@ import logging
 import os
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import set_seed
 
 from longqlora.device import GIB
@@ -45,6 +47,10 @@ class Run:
         """Log on rank 0, each line of `text` on its own."""
         for line in text.splitlines():
             logger.info(line)
+
+    def log_above_bars(self) -> AbstractContextManager:
+        """While entered, lines on the terminal go above progress bars."""
+        return logging_redirect_tqdm([logger])
 
     def note(self, **facts) -> None:
         """Add facts to the run record."""
@@ -101,6 +107,8 @@ def start_run(settings: Settings, arguments: RunArguments, notices: list[Notice]
     check_unlocked(output_dir)
     checkpoint, on_start = resume_point(settings)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output_dir) / "tensorboard"))
+    os.environ.setdefault("WANDB_DIR", output_dir)
+    os.environ.setdefault("WANDB_NAME", Path(output_dir).name)
     # Processes that share rows use its exchange of heads and tokens, without its engine too.
     if uses_deepspeed or settings.parallel.sequence_parallel_size > 1:
         prepare_deepspeed()
