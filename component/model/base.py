@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -118,10 +119,10 @@ def load_model(
     *,
     dtype: torch.dtype,
     load_in_4bit: bool,
-    device: torch.device | None,
+    device: torch.device | Literal["auto"] | None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load the base weights onto `device` (None: where DeepSpeed ZeRO-3 places them).
+    """Load the base weights onto `device` (None: where DeepSpeed ZeRO-3 places them; auto: spread over all GPUs).
 
     `dtype` is that of the 16- or 32-bit weights, and of the products with the 4-bit ones. Raises ValueError for
     weights that are missing, damaged or of another shape, which transformers would make up at random.
@@ -132,7 +133,7 @@ def load_model(
             config=config,
             dtype=dtype,
             quantization_config=quantization_config(dtype) if load_in_4bit else None,
-            device_map=None if device is None else {"": device},
+            device_map=device if device in (None, "auto") else {"": device},
             trust_remote_code=trust_remote_code,
             attn_implementation="sdpa",
             ignore_mismatched_sizes=True,  # named by check_loaded
