@@ -102,7 +102,7 @@ def main() -> None:
         folder=run.folder,
         sequence_parallel_size=size,
     )
-    with plan.advice_on_out_of_memory(), trainer.failed_writes_explained():
+    with plan.advice_on_out_of_memory(), trainer.failed_writes_explained(), run.log_above_bars():
         trainer.train(resume_from_checkpoint=run.checkpoint)
     run.finish(trainer, predicted_gib=plan.estimate.peak / GIB)
 

@@ -31,7 +31,7 @@ from longqlora.attention.segments import segment_lengths
 from longqlora.attention.sequence_parallel import heads_forward, shared_forward
 from longqlora.attention.shift_short import check_shift_short
 from longqlora.attention.shift_short_binding import dense_forward, segment_mask_function, shift_short_forward
-from longqlora.settings.config import AttentionConfig
+from longqlora.settings.config import MSCALES, AttentionConfig, check_limit, one_of
 
 # Names with "sdpa" are checked by transformers for models that SDPA cannot serve.
 DENSE = "sdpa_no_mask"
@@ -163,6 +163,44 @@ def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False
         prove_attention(model, "attention: dca", bind, fix=DCA_FIX, is_packed=is_packed, reads_blocks=True)
         bind(model, sizes=sizes, mscale=dca.logit_scale(model.config))
     return describe_inference_attention(model.config)
+
+
+def bind_dual_chunk_attention(
+    model: PreTrainedModel,
+    pretraining_length: int | None = None,
+    *,
+    chunk_size: int | None = None,
+    local_window: int | None = None,
+    context_size: int | None = None,
+    mscale: str | None = None,
+) -> str:
+    """Let a loaded model of one's own script read with dual chunk attention from now on; returns a description.
+
+    Sizes in tokens. pretraining_length: what RoPE covers, by default max_position_embeddings; chunk_size and
+    local_window: by default 3/4 and 1/8 of it. context_size: the longest text, which is saved in the config, and for
+    which `mscale` (a name of MSCALES) scales the logits. Raises ValueError for what is out of its limits, and for a
+    model in which DCA is not defined, by its type.
+    """
+    config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
+    check_limit("mscale", mscale, one_of(tuple(MSCALES)))
+    if mscale and not context_size:
+        raise ValueError("context_size: missing; mscale scales the logits for the longest text, give its tokens")
+    sizes = DualChunkSizes(pretraining_length or config.max_position_embeddings, chunk_size, local_window)
+    values = {
+        "chunk_size": sizes.chunk_size,
+        "local_size": sizes.local_window,
+        "original_max_position_embeddings": sizes.pretraining_length,
+        "max_position_embeddings": context_size or sizes.pretraining_length,
+    }
+    before = vars(config).get(dca.CONFIG_KEY)
+    setattr(config, dca.CONFIG_KEY, {**values, "mscale": mscale} if mscale else values)
+    try:
+        return bind_inference_attention(model)
+    except ValueError:
+        delattr(config, dca.CONFIG_KEY)
+        if before is not None:
+            setattr(config, dca.CONFIG_KEY, before)
+        raise
 
 
 def bind_dual_chunk(

@@ -28,6 +28,7 @@ from longqlora.attention.merged import KeyRange, QueryBlock, merged_attention
 from longqlora.attention.rotation import LLAMA_LAYOUT, QueryRotation, query_rotation
 from longqlora.attention.sdpa import sum_dtype
 from longqlora.attention.segments import segment_runs
+from longqlora.settings.config import DEFAULT_MSCALE, MSCALES
 
 # Rows computed together: enough to fill a GPU, few enough that what is held beside the output stays small.
 ROWS_PER_BLOCK = 8192
@@ -144,12 +145,11 @@ def chunk_rotation(
     return query_rotation(targets - positions, inv_freq.detach(), dtype, layout)
 
 
-def attention_mscale(num_tokens: int, pretraining_length: int) -> float:
+def attention_mscale(num_tokens: int, pretraining_length: int, name: str = DEFAULT_MSCALE) -> float:
     """Factor of the logits for long inputs, to be multiplied into `scaling`; the paper's figures are without it.
 
-    Query and key are each scaled by 0.1 ln(num_tokens / pretraining_length) + 1 (1 up to that length), as in YaRN and
-    the authors' flash_decoding_chunkllama.py (ChunkLlama commit 4bee63c); chunkllama_attn_replace.py (847ae71) has
-    0.05. One number of tokens must serve a whole text, decoding included.
+    Query and key are each scaled by c ln(num_tokens / pretraining_length) + 1 (1 up to that length), c being
+    MSCALES[name]. One number of tokens must serve a whole text, decoding included.
     """
     scale = num_tokens / pretraining_length
-    return 1.0 if scale <= 1 else (0.1 * math.log(scale) + 1.0) ** 2
+    return 1.0 if scale <= 1 else (MSCALES[name] * math.log(scale) + 1.0) ** 2

@@ -20,6 +20,7 @@ from longqlora.attention.model_internals import attention_layers, rotary_embeddi
 from longqlora.attention.rotation import LLAMA_LAYOUT, RotaryLayout, query_rotation
 from longqlora.attention.sdpa import causal_attention
 from longqlora.attention.shift_short_binding import segment_ids_of_rows
+from longqlora.settings.config import DEFAULT_MSCALE, MSCALES
 
 # The key and the names in it are those of Qwen2.5-1M's configs.
 CONFIG_KEY = "dual_chunk_attention_config"
@@ -53,7 +54,8 @@ def logit_scale(config: PretrainedConfig) -> float:
     if not values.get("mscale"):
         return 1.0
     num_tokens = values.get("max_position_embeddings") or config.max_position_embeddings
-    return attention_mscale(num_tokens, dual_chunk_sizes(config).pretraining_length)
+    name = values["mscale"] if values["mscale"] in MSCALES else DEFAULT_MSCALE
+    return attention_mscale(num_tokens, dual_chunk_sizes(config).pretraining_length, name)
 
 
 def add_chunk_positions(model: PreTrainedModel, sizes: DualChunkSizes, layouts: dict[int, RotaryLayout | None]) -> None:

@@ -75,7 +75,8 @@ def find_split(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.n
     if decoder is None or head is None or decoder is inner:
         return None
     expected = model(input_ids=input_ids, use_cache=False).logits
-    found = head(decoder(input_ids=input_ids, use_cache=False)[0])
+    # On several GPUs the model's own output returns to the first.
+    found = head(decoder(input_ids=input_ids, use_cache=False)[0]).to(expected.device)
     tolerance = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 1e-2
     same = found.shape == expected.shape and torch.allclose(
         found.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True
@@ -91,6 +92,8 @@ def chunked_scores(
     step = max(1, CHUNK_FLOATS // (len(targets) * head(states[:, :1]).shape[-1]))
     for chunk, wanted in zip(states[:, : targets.shape[1]].split(step, 1), targets.split(step, 1), strict=True):
         logits = head(chunk).float()  # [B, chunk, V]
+        # A head that is tied to the input embedding may be on another GPU than the last layer.
+        wanted = wanted.to(logits.device)
         losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
         yield losses.view_as(wanted), logits.argmax(-1) == wanted
 

@@ -54,6 +54,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=False,
                        help="quantise the base to NF4, as in training (default: no)")  # fmt: skip
     group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="that of the weights (default: auto)")
+    group.add_argument("--device_map", choices=("auto",), help="auto: spread the layers over all GPUs of this machine "
+                       "(default: one GPU for each process)")  # fmt: skip
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add_context_arguments(parser)
 
@@ -99,4 +101,5 @@ def load_from_arguments(args: argparse.Namespace, source: ModelSource):
     """The longqlora.inference.load.LoadedModel of what `source_from_arguments` gave."""
     from longqlora.inference.load import load_weights
 
-    return load_weights(source, load_in_4bit=args.load_in_4bit, dtype=dtype_of(args.dtype))
+    options = {"load_in_4bit": args.load_in_4bit, "device_map": args.device_map}
+    return load_weights(source, dtype=dtype_of(args.dtype), **options)

@@ -33,10 +33,12 @@ def partial_path(path: Path) -> Path:
     return Path(f"{path}.partial")
 
 
-def write_answers(path: Path, prompts: list[dict], answer_prompt: Callable[[int], Generation]) -> None:
+def write_answers(
+    path: Path, prompts: list[dict], answer_prompts: Callable[[range], list[Generation]], *, batch_size: int = 1
+) -> None:
     """Write each prompt with its answer to `path`, continuing what an interrupted run left in `partial_path`.
 
-    answer_prompt: answers the prompt of a given position.
+    answer_prompts: answers the prompts of the given positions, `batch_size` of them or fewer.
     """
     partial = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,13 +46,19 @@ def write_answers(path: Path, prompts: list[dict], answer_prompt: Callable[[int]
     if num_done:
         print(f"continuing {str(partial)!r}: {num_done} of {len(prompts)} answers are there", file=sys.stderr)
     with partial.open("a", encoding="utf-8") as file:
-        for position in tqdm(range(num_done, len(prompts)), initial=num_done, total=len(prompts), desc="generate"):
-            answer = answer_prompt(position)
-            facts = {name: getattr(answer, name) for name in ("finish_reason", "num_prompt_tokens", "num_new_tokens")}
-            row = {**prompts[position], "output": answer.text, **facts}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+        with tqdm(initial=num_done, total=len(prompts), desc="generate") as progress:
+            for start in range(num_done, len(prompts), batch_size):
+                positions = range(start, min(start + batch_size, len(prompts)))
+                for position, answer in zip(positions, answer_prompts(positions), strict=True):
+                    file.write(json.dumps(answered(prompts[position], answer), ensure_ascii=False) + "\n")
+                file.flush()
+                progress.update(len(positions))
     partial.replace(path)
+
+
+def answered(prompt: dict, answer: Generation) -> dict:
+    facts = {name: getattr(answer, name) for name in ("finish_reason", "num_prompt_tokens", "num_new_tokens")}
+    return {**prompt, "output": answer.text, **facts}
 
 
 def keep_finished_answers(partial: Path, prompts: list[dict]) -> int:

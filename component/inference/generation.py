@@ -1,7 +1,8 @@
 """Generate text: the options, the prompt as ids, and a streaming `generate_text`.
 
 Streaming runs in the calling thread, as a stopping criterion that sees every new token. So there is no thread to leave
-behind, and what was streamed is exactly what is returned.
+behind, and what was streamed is exactly what is returned. Rows of a batch are padded on the left: each answer is that
+of its prompt alone, but for rounding.
 
 torch is imported where it is used, which keeps --help and bad input fast.
 """
@@ -74,30 +75,29 @@ def encode_prompt(tokenizer, text: str, *, template: str, system: str | None = N
 
 
 class AnswerStream:
-    """Stopping criterion of `generate` that turns the new ids of its one sequence into text as they come.
+    """One answer: its new ids, and their text as they come.
 
     Text is given out once it is certain: an unfinished character waits for its other bytes, and an ending that may
     become a stop string for what follows. Ids are decoded with a few before them, since tokenizers drop the leading
     space of a first token.
     """
 
-    def __init__(self, tokenizer, prompt_ids: Sequence[int], stop: Sequence[str], on_text, stop_event):
-        self.tokenizer, self.stop, self.on_text, self.stop_event = tokenizer, stop, on_text, stop_event
-        self.ids = list(prompt_ids[-NUM_PROMPT_TOKENS_DECODED:])
-        self.start, self.num_decoded, self.num_seen = 0, len(self.ids), len(prompt_ids)
+    def __init__(self, tokenizer, prompt_ids: Sequence[int], stop: Sequence[str], on_text, end_ids: Sequence[int] = ()):
+        self.tokenizer, self.stop, self.on_text, self.end_ids = tokenizer, stop, on_text, end_ids
+        self.ids, self.new_ids = list(prompt_ids[-NUM_PROMPT_TOKENS_DECODED:]), []
+        self.start, self.num_decoded = 0, len(self.ids)
         self.text, self.num_given_out, self.is_stopped = "", 0, False
 
-    def __call__(self, input_ids, scores, **kwargs):
-        """input_ids [1, num_tokens] int64; returns [1] bool, True to end."""
-        self.put(input_ids[0, self.num_seen :].tolist())
-        self.num_seen = input_ids.shape[1]
-        return input_ids.new_full((1,), self.is_stopped or self.stop_event.is_set(), dtype=bool)
+    @property
+    def has_ended(self) -> bool:
+        return self.is_stopped or any(token_id in self.end_ids for token_id in self.new_ids[-1:])
 
     def put(self, new_ids: Sequence[int], *, is_end: bool = False) -> None:
         """Take the next ids and give out the text that is certain now, at the end all of it."""
         if self.is_stopped:
             return
         self.ids += new_ids
+        self.new_ids += new_ids
         known, text = (
             self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for ids in (self.ids[self.start : self.num_decoded], self.ids[self.start :])
@@ -113,6 +113,22 @@ class AnswerStream:
         if piece := self.text[self.num_given_out : len(self.text) - num_held]:
             self.num_given_out += len(piece)
             self.on_text(piece)
+
+
+class AnswerStreams:
+    """Stopping criterion of `generate` that hands each row's new ids to its stream, until that has ended."""
+
+    def __init__(self, streams: Sequence[AnswerStream], num_prompt_tokens: int, stop_event: threading.Event):
+        self.streams, self.num_seen, self.stop_event = streams, num_prompt_tokens, stop_event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        """input_ids [B, num_tokens] int64; returns [B] bool, True to end."""
+        for stream, new_ids in zip(self.streams, input_ids[:, self.num_seen :].tolist(), strict=True):
+            if not stream.has_ended:
+                stream.put(new_ids)
+        self.num_seen = input_ids.shape[1]
+        ends = [stream.is_stopped or self.stop_event.is_set() for stream in self.streams]
+        return input_ids.new_tensor(ends).bool()
 
 
 def end_token_ids(model, tokenizer) -> list[int]:
@@ -134,14 +150,32 @@ def generate_text(
 ) -> Generation:
     """Continue `prompt_ids`; `on_text` gets each piece of the text as soon as it is certain.
 
+    The other arguments are those of `generate_texts`.
+    """
+    options = {"options": options, "stop_event": stop_event, "past_key_values": past_key_values}
+    return generate_texts(model, tokenizer, [prompt_ids], on_text=on_text, **options)[0]
+
+
+def generate_texts(
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    *,
+    on_text: Callable[[str], None] | None = None,
+    stop_event: threading.Event | None = None,
+    past_key_values=None,
+) -> list[Generation]:
+    """Continue each of `prompts`, all at once; on_text: for one of them.
+
     Setting `stop_event`, from a signal handler or another thread, ends the answer after the current token.
-    past_key_values: a transformers Cache that has seen the beginning of `prompt_ids`, not all of them. It then holds
-    all of `prompt_ids` and the new ids but the last.
+    past_key_values: a transformers Cache that has seen the beginning of the one prompt, not all of it. It then holds
+    all of it and the new ids but the last.
     """
     import torch
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    if not prompt_ids:
+    if not all(prompts):
         raise ValueError("the prompt is empty and the tokenizer adds no token of its own; give some text")
     stop_event = stop_event or threading.Event()
     eos_ids = end_token_ids(model, tokenizer)
@@ -156,15 +190,23 @@ def generate_text(
     )  # fmt: skip
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    stream = AnswerStream(tokenizer, prompt_ids, options.stop, on_text or (lambda text: None), stop_event)
-    input_ids = torch.tensor([list(prompt_ids)], device=model.device)
+    on_text = on_text or (lambda text: None)
+    streams = [AnswerStream(tokenizer, prompt_ids, options.stop, on_text, eos_ids) for prompt_ids in prompts]
+    width = max(map(len, prompts))
+    padding = [width - len(prompt_ids) for prompt_ids in prompts]
+    input_ids = [[pad_id] * num_pads + list(ids) for num_pads, ids in zip(padding, prompts, strict=True)]
+    input_ids = torch.tensor(input_ids, device=model.device)
+    mask = torch.tensor([[0] * num_pads + [1] * (width - num_pads) for num_pads in padding], device=model.device)
     with torch.inference_mode():
-        output = model.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config,
-            stopping_criteria=StoppingCriteriaList([stream]), past_key_values=past_key_values,
+        model.generate(
+            input_ids=input_ids, attention_mask=mask, generation_config=config, past_key_values=past_key_values,
+            stopping_criteria=StoppingCriteriaList([AnswerStreams(streams, width, stop_event)]),
         )  # fmt: skip
-    new_ids = output[0, len(prompt_ids) :].tolist()
-    stream.put([], is_end=True)
-    ends = {"stop": stream.is_stopped, "eos": new_ids[-1] in eos_ids, "interrupted": stop_event.is_set()}
-    reason = next((name for name, is_true in ends.items() if is_true), "length")
-    return Generation(stream.text, len(prompt_ids), len(new_ids), reason, tuple(new_ids))
+    answers = []
+    for stream, prompt_ids in zip(streams, prompts, strict=True):
+        stream.put([], is_end=True)
+        new_ids = tuple(stream.new_ids)
+        ends = {"stop": stream.is_stopped, "eos": new_ids[-1] in eos_ids, "interrupted": stop_event.is_set()}
+        reason = next((name for name, is_true in ends.items() if is_true), "length")
+        answers.append(Generation(stream.text, len(prompt_ids), len(new_ids), reason, new_ids))
+    return answers

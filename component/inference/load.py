@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from longqlora.attention.binding import bind_inference_attention
-from longqlora.distributed import local_device, print_notice
+from longqlora.distributed import local_device, print_notice, world_size
 from longqlora.inference.source import ModelSource, read_source
 from longqlora.model.adapter_folder import adapter_vocabulary, add_embeddings, load_adapter
 from longqlora.model.base import check_vocabulary, default_dtype, is_slow_on_cpu, load_model
@@ -38,8 +39,17 @@ def load_for_inference(
     return load_weights(read_source(model_name_or_path, **source), load_in_4bit=load_in_4bit, dtype=dtype)
 
 
-def load_weights(source: ModelSource, *, load_in_4bit: bool = False, dtype: torch.dtype | None = None) -> LoadedModel:
-    """The model of `source`, in the dtype that suits the device where none is given."""
+def load_weights(
+    source: ModelSource,
+    *,
+    load_in_4bit: bool = False,
+    dtype: torch.dtype | None = None,
+    device_map: Literal["auto"] | None = None,
+) -> LoadedModel:
+    """The model of `source`, in the dtype that suits the device where none is given; device_map: auto spreads it over
+    all GPUs of this machine, layer by layer."""
+    if device_map and world_size() > 1:
+        raise ValueError("--device_map auto: spreads one model over all GPUs; start one process, without a launcher")
     base, adapter, config = source.base_model_name_or_path, source.adapter_name_or_path, source.config
     trust = {"trust_remote_code": source.trust_remote_code}
     empty = check_base(base, config, **trust)
@@ -49,7 +59,7 @@ def load_weights(source: ModelSource, *, load_in_4bit: bool = False, dtype: torc
     dtype, device = dtype or default_dtype(), local_device()
     if device.type == "cpu" and is_slow_on_cpu(dtype):
         print_notice(f"this CPU has no {str(dtype).removeprefix('torch.')} arithmetic; fp32 is many times faster")
-    model = load_model(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device, **trust)
+    model = load_model(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device_map or device, **trust)
     attention = bind_inference_attention(model)
     if adapter:
         config.vocab_size = num_embeddings

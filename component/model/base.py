@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -164,10 +165,10 @@ def load_model(
     *,
     dtype: torch.dtype,
     load_in_4bit: bool,
-    device: torch.device | None,
+    device: torch.device | Literal["auto"] | None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load the base weights onto `device` (None: where DeepSpeed ZeRO-3 places them).
+    """Load the base weights onto `device` (None: where DeepSpeed ZeRO-3 places them; auto: spread over all GPUs).
 
     `dtype` is that of the 16- or 32-bit weights, and of the products with the 4-bit ones. Raises ValueError for
     weights that are missing, damaged or of another shape, which transformers would make up at random.
@@ -183,7 +184,7 @@ def load_model(
                 key_mapping=TEXT_NAMES if is_wrapped else None,
                 dtype=dtype,
                 quantization_config=quantization_config(dtype) if load_in_4bit else None,
-                device_map=None if device is None else {"": device},
+                device_map=device if device in (None, "auto") else {"": device},
                 trust_remote_code=trust_remote_code,
                 attn_implementation=stock_attention(config),
                 ignore_mismatched_sizes=True,  # named by check_loaded

@@ -136,8 +136,8 @@ def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:
         "original_max_position_embeddings": pretraining,
         "max_position_embeddings": request.context_size or (context_length(config) if known else pretraining),
     }
-    if request.dca_mscale or known.get("mscale"):
-        values["mscale"] = True
+    if mscale := request.dca_mscale or known.get("mscale"):
+        values["mscale"] = mscale
     setattr(config, DUAL_CHUNK_KEY, values)
     return f"context of {context_length(config)} tokens by dual chunk attention over {pretraining}; {text}"
 

@@ -7,7 +7,16 @@ import argparse
 import math
 from dataclasses import dataclass, fields
 
-from longqlora.settings.config import ROPE_TYPES, AttentionConfig, ContextConfig, at_least, check_limit, one_of
+from longqlora.settings.config import (
+    MSCALE_CHOICES,
+    MSCALES,
+    ROPE_TYPES,
+    AttentionConfig,
+    ContextConfig,
+    at_least,
+    check_limit,
+    one_of,
+)
 
 ATTENTIONS = ("auto", "full", "dca")
 LENGTHS = ("context_size", "pretraining_length", "dca_chunk_size", "dca_local_window")
@@ -33,11 +42,12 @@ class ContextRequest:
     pretraining_length: int | None = None
     dca_chunk_size: int | None = None
     dca_local_window: int | None = None
-    dca_mscale: bool = False
+    dca_mscale: bool | str = False
 
     def __post_init__(self) -> None:
         for name in LENGTHS:
             check_limit(name, getattr(self, name), at_least(1))
+        check_limit("dca_mscale", self.dca_mscale, MSCALE_CHOICES)
         check_limit("rope_type", self.rope_type, one_of(ROPE_TYPES))
         check_limit("rope_theta", self.rope_theta, ("a finite number above 1", lambda value: 1 < value < math.inf))
         if (self.rope_type == "theta") != (self.rope_theta is not None):
@@ -48,7 +58,7 @@ def add_context_arguments(parser: argparse.ArgumentParser) -> None:
     """One argument for each field of `ContextRequest`."""
     group = parser.add_argument_group("context and attention")
     kinds = {"rope_type": {"choices": ROPE_TYPES}, "rope_theta": {"type": float}, "attention": {"choices": ATTENTIONS}}
-    kinds |= {"dca_mscale": {"action": "store_true"}, **dict.fromkeys(LENGTHS, {"type": int})}
+    kinds |= {"dca_mscale": {"nargs": "?", "const": True, "choices": MSCALES}, **dict.fromkeys(LENGTHS, {"type": int})}
     for item in fields(ContextRequest):
         group.add_argument(f"--{item.name}", default=item.default, help=HELP[item.name], **kinds[item.name])
 

@@ -18,6 +18,10 @@ ATTENTIONS = ("s2", "full", "dca")
 FINETUNING_TYPES = ("qlora", "lora", "full")
 # train_embedding: the input embedding alone.
 INPUT = "input"
+# dca_mscale: the factor of the logarithm in the authors' two files, by their names: flash_decoding_chunkllama.py
+# (ChunkLlama commit 4bee63c), as in YaRN, and chunkllama_attn_replace.py (847ae71), the newest.
+MSCALES = {"flash_decoding": 0.1, "attn_replace": 0.05}
+DEFAULT_MSCALE = "flash_decoding"
 MEMORY_POLICIES = ("auto", "fast", "balanced", "max_length")
 # keep_activations: each with those before it.
 KEPT = ("input", "attention", "projections", "all")
@@ -41,6 +45,10 @@ def at_least(least: int) -> Limit:
     return f"a whole number of at least {least}", lambda value: type(value) is int and value >= least
 
 
+MSCALE_CHOICES = (
+    f"true, false, {' or '.join(MSCALES)}",
+    lambda value: isinstance(value, bool) or value in MSCALES,
+)
 PART = "in [0, 1)", lambda value: 0 <= value < 1
 # Keys of the section `training` that this trainer does not support, and what to do instead.
 UNSUPPORTED = {
@@ -56,6 +64,7 @@ LIMITS = {name: limit for names, limit in {
     "seed data_seed": ("in [0, 2**32)", lambda value: 0 <= value < 2**32),
     "max_steps": ("positive, or -1 for whole epochs", lambda value: value == -1 or value > 0),
     "metric_for_best_model": ("measured; use eval_loss", lambda value: value in ("loss", "eval_loss")),
+    "hub_strategy": ("end: final/ alone is uploaded, after training", lambda value: value == "end"),
     "lr_scheduler_kwargs activation_checkpointing_kwargs gradient_checkpointing_kwargs":
         ("a mapping", lambda value: not isinstance(value, str)),
     **{key: (f"supported; leave it out ({fix})", lambda value: not value) for key, fix in UNSUPPORTED.items()},
@@ -65,7 +74,8 @@ LIMITS = {name: limit for names, limit in {
 CHANGES_NO_LOSS = {
     "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "save_steps", "save_total_limit", "save_strategy",
     "logging_steps", "logging_dir", "disable_tqdm", "report_to", "dataloader_num_workers", "dataloader_pin_memory",
-    "local_rank", "gpu_memory", "data_cache_dir", "preprocessing_num_workers",
+    "local_rank", "gpu_memory", "data_cache_dir", "preprocessing_num_workers", "run_name", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
 }  # fmt: skip
 
 
@@ -131,7 +141,12 @@ class AttentionConfig(Section):
     pretraining_length: int | None = key(None, "dca: tokens that RoPE covers; default: the model's context")
     dca_chunk_size: int | None = key(None, "dca: largest distance within chunks; default: 3/4 of pretraining_length")
     dca_local_window: int | None = key(None, "dca: overlap of chunks in tokens; default: 1/8 of pretraining_length")
-    dca_mscale: bool = key(False, "dca: scale the logits with the logarithm of the length, as its authors can")
+    dca_mscale: bool | str = key(
+        False,
+        "dca: scale the logits with the logarithm of the length, as its authors can: flash_decoding (0.1; also true) "
+        "or attn_replace (0.05), after their files",
+        MSCALE_CHOICES,
+    )
 
     @property
     def dense_part(self) -> float:

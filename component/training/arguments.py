@@ -46,7 +46,8 @@ def build_arguments(settings: Settings) -> RunArguments:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            arguments = RunArguments(**settings.training)
+            # What is pushed, and when, is hub.py's.
+            arguments = RunArguments(**{**settings.training, "push_to_hub": False})
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError, OSError) as error:
         raise ValueError(f"training settings: {error}") from None
     check_buildable(arguments)

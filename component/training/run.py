@@ -5,11 +5,13 @@ import logging
 import os
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import set_seed
 
 from longqlora.device import GIB
@@ -19,6 +21,7 @@ from longqlora.plot import plot_loss_curve
 from longqlora.run_record import RECORD_NAME, make_run_record, read_run_record
 from longqlora.settings.config import Notice, Settings
 from longqlora.training.arguments import RunArguments
+from longqlora.training.hub import create_repository, upload
 from longqlora.training.resume import FINAL, choose_start, data_hashes, load_without_code, resume_point
 from longqlora.training.run_folder import LOG_NAME, RESULTS_NAME, RunFolder, check_unlocked, lock_output_dir
 from longqlora.training.termination import end_on_sigterm
@@ -29,18 +32,25 @@ logger = logging.getLogger("longqlora")
 
 @dataclass
 class Run:
-    """A run that has begun. `lock` keeps other runs out of its folder for as long as it is open."""
+    """A run that has begun. `lock` keeps other runs out of its folder for as long as it is open; repository: the one on
+    the hub for final/."""
 
     checkpoint: str | None
     record: dict
     folder: RunFolder
     lock: IO | None
     started: float
+    settings: Settings
+    repository: str | None
 
     def log(self, text: str) -> None:
         """Log on rank 0, each line of `text` on its own."""
         for line in text.splitlines():
             logger.info(line)
+
+    def log_above_bars(self) -> AbstractContextManager:
+        """While entered, lines on the terminal go above progress bars."""
+        return logging_redirect_tqdm([logger])
 
     def note(self, **facts) -> None:
         """Add facts to the run record."""
@@ -60,7 +70,8 @@ class Run:
             # They differ where a run overwrote another and was killed between its last checkpoint and its end.
             if final.is_dir() and read_run_record(final) == trained_by and results.is_file():
                 steps = f"step {state.global_step} of {state.max_steps}"
-                return self.log(f"nothing left to train: {self.checkpoint} is at {steps}; {final} stays as it is")
+                self.log(f"nothing left to train: {self.checkpoint} is at {steps}; {final} stays as it is")
+                return self.publish(final)
             trainer.run_record = trained_by or trainer.run_record
         self.log(f"saved {trainer.save_final()}")
         losses = {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}
@@ -81,6 +92,12 @@ class Run:
             if losses:
                 plot_loss_curve(list(losses), list(losses.values()), self.folder.path / "loss.png")
         self.log("finished: " + ", ".join(f"{key} {value}" for key, value in result.items() if value is not None))
+        self.publish(final)
+
+    def publish(self, final: Path) -> None:
+        """Upload final/ where the settings say push_to_hub."""
+        if self.repository and is_main_process():
+            self.log(f"uploaded {upload(final, self.repository, self.settings.training)}")
 
 
 def start_run(settings: Settings, arguments: RunArguments, notices: list[Notice], **facts) -> Run:
@@ -90,6 +107,8 @@ def start_run(settings: Settings, arguments: RunArguments, notices: list[Notice]
     check_unlocked(output_dir)
     checkpoint, on_start = resume_point(settings)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output_dir) / "tensorboard"))
+    os.environ.setdefault("WANDB_DIR", output_dir)
+    os.environ.setdefault("WANDB_NAME", Path(output_dir).name)
     # Processes that share rows use its exchange of heads and tokens, without its engine too.
     if uses_deepspeed or settings.parallel.sequence_parallel_size > 1:
         prepare_deepspeed()
@@ -98,6 +117,7 @@ def start_run(settings: Settings, arguments: RunArguments, notices: list[Notice]
     lock, on_lock = lock_output_dir(output_dir)
     if choose_start(settings) != checkpoint:
         raise ValueError(f"output_dir: another run just wrote to {output_dir!r}; start again to go on from there")
+    repository = create_repository(settings.training) if is_main_process() else None
     folder = RunFolder(output_dir, checkpoint)
     set_seed(arguments.seed)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {os.cpu_count()}"
@@ -109,7 +129,7 @@ def start_run(settings: Settings, arguments: RunArguments, notices: list[Notice]
         write_json(folder.place(RECORD_NAME), record)
     open_log(folder.place(LOG_NAME))
     end_on_sigterm(lambda: folder.clear_unfinished() or folder.last_checkpoint())
-    run = Run(str(checkpoint) if checkpoint else None, record, folder, lock, started)
+    run = Run(str(checkpoint) if checkpoint else None, record, folder, lock, started, settings, repository)
     run.log("versions: " + json.dumps(record["versions"]))
     for notice in [*notices, *on_lock, *folder.describe(), *on_start]:
         logger.log(notice.level, notice.text)

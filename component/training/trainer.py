@@ -21,18 +21,20 @@ from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from longqlora.cli import one_line
 from longqlora.data.collator import PartCollator
+from longqlora.device import GIB
 from longqlora.distributed import barrier, gather_objects, is_main_process, world_size
 from longqlora.files import atomic_folder, remove, write_json
 from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.saved_folder import save_config, save_tokenizer
 from longqlora.run_record import RECORD_NAME
+from longqlora.training.model_card import make_model_card
 from longqlora.training.resume import FINAL, TRAINER_STATE
 from longqlora.training.run_folder import RESULTS_NAME, RunFolder
 
@@ -59,6 +61,12 @@ class LongContextTrainer(Trainer, TrainerCallback):
         self.data_seconds = 0.0
         # From the start of the process to its first training step; None before that.
         self.start_up_seconds: float | None = None
+        # Since the last line of the log: tokens of this process, padding included, and seconds of its steps.
+        self.num_tokens, self.step_seconds, self.step_start = 0, 0.0, 0.0
+        # `log` says what these would print once more.
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(ProgressBar)
         self.add_callback(self)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -94,22 +102,23 @@ class LongContextTrainer(Trainer, TrainerCallback):
             # written would train one step too many.
             self.control.should_training_stop = True
             return [], None
-        start = time.perf_counter()
+        self.step_start = time.perf_counter()
         samples = super().get_batch_samples(*args, **kwargs)
-        self.data_seconds += time.perf_counter() - start
+        self.data_seconds += time.perf_counter() - self.step_start
         return samples
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs) -> torch.Tensor:
         if self.start_up_seconds is None:
             self.start_up_seconds = time.time() - psutil.Process().create_time()
         try:
-            loss = super().training_step(*args, **kwargs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
         except Exception as error:
             # DeepSpeed's way to say that fp16 cannot go on.
             if "loss scale already at minimum" not in str(error):
                 raise
             self.stop("the loss scale of fp16 is at its minimum", step=self.state.global_step + 1)
         loss = self.watch.add(loss)
+        self.num_tokens += inputs["input_ids"].numel()
         # After the last micro-batch of a step, when the gradients are complete.
         if self.accelerator.sync_gradients:
             if sign := self.watch.end_step(self.gradient_norm(), is_fp16=self.args.fp16):
@@ -139,9 +148,25 @@ class LongContextTrainer(Trainer, TrainerCallback):
             self.model_accepts_loss_kwargs = accepts
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs.update(self.speed_and_memory())
         super().log(logs, *args, **kwargs)
         values = (f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
         logger.info("step %d: %s", self.state.global_step, ", ".join(values))
+
+    def speed_and_memory(self) -> dict[str, float]:
+        """Tokens per second over all processes since the last call, evaluations and checkpoints left out, and the
+        memory of this process in GiB: the most of its GPU so far, or what it holds of the host's."""
+        if torch.cuda.is_available():
+            memory = {"peak_gpu_memory_gib": round(torch.cuda.max_memory_reserved() / GIB, 2)}
+        else:
+            memory = {"host_memory_gib": round(psutil.Process().memory_info().rss / GIB, 2)}
+        num_tokens, seconds = sum(gather_objects(self.num_tokens)), self.step_seconds
+        self.num_tokens, self.step_seconds = 0, 0.0
+        return {**({"tokens_per_second": round(num_tokens / seconds, 1)} if seconds else {}), **memory}
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.step_seconds += time.perf_counter() - self.step_start
 
     def stop(self, sign: str, *, step: int) -> NoReturn:
         """End a run that has diverged; every rank comes here."""
@@ -197,6 +222,7 @@ class LongContextTrainer(Trainer, TrainerCallback):
             if is_main_process():
                 with atomic_folder(target) as unfinished:
                     self.save_model(str(unfinished))
+                    self.write_model_card(unfinished)
                     self.folder.set_earlier_aside()
                     # Those of an earlier run, which must not pass for those of this one after a kill.
                     remove(self.folder.path / RESULTS_NAME)
@@ -205,6 +231,12 @@ class LongContextTrainer(Trainer, TrainerCallback):
                 self.save_model()
             barrier()
         return target
+
+    def write_model_card(self, folder: Path) -> None:
+        """README.md of `folder`, which holds what was trained."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        options = {"name": self.folder.path.resolve().name, "is_adapter": isinstance(model, PeftModel)}
+        make_model_card(self.run_record, self.state.log_history, model.config, **options).save(folder / "README.md")
 
     @contextmanager
     def failed_writes_explained(self) -> Iterator[None]:
@@ -220,6 +252,13 @@ class LongContextTrainer(Trainer, TrainerCallback):
             failure = OSError(f"{text}; {self.folder.last_checkpoint()}")
             failure.from_one_rank = True
             raise failure from error
+
+
+class ProgressBar(ProgressCallback):
+    """The bar alone: each loss is logged once."""
+
+    def on_log(self, *args, **kwargs) -> None:
+        pass
 
 
 class DivergenceWatch:

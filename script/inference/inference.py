@@ -4,7 +4,7 @@
     python script/inference/inference.py --adapter_name_or_path output/run/checkpoint-1000 --prompt_file paper.txt
     python script/inference/inference.py --model_name_or_path output/merged --file paper.pdf --prompt "Summarise it."
     python script/inference/inference.py --model_name_or_path output/merged \\
-        --input_file prompts.jsonl --output_file answers.jsonl
+        --input_file prompts.jsonl --output_file answers.jsonl --batch_size 8
 
 A prompt is continued as raw text behind the BOS token, as in pretraining, or put as one user message into
 the template that the model was tuned with (--prompt_template). Text goes to stdout, everything else to stderr.
@@ -24,7 +24,7 @@ from longqlora.data.documents import FORMAT_LIST, read_document, with_documents
 from longqlora.files import decode_utf8
 from longqlora.inference.arguments import load_from_arguments, model_sources, parse_generation, source_from_arguments
 from longqlora.inference.batch import partial_path, read_prompts, write_answers
-from longqlora.inference.generation import NO_TEMPLATE, encode_prompt, generate_text
+from longqlora.inference.generation import NO_TEMPLATE, encode_prompt, generate_text, generate_texts
 from longqlora.inference.source import ModelSource
 from longqlora.outputs import check_outputs
 
@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", metavar="PATH", action="append", default=[], help="document that goes before the "
                         f"prompt ({FORMAT_LIST}); may be given several times")  # fmt: skip
     parser.add_argument("--output_file", metavar="PATH", help="jsonl file for the answers to --input_file")
+    parser.add_argument("--batch_size", type=int, default=1, help="prompts of --input_file at once; a greedy answer is "
+                        "that of its prompt alone, but for rounding (default: %(default)s)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an --output_file that is there")
     parser.add_argument("--raw", action="store_true", help="short for --prompt_template none")
     parser.add_argument("--truncate_prompt", action="store_true", help="keep the end of a prompt that is too long")
@@ -49,6 +51,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--input_file and --output_file go together; give both or neither")
     if args.file and args.input_file:
         raise ValueError("--file goes with --prompt or --prompt_file; put the documents into the rows of --input_file")
+    if args.batch_size < 1 or (args.batch_size > 1 and not args.input_file):
+        raise ValueError(f"--batch_size {args.batch_size}: must be at least 1, and goes with --input_file")
     if args.raw and args.prompt_template not in ("auto", NO_TEMPLATE):
         raise ValueError(f"--raw and --prompt_template {args.prompt_template} contradict each other; give one")
     if args.output_file:
@@ -107,6 +111,9 @@ def main() -> None:
     check_arguments(args)
     prompts = requested_prompts(args)
     source = source_from_arguments(args)
+    rope_type = (getattr(source.config, "rope_parameters", None) or {}).get("rope_type")
+    if args.batch_size > 1 and rope_type in ("dynamic", "longrope"):
+        raise ValueError(f"--batch_size: {rope_type} RoPE turns every row by the longest of its batch; leave it out")
     rows = fitted_prompts(args, source, prompts)
     loaded = load_from_arguments(args, source)
     sys.stdout.reconfigure(errors="replace")
@@ -114,10 +121,13 @@ def main() -> None:
     def answer(position: int, on_text=None):
         return generate_text(loaded.model, loaded.tokenizer, rows[position], options, on_text=on_text)
 
+    def answer_batch(positions: range):
+        return generate_texts(loaded.model, loaded.tokenizer, [rows[position] for position in positions], options)
+
     if args.input_file:
         if args.overwrite and Path(args.output_file).exists():
             partial_path(Path(args.output_file)).unlink(missing_ok=True)
-        write_answers(Path(args.output_file), prompts, answer)
+        write_answers(Path(args.output_file), prompts, answer_batch, batch_size=args.batch_size)
     elif args.stream:
         answer(0, on_text=partial(print, end="", flush=True))
         print()

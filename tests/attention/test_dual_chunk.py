@@ -117,6 +117,7 @@ def test_default_sizes_and_scaling_are_the_authors():
     assert DualChunkSizes(4096, 1000, 600).inter_position == 799
     assert attention_mscale(4096, 4096) == attention_mscale(1, 4096) == 1.0
     assert math.isclose(attention_mscale(4096 * 8, 4096), (0.1 * math.log(8) + 1) ** 2)
+    assert math.isclose(attention_mscale(4096 * 8, 4096, "attn_replace"), (0.05 * math.log(8) + 1) ** 2)
 
 
 BAD_SIZES = {

@@ -17,7 +17,7 @@ from conftest import tiny_config
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-from longqlora.attention.binding import bind_inference_attention, unbind_attention
+from longqlora.attention.binding import bind_dual_chunk_attention, bind_inference_attention, unbind_attention
 from longqlora.attention.dual_chunk import DualChunkSizes
 from longqlora.attention.dual_chunk_binding import dual_chunk_sizes
 from longqlora.attention.model_internals import attention_layers
@@ -165,6 +165,40 @@ def test_mscale_is_off_unless_asked():
     expected = plain(ids).logits
     assert_close(scaled(ids).logits, expected, 1e-12)
     assert_close(logits_in_blocks(scaled, ids, [30]), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mscale", [None, "flash_decoding", "attn_replace"])
+def test_one_call_for_ones_own_script(tmp_path, mscale):
+    """The model that a config with the same request makes, saved and loaded again too."""
+    config = tiny_config(max_position_embeddings=PRETRAINING)
+    torch.manual_seed(0)
+    own = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    text = bind_dual_chunk_attention(own, pretraining_length=PRETRAINING, context_size=64, mscale=mscale)
+    assert text.startswith("dual chunk attention (chunk 12, local window 2, pretraining length 16")
+    by_config, _ = make_pair(request=dataclasses.replace(DCA, dca_mscale=mscale or False))
+    ids, coefficient = ids_of(60), {"flash_decoding": 0.1, "attn_replace": 0.05}.get(mscale, 0)
+    assert_close(own(ids).logits, by_config(ids).logits, 1e-6)
+    factor = (coefficient * math.log(64 / 16) + 1) ** 2
+    assert f"logits x {factor:.4g}" in text or mscale is None
+    own.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert bind_inference_attention(again) == text and context_length(again.config) == 64
+
+
+def test_one_call_refuses_what_cannot_be(tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny_config())
+    for options, error in (
+        ({"mscale": "attn_replace"}, "context_size: missing"),
+        ({"mscale": "0.05", "context_size": 64}, "mscale: '0.05' is not one of flash_decoding, attn_replace"),
+        ({"local_window": 64}, "local_window: must be"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            bind_dual_chunk_attention(model, **options)
+    windows = AutoModelForCausalLM.from_config(tiny_config("mistral", sliding_window=8))
+    with pytest.raises(ValueError, match="sliding-window layers"):
+        bind_dual_chunk_attention(windows)
+    assert not any("dual_chunk_attention_config" in config.to_dict() for config in (windows.config, model.config))
 
 
 def test_the_config_carries_it(tmp_path):

@@ -29,6 +29,23 @@ CHOICE = {**ASKED, "options": ["dog", "fox", "box"], "answer": "B"}
 OPEN = {**ASKED, "answers": ["fox", "the fox"]}
 
 
+# As Yale-LILY/QMSum (data/ALL/jsonl) and nyu-mll/SQuALITY (data/v1-3/txt) publish them.
+QMSUM = {
+    "topic_list": [{"topic": "Greetings", "relevant_text_span": [["0", "1"]]}],
+    "general_query_list": [{"query": "Summarize.", "answer": "All."}],
+    "specific_query_list": [{"query": "Who?", "answer": "PM.", "relevant_text_span": [["0", "1"]]}],
+    "meeting_transcripts": [{"speaker": "PM", "content": "Hi {gap}"}, {"speaker": "Marketing", "content": "Bye ."}],
+}
+RESPONSES = [
+    {"worker_id": str(k), "uid": "0c", "response_text": text} for k, text in enumerate(("A ship.", "The ship."))
+]
+SQUALITY = {
+    "metadata": {"passage_id": "63833", "uid": "ea00", "license": "This eBook is for the use of anyone"},
+    "document": "Jinx Ship",
+    "questions": [{"question_text": "What is the plot?", "question_number": 1, "responses": RESPONSES}],
+}
+
+
 def write_rows(path, *rows):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -72,6 +89,10 @@ def write_rows(path, *rows):
           for name, answer in (("a", "fox"), ("b", "dog"), ("a", "the fox"), ("a", "fox"))],
          [{"id": "a", "references": ("fox", "the fox")}, {"id": "b", "references": ("dog",)}]),
         ([OPEN, OPEN], [{"id": "1"}, {"id": "2"}]),
+        (QMSUM, [{"id": "1-1", "task": "QMSum", "question": "Summarize.", "references": ("All.",), "metric": "rougeL",
+                  "context": "PM: Hi {gap}\nMarketing: Bye ."}, {"id": "1-2", "question": "Who?"}]),
+        (SQUALITY, [{"id": "63833-1", "task": "SQuALITY", "context": "Jinx Ship", "question": "What is the plot?",
+                     "references": ("A ship.", "The ship."), "metric": "rougeL"}]),
     ],
 )  # fmt: skip
 def test_rows_of_the_benchmarks(row, expected, tmp_path):

@@ -25,6 +25,7 @@ from longqlora.evaluation.ruler.task import (
 )
 from longqlora.evaluation.ruler.tasks import TASKS, TextHaystack
 from longqlora.inference.load import load_for_inference
+from longqlora.inference.source import ModelSource
 
 LENGTH = 2600
 TEXT = "One {sentence} here. Then a second, with “quotes.” 第三句。 " + sentences(30) + "."
@@ -87,6 +88,21 @@ def test_least_length_is_named_and_is_the_least(name, count_tokens):
     assert least - 60 < max(num_tokens for _, num_tokens in fitted.samples()) <= least - 20
     with pytest.raises(ValueError, match=f"at least {least} tokens"):
         fit(name, count_tokens, least - 1, max_new_tokens=20)
+
+
+def test_a_task_that_a_length_is_too_short_for_is_skipped_by_name(tiny_tokenizer, capsys):
+    source, least = ModelSource(tiny_tokenizer, None, "base", None, 4096), {}
+    for name in ("vt", "niah_single_1"):
+        with pytest.raises(ValueError, match=f"--lengths 64: {name} needs at least") as caught:
+            Ruler([name], lengths=[64], num_samples=1).make_trials(source)
+        least[name] = int(re.search(r"at least (\d+) tokens", str(caught.value))[1])
+    (first, length), (other, needed) = sorted(least.items(), key=lambda item: item[1])
+    task = Ruler([other, first], lengths=[length, needed], num_samples=1)
+    trials = [(trial["task"], trial["length"]) for trial in task.make_trials(source)[0]]
+    assert length < needed and trials == [(other, needed), (first, length), (first, needed)]
+    assert f"skipped: --lengths {length}: {other} needs at least {needed}" in capsys.readouterr().out
+    (skipped,) = task.score([])["skipped"]
+    assert (skipped["task"], skipped["length"]) == (other, length) and str(needed) in skipped["reason"]
 
 
 def test_a_sample_of_shorter_words_gets_more_units():

@@ -8,12 +8,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import sentences
+from model_folders import make_adapter
 from rigged_model import load_script
 from transformers import AutoModelForCausalLM
 
+from longqlora.evaluation.perplexity_task import TokenScorer
 from longqlora.inference.batch import partial_path
-from longqlora.inference.generation import AnswerStream, GenerationOptions, encode_prompt, generate_text
-from longqlora.inference.source import ModelSource
+from longqlora.inference.generation import (
+    AnswerStream,
+    GenerationOptions,
+    encode_prompt,
+    generate_text,
+    generate_texts,
+)
+from longqlora.inference.load import load_for_inference, load_weights
+from longqlora.inference.source import ModelSource, read_source
+from longqlora.model.context_request import ContextRequest
 
 SCRIPT = "script/inference/inference.py"
 PROMPT = "the quick brown fox"
@@ -91,6 +101,44 @@ def test_finish_reasons(tiny_model, generate, monkeypatch):
     assert set(threading.enumerate()) == threads
 
 
+@pytest.mark.parametrize("attention", ["full", "dca"])
+def test_rows_of_a_batch_are_answered_as_alone(tiny_model_dir, tiny_tokenizer, attention):
+    """Rows of unequal length, of which one ends by a stop string and one by the end token, each before the others."""
+    context = ContextRequest(context_size=256, attention=attention, rope_type=None if attention == "dca" else "yarn")
+    loaded = load_for_inference(str(tiny_model_dir), context=context, dtype=torch.float32)
+    model = copy.copy(loaded.model)
+    prompts = [encode_prompt(tiny_tokenizer, sentences(size, seed=size), template="none") for size in (3, 90, 41, 17)]
+    options = {"do_sample": False, "max_new_tokens": 20}
+
+    def alone(**more) -> list:
+        given = GenerationOptions(**options, **more)
+        return [generate_text(model, tiny_tokenizer, ids, given) for ids in prompts]
+
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.eos_token_id = [2, alone()[1].new_ids[4]]
+    stop = alone()[2].text[6:9]
+    expected = alone(stop=(stop,))
+    assert {"stop", "eos"} <= {answer.finish_reason for answer in expected}
+    assert len({answer.num_new_tokens for answer in expected}) > 1
+    assert generate_texts(model, tiny_tokenizer, prompts, GenerationOptions(**options, stop=(stop,))) == expected
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_a_model_that_is_spread_is_the_same_model(tiny_model_dir, tmp_path, monkeypatch, load_in_4bit):
+    """On a machine without GPUs all of it lands on the CPU, through accelerate's hooks all the same."""
+    adapter = make_adapter(tiny_model_dir, tmp_path / "adapter", modules_to_save=["norm"])
+    source, ids = read_source(None, str(adapter)), torch.arange(4, 60)[None]
+    options = {"load_in_4bit": load_in_4bit, "dtype": torch.float32}
+    one, spread = (load_weights(source, **options, device_map=device_map).model for device_map in (None, "auto"))
+    assert spread.get_base_model().hf_device_map
+    with torch.inference_mode():
+        torch.testing.assert_close(spread(ids).logits, one(ids).logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(TokenScorer(spread)(ids)[0], TokenScorer(one)(ids)[0], rtol=0, atol=1e-5)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device_map auto: .* start one process"):
+        load_weights(source, device_map="auto")
+
+
 BAD_OPTIONS = {
     "max_new_tokens": [0], "temperature": [-0.1, float("nan"), float("inf")], "top_p": [0, 1.1], "top_k": [-1],
     "repetition_penalty": [0], "seed": [-1, 2**64], "stop": [("",)],
@@ -106,7 +154,7 @@ def test_bad_options(name, value):
 def stream(tokenizer, prompt_ids, ids, stop=()) -> tuple[list[str], AnswerStream]:
     """The pieces given out for `ids`, the last of them at the end, and the stream."""
     pieces = []
-    answer = AnswerStream(tokenizer, prompt_ids, stop, pieces.append, threading.Event())
+    answer = AnswerStream(tokenizer, prompt_ids, stop, pieces.append)
     for token_id in ids:
         answer.put([token_id])
     answer.put([], is_end=True)
@@ -215,6 +263,15 @@ def test_batch_is_resumed(script, tmp_path):
         assert code == ended and message in errors
         assert target.exists() != partial_path(target).exists()
         assert code or target.read_text(encoding="utf-8").splitlines(keepends=True) == lines
+    words = words.replace("--temperature 1", "--temperature 0")
+    greedy: list[str] = []
+    for size, done in ((1, 0), (3, 0), (3, 1)):
+        target.unlink(missing_ok=True)
+        partial_path(target).write_text("".join(greedy[:done]), encoding="utf-8")
+        assert script(f"{words} --batch_size {size}")[0] == 0
+        found = target.read_text(encoding="utf-8").splitlines(keepends=True)
+        assert size == 1 or found == greedy
+        greedy = found
 
 
 @pytest.mark.parametrize(
@@ -233,6 +290,11 @@ def test_batch_is_resumed(script, tmp_path):
         ("MODEL --output_file o --input_file key.jsonl", "line 1"),
         ("MODEL --output_file o --input_file empty", "no prompts"),
         ("MODEL --output_file o --input_file half.jsonl", "prompt 1: the prompt has half of a surrogate pair"),
+        ("MODEL --prompt x --batch_size 2", "--batch_size 2: must be at least 1, and goes with --input_file"),
+        (
+            "MODEL --output_file o --input_file good.jsonl --batch_size 2 --rope_type dynamic --context_size 256",
+            "by the",
+        ),
         ("MODEL --prompt x --temperature -1", "--temperature"),
         ("MODEL --prompt x --context_size 0", "--context_size"),
         ("MODEL --prompt x --raw --prompt_template vicuna_v1.1", "contradict"),

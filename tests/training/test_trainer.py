@@ -98,6 +98,20 @@ def test_watch_lets_fp16_skip_steps_but_not_without_end():
     assert step(INF) == f"fp16 skipped {MAX_SKIPPED_STEPS} steps in a row"
 
 
+def test_each_loss_is_logged_once_with_speed_and_memory(write_yaml, train_file):
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "eval_file": str(train_file)}
+    path, out = write_yaml(max_steps=4, logging_steps=2, disable_tqdm=False, pack=True, **changes)
+    printed, history = train(path), history_of(out)
+    assert printed.count("step 2: loss") == printed.count("step 4: loss") == printed.count("step 4: eval_loss") == 1
+    assert "'loss'" not in printed and "'eval_loss'" not in printed and "4/4" in printed
+    assert (out / "train.log").read_text().count(": loss ") == 2
+    for entry in (entry for entry in history if "loss" in entry):
+        # Tokens of two steps of two rows of 128, in less than the time of the run.
+        runtime = next(x["train_runtime"] for x in history if "train_runtime" in x)
+        assert 2 * 2 * 128 / runtime < entry["tokens_per_second"] < 1e6
+        assert entry["peak_gpu_memory_gib" if torch.cuda.is_available() else "host_memory_gib"] > 0
+
+
 def test_what_else_ends_training(monkeypatch):
     # As DeepSpeed says that fp16 cannot go on.
     at_minimum = Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
@@ -107,7 +121,7 @@ def test_what_else_ends_training(monkeypatch):
     folder = SimpleNamespace(last_checkpoint=lambda: "there is no earlier checkpoint")
     vars(trainer).update(folder=folder, start_up_seconds=1.0, state=SimpleNamespace(global_step=4))
     with pytest.raises(ValueError, match="diverged at step 5 .*loss scale.* minimum"):
-        trainer.training_step()
+        trainer.training_step(None, {})
     with pytest.raises(ValueError, match="diverged at step 4 .eval_loss nan"):
         trainer.evaluate()
 

@@ -98,6 +98,8 @@ def read_questions(
 
 def questions_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_context: bool) -> list[Question]:
     """The question of one row, or the several of an L-Eval row. Raises ValueError saying what is wrong."""
+    if published := published_questions(row, str(number)):
+        return published
     context_key = first_key(row, CONTEXT_KEYS)
     if context_key is None and needs_context:
         raise ValueError(f'no text under "context", "document" or "input" (found {found_keys(row)}); give one')
@@ -127,6 +129,40 @@ def questions_of_row(row: dict[str, Any], number: int, file_name: str, *, needs_
     if not answers:
         raise ValueError(f'"{answer_key}" is empty; give at least one right answer')
     return [replace(one, references=tuple(answer_text(answer, f'"{answer_key}"') for answer in answers))]
+
+
+def published_questions(row: dict[str, Any], name: str) -> list[Question]:
+    """The questions of a row as QMSum or SQuALITY publish it, a meeting or a story with all of them; else none.
+
+    https://github.com/Yale-LILY/QMSum (data/*/jsonl) and https://github.com/nyu-mll/SQuALITY (data/v1-*).
+    """
+    if "meeting_transcripts" in row:
+        turns = nested(row, "meeting_transcripts", "speaker", "content")
+        one = Question(name, "QMSum", "\n".join(map(": ".join, turns)), "", (), metric="rougeL")
+        lists = [nested(row, f"{kind}_query_list", "query", "answer") for kind in ("general", "specific")]
+        found = [(question, [answer]) for part in lists for question, answer in part]
+    elif isinstance(row.get("document"), str) and isinstance(row.get("questions"), list):
+        metadata = row["metadata"] if isinstance(row.get("metadata"), dict) else {}
+        name = name_of(metadata, ("passage_id", *ID_KEYS), name)
+        one = Question(name, "SQuALITY", text_under(row, "document"), "", (), metric="rougeL")
+        texts = nested(row, "questions", "question_text")
+        answers = [nested(entry, "responses", "response_text") for entry in row["questions"]]
+        found = [(text, [part for (part,) in parts]) for (text,), parts in zip(texts, answers, strict=True)]
+    else:
+        return []
+    if not found or not all(references for _, references in found):
+        raise ValueError(f"a row of {one.task} without questions, or with one that has no answer; give both")
+    checked = [(question, tuple(answer_text(part, "an answer") for part in answers)) for question, answers in found]
+    numbered = enumerate(checked, start=1)
+    return [replace(one, id=f"{name}-{k}", question=text, references=answers) for k, (text, answers) in numbered]
+
+
+def nested(row: dict[str, Any], key: str, *names: str) -> list[tuple[str, ...]]:
+    """The texts under `names` of each object in the list row[key]."""
+    entries = row.get(key) or []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f'"{key}" is no list of objects with {" and ".join(names)}; give one')
+    return [tuple(checked_text(entry.get(name), f'"{name}" in "{key}"') for name in names) for entry in entries]
 
 
 def asked(task: Question, answer: str) -> list[Question]:

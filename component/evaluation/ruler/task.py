@@ -13,9 +13,11 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from longqlora.distributed import print_main
 from longqlora.evaluation.frame import ModelSource, Task
 from longqlora.evaluation.lm_eval_harness import data_state, evaluate_tasks, generate_answers, load_tasks, wrap_model
 from longqlora.evaluation.retrieval.haystack import read_haystack
@@ -37,7 +39,8 @@ PROTOCOL = (
 
 @dataclass
 class Ruler(Task):
-    """RULER's tasks at each length, and any tasks of lm-eval: a trial is one task, at one length where it has one.
+    """RULER's tasks at each length, and any tasks of lm-eval: a trial is one task, at one length where it has one. What
+    cannot be made so short, or so long, is skipped by name.
 
     None leaves a number to the task or the model. haystack: files in which needles are hidden. include_path: folder of
     the user's own lm-eval tasks.
@@ -82,8 +85,15 @@ class Ruler(Task):
         def count_tokens(prompt: str) -> int:
             return len(source.tokenizer(prompt).input_ids)
 
-        self.fitted = {(name, length): FittedTask(name, length, count_tokens, text=self.text, **options)
-                       for name in self.names for length in lengths}  # fmt: skip
+        self.fitted, self.skipped = {}, []
+        for name, length in product(self.names, lengths):
+            try:
+                self.fitted[name, length] = FittedTask(name, length, count_tokens, text=self.text, **options)
+            except ValueError as error:
+                self.skipped.append({"task": name, "length": length, "reason": str(error)})
+                print_main(f"skipped: {error}")
+        if self.names and not self.fitted:
+            raise ValueError(self.skipped[0]["reason"])
         options = {"include_path": self.include_path, "lengths": self.lengths, "max_new_tokens": self.max_new_tokens}
         self.others = load_tasks([name for name in self.tasks if name not in TASKS], source, **options)
         # Which tasks and lengths a run asks for does not change the result of one.
@@ -109,7 +119,7 @@ class Ruler(Task):
     def score(self, results: Sequence[dict]) -> dict:
         of_ruler, _ = by_source(results)
         means = {"mean": mean_by_length(of_ruler)} if of_ruler else {}
-        return {"protocol": PROTOCOL, "settings": self.told, **means, "results": results}
+        return {"protocol": PROTOCOL, "settings": self.told, "skipped": self.skipped, **means, "results": results}
 
     def table(self, record: Mapping) -> str:
         tables = zip((score_table, metric_table), by_source(record["results"]), strict=True)
