@@ -39,10 +39,6 @@ MEASURES = {"perplexity": "script/evaluate/evaluate.py", "passkey": "script/eval
 DENSE_PARTS = {"every_fourth_dense": 0.25}
 
 
-def suite_names() -> list[str]:
-    return sorted(path.stem for path in SUITES.glob("*.yaml") if path != SCALES)
-
-
 def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import psutil
 import pytest
 import script_process
+from reproduce import SUITES
 from reproduction.report import Figures, mean_interval, with_interval
-from reproduction.suite import SCALES, Scale, Suite, suite_names
+from reproduction.suite import SCALES, Scale, Suite
 
 from longqlora.files import write_json
 from longqlora.settings.reader import read_yaml
@@ -52,7 +53,7 @@ def test_a_killed_run_leaves_no_process_and_no_cell_and_goes_on(smoke):
     assert len(list(folder.glob("out/cells/*.json"))) == 5 and not list(folder.glob("out/trainings/*"))
 
 
-@pytest.mark.parametrize("name", suite_names())
+@pytest.mark.parametrize("name", SUITES)
 def test_the_smoke_cell_of_a_suite(smoke, name):
     pages = smoke[0] / "pages"
     suite, _ = read(name, "smoke", pages)
@@ -110,7 +111,7 @@ def test_a_key_changes_with_all_that_decides_a_number(tmp_path):
 
 def test_suites_share_cells(tmp_path):
     keys = {}
-    for name in suite_names():
+    for name in SUITES:
         suite, scale = read(name, "tiny", tmp_path)
         keys[name] = {cell.key for cell in suite.cells(scale)}
     assert keys["short_context"] < keys["recipe"]
@@ -118,7 +119,7 @@ def test_suites_share_cells(tmp_path):
         assert keys[other] & keys["recipe"], other
 
 
-@pytest.mark.parametrize("name", suite_names())
+@pytest.mark.parametrize("name", SUITES)
 def test_a_suite_names_rows_that_it_has(name, tmp_path):
     for scale in read_yaml(SCALES):
         suite, found = read(name, scale, tmp_path)
