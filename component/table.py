@@ -1,4 +1,4 @@
-"""Rows of results: in groups, and as text tables for the terminal."""
+"""Rows of results: in groups, and as tables for the terminal and for pages."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,3 +23,9 @@ def text_table(header: Sequence[object], rows: Sequence[Sequence], *, digits: in
     lines = [list(map(shown, row)) for row in (header, *rows)]
     # tabulate would read "1e3" as a number, and make a column of headers=... two characters wider.
     return tabulate(lines, tablefmt="plain", colalign=aligned, disable_numparse=True)
+
+
+def page_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of a page, without the spaces in which tabulate would drown a long cell's neighbours."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)

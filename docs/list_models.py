@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from longqlora.cli import run_main
+from longqlora.table import page_table
 
 REPO = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = REPO / "docs" / "models.md", REPO / "docs" / "results" / "models.json"
@@ -233,18 +234,14 @@ def models_page(found: dict[str, dict]) -> str:
         rows.append((f"`{model_type}`", *cells, "yes" if row["layer_function"] else "no", rope, "; ".join(reasons)))
     head = PAGE.read_text(encoding="utf-8").split("\n## ")[0]
     columns = ("type", *ATTENTIONS, "layer function", "RoPE methods", "why not")
-    return f"{head}\n## Types that train\n\n{table(columns, rows)}\n## Others\n\n{table(('type', 'why not'), others)}"
+    trained, rest = page_table(columns, rows), page_table(("type", "why not"), others)
+    return f"{head}\n## Types that train\n\n{trained}\n## Others\n\n{rest}"
 
 
 def short(reason: str) -> str:
     """The cause in `reason`, without setting, model type and advice."""
     cause = re.sub(r"^.*? does not suit [\w-]+: |^([a-z_]+: )+| \(of \d+ tokens\)|; [^;]*$", "", reason)
     return re.sub(r"^[\w-]+ (?=has|does|uses)", "", cause)[:110]
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from longqlora.cli import run_main
+from longqlora.table import page_table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 
@@ -32,16 +33,16 @@ def settings_page() -> str:
     parts = [PAGE.read_text(encoding="utf-8").split("\n## ")[0]]
     for name, section in SECTIONS.items():
         rows = [(code(item.name), default(item), item.metadata["help"]) for item in dataclasses.fields(section)]
-        parts.append(f"{name.capitalize()}\n\n{section.__doc__}\n\n{table(('key', 'default', 'meaning'), rows)}")
+        parts.append(f"{name.capitalize()}\n\n{section.__doc__}\n\n{page_table(('key', 'default', 'meaning'), rows)}")
     rows = [("`output_dir`", "required"), *((code(key), code(value)) for key, value in TRAINING_DEFAULTS.items())]
-    parts.append(f"TrainingArguments with another default here\n\n{table(('key', 'default'), rows)}")
+    parts.append(f"TrainingArguments with another default here\n\n{page_table(('key', 'default'), rows)}")
     rows = [(code(old), code(new)) for old, new in RENAMED.items()]
     parts.append(
         "Former names\n\nThey are read under the name that the installed transformers knows, with a notice. Without a "
-        f"successor, and ignored: {', '.join(map(code, REMOVED))}.\n\n{table(('key', 'read as'), rows)}"
+        f"successor, and ignored: {', '.join(map(code, REMOVED))}.\n\n{page_table(('key', 'read as'), rows)}"
     )
     rows = [(code(key), fix) for key, fix in UNSUPPORTED.items()]
-    parts.append(f"Refused\n\n{table(('key', 'why'), rows)}")
+    parts.append(f"Refused\n\n{page_table(('key', 'why'), rows)}")
     return "\n## ".join(parts)
 
 
@@ -52,11 +53,6 @@ def code(value: object) -> str:
 def default(item: dataclasses.Field) -> str:
     names = {dataclasses.MISSING: "required", None: "none"}
     return names[item.default] if item.default in names else code(item.default)
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -186,14 +186,8 @@ def bind_dual_chunk_attention(
     if mscale and not context_size:
         raise ValueError("context_size: missing; mscale scales the logits for the longest text, give its tokens")
     sizes = DualChunkSizes(pretraining_length or config.max_position_embeddings, chunk_size, local_window)
-    values = {
-        "chunk_size": sizes.chunk_size,
-        "local_size": sizes.local_window,
-        "original_max_position_embeddings": sizes.pretraining_length,
-        "max_position_embeddings": context_size or sizes.pretraining_length,
-    }
     before = vars(config).get(dca.CONFIG_KEY)
-    setattr(config, dca.CONFIG_KEY, {**values, "mscale": mscale} if mscale else values)
+    dca.set_dual_chunk(config, sizes, context_size or sizes.pretraining_length, mscale)
     try:
         return bind_inference_attention(model)
     except ValueError:

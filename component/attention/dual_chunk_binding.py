@@ -48,6 +48,19 @@ def dual_chunk_sizes(config: PretrainedConfig) -> DualChunkSizes | None:
     return DualChunkSizes(pretraining_length, values.get("chunk_size"), values.get("local_size"))
 
 
+def set_dual_chunk(
+    config: PretrainedConfig, sizes: DualChunkSizes, context_size: int, mscale: str | bool | None
+) -> None:
+    """Let `config` ask for dual chunk attention over `context_size` tokens, as the functions around this read it."""
+    values = {
+        "chunk_size": sizes.chunk_size,
+        "local_size": sizes.local_window,
+        "original_max_position_embeddings": sizes.pretraining_length,
+        "max_position_embeddings": context_size,
+    }
+    setattr(config, CONFIG_KEY, {**values, "mscale": mscale} if mscale else values)
+
+
 def logit_scale(config: PretrainedConfig) -> float:
     """Factor of the logits: 1, or where `config` asks for mscale, that of its context, whatever the input's length."""
     values = getattr(config, CONFIG_KEY, None) or {}

@@ -283,8 +283,15 @@ def load_tokenizer(
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, source: str) -> None:
-    """Refuse a tokenizer whose ids go beyond the model's embeddings: it was made for another model."""
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    """Refuse a tokenizer whose ids go beyond the model's embeddings, as one made for another model, and one without
+    words, which transformers makes of a folder without tokenizer.json and tokenizer.model."""
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary.keys() <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"model_name_or_path: the tokenizer of {source!r} knows no word; is its tokenizer.json or tokenizer.model "
+            "missing?"
+        )
+    token, last = max(vocabulary.items(), key=lambda item: item[1])
     if last >= num_embeddings:
         raise ValueError(
             f"model_name_or_path: the tokenizer of {source!r} has ids up to {last} ({token!r}), beyond the model's "

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from longqlora.attention.dual_chunk import DualChunkSizes
 from longqlora.attention.dual_chunk_binding import CONFIG_KEY as DUAL_CHUNK_KEY
+from longqlora.attention.dual_chunk_binding import set_dual_chunk
 from longqlora.attention.model_internals import config_of_full_layers, has_sliding_window
 from longqlora.distributed import print_notice
 from longqlora.model.adapter_folder import base_model_of
@@ -130,15 +131,8 @@ def apply_dual_chunk(config: PretrainedConfig, request: ContextRequest) -> str:
         )
     except ValueError as error:
         raise ValueError(f"{'' if str(error).startswith('pretraining_length') else 'dca_'}{error}") from None
-    values = {
-        "chunk_size": sizes.chunk_size,
-        "local_size": sizes.local_window,
-        "original_max_position_embeddings": pretraining,
-        "max_position_embeddings": request.context_size or (context_length(config) if known else pretraining),
-    }
-    if mscale := request.dca_mscale or known.get("mscale"):
-        values["mscale"] = mscale
-    setattr(config, DUAL_CHUNK_KEY, values)
+    context_size = request.context_size or (context_length(config) if known else pretraining)
+    set_dual_chunk(config, sizes, context_size, request.dca_mscale or known.get("mscale"))
     return f"context of {context_length(config)} tokens by dual chunk attention over {pretraining}; {text}"
 
 

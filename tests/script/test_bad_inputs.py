@@ -72,8 +72,8 @@ VALUES = [
 
 # A model folder of the fixture `folder`, and words that the error must have.
 MODELS = {
-    "sliding": ["mistral", "sliding_window=32", "attention: full"], "odd": ["3", "heads"], "alien": ["alien"],
-    "padless": ["config.json", "Padding_idx"], "scaled": ["longrope", "model_max_length"], "nameless": ["nameless"],
+    "sliding": ["mistral", "of 32 tokens", "attention: full"], "odd": ["3", "heads"], "alien": ["alien"],
+    "padless": ["config.json", "Padding_idx"], "nameless": ["nameless"],
     "quantised": ["model_name_or_path", "already quantised"], "broken": ["config"], "t5": ["model_max_length", "t5"],
     "bare": ["model_name_or_path", "no config.json"], "endless": ["EOS", "eos_token"],
     "small": ["tokenizer", "ids up to 319", "3 embeddings"],
@@ -90,6 +90,7 @@ CHANGES = [
     ({"load_best_model_at_end": True, "eval_strategy": "steps", "eval_file": "!train.jsonl", "eval_steps": 3,
       "save_steps": 4}, "load_best_model_at_end", "3", "4"),
     ({"rope_theta": 5e5}, "rope_theta", "rope_type: theta"),
+    ({"model_name_or_path": "!scaled", "rope_type": "linear"}, "longrope", "leave rope_type out"),
     ({"rope_type": "theta", "rope_theta": 0}, "rope_theta", "above 1"),
     ({"dca_chunk_size": 32}, "dca_chunk_size", "attention: dca"),
     ({"attention": "full", "pretraining_length": 32}, "pretraining_length", "attention: dca"),
@@ -202,7 +203,10 @@ def refused(tmp_path, dry_run, monkeypatch):
     return refused
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_name_or_path": "!sliding", "attention": "full"}], ids=str)
+VALID = [{}, {"model_name_or_path": "!sliding", "attention": "full"}, {"model_name_or_path": "!scaled"}]
+
+
+@pytest.mark.parametrize("changes", VALID, ids=str)
 def test_the_settings_that_are_changed_below_and_a_fix_are_valid(changes, write, dry_run):
     assert "all settings are valid" in dry_run(write(changes))[1]
 

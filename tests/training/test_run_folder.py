@@ -32,32 +32,6 @@ def names_in(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def test_a_second_run_that_is_refused_or_fails_leaves_the_first_as_it_was(finished_run, tiny_model_dir, tmp_path):
-    path, out = finished_run
-    other = shutil.copytree(out / "checkpoint-2", tmp_path / "other" / "checkpoint-2")
-    broken = shutil.copytree(tiny_model_dir, tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes(b"cut off")
-    diverges = (*OVERWRITE, "--learning_rate", "1e30", "--warmup_steps", 0)
-    before = contents(out)
-    for words, text in (
-        ((), "holds checkpoint-4 and final"),
-        # Nor are two runs mixed.
-        (("--resume_from_checkpoint", other), "holds checkpoint-4 and final"),
-        ((*OVERWRITE, "--model_name_or_path", broken), "model.safetensors"),
-        # Before its first checkpoint, and before its end without any.
-        (diverges, "diverged"),
-        ((*diverges, "--save_strategy", "no"), "diverged"),
-    ):
-        assert text in fail(path, *words)
-        assert contents(out) == before
-    for name in ("checkpoint-2", "checkpoint-4"):
-        shutil.rmtree(out / name)
-    before = contents(out)
-    for words in ((), RESUME):
-        assert "holds final of an earlier run; add --overwrite_output_dir true" in fail(path, *words)
-    assert contents(out) == before
-
-
 @pytest.mark.parametrize("save_steps", [3, 100], ids=["checkpoint", "final"])
 def test_overwriting_replaces_the_first_run_by_a_result(finished_run, save_steps):
     path, out = finished_run
