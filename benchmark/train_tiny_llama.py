@@ -37,11 +37,11 @@ MIN_CHARACTERS = 100 * CONTEXT
 LIMIT = "above 0 and at most 1e15", lambda value: 0 < value <= 1e15
 
 
-def read_texts(folder: Path, name: str) -> list[str]:
-    with require_file(folder / name, "--corpus_dir").open("rb") as file:
-        texts = [text for _, text in read_rows(file, folder / name, flag="--corpus_dir", parse=text_of_row)]
+def read_texts(path: Path) -> list[str]:
+    with require_file(path, "--corpus_dir").open("rb") as file:
+        texts = [text for _, text in read_rows(file, path, flag="--corpus_dir", parse=text_of_row)]
     if sum(map(len, texts)) < MIN_CHARACTERS:
-        raise ValueError(f"--corpus_dir: {str(folder / name)!r} has fewer than {MIN_CHARACTERS} characters; give more")
+        raise ValueError(f"--corpus_dir: {str(path)!r} has fewer than {MIN_CHARACTERS} characters; give more")
     return texts
 
 
@@ -90,7 +90,7 @@ def main() -> None:
 
     for name in ("num_tokens", "max_minutes", "learning_rate"):
         check_limit(f"--{name}", getattr(args, name), LIMIT)
-    texts, of_validation = (read_texts(args.corpus_dir, name) for name in ("train.jsonl", "validation.jsonl"))
+    texts, of_validation = (read_texts(args.corpus_dir / f"{name}.jsonl") for name in ("train", "validation"))
     some = [texts[i] for i in generator.permutation(len(texts))[:3000]]
     tokenizer = train_byte_tokenizer(some, vocab_size=VOCAB_SIZE, context=CONTEXT)
     ids = tokenize(tokenizer, texts)

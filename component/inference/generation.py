@@ -201,11 +201,17 @@ def generate_texts(
     input_ids = [[pad_id] * num_pads + list(ids) for num_pads, ids in zip(padding, prompts, strict=True)]
     input_ids = torch.tensor(input_ids, device=model.device)
     mask = torch.tensor([[0] * num_pads + [1] * (width - num_pads) for num_pads in padding], device=model.device)
-    with torch.inference_mode():
-        model.generate(
-            input_ids=input_ids, attention_mask=mask, generation_config=config, past_key_values=past_key_values,
-            stopping_criteria=StoppingCriteriaList([AnswerStreams(streams, width, stop_event)]),
-        )  # fmt: skip
+    try:
+        with torch.inference_mode():
+            model.generate(
+                input_ids=input_ids, attention_mask=mask, generation_config=config, past_key_values=past_key_values,
+                stopping_criteria=StoppingCriteriaList([AnswerStreams(streams, width, stop_event)]),
+            )  # fmt: skip
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        text = f"{model.config.name_or_path!r} gives probabilities that are not finite, so no token can be drawn"
+        raise ValueError(f"model_name_or_path: {text}; give --dtype bf16 or fp32, or a model that is whole") from error
     answers = []
     for stream, prompt_ids in zip(streams, prompts, strict=True):
         stream.put([], is_end=True)

@@ -20,7 +20,7 @@ from longqlora.model.base import embedding_names
 from longqlora.model.library_internals import lora_scale
 from longqlora.model.saved_folder import save_config
 from longqlora.model.weight_files import read_weights
-from longqlora.reading import COUNT, NONE, NUMBER, NUMBERS, SWITCH, TEXT, TEXTS, check_kinds, reading
+from longqlora.reading import COUNT, COUNTS, NONE, NUMBER, NUMBERS, SWITCH, TEXT, TEXTS, check_kinds, reading
 from longqlora.settings.config import MAX_RANK
 
 UPSTREAM_EXTRA_WEIGHTS = "trainable_params.bin"
@@ -40,6 +40,7 @@ CONFIG_KINDS = {
     "base_model_name_or_path": (TEXT, NONE), "r": (RANK,), "lora_alpha": (NUMBER, NONE), "use_rslora": (SWITCH,),
     "alpha_pattern": (NUMBERS, NONE), "rank_pattern": (RANKS, NONE), "target_modules": (TEXTS, TEXT, NONE),
     "modules_to_save": (TEXTS, NONE), "ensure_weight_tying": (SWITCH,), "lora_dropout": (NUMBER, NONE),
+    "alora_invocation_tokens": (COUNTS, NONE),
 }  # fmt: skip
 # Initialisations that also change the base weights, so that the adapter does not fit the base as it is stored.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import save_tiny_model, sentences, tiny_config
 from damage import FILE_DAMAGES, mutated, outcome
-from model_folders import edit_json, make_adapter
+from model_folders import edit_json, edit_weights, make_adapter
 from rigged_model import load_script, run_main_of
 from safetensors.torch import load_file, save_file
 from training_process import train
@@ -250,6 +250,15 @@ def test_a_checkpoint_of_another_run_is_refused(changes, word, root, boundaries,
     config, _ = load_extended_config(settings)
     model, _ = check_model(settings, config, needs_weights=True)
     assert outcome(lambda: resume_point(settings, model), CHECKPOINT, word) != "ran"
+
+
+def test_a_model_that_gives_no_probabilities_is_refused_when_it_samples(copied):
+    folder = copied("model")
+    edit_weights(folder / "model.safetensors", lambda weights: {name: w * float("nan") for name, w in weights.items()})
+    loaded = load_for_inference(str(folder))
+    sample = GenerationOptions(max_new_tokens=2, seed=0)
+    words = ("model_name_or_path", "not finite", "--dtype")
+    assert outcome(lambda: generate_text(loaded.model, loaded.tokenizer, [1, 5], sample), *words) != "ran"
 
 
 @pytest.mark.parametrize("words", ["script/inference/chat.py", "script/inference/inference.py --prompt_file -"])

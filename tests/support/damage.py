@@ -100,7 +100,7 @@ def mutate_value(value, rng: random.Random):
         start = (rng.choice(tops),) if tops else ()
         place = rng.choice(places(value[start[0]], start) if start else [()])
         if not place:
-            return rng.choice(ODD_VALUES)
+            return copy.deepcopy(rng.choice(ODD_VALUES))
         parent = value
         for key in place[:-1]:
             parent = parent[key]
@@ -112,9 +112,9 @@ def mutate_value(value, rng: random.Random):
         elif kind == 2 and isinstance(parent[key], int | float) and abs(parent[key]) < 1e15:
             parent[key] = rng.choice([-parent[key], parent[key] * 10**9, parent[key] + 0.5, str(parent[key])])
         elif kind == 3:
-            parent[key] = [parent[key], parent[key]]
+            parent[key] = [parent[key], copy.deepcopy(parent[key])]
         else:
-            parent[key] = rng.choice(ODD_VALUES)
+            parent[key] = copy.deepcopy(rng.choice(ODD_VALUES))
     return value
 
 
