@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import save_tiny_model, sentences, tiny_config
+from conftest import REPO, save_tiny_model, sentences, tiny_config
 from damage import FILE_DAMAGES, mutated, outcome
 from model_folders import edit_json, edit_weights, make_adapter
 from rigged_model import load_script, run_main_of
@@ -268,6 +268,27 @@ def test_closed_stdin(words, root, monkeypatch, capsys):
     flags += ["--model_name_or_path", str(root / "model")]
     code, _, error = run_main_of(load_script(script), flags, monkeypatch, capsys)
     assert code == 2 and error.startswith("error: standard input is closed"), error
+
+
+CORPORA = {
+    "missing": (None, "no file at"), "no text": ('{"a": 1}\n', "line 1"), "little": ('{"text": "a"}\n', "give more"),
+    "no JSON": ("x\n", "line 1"), "a folder": ("", "no file at"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text,word", CORPORA.values(), ids=CORPORA)
+def test_a_corpus_that_is_none(text, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(REPO / "benchmark")
+    if text:
+        (tmp_path / "train.jsonl").write_text(text)
+    elif text == "":
+        (tmp_path / "train.jsonl").mkdir()
+    words = ["--corpus_dir", tmp_path, "--output_dir", tmp_path.with_name("trained")]
+    script = load_script("benchmark/train_tiny_llama.py")
+    code, _, error = run_main_of(script, words, monkeypatch, capsys)
+    assert code == 2 and error.startswith("error: --corpus_dir: ") and word in error, error
+    code, _, error = run_main_of(script, [*words, "--num_tokens", "nan"], monkeypatch, capsys)
+    assert code == 2 and error.startswith("error: --num_tokens: nan"), error
 
 
 # Boundary, what it is given, and the file of JSON, or of YAML, that is mutated.
