@@ -73,7 +73,7 @@ def main() -> None:
     if args.dry_run:
         return dry_run(settings, arguments, empty_model, tokenizer, plan, notices)
 
-    run = start_run(settings, arguments, notices, mechanisms=asdict(plan.policy))
+    run = start_run(settings, arguments, empty_model, notices, mechanisms=asdict(plan.policy))
     size, is_packed = settings.parallel.sequence_parallel_size, settings.data.is_packed
     train_dataset, eval_dataset = build_datasets(tokenizer, settings.data, log=run.log, seed=arguments.seed)
     for row in train_dataset.select(range(min(NUM_SHOWN, len(train_dataset)))):

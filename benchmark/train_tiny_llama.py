@@ -22,17 +22,27 @@ from small_llama import random_llama, save_model, scheduled_steps, take_step, tr
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from longqlora.cli import run_main
+from longqlora.cli import require_file, run_main
+from longqlora.data.jsonl import read_rows
+from longqlora.data.row import text_of_row
 from longqlora.device import cpu_has_bf16
 from longqlora.files import partial_name
 from longqlora.outputs import OutputFolder, check_outputs
+from longqlora.settings.config import check_limit
 
 CONTEXT, VOCAB_SIZE, BATCH_SIZE = 256, 2048, 16
 RECORD = "training.json"
+# A token of the tokenizer that is trained here has four characters on average; windows of 4 x CONTEXT are read.
+MIN_CHARACTERS = 100 * CONTEXT
+LIMIT = "above 0 and at most 1e15", lambda value: 0 < value <= 1e15
 
 
-def read_texts(file: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in file.open(encoding="utf-8")]
+def read_texts(path: Path) -> list[str]:
+    with require_file(path, "--corpus_dir").open("rb") as file:
+        texts = [text for _, text in read_rows(file, path, flag="--corpus_dir", parse=text_of_row)]
+    if sum(map(len, texts)) < MIN_CHARACTERS:
+        raise ValueError(f"--corpus_dir: {str(path)!r} has fewer than {MIN_CHARACTERS} characters; give more")
+    return texts
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
@@ -78,11 +88,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     generator = np.random.default_rng(args.seed)
 
-    texts = read_texts(args.corpus_dir / "train.jsonl")
+    for name in ("num_tokens", "max_minutes", "learning_rate"):
+        check_limit(f"--{name}", getattr(args, name), LIMIT)
+    texts, of_validation = (read_texts(args.corpus_dir / f"{name}.jsonl") for name in ("train", "validation"))
     some = [texts[i] for i in generator.permutation(len(texts))[:3000]]
     tokenizer = train_byte_tokenizer(some, vocab_size=VOCAB_SIZE, context=CONTEXT)
     ids = tokenize(tokenizer, texts)
-    unseen = tokenize(tokenizer, read_texts(args.corpus_dir / "validation.jsonl"))
+    unseen = tokenize(tokenizer, of_validation)
     sizes = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 2}
     model = random_llama(tokenizer, **sizes)
     matrices, rest = split_parameters(model)

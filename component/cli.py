@@ -6,7 +6,10 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
+# Characters of an error that anyone reads: the setting comes first, the fix last.
+MAX_LINE = 780
 USER_ERRORS = (ValueError, OSError)
 # --dtype, and the attribute of torch that it names.
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -38,8 +41,9 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of `error` on one line; an `OSError` with its path."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of `error` on one line, an `OSError` with its path; long ones without their middle."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < MAX_LINE else f"{text[:540]} [...] {text[-200:]}"
 
 
 def require_file(path: str | os.PathLike, flag: str) -> Path:
@@ -54,6 +58,13 @@ def require_folder(path: str | os.PathLike, flag: str) -> Path:
     if not Path(path).is_dir():
         raise ValueError(f"{flag}: no folder at {str(path)!r}; give the path of an existing folder")
     return Path(path)
+
+
+def require_stdin() -> TextIO:
+    """sys.stdin, which Python leaves out of a process that was started without one."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; give a terminal, a pipe, a file, or < /dev/null")
+    return sys.stdin
 
 
 def require_extra(module: str, package: str, *, extra: str) -> None:

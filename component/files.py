@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
+from longqlora.reading import cause_of
+
 
 def partial_name(path: Path) -> Path:
     """The temporary name beside `path` (same file system, so that the rename is atomic)."""
@@ -82,10 +84,12 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def read_json(path: str | os.PathLike, flag: str = "file") -> dict[str, Any]:
     """The JSON object in a file; `flag` names the option that gave it, for the error."""
+    data = Path(path).read_bytes()
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag}: {str(path)!r} is not valid JSON ({error})") from None
+        value = json.loads(data)
+    # Of a number with thousands of digits, and of nesting, json raises errors of their own.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{flag}: {str(path)!r} is not valid JSON ({cause_of(error)}); correct it") from None
     if not isinstance(value, dict):
         raise ValueError(f"{flag}: {str(path)!r} holds no JSON object; give a file that does")
     return value

@@ -10,6 +10,7 @@ from pathlib import Path
 from longqlora.files import read_json
 
 RECORD_NAME = "run_record.json"
+MAX_PROCESSES = 2**20
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "datasets", "tokenizers")
 
 
@@ -66,6 +67,7 @@ def has_form_of_record(record: dict) -> bool:
     arguments = record.get("arguments")
     if not isinstance(arguments, dict):
         return False
-    num_processes = record.get("world_size", 1)
-    sections = (*arguments.values(), record.get("data_sha256", {}))
-    return all(isinstance(x, dict) for x in sections) and isinstance(num_processes, int) and num_processes > 0
+    num_processes, hashes = record.get("world_size", 1), record.get("data_sha256", {})
+    has_sections = all(isinstance(section, dict) for section in (*arguments.values(), hashes))
+    has_hashes = has_sections and all(isinstance(value, str) for value in hashes.values())
+    return has_hashes and type(num_processes) is int and 0 < num_processes <= MAX_PROCESSES

@@ -24,6 +24,9 @@ PLAIN_MARKDOWN = {"strip": ["a", "img"], "escape_asterisks": False, "escape_unde
 DRM_FILE = "META-INF/encryption.xml"
 # Scrambled fonts stand there too, and are no obstacle to reading the text.
 ENCRYPTED_CHAPTER = re.compile(rb"""URI=["'][^"']+\.x?html?["']""", re.I)
+MAX_DEPTH = 10_000
+TAG = re.compile(rb"<(/?)([a-zA-Z][\w:-]*)[^<>]*?(/?)>")
+EMPTY_ELEMENTS = (b"area", b"base", b"br", b"col", b"hr", b"img", b"input", b"link", b"meta", b"source", b"wbr")
 # Also U+0002, which PDFium writes for the hyphen of a word that the end of a line divides, and soft hyphens.
 INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060\ufeff\ufffe]")
 
@@ -75,14 +78,28 @@ def read_epub(data: bytes) -> str:
             is_protected = DRM_FILE in archive.namelist() and ENCRYPTED_CHAPTER.search(archive.read(DRM_FILE))
             if is_protected or any(member.flag_bits & 1 for member in members):
                 raise ValueError("encrypted or copy-protected (DRM); use an open copy")
+            for member in members:
+                if member.filename.lower().endswith(("html", "htm")):
+                    check_depth(archive.read(member))
     except (zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"damaged or no EPUB ({error}); get it again") from None
     # The first paragraph lists the metadata.
     return read_markup(data, "EpubConverter").partition("\n\n")[2]
 
 
+def check_depth(markup: bytes) -> None:
+    """Raise ValueError where elements are nested so deep that the parser, quadratic in it, takes minutes."""
+    depth = 0
+    for tag in TAG.finditer(markup):
+        is_end, name, is_closed = tag[1], tag[2].lower(), tag[3]
+        depth = max(0, depth - 1) if is_end else depth + (not is_closed and name not in EMPTY_ELEMENTS)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"its elements are nested more than {MAX_DEPTH:,} deep; save it as text")
+
+
 def read_markup(data: bytes, converter: str = "HtmlConverter") -> str:
     """The text of HTML, as Markdown, by a converter of markitdown."""
+    check_depth(data)
     require_extra("markitdown", "markitdown", extra="web")
     from markitdown import StreamInfo, converters
 

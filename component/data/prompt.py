@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
-
+from longqlora.reading import cause_of, reading, time_limit
 from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE, IGNORE_INDEX, PROMPT_TEMPLATES
 
 # Which roles may follow each; a conversation starts as behind a system message.
@@ -24,6 +23,9 @@ TOOL_KEYS = ("tool_calls", "tool_call_id")
 CHAT_TEMPLATE = "chat_template"
 # Characters of a document that a tokenizer gets at once: it takes more than 100 bytes for each.
 MAX_PIECE, MAX_BATCH, LINE_START = 2**22, 256, re.compile(r"\n(?=\S)")
+# A template writes words around messages, tools twice at most; those of models take milliseconds. Seconds are those of
+# up to a million characters, which are tokenised as well.
+MAX_TEMPLATE_SECONDS, MAX_TEMPLATE_GROWTH, MIN_TEMPLATE_LIMIT = 10, 16, 2**17
 DEFAULT_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -224,12 +226,26 @@ def apply_chat_template(
     # Newer transformers can keep text that spells a control token as text.
     if "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters:
         options["sanitize_control_tokens"] = True
-    try:
-        ids = tokenizer.apply_chat_template(messages, **options)
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+    ids = rendered(tokenizer, messages, **options)
     bos = bos_ids(tokenizer)
     return ids if ids[: len(bos)] == bos else bos + ids
+
+
+def rendered(tokenizer: Any, messages: list[dict], **options: Any) -> Any:
+    """`tokenizer.apply_chat_template`. A template is a program that came with the model: what it raises, and one that
+    does not end or writes without end, is a ValueError."""
+    name = "the tokenizer's chat template"
+    try:
+        num_given = len(json.dumps([messages, options.get("tools")], default=str))
+        seconds = MAX_TEMPLATE_SECONDS * (1 + num_given // 10**6)
+        with time_limit(seconds, f"it takes longer than {seconds} s"):
+            made = tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:
+        fix = "correct chat_template in the tokenizer's folder, the conversation, or give another prompt_template"
+        raise ValueError(f"{name} refuses this conversation ({cause_of(error)}); {fix}") from error
+    if len(made) > MAX_TEMPLATE_GROWTH * num_given + MIN_TEMPLATE_LIMIT:
+        raise ValueError(f"{name} makes {len(made):,} tokens or characters of {num_given:,} characters; correct it")
+    return made
 
 
 def encode_chat_template_for_training(
@@ -258,7 +274,7 @@ def check_rendered(tokenizer: Any, messages: list[dict], tools: list | None) -> 
     parts += [("calls of tools", call["function"]["name"]) for x in messages for call in x.get("tool_calls", ())]
     if not parts and not tools:
         return
-    render = partial(tokenizer.apply_chat_template, messages, tokenize=False)
+    render = partial(rendered, tokenizer, messages, tokenize=False)
     text = render(tools=tools)
     # As it stands, or as JSON.
     as_json = partial(json.dumps, ensure_ascii=False)
@@ -271,10 +287,11 @@ def check_rendered(tokenizer: Any, messages: list[dict], tools: list | None) -> 
 
 def generation_mask(tokenizer: Any, messages: list[dict], tools: list | None, ids: list[int]) -> list[bool] | None:
     """Which of `ids` the template marks as the assistant's; None where it marks nothing or other ids."""
-    template = tokenizer.get_chat_template(tools=tools)
+    with reading("prompt_template", CHAT_TEMPLATE, "give another prompt_template"):
+        template = tokenizer.get_chat_template(tools=tools)
     if not tokenizer.is_fast or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
         return None
-    marked = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+    marked = rendered(tokenizer, messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
     num_added = len(ids) - len(marked["input_ids"])
     if num_added < 0 or ids[num_added:] != marked["input_ids"] or ids[:num_added] != bos_ids(tokenizer)[:num_added]:
         return None

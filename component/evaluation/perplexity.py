@@ -25,7 +25,7 @@ PROTOCOLS = ("longlora", "stride")
 MAX_BLOCKS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Window:
     """Tokens start .. start + length - 1; those from offset `score_from` (>= 1) on are scored."""
 

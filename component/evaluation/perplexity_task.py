@@ -6,6 +6,8 @@ logits of a whole window never exist. The protocols are in perplexity.py; a tria
 Dimensions: B batch, S sequence, V vocabulary.
 """
 
+import base64
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -132,7 +134,9 @@ class Windows:
 
     def summarize(self, results: Sequence[Mapping]) -> dict:
         """The numbers of one length from the results of all of its trials."""
-        return summarize(self.plan(results[0]["length"]), [loss for result in results for loss in result["losses"]])
+        losses = [loss for result in results for loss in result["losses"]]
+        for_reading = [{**loss, "block_totals": array("d", base64.b64decode(loss["block_totals"]))} for loss in losses]
+        return summarize(self.plan(results[0]["length"]), for_reading)
 
 
 def window_loss(window: Window, nll: np.ndarray, hits: np.ndarray, seq_len: int) -> dict:
@@ -141,7 +145,8 @@ def window_loss(window: Window, nll: np.ndarray, hits: np.ndarray, seq_len: int)
     scored = np.zeros(seq_len - 1)
     scored[first : len(nll)] = nll[first:]
     starts = np.array(position_blocks(seq_len)[:-1]) - 1
-    block_totals = np.add.reduceat(scored, starts).tolist()
+    # As text, a third of what a list of numbers takes: the results of all windows stay in memory until the end.
+    block_totals = base64.b64encode(np.add.reduceat(scored, starts)).decode()
     return {"total": float(scored.sum()), "block_totals": block_totals, "num_correct": int(hits[first:].sum())}
 
 
@@ -162,7 +167,7 @@ class Perplexity(Task):
         settings = dict(vars(self.windows))
         data = settings.pop("data")
         data.check_ids(source.config.get_text_config().vocab_size)
-        self.settings = {**settings, "data_sha256": data.sha256}
+        self.settings = {**settings, "data_sha256": data.sha256, "block_totals": "base64"}
         lengths = list(dict.fromkeys(self.lengths or [source.context_size]))
         source.warn_beyond_context(lengths)
         return [self.windows.trials(length) for length in lengths]

@@ -21,6 +21,7 @@ MASS = "above 0 and at most 1", lambda value: 0 < value <= 1
 POSITIVE = "above 0", lambda value: 0 < value < math.inf
 SEED = "between 0 and 2**63 - 1", lambda value: 0 <= value < 2**63
 TEXTS = "free of empty text, which would stop before the first token", lambda value: "" not in value
+MAX_NEW_TOKENS = 2**24
 # Tokens of the prompt that are decoded along with the answer.
 NUM_PROMPT_TOKENS_DECODED = 4
 
@@ -33,7 +34,7 @@ class GenerationOptions(Section):
     reproducible by itself. `stop` strings end the text and are not part of it.
     """
 
-    max_new_tokens: int = key(256, "longest answer in tokens (default: %(default)s)", at_least(1))
+    max_new_tokens: int = key(256, "longest answer in tokens (default: %(default)s)", at_least(1, MAX_NEW_TOKENS))
     temperature: float = key(0.35, "0 means greedy (default: %(default)s)", TEMPERATURE)
     top_p: float = key(0.9, "nucleus mass (default: %(default)s)", MASS)
     top_k: int = key(0, "most likely tokens to choose from, 0 for no limit (default: %(default)s)", at_least(0))
@@ -135,6 +136,9 @@ def end_token_ids(model, tokenizer) -> list[int]:
     """Ids that end an answer: those of the model's generation config and the tokenizer's EOS."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
+    if not all(token_id is None or isinstance(token_id, int) for token_id in ids):
+        name = f"generation_config.json of {model.config.name_or_path!r}"
+        raise ValueError(f"model_name_or_path: {name} has eos_token_id {configured!r:.100}, no token ids; correct it")
     return sorted({token_id for token_id in [*ids, tokenizer.eos_token_id] if token_id is not None})
 
 
@@ -197,11 +201,17 @@ def generate_texts(
     input_ids = [[pad_id] * num_pads + list(ids) for num_pads, ids in zip(padding, prompts, strict=True)]
     input_ids = torch.tensor(input_ids, device=model.device)
     mask = torch.tensor([[0] * num_pads + [1] * (width - num_pads) for num_pads in padding], device=model.device)
-    with torch.inference_mode():
-        model.generate(
-            input_ids=input_ids, attention_mask=mask, generation_config=config, past_key_values=past_key_values,
-            stopping_criteria=StoppingCriteriaList([AnswerStreams(streams, width, stop_event)]),
-        )  # fmt: skip
+    try:
+        with torch.inference_mode():
+            model.generate(
+                input_ids=input_ids, attention_mask=mask, generation_config=config, past_key_values=past_key_values,
+                stopping_criteria=StoppingCriteriaList([AnswerStreams(streams, width, stop_event)]),
+            )  # fmt: skip
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        text = f"{model.config.name_or_path!r} gives probabilities that are not finite, so no token can be drawn"
+        raise ValueError(f"model_name_or_path: {text}; give --dtype bf16 or fp32, or a model that is whole") from error
     answers = []
     for stream, prompt_ids in zip(streams, prompts, strict=True):
         stream.put([], is_end=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from longqlora.attention.binding import bind_inference_attention
 from longqlora.distributed import local_device, print_notice, world_size
@@ -16,9 +16,11 @@ from longqlora.model.base import check_vocabulary, default_dtype, is_slow_on_cpu
 from longqlora.model.context import context_length, copy_context, resolve_config, tokenizer_source
 from longqlora.model.context_request import ContextRequest
 from longqlora.model.weight_files import check_base
+from longqlora.reading import reading
 from longqlora.run_record import software_versions
 
 FILES_THAT_DECIDE = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PACKAGES_THAT_DECIDE = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -60,6 +62,10 @@ def load_weights(
     if device.type == "cpu" and is_slow_on_cpu(dtype):
         print_notice(f"this CPU has no {str(dtype).removeprefix('torch.')} arithmetic; fp32 is many times faster")
     model = load_model(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device_map or device, **trust)
+    # Flags and options say how to generate; of the model's own settings only the ids that end an answer count.
+    with reading("model_name_or_path", base, "correct it", part="generation_config.json of "):
+        ids = {name: getattr(model.generation_config, name) for name in SPECIAL_IDS}
+        model.generation_config = GenerationConfig(**ids)
     attention = bind_inference_attention(model)
     if adapter:
         config.vocab_size = num_embeddings

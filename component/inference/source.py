@@ -63,11 +63,7 @@ def read_source(
     from longqlora.model.context import context_length, resolve_config, tokenizer_source
 
     trust = {"trust_remote_code": trust_remote_code}
-    try:
-        base, config = resolve_config(model_name_or_path, adapter_name_or_path, context, **trust)
-        # Prompts may be longer than the context, about which the tokenizer would warn.
-        tokenizer = load_tokenizer(tokenizer_source(base, adapter_name_or_path), model_max_length=10**12, **trust)
-    except OSError as error:
-        # The hub's own message need not say which name it could not find.
-        raise ValueError(f"cannot load {model_name_or_path or adapter_name_or_path!r}: {error}") from None
+    base, config = resolve_config(model_name_or_path, adapter_name_or_path, context, **trust)
+    # Prompts may be longer than the context, about which the tokenizer would warn.
+    tokenizer = load_tokenizer(tokenizer_source(base, adapter_name_or_path), model_max_length=10**12, **trust)
     return ModelSource(tokenizer, config, base, adapter_name_or_path, context_length(config), trust_remote_code)

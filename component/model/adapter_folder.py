@@ -20,6 +20,8 @@ from longqlora.model.base import embedding_names
 from longqlora.model.library_internals import lora_scale
 from longqlora.model.saved_folder import save_config
 from longqlora.model.weight_files import read_weights
+from longqlora.reading import COUNT, COUNTS, NONE, NUMBER, NUMBERS, SWITCH, TEXT, TEXTS, check_kinds, reading
+from longqlora.settings.config import MAX_RANK
 
 UPSTREAM_EXTRA_WEIGHTS = "trainable_params.bin"
 FLAG = "adapter_name_or_path"
@@ -30,6 +32,15 @@ PLAIN_LORA = {
     "use_qalora": False, "alora_invocation_tokens": None, "trainable_token_indices": None, "layer_replication": None,
     "target_parameters": None, "use_bdlora": None, "arrow_config": None, "kasa_config": None, "velora_config": None,
     "monteclora_config": None,
+}  # fmt: skip
+RANK = f"a whole number up to {MAX_RANK:,}", lambda value: type(value) is int and 0 < value <= MAX_RANK
+RANKS = "a mapping to such ranks", lambda value: isinstance(value, dict) and all(map(RANK[1], value.values()))
+# What we read of adapter_config.json, and what PEFT takes as it stands.
+CONFIG_KINDS = {
+    "base_model_name_or_path": (TEXT, NONE), "r": (RANK,), "lora_alpha": (NUMBER, NONE), "use_rslora": (SWITCH,),
+    "alpha_pattern": (NUMBERS, NONE), "rank_pattern": (RANKS, NONE), "target_modules": (TEXTS, TEXT, NONE),
+    "modules_to_save": (TEXTS, NONE), "ensure_weight_tying": (SWITCH,), "lora_dropout": (NUMBER, NONE),
+    "alora_invocation_tokens": (COUNTS, NONE),
 }  # fmt: skip
 # Initialisations that also change the base weights, so that the adapter does not fit the base as it is stored.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -49,7 +60,9 @@ def read_adapter_config(folder: str | Path) -> dict:
     path = require_folder(folder, FLAG) / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{FLAG}: {str(folder)!r} has no {CONFIG_NAME}; give the folder of a saved adapter")
-    return read_json(path, FLAG)
+    values = read_json(path, FLAG)
+    check_kinds(values, CONFIG_KINDS, f"{FLAG}: {str(path)!r}")
+    return values
 
 
 def base_model_of(folder: str | Path) -> str:
@@ -85,9 +98,12 @@ def adapter_vocabulary(folder: str | Path, model: PreTrainedModel) -> int:
     LongLoRA grows them by tokens it adds. Raises ValueError where the adapter has fewer than the base, or many more."""
     own, path = model.config.vocab_size, Path(folder) / "config.json"
     weights = read_adapter_weights(folder, device="meta") | read_extra_weights(folder, device="meta")
-    rows = {n: weight.shape[0] for n, weight in weights.items() if base_weight_name(n) in embedding_names(model)}
+    ends = [(base_weight_name(name), name) for name, weight in weights.items() if weight.ndim]
+    rows = {name: len(weights[name]) for base, name in ends if base in embedding_names(model)}
     if path.is_file():
-        rows["config.json"] = read_json(path, FLAG).get("vocab_size", own)
+        values = read_json(path, FLAG)
+        check_kinds(values, {"vocab_size": (COUNT,)}, f"{FLAG}: {str(path)!r}")
+        rows["config.json"] = values.get("vocab_size", own)
     for name, num_rows in rows.items():
         if not own <= num_rows <= own + MOST_ADDED_TOKENS:
             raise ValueError(
@@ -123,10 +139,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         if name not in own or own[name].shape != weight.shape:
             raise ValueError(f"{UPSTREAM_EXTRA_WEIGHTS}: {name!r} has no place in the base model; wrong base model?")
     model.load_state_dict(extra, strict=False)
-    try:
+    read_adapter_config(folder)
+    with reading(FLAG, folder, "give an adapter of this base model that is whole"):
         peft_model = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{FLAG}: the adapter does not fit the base model ({error})") from None
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
     # PEFT also writes the untrained embeddings of a model whose output layer has LoRA matrices.
     faults = [(name, "has no place in the base model") for name in saved - expected - peft_model.state_dict().keys()]
@@ -148,7 +163,8 @@ class LoraUpdate:
     @property
     def shape(self) -> list[int]:
         """Of the weight that it fits; empty where the two matrices do not fit each other."""
-        return [self.b.shape[0], self.a.shape[1]] if self.a.shape[0] == self.b.shape[1] else []
+        fits = self.a.ndim == self.b.ndim == 2 and self.a.shape[0] == self.b.shape[1]
+        return [self.b.shape[0], self.a.shape[1]] if fits else []
 
 
 @dataclass
@@ -188,7 +204,9 @@ def read_updates(folder: str | Path, names: dict[str, str]) -> AdapterUpdates:
             if a is None or b is None:
                 lacking = "A" if a is None else "B"
                 raise ValueError(f"{FLAG}: no lora_{lacking} for '{module}.weight'; is the adapter complete?")
-            lora[f"{module}.weight"] = LoraUpdate(a, b, lora_scale(config, module, rank=a.shape[0]))
+            with reading(FLAG, folder, "is it whole?"):
+                scale = lora_scale(config, module, rank=len(a))
+            lora[f"{module}.weight"] = LoraUpdate(a, b, scale)
         elif "lora_" in key:
             raise ValueError(f"{FLAG}: cannot merge {key!r}; only LoRA on linear layers is supported")
         else:
@@ -205,5 +223,5 @@ def check_plain_lora(config: dict) -> None:
     if more:
         value = config[more[0]]
         raise ValueError(f"{FLAG}: cannot merge an adapter with {more[0]} = {value!r}; convert it to plain LoRA first")
-    if not isinstance(config.get("lora_alpha"), int | float):
+    if config.get("lora_alpha") is None:
         raise ValueError(f"{FLAG}: adapter_config.json has no lora_alpha; is it a LoRA adapter?")

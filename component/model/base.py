@@ -6,11 +6,9 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -29,6 +27,7 @@ from longqlora.attention.model_internals import stock_attention
 from longqlora.device import cpu_has_bf16
 from longqlora.distributed import print_notice
 from longqlora.model.library_internals import drop_kernels, keep_4bit_weights_trainable, save_under_own_names
+from longqlora.reading import COUNT, MAPPING, NONE, POSITIVE, TEXT, check_kinds, reading
 from longqlora.settings.config import Settings
 
 # Forms of quantised weights whose kernels come from installed packages; for others transformers may ask the hub.
@@ -40,6 +39,16 @@ TEXT_NAMES = {
     r"^language_model\.model\.": "model.",
     r"^model\.language_model\.": "model.",
 }
+
+# A model of more layers or experts would be built for minutes, on the meta device too.
+FEW = "a whole number from 1 to 2,000", lambda value: type(value) is int and 1 <= value <= 2000
+# What a config.json says, beyond what transformers checks of it.
+CONFIG_KINDS = {
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "vocab_size"), (POSITIVE,)), "num_hidden_layers": (FEW,),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (FEW, NONE)),
+    "head_dim": (POSITIVE, NONE), "quantization_config": (MAPPING, NONE),
+}  # fmt: skip
+TRIAL_TEXT = "Once upon a time."
 
 
 def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -76,13 +85,11 @@ def model_source(name_or_path: str) -> str:
 def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Config of a model folder or hub name. Raises ValueError naming the model where it cannot be read."""
     source = model_source(name_or_path)
-    try:
+    with reading("model_name_or_path", name_or_path, "correct it, or give another model", part="config.json of "):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # Values of a wrong kind reach transformers' checks, which raise types of their own, and plain Python.
-        text = str(error) if isinstance(error, OSError | ValueError) else f"config.json cannot be read ({error!r})"
-        raise ValueError(f"model_name_or_path: {name_or_path!r}: {text}") from None
     config = text_config(config, name_or_path)
+    found = {name: getattr(config, name) for name in CONFIG_KINDS if hasattr(config, name)}
+    check_kinds(found, CONFIG_KINDS, f"model_name_or_path: config.json of {name_or_path!r}")
     if getattr(config, "max_position_embeddings", None) is None:
         raise ValueError(f"model_name_or_path: {config.model_type} says no max_position_embeddings in its config.json")
     if getattr(config, "transformers_weights", None):
@@ -175,24 +182,20 @@ def load_model(
     """
     source = model_source(name_or_path)
     is_wrapped = wraps_text_model(source, config)
-    try:
-        # It would list the weights around the text model, one a line.
-        with without_reports(is_silent=is_wrapped):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                key_mapping=TEXT_NAMES if is_wrapped else None,
-                dtype=dtype,
-                quantization_config=quantization_config(dtype) if load_in_4bit else None,
-                device_map=device if device in (None, "auto") else {"": device},
-                trust_remote_code=trust_remote_code,
-                attn_implementation=stock_attention(config),
-                ignore_mismatched_sizes=True,  # named by check_loaded
-                output_loading_info=True,
-            )
-    except (SafetensorError, UnpicklingError, EOFError, ImportError) as error:
-        kind = "cannot be loaded" if isinstance(error, ImportError) else "has weights that cannot be read"
-        raise ValueError(f"model_name_or_path: {name_or_path!r} {kind} ({error})") from None
+    options = {
+        "config": config,
+        "key_mapping": TEXT_NAMES if is_wrapped else None,
+        "dtype": dtype,
+        "quantization_config": quantization_config(dtype) if load_in_4bit else None,
+        "device_map": device if device in (None, "auto") else {"": device},
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": stock_attention(config),
+        "ignore_mismatched_sizes": True,  # named by check_loaded
+        "output_loading_info": True,
+    }
+    # It would list the weights around the text model, one a line.
+    with without_reports(is_silent=is_wrapped), reading("model_name_or_path", name_or_path, "is it whole?"):
+        model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     if is_wrapped:
         info["unexpected_keys"] = text_names(info["unexpected_keys"]).values()
         save_under_own_names(model, TEXT_NAMES)
@@ -230,11 +233,8 @@ def check_loaded(info: dict, model: PreTrainedModel, name: str, *, hint: str = "
 
 def empty_model(config: PretrainedConfig, *, name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of `config` on the meta device, without memory; ValueError, with `name`, where it describes none."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ValueError(f"model_name_or_path: config.json of {name!r} makes no model ({error}); correct it") from None
+    with reading("model_name_or_path", name, "correct it", part="the model of config.json in "), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
 
 
 def embedding_names(model: PreTrainedModel) -> tuple[str, str | None]:
@@ -262,20 +262,27 @@ def routers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
 
 
 def load_tokenizer(
-    name_or_path: str, *, model_max_length: int | None = None, trust_remote_code: bool = False
+    name_or_path: str,
+    *,
+    model_max_length: int | None = None,
+    trust_remote_code: bool = False,
+    flag: str = "model_name_or_path",
 ) -> PreTrainedTokenizerBase:
     """Tokenizer with right padding. A missing pad token becomes UNK or EOS, which is harmless here:
     labels and masks come from lengths, never from comparing ids with the pad id."""
     source = os.path.expanduser(name_or_path)
-    try:
+    with reading(flag, name_or_path, "is it whole?", part="the tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # The tokenizers library raises nothing more special, and none of the messages says which folder.
-        raise ValueError(
-            f"model_name_or_path: the tokenizer of {name_or_path!r} cannot be read ({error!r}); is it whole?"
-        ) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        if not tokenizer.get_vocab():
+            raise ValueError("it has no tokens")
+        # What a damaged one fails at where it is used.
+        tokenizer.decode(tokenizer(TRIAL_TEXT, padding=True)["input_ids"], skip_special_tokens=True)
+    place = f"{flag}: the tokenizer of {name_or_path!r}"
+    check_kinds(vars(tokenizer), {"chat_template": (NONE, TEXT, MAPPING)}, place)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        check_kinds({name: getattr(tokenizer, name)}, {name: (NONE, COUNT)}, place)
     tokenizer.padding_side = "right"
     if model_max_length is not None:
         tokenizer.model_max_length = model_max_length

@@ -4,7 +4,6 @@ Both are written into the config and travel with every saved model: RoPE in `rop
 attention in `dual_chunk_attention_config`, the key and the names of Qwen2.5-1M's configs.
 """
 
-import math
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,13 +18,18 @@ from longqlora.model.adapter_folder import base_model_of
 from longqlora.model.base import load_config
 from longqlora.model.context_request import ContextRequest
 from longqlora.model.rope_scaling import Rope, scale_rope
+from longqlora.reading import cause_of
 from longqlora.settings.config import Settings
 
 # The shortest length that a released model was pretrained with (Llama).
 SHORTEST_PRETRAINING = 2048
 ROPE_KEYS = tuple(field.name for field in fields(Rope))
 # Whatever config.json says of these, in the config itself or a part of it, is a positive number.
-LENGTHS = {*ROPE_KEYS[1:], "rope_theta", "factor", "chunk_size", "local_size"}
+LENGTHS = {
+    *ROPE_KEYS[1:], "rope_theta", "factor", "chunk_size", "local_size", "partial_rotary_factor", "attention_factor",
+    "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor",
+}  # fmt: skip
+LARGEST_LENGTH = 1e15
 # The kind of layers whose RoPE is scaled, where rope_parameters are given by kind (Gemma 3, OLMo 3): of sliding-window
 # layers no distance grows.
 SCALED_LAYERS = "full_attention"
@@ -79,14 +83,16 @@ def check_lengths_of(config: PretrainedConfig) -> None:
     dual_chunk = getattr(config, DUAL_CHUNK_KEY, None) or {}
     source = f"model_name_or_path: config.json of {config.name_or_path!r}"
     if not isinstance(dual_chunk, dict):
-        raise ValueError(f"{source} has {DUAL_CHUNK_KEY} {dual_chunk!r}, not its sizes; correct it")
+        raise ValueError(f"{source} has {DUAL_CHUNK_KEY} {dual_chunk!r:.200}, not its sizes; correct it")
     rope = vars(rope_of(config))
+    if not isinstance(rope["rope_parameters"], dict):
+        raise ValueError(f"{source} has rope_parameters {rope['rope_parameters']!r:.200}, not its settings; correct it")
     parts = {"": rope, "rope_parameters.": rope["rope_parameters"], f"{DUAL_CHUNK_KEY}.": dual_chunk}
     for part, values in parts.items():
         for name in {*values} & LENGTHS:
             value = values[name]
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise ValueError(f"{source} has {part}{name} {value!r}, no positive number; correct it")
+            if value is not None and not (isinstance(value, int | float) and 0 < value < LARGEST_LENGTH):
+                raise ValueError(f"{source} has {part}{name} {value!r:.200}, no positive number; correct it")
 
 
 def complete_lengths(config: PretrainedConfig) -> None:
@@ -169,9 +175,9 @@ def extend_rope(
     try:
         # What transformers would refuse when it loads or saves the config.
         config.validate_rope()
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:
         kind = f"{config.model_type} takes no RoPE of type {parameters['rope_type']}"
-        raise ValueError(f"rope_type: {kind} ({error}); use ntk, or theta") from None
+        raise ValueError(f"rope_type: {kind} ({cause_of(error)}); use ntk, or theta") from error
     factor = parameters.get("factor")
     how = f"{parameters['rope_type']} x{factor:g}" if factor else f"base {parameters['rope_theta']:g}"
     return f"context {scaled.original_length} -> {target} tokens, RoPE {how}"

@@ -33,7 +33,7 @@ def read_weights(file: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
     except Exception as error:
         # What torch adds from its second sentence on is advice to load the file without weights_only.
         cause = str(error).split(". ")[0] or "it is empty"
-        raise ValueError(f"{str(file)!r} cannot be read as weights ({cause}); is the file complete?") from None
+        raise ValueError(f"{str(file)!r} cannot be read as weights ({cause}); is the file complete?") from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{str(file)!r} cannot be read as weights (it holds something else); give saved weights")
     return weights

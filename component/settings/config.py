@@ -30,6 +30,7 @@ DEFAULT_PROMPT_TEMPLATE = "vicuna_v1.1"
 # pack: rows in which documents attend to those before them.
 JOIN = "join"
 MAX_PASSES = 1000
+MAX_RANK, MAX_WORKERS, MAX_BATCH_SIZE, MAX_STEPS, MAX_EPOCHS = 2**16, 512, 2**20, 10**9, 10**6
 # org/name[:split] of the hub, and no path of a file that is not there.
 HUB_NAME = re.compile(r"(?!.*\.(jsonl?|parquet|csv|txt|bin|gz|zip|zst)(:|$))[\w.-]+/[\w.-]+(:[\w.%:+\[\]-]+)?")
 
@@ -41,8 +42,10 @@ def one_of(choices: Sequence) -> Limit:
     return f"one of {', '.join(choices)}", lambda value: value in choices
 
 
-def at_least(least: int) -> Limit:
-    return f"a whole number of at least {least}", lambda value: type(value) is int and value >= least
+def at_least(least: int, most: int = 2**31 - 1) -> Limit:
+    """`most`: above what any machine holds, so that a slip of the keyboard allocates nothing."""
+    text = f"a whole number of at least {least} and at most {most:,}"
+    return text, lambda value: type(value) is int and least <= value <= most
 
 
 MSCALE_CHOICES = (
@@ -57,12 +60,16 @@ UNSUPPORTED = {
     "use_liger_kernel": "the loss is computed in chunks without it",
 }  # fmt: skip
 LIMITS = {name: limit for names, limit in {
-    "learning_rate warmup_steps weight_decay max_grad_norm adam_epsilon logging_steps save_steps eval_steps "
-    "dataloader_num_workers": ("0 or more", lambda value: value >= 0),
-    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit": at_least(1),
+    "learning_rate warmup_steps weight_decay max_grad_norm adam_epsilon logging_steps save_steps eval_steps":
+        ("0 or more", lambda value: value >= 0),
+    "dataloader_num_workers": at_least(0, MAX_WORKERS),
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps": at_least(1, MAX_BATCH_SIZE),
+    "save_total_limit": at_least(1),
+    "num_train_epochs": (f"at most {MAX_EPOCHS:,}", lambda value: value <= MAX_EPOCHS),
     "adam_beta1 adam_beta2": PART,
     "seed data_seed": ("in [0, 2**32)", lambda value: 0 <= value < 2**32),
-    "max_steps": ("positive, or -1 for whole epochs", lambda value: value == -1 or value > 0),
+    "max_steps":
+        (f"positive, up to {MAX_STEPS:,}, or -1 for whole epochs", lambda value: value == -1 or 0 < value <= MAX_STEPS),
     "metric_for_best_model": ("measured; use eval_loss", lambda value: value in ("loss", "eval_loss")),
     "hub_strategy": ("end: final/ alone is uploaded, after training", lambda value: value == "end"),
     "lr_scheduler_kwargs activation_checkpointing_kwargs gradient_checkpointing_kwargs":
@@ -163,7 +170,7 @@ class AdapterConfig(Section):
     """Which weights are trained."""
 
     finetuning_type: str = key("qlora", "qlora (4-bit base), lora (16-bit base) or full", one_of(FINETUNING_TYPES))
-    lora_rank: int = key(64, "rank of the LoRA matrices", at_least(1))
+    lora_rank: int = key(64, "rank of the LoRA matrices", at_least(1, MAX_RANK))
     lora_alpha: float = key(16, "LoRA scale: the update is alpha / rank * B A", ("positive", lambda value: value > 0))
     lora_dropout: float = key(0.05, "dropout on the input of the LoRA matrices", PART)
     target_modules: str | None = key(None, "comma-separated names of linear layers; default: all but the output layer")
@@ -246,7 +253,7 @@ class DataConfig(Section):
         f"tokenizer has one, else {DEFAULT_PROMPT_TEMPLATE}.",
         one_of(PROMPT_TEMPLATES),
     )
-    preprocessing_num_workers: int = key(1, "Processes that tokenise.", at_least(1))
+    preprocessing_num_workers: int = key(1, "Processes that tokenise.", at_least(1, MAX_WORKERS))
     data_cache_dir: str | None = key(None, "Folder for tokenised files; default: the Hugging Face datasets cache.")
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ import yaml
 from transformers import TrainingArguments
 
 from longqlora.device import cpu_has_bf16
+from longqlora.reading import cause_of
 from longqlora.settings.config import HUB_NAME, SECTIONS, Notice, Settings, warning
 from longqlora.settings.deepspeed import complete_deepspeed, offloads
 
@@ -41,6 +42,7 @@ RENAMED = {
 # Names without a successor: what they switched is now always so, or decided by the machine.
 REMOVED = ("save_safetensors", "fp16_backend", "half_precision_backend", "fp16_opt_level", "use_mps_device", "use_ipex")
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+MAX_YAML_BYTES, MAX_YAML_VALUES = 2**20, 100_000
 KIND_NAMES = {
     bool: "true or false", int: "a whole number", float: "a finite number", str: "text", dict: "a mapping",
     list: "a list",
@@ -66,12 +68,21 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ValueError with the file and, where known, the line."""
+    text = path.read_bytes()
+    if len(text) > MAX_YAML_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_YAML_BYTES:,} bytes; give `key: value` lines as in train_args/")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        loader = UniqueKeyLoader(text.decode("utf-8-sig"))
+        node = loader.get_single_node()
+        if (num_values := expanded_size(node, {})) > MAX_YAML_VALUES:
+            raise ValueError(f"its aliases stand for {num_values:.3g} values, more than {MAX_YAML_VALUES:,}")
+        values = loader.construct_document(node) if node else None
+    # PyYAML lets errors of Python through, from dates and numbers that are none.
+    except Exception as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path} line {mark.line + 1}" if mark else str(path)
-        raise ValueError(f"{place}: not valid YAML in UTF-8 ({getattr(error, 'problem', error)}); correct it") from None
+        cause = getattr(error, "problem", None) or cause_of(error)
+        raise ValueError(f"{place}: not valid YAML in UTF-8 ({cause}); correct it") from error
     if not isinstance(values, dict):
         found = "is empty" if values is None else f"holds {KIND_NAMES.get(type(values), 'a single value')}"
         raise ValueError(f"{path}: {found}; give `key: value` lines as in train_args/")
@@ -79,6 +90,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if odd is not None:
         raise ValueError(f"{path}: key {odd!r} is no name; give `key: value` lines")
     return values
+
+
+def expanded_size(node: yaml.Node | None, known: dict[yaml.Node, int]) -> int:
+    """Values that `node` stands for, each alias counted with all that it names; `known`: those of nodes before."""
+    if node not in known:
+        children = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+        children = node.value if isinstance(node, yaml.SequenceNode) else children
+        known[node] = 1 + sum(expanded_size(child, known) for child in children)
+    return known[node]
 
 
 def read_overrides(words: list[str]) -> dict[str, str]:

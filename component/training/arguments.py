@@ -1,6 +1,7 @@
 """transformers' TrainingArguments of a run: built once, checked at once, and joined to the other processes later."""
 
 import os
+import reprlib
 import warnings
 
 import torch
@@ -8,6 +9,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from longqlora.distributed import world_size
+from longqlora.reading import cause_of
 from longqlora.settings.config import Settings
 
 
@@ -48,8 +50,8 @@ def build_arguments(settings: Settings) -> RunArguments:
             warnings.simplefilter("ignore", FutureWarning)
             # What is pushed, and when, is hub.py's.
             arguments = RunArguments(**{**settings.training, "push_to_hub": False})
-    except (ValueError, TypeError, KeyError, RuntimeError, ImportError, OSError) as error:
-        raise ValueError(f"training settings: {error}") from None
+    except Exception as error:
+        raise ValueError(f"training settings: {cause_of(error)}") from error
     check_buildable(arguments)
     if arguments.deepspeed and (mismatches := arguments.hf_deepspeed_config.mismatches):
         pairs = "; ".join(text.removeprefix("- ds ").replace(" vs hf ", " but ") for text in mismatches)
@@ -62,14 +64,15 @@ def check_buildable(arguments: TrainingArguments) -> None:
     needs_model = arguments.optim.split("_")[0] in ("galore", "apollo", "lomo", "adalomo")
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
-    except (ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if isinstance(error, ImportError) or not needs_model:
             extra = f" with optim_args {arguments.optim_args!r}" if arguments.optim_args else ""
             name = f"{arguments.optim.value!r}{extra}"
-            raise ValueError(f"optim: {name} cannot be used ({error}); use adamw_torch") from None
+            raise ValueError(f"optim: {name} cannot be used ({cause_of(error)}); use adamw_torch") from error
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule, extra = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
     try:
         get_scheduler(schedule, optimizer, 1, 10, scheduler_specific_kwargs=extra)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"lr_scheduler_type: {schedule.value!r} with lr_scheduler_kwargs {extra!r}: {error}") from None
+    except Exception as error:
+        name = f"{schedule.value!r} with lr_scheduler_kwargs {reprlib.repr(extra)}"
+        raise ValueError(f"lr_scheduler_type: {name}: {cause_of(error)}") from error

@@ -37,7 +37,7 @@ def dry_run(
 ) -> None:
     """Train a small copy of `model`, which is on the meta device, for a step, and print what a run would do."""
     data = describe_data(settings, arguments, tokenizer, plan) if is_main_process() else []
-    _, on_start = resume_point(settings)
+    _, on_start = resume_point(settings, model)
     with warnings.catch_warnings():
         # PEFT and we ask transformers for things by their former names.
         warnings.simplefilter("ignore", FutureWarning)

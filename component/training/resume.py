@@ -4,20 +4,28 @@ A file of torch.save is a pickle, which can name any function to be called when 
 files with weights_only=True; DeepSpeed 0.19 does not, so torch is told to for the whole process.
 """
 
+import copy
 import os
+import random
 import re
 from collections import ChainMap
 from importlib import import_module
 from pathlib import Path
-from pickle import UnpicklingError
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import TrainerState
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import PreTrainedModel, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from longqlora.data.source import joint_content, sources_of
 from longqlora.distributed import is_main_process, world_size
+from longqlora.files import read_json
+from longqlora.model.adapter import attach_adapter
+from longqlora.model.adapter_folder import read_adapter_weights
+from longqlora.model.weight_files import check_weights
+from longqlora.reading import COUNT, MAPPING, NONE, NUMBER, ROWS, TEXT, check_kinds, reading
 from longqlora.run_record import read_run_record
 from longqlora.settings.config import CHANGES_NO_LOSS, DataConfig, Notice, Settings, warning
 from longqlora.settings.deepspeed import zero_stage
@@ -32,6 +40,22 @@ DEEPSPEED_CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
+OPTIMIZER = "optimizer.pt"
+# Of trainer_state.json; grad_norm is nan after a step that fp16 skips.
+NEEDED_STATE = ("global_step", "log_history")
+STATE_KINDS = {
+    "global_step": (COUNT,), "max_steps": (COUNT,), "num_train_epochs": (COUNT,), "epoch": (NUMBER, NONE),
+    "num_input_tokens_seen": (COUNT,), "total_flos": (NUMBER,), "train_batch_size": (COUNT, NONE),
+    "log_history": (ROWS,), "best_metric": (NUMBER, NONE), "best_global_step": (COUNT, NONE),
+    "best_model_checkpoint": (TEXT, NONE), "stateful_callbacks": (MAPPING,),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (NUMBER, NONE)),
+}  # fmt: skip
+LOG_KINDS = {
+    "step": (COUNT,),
+    "epoch": (NUMBER, NONE),
+    **dict.fromkeys(("loss", "eval_loss", "train_runtime"), (NUMBER,)),
+}
+SCHEDULE_KINDS = {"last_epoch": (COUNT,), "_step_count": (COUNT,)}
 FLAG, FIX = "resume_from_checkpoint", "resume from another checkpoint, or start from the beginning"
 
 
@@ -69,10 +93,11 @@ def choose_start(settings: Settings) -> Path | None:
     return start
 
 
-def resume_point(settings: Settings) -> tuple[Path | None, list[Notice]]:
+def resume_point(settings: Settings, model: PreTrainedModel) -> tuple[Path | None, list[Notice]]:
     """The checkpoint that a run starts from, or None, and notices: that it does, and what changed since then.
 
-    Raises ValueError for a checkpoint that cannot be resumed, or where output_dir holds another run.
+    model: that of the run, on the meta device. Raises ValueError for a checkpoint that cannot be resumed, or is of
+    another model or trains others of its weights, and where output_dir holds another run.
     """
     checkpoint = choose_start(settings)
     if checkpoint is None:
@@ -80,6 +105,7 @@ def resume_point(settings: Settings) -> tuple[Path | None, list[Notice]]:
         return None, [Notice(f"no checkpoint in {output_dir!r} to resume from: starting from the beginning")]
     facts = {"world_size": world_size(), "data_sha256": data_hashes(settings.data)}
     changes = check_resumable(checkpoint, settings.as_dict(), **facts)
+    check_weights_fit(checkpoint, model, settings)
     return checkpoint, [Notice(f"resuming from {checkpoint}"), *map(warning, changes)]
 
 
@@ -98,6 +124,12 @@ def check_resumable(checkpoint: Path, arguments: dict, *, world_size: int, data_
     if record is None:
         return [f"{checkpoint} has no run record: its settings cannot be compared with the present ones"]
     old, old_hashes = dict(ChainMap(*record["arguments"].values())), record.get("data_sha256", {})
+    # Paged or fused, it keeps the same state.
+    names = [str(values.get("optim") or "adamw_torch") for values in (old, new)]
+    optimizers = [name.removeprefix("paged_").removesuffix("_fused") for name in names]
+    if optimizers[0] != optimizers[1] and not new.get("deepspeed"):
+        text = f"optim was {names[0]!r} and is now {names[1]!r}, which cannot go on from its state"
+        raise ValueError(f"{FLAG}: {checkpoint}: {text}; give optim as it was, or start from the beginning")
     for key in data_sha256.keys() & old_hashes.keys():
         # The content of a file counts, not its path.
         old[key], new[key] = (f"{new[key]} of SHA-256 {x[key][:12]}" for x in (old_hashes, data_sha256))
@@ -114,13 +146,7 @@ def check_contents(checkpoint: Path, settings: dict, *, num_processes: int) -> N
 
     settings: of the run that resumes; num_processes: of the run that wrote it. Raises ValueError naming the file.
     """
-    try:
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-        is_valid = isinstance(state.global_step, int) and all(isinstance(entry, dict) for entry in state.log_history)
-    except (ValueError, TypeError, AttributeError):
-        is_valid = False
-    if not is_valid:
-        raise ValueError(f"{FLAG}: {checkpoint / TRAINER_STATE} is damaged; {FIX}")
+    check_trainer_state(checkpoint)
     missing = [name for name in needed_files(checkpoint, settings, num_processes) if not any(checkpoint.glob(name))]
     if missing:
         lack = f"{checkpoint} lacks {', '.join(missing).replace('*', '')}, without which the losses would differ"
@@ -128,6 +154,60 @@ def check_contents(checkpoint: Path, settings: dict, *, num_processes: int) -> N
     for file in sorted(checkpoint.rglob("*")):
         if file.suffix == ".safetensors" or (file.suffix in PICKLES and file.name != NEVER_READ):
             check_file(file)
+    for name, check in STATE_CHECKS.items():
+        for file in checkpoint.glob(name):
+            with reading(FLAG, file, FIX), safe_globals():
+                # Of an optimizer the values stay on the disk.
+                of_optimizer = {"map_location": "meta", "mmap": True} if name == OPTIMIZER else {"map_location": "cpu"}
+                check(torch.load(file, weights_only=True, **of_optimizer))
+
+
+def check_trainer_state(checkpoint: Path) -> None:
+    """Refuse a trainer_state.json that the trainer could not go on from."""
+    path = checkpoint / TRAINER_STATE
+    values, place = read_json(path, FLAG), f"{FLAG}: {path}"
+    check_kinds({name: values.get(name) for name in NEEDED_STATE} | values, STATE_KINDS, place)
+    for entry in values["log_history"]:
+        check_kinds({"step": None, **entry}, LOG_KINDS, f"{place}, log_history")
+    with reading(FLAG, path, FIX):
+        state = TrainerState.load_from_json(str(path))
+        TrainerControl.from_state(state.stateful_callbacks.get("TrainerControl", TrainerControl().state()))
+    if re.fullmatch(r"checkpoint-\d+", checkpoint.name) and checkpoint.name != f"checkpoint-{state.global_step}":
+        raise ValueError(f"{place} is of step {state.global_step}, not of {checkpoint.name}; {FIX}")
+
+
+def check_random_state(state: dict) -> None:
+    random.Random().setstate(state["python"])
+    np.random.RandomState().set_state(state["numpy"])
+    torch.Generator().set_state(state["cpu"])
+
+
+def check_optimizer_state(state: dict) -> None:
+    if not isinstance(state["state"], dict) or not any(group["params"] for group in state["param_groups"]):
+        raise ValueError("it holds no state of an optimizer")
+
+
+def check_schedule(state: dict) -> None:
+    check_kinds({"last_epoch": state["last_epoch"]}, {"last_epoch": (COUNT,)}, "its schedule")
+    if not all(map(NUMBER[1], state.get("base_lrs", []))):
+        raise ValueError("its learning rates are no numbers")
+
+
+def check_weights_fit(checkpoint: Path, model: PreTrainedModel, settings: Settings) -> None:
+    """Refuse a checkpoint that holds other weights than this run trains: of another model, rank or choice of layers."""
+    if settings.adapter.finetuning_type == "full":
+        check_weights(checkpoint, model, copy.deepcopy(model.config))
+        return
+    with torch.device("meta"):
+        peft_model = attach_adapter(copy.deepcopy(model), settings.adapter)
+    own = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    saved = read_adapter_weights(checkpoint, device="meta")
+    for name in sorted(own.keys() | saved.keys()):
+        shapes = [list(weights[name].shape) if name in weights else "no such weight" for weights in (saved, own)]
+        if shapes[0] != shapes[1]:
+            text = f"{checkpoint} has for {name!r} {shapes[0]}, this run {shapes[1]}"
+            keys = "model_name_or_path, lora_rank, target_modules, train_embedding and train_norm"
+            raise ValueError(f"{FLAG}: {text}; give {keys} as they were, or start from the beginning")
 
 
 def needed_files(checkpoint: Path, settings: dict, num_processes: int) -> list[str]:
@@ -164,12 +244,16 @@ def check_file(file: Path) -> None:
         else:
             with safe_globals():
                 unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - set(DEEPSPEED_CLASSES)
-    except (SafetensorError, ValueError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
+    except Exception as error:
         reason = str(error).split(".")[0] or type(error).__name__
-        raise ValueError(f"{FLAG}: {file} is damaged or cannot be read ({reason}); {FIX}") from None
+        raise ValueError(f"{FLAG}: {file} is damaged or cannot be read ({reason}); {FIX}") from error
     if unsafe:
         names = ", ".join(sorted(unsafe))
         raise ValueError(f"{FLAG}: {file} would run {names}; delete it if you do not know who made it, and {FIX}")
+
+
+# What is read of the files of a run without DeepSpeed, which would fail as the trainer does; with the errors of that.
+STATE_CHECKS = {OPTIMIZER: check_optimizer_state, "scheduler.pt": check_schedule, "rng_state*.pth": check_random_state}
 
 
 def load_without_code(*, uses_deepspeed: bool) -> None:

@@ -12,7 +12,7 @@ from typing import IO
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from longqlora.device import GIB
 from longqlora.distributed import barrier, is_main_process, set_single_process_environment, world_size
@@ -100,12 +100,15 @@ class Run:
             self.log(f"uploaded {upload(final, self.repository, self.settings.training)}")
 
 
-def start_run(settings: Settings, arguments: RunArguments, notices: list[Notice], **facts) -> Run:
-    """Join the other processes, decide where to resume, open the log and write the run record with `facts`."""
+def start_run(
+    settings: Settings, arguments: RunArguments, model: PreTrainedModel, notices: list[Notice], **facts
+) -> Run:
+    """Join the other processes, decide where to resume, open the log and write the run record with `facts`; `model` on
+    the meta device, as `check_model` gives it."""
     started = time.time()
     output_dir, uses_deepspeed = settings.training["output_dir"], settings.training.get("deepspeed") is not None
     check_unlocked(output_dir)
-    checkpoint, on_start = resume_point(settings)
+    checkpoint, on_start = resume_point(settings, model)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output_dir) / "tensorboard"))
     os.environ.setdefault("WANDB_DIR", output_dir)
     os.environ.setdefault("WANDB_NAME", Path(output_dir).name)

@@ -79,7 +79,7 @@ def main() -> None:
 
     origins = [("python", sysconfig.get_python_version(), "PSF-2.0", stdlib_files())]
     if args.packages:
-        for dist in sorted(metadata.distributions(), key=lambda d: d.metadata["Name"].lower()):
+        for dist in sorted(metadata.distributions(), key=lambda d: str(d.metadata["Name"]).lower()):
             licence = licence_of(dist)
             if PERMISSIVE.search(licence) and not RESTRICTED.search(licence):
                 origins.append((dist.metadata["Name"], dist.version, licence, package_files(dist)))

@@ -88,12 +88,13 @@ def main() -> None:
     check_outputs(outputs, {"--input": [*args.input, *files], "--tokenizer": args.tokenizer})
 
     from tqdm import tqdm
-    from transformers import AutoTokenizer
+
+    from longqlora.model.base import load_tokenizer
 
     source = os.path.expanduser(args.tokenizer)
     if source.startswith((".", "/", "~")):
         require_folder(source, "--tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=args.trust_remote_code, flag="--tokenizer")
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos") if getattr(args, f"add_{name}")}
     for name, token_id in special.items():
         if token_id is None:

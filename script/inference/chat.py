@@ -19,7 +19,7 @@ import sys
 import threading
 from functools import partial
 
-from longqlora.cli import one_line, run_main
+from longqlora.cli import one_line, require_stdin, run_main
 from longqlora.data.documents import FORMAT_LIST, read_document
 from longqlora.inference.arguments import load_from_arguments, parse_generation, source_from_arguments
 from longqlora.inference.chat.session import HELP, ChatSession
@@ -125,10 +125,11 @@ def make_session(args: argparse.Namespace, options: GenerationOptions) -> ChatSe
 
 
 def main() -> None:
-    session = make_session(
-        *parse_generation(__doc__, add_arguments, template=DEFAULT_PROMPT_TEMPLATE, epilog=f"commands:\n{HELP}")
-    )
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    epilog = f"commands:\n{HELP}"
+    args, options = parse_generation(__doc__, add_arguments, template=DEFAULT_PROMPT_TEMPLATE, epilog=epilog)
+    stdin = require_stdin()
+    session = make_session(args, options)
+    stdin.reconfigure(encoding="utf-8", errors="replace")
     sys.stdout.reconfigure(errors="replace")
     for line in read_lines():
         if line.startswith("/"):

@@ -19,7 +19,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from longqlora.cli import require_file, run_main
+from longqlora.cli import require_file, require_stdin, run_main
 from longqlora.data.documents import FORMAT_LIST, read_document, with_documents
 from longqlora.files import decode_utf8
 from longqlora.inference.arguments import load_from_arguments, model_sources, parse_generation, source_from_arguments
@@ -68,7 +68,7 @@ def requested_prompts(args: argparse.Namespace) -> list[dict]:
         return read_prompts(args.input_file, "--input_file")
     prompt, path, flag = args.prompt, args.prompt_file, "--prompt_file"
     if path is not None:
-        data = sys.stdin.buffer.read() if path == "-" else require_file(path, flag).read_bytes()
+        data = require_stdin().buffer.read() if path == "-" else require_file(path, flag).read_bytes()
         prompt = decode_utf8(data, flag, path)
     return [{"prompt": with_documents(prompt, [(path, read_document(path, flag="--file")) for path in args.file])}]
 

@@ -70,7 +70,8 @@ def server_command(args: argparse.Namespace) -> list[str]:
     flags += ["--trust-remote-code"] * args.trust_remote_code
     if server == "vllm":
         flags += ["--max-model-len", str(context_length(config))]
-    address = f"http://{args.host}:{args.port}/v1"
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    address = f"http://{host}:{args.port}/v1"
     print(f"{server} serves {name} with {context_length(config)} tokens on {address}", flush=True)
     if not getattr(load_tokenizer(name, trust_remote_code=args.trust_remote_code), "chat_template", None):
         print("its tokenizer has no chat template: /v1/completions answers, /v1/chat/completions does not", flush=True)

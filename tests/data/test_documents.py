@@ -111,6 +111,8 @@ BAD_FILES = {
     "entity.epub": (epub_bytes({"OPS/book.opf": PACKAGE.format(ENTITY)}), "EntitiesForbidden"),
     "drm.epub": (epub_bytes({"META-INF/encryption.xml": FONTS.replace("font.otf", "text/z.xhtml")}), "DRM"),
     "images.epub": (epub_bytes(EMPTY_CHAPTERS), "it is empty"),
+    "deep.html": (b"<div>" * 20_000 + b"deep", "nested more than 10,000 deep; save it as text"),
+    "deep.epub": (epub_bytes({"OPS/text/z.xhtml": "<i>" * 20_000}), "nested more than 10,000 deep"),
     "latin.txt": ("naïve".encode("latin-1"), "not UTF-8 text .* at byte 2.*save it as UTF-8, or give one of pdf, epub"),
     "image.png": (b"\x89PNG\r\n\x1a\n\0\0", "not UTF-8 text"),
     "zeros": (b"ab\0cd", "not a text file"),

@@ -140,7 +140,7 @@ def test_a_model_that_is_spread_is_the_same_model(tiny_model_dir, tmp_path, monk
 
 
 BAD_OPTIONS = {
-    "max_new_tokens": [0], "temperature": [-0.1, float("nan"), float("inf")], "top_p": [0, 1.1], "top_k": [-1],
+    "max_new_tokens": [0, 10**18], "temperature": [-0.1, float("nan"), float("inf")], "top_p": [0, 1.1], "top_k": [-1],
     "repetition_penalty": [0], "seed": [-1, 2**64], "stop": [("",)],
 }  # fmt: skip
 

@@ -119,8 +119,8 @@ FAULTS = {
     ),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ["adapter_name_or_path"]),
     "weights by another name": (says(transformers_weights="other.safetensors"), ["transformers_weights"]),
-    "a length in quotes": (says(max_position_embeddings="64"), ["config.json cannot be read", "max_position_embed"]),
-    "an unknown dtype": (says(dtype="float17"), ["config.json cannot be read"]),
+    "a length in quotes": (says(max_position_embeddings="64"), ["config.json of", "max_position_embed"]),
+    "an unknown dtype": (says(dtype="float17"), ["config.json of", "cannot be read"]),
     "an empty tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer of", "base", "is it whole"]),
     "tokenizer settings in a list": (
         lambda f: (f / "tokenizer_config.json").write_text("[]"), ["tokenizer of", "base", "is it whole"]

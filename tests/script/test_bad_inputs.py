@@ -33,7 +33,11 @@ VALUES = [
     ("adam_beta2", 1, "[0, 1)"), ("learning_rate", ".nan", "finite"), ("learning_rate", -1e-4, "0 or more"),
     ("max_steps", 0, "-1"), ("max_steps", -5, "positive"), ("gradient_accumulation_steps", 0, "at least 1"),
     ("seed", -1, "2**32"), ("seed", 2**70, "2**32"), ("warmup_ratio", 3, "[0, 1)"), ("max_seq_length", 1, "at least 2"),
-    ("group_size_ratio", 0, "(0, 1]"), ("group_size_ratio", 2, "(0, 1]"),
+    ("lora_rank", 10**18, "at most 65,536"), ("max_steps", 1e30, "up to 1,000,000,000"),
+    ("num_train_epochs", 1e12, "at most 1,000,000"), ("dataloader_num_workers", 10_000, "at most 512"),
+    ("preprocessing_num_workers", 10_000, "at most 512"), ("gradient_accumulation_steps", 10**9, "at most"),
+    ("per_device_train_batch_size", 10**9, "at most 1,048,576"), ("max_seq_length", 10**18, "at most"),
+    ("tile_size", 10**400, "at most"), ("group_size_ratio", 0, "(0, 1]"), ("group_size_ratio", 2, "(0, 1]"),
     ("sequence_parallel_size", 0, "at least 1"), ("tile_size", 0, "at least 1"), ("num_head_chunks", -1, "at least 1"),
     # None of the choices.
     ("finetuning_type", "dora", "qlora"), ("attention", "none-such", "s2, full"), ("rope_type", "spiral", "linear"),
@@ -108,6 +112,8 @@ CHANGES = [
     *(({"model_name_or_path": f"!{name}"}, *words) for name, words in MODELS.items()),
 ]  # fmt: skip
 
+# Each list holds the one before it twice.
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
 # Text of the YAML, and words that the error must have.
 TEXTS = [
     ("", "is empty"), ("# nothing\n", "is empty"), ("- a: 1\n", "list", "key: value"),
@@ -116,6 +122,7 @@ TEXTS = [
     ("deepspeed: {a: 1, a: 2}\n", "'a'", "twice"), ("output_dir: caf\xe9\n".encode("latin-1"), "UTF-8"),
     ("a: 1\n---\nb: 2\n", "line 2"), ("a: [1, 2\n", "line"), ("8192: 1\n", "8192", "no name"),
     ("on: 1\n", "True", "no name"), ("a: !!python/object:os.system {}\n", "line 1"),
+    (BOMB, "aliases stand for", "100,000"), ("a: &a [*a]\n", "not valid YAML"), ("#" * 2**21, "1,048,576 bytes"),
     ("a: \x00\n", "not valid YAML"), ("run_name: 2024-13-45\n", "not valid YAML"), ("a: " + "[" * 5000, "YAML"),
 ]  # fmt: skip
 
