@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import tokenizers
 import transformers
 
 from longqlora.data.packing import pack, packed_row
-from longqlora.data.prompt import bos_ids, encode_document, encode_for_training, eos_id
+from longqlora.data.prompt import bos_ids, encode_for_training, encode_texts, eos_id
 from longqlora.data.row import conversation_of_row, text_of_row
 from longqlora.data.source import Source, sources_of
 from longqlora.distributed import is_main_process, local_rank, print_notice
@@ -30,6 +30,8 @@ from longqlora.settings.config import IGNORE_INDEX, DataConfig
 # The files beside this one that decide rows.
 CODE = ("columns", "dataset", "jsonl", "packing", "prompt", "row", "source")
 REPORT_NAME = "report.json"
+# Rows that are encoded and written at once: so many, of at most so many bytes in the file.
+ROWS_PER_BATCH, BYTES_PER_BATCH = 256, 2**25
 ROWS_PER_WRITE = 32
 IDS, COUNT = datasets.List(datasets.Value("int32")), datasets.Value("int64")
 
@@ -152,9 +154,10 @@ def build_rows(source: Source, folder: Path, tokenizer: Any, config: DataConfig)
     index = datasets.Dataset.from_dict(source.places())
     rows = cached_map(
         index,
-        partial(encode_row, source=source, tokenizer=tokenizer, config=config),
+        partial(encode_rows, source=source, tokenizer=tokenizer, config=config),
         folder / "documents.arrow",
         {"num_tokens": COUNT, "form": datasets.Value("string")},
+        batch_size=rows_per_batch(index),
         num_workers=min(config.preprocessing_num_workers, len(index)),
         desc=f"Tokenising {Path(source.name).name}",
     )
@@ -203,11 +206,23 @@ def build_rows(source: Source, folder: Path, tokenizer: Any, config: DataConfig)
 
 
 def cached_map(
-    rows: datasets.Dataset, function: Callable, file: Path, more: dict[str, Any], *, num_workers: int = 1, desc: str
+    rows: datasets.Dataset,
+    function: Callable,
+    file: Path,
+    more: dict[str, Any],
+    *,
+    batch_size: int | None = None,
+    num_workers: int = 1,
+    desc: str,
 ) -> datasets.Dataset:
-    """`rows.map(function)` to ids, labels and `more` columns, kept in `file`, or in one for each worker beside it."""
+    """`rows.map(function)` to ids, labels and `more` columns, kept in `file`, or in one for each worker beside it.
+
+    batch_size: rows that `function` gets at once; None gives it one by one.
+    """
     return rows.map(
         function,
+        batched=batch_size is not None,
+        batch_size=batch_size,
         remove_columns=rows.column_names,
         features=datasets.Features({"input_ids": IDS, "labels": IDS, "num_predicted": COUNT, **more}),
         cache_file_name=str(file),
@@ -215,45 +230,65 @@ def cached_map(
         # The name of the folder tells all that decides the rows, so the function itself need not be hashed.
         new_fingerprint=hashlib.sha256(str(file).encode()).hexdigest()[:32],
         num_proc=num_workers if num_workers > 1 else None,
-        writer_batch_size=ROWS_PER_WRITE,
+        writer_batch_size=batch_size or ROWS_PER_WRITE,
         desc=desc,
     )
 
 
-def encode_row(place: dict[str, int], *, source: Source, tokenizer: Any, config: DataConfig) -> dict[str, Any]:
-    """Ids and labels of the row at `place` of `source`; both empty where it has nothing to predict.
+def rows_per_batch(index: datasets.Dataset) -> int:
+    """As many rows of an index as stay within BYTES_PER_BATCH, whichever they are."""
+    if "size" not in index.column_names:
+        return ROWS_PER_WRITE
+    return max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH // max(1, pc.max(index.data["size"]).as_py())))
+
+
+def encode_rows(
+    places: dict[str, list[int]], *, source: Source, tokenizer: Any, config: DataConfig
+) -> dict[str, list[Any]]:
+    """Columns of the rows at `places` of `source`; ids and labels are empty where a row has nothing to predict.
 
     num_tokens: of the whole row, before max_seq_length cuts it; 0 where it has no text or an answer is empty. form: of
     a conversation.
     """
-    form, *columns = source.parsed(place, partial(encode, tokenizer=tokenizer, config=config))
-    ids, labels = (np.array(column, dtype=np.int32) for column in columns)
-    num_tokens = len(ids)
-    # A document that is packed goes on in the next row, a conversation does not. Nothing predicts a first label.
-    if config.sft or not config.pack:
-        num_kept = config.max_seq_length if (labels[1 : config.max_seq_length] != IGNORE_INDEX).any() else 0
-        ids, labels = ids[:num_kept], labels[:num_kept]
-    num_predicted = np.count_nonzero(labels[1:] != IGNORE_INDEX)
-    return {
-        "input_ids": ids, "labels": labels, "num_predicted": num_predicted, "num_tokens": num_tokens, "form": form
-    }  # fmt: skip
-
-
-def encode(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> tuple[str, list[int], list[int]]:
-    """Form, ids and labels of a row: BOS + text + EOS, all of it predicted, or `encode_for_training`'s.
-
-    Both lists are empty for a text without content, and for a conversation with an empty answer, which would teach the
-    model to stop at once.
-    """
+    rows = [dict(zip(places, place, strict=True)) for place in zip(*places.values(), strict=True)]
     if config.sft:
-        form, messages, tools = conversation_of_row(row)
-        answers = [message for message in messages if message["role"] == "assistant"]
-        if not all(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
-            return form, [], []
-        return form, *encode_for_training(tokenizer, messages, template=config.prompt_template, tools=tools)
-    text = text_of_row(row)
-    ids = [*bos_ids(tokenizer), *encode_document(tokenizer, text), eos_id(tokenizer)] if text.strip() else []
-    return "", ids, ids
+        parse = partial(encode_chat, tokenizer=tokenizer, config=config)
+        encoded = (source.parsed(row, parse) for row in rows)
+    else:
+        encoded = encode_documents(tokenizer, [source.parsed(row, text_of_row) for row in rows])
+    columns = {name: [] for name in ("input_ids", "labels", "num_predicted", "num_tokens", "form")}
+    for form, *lists in encoded:
+        ids, labels = (np.asarray(values, dtype=np.int32) for values in lists)
+        num_tokens = len(ids)
+        # A document that is packed goes on in the next row, a conversation does not. Nothing predicts a first label.
+        if config.sft or not config.pack:
+            num_kept = config.max_seq_length if (labels[1 : config.max_seq_length] != IGNORE_INDEX).any() else 0
+            ids, labels = ids[:num_kept], labels[:num_kept]
+        num_predicted = np.count_nonzero(labels[1:] != IGNORE_INDEX)
+        for column, value in zip(columns.values(), (ids, labels, num_predicted, num_tokens, form), strict=True):
+            column.append(value)
+    return columns
+
+
+def encode_chat(row: dict[str, Any], tokenizer: Any, config: DataConfig) -> tuple[str, list[int], list[int]]:
+    """Form, ids and labels of a conversation.
+
+    Both lists are empty for one with an empty answer, which would teach the model to stop at once.
+    """
+    form, messages, tools = conversation_of_row(row)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not all(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
+        return form, [], []
+    return form, *encode_for_training(tokenizer, messages, template=config.prompt_template, tools=tools)
+
+
+def encode_documents(tokenizer: Any, texts: list[str]) -> Iterator[tuple[str, Sequence[int], Sequence[int]]]:
+    """For each text no form, its ids and labels: BOS + text + EOS, all of it predicted; empty for a blank one."""
+    bos, eos = bos_ids(tokenizer), eos_id(tokenizer)
+    for text, ids in zip(texts, encode_texts(tokenizer, texts), strict=True):
+        parts = (bos, ids, [eos]) if text.strip() else ([],)
+        ids = np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+        yield "", ids, ids
 
 
 def settings_key(tokenizer: Any, config: DataConfig) -> str:

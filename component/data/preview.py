@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from longqlora.data.dataset import REPORT_NAME, cache_folder, encode_row, settings_key
+from longqlora.data.dataset import REPORT_NAME, cache_folder, encode_rows, settings_key
 from longqlora.data.packing import pack
 from longqlora.data.source import sources_of
 from longqlora.files import read_json
@@ -61,8 +61,9 @@ def measure(tokenizer: Any, config: DataConfig) -> DataSize:
         # The first rows, then others in an order in which every part of it is spread over the source.
         spread = np.random.default_rng(0).permutation(total)[:NUM_SAMPLED]
         for position in dict.fromkeys([*range(min(NUM_SHOWN, total)), *map(int, spread)]):
-            place = {name: int(column[position]) for name, column in index.items()}
-            row = encode_row(place, source=source, tokenizer=tokenizer, config=config)
+            place = {name: [int(column[position])] for name, column in index.items()}
+            encoded = encode_rows(place, source=source, tokenizer=tokenizer, config=config)
+            row = {name: values[0] for name, values in encoded.items()}
             rows.append((position, len(row["input_ids"])))
             if len(shown) < NUM_SHOWN and len(row["input_ids"]):
                 shown.append(

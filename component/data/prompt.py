@@ -8,9 +8,11 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from longqlora.reading import cause_of, reading, time_limit
 from longqlora.settings.config import DEFAULT_PROMPT_TEMPLATE, IGNORE_INDEX, PROMPT_TEMPLATES
@@ -21,8 +23,10 @@ ROLES = tuple(FOLLOWERS)
 # Of a message, beside "role" and "content".
 TOOL_KEYS = ("tool_calls", "tool_call_id")
 CHAT_TEMPLATE = "chat_template"
-# Characters of a document that a tokenizer gets at once: it takes more than 100 bytes for each.
-MAX_PIECE, MAX_BATCH, LINE_START = 2**22, 256, re.compile(r"\n(?=\S)")
+# Characters of a document that a tokenizer gets at once: it takes more than 100 bytes for each. A document is parted
+# where no tokenizer joins what is before and behind: at the start of a line, and between two words.
+MAX_PIECE, MAX_BATCH = 2**20, 256
+PART = re.compile(r"(?<=\n)(?=\S)|(?<=[^\W\d_])(?=[ 。，、！？；][^\W\d_])")
 # A template writes words around messages, tools twice at most; those of models take milliseconds. Seconds are those of
 # up to a million characters, which are tokenised as well.
 MAX_TEMPLATE_SECONDS, MAX_TEMPLATE_GROWTH, MIN_TEMPLATE_LIMIT = 10, 16, 2**17
@@ -77,25 +81,37 @@ def prompt_template_for(tokenizer: Any, requested: str | None) -> str:
 
 def encode_text(tokenizer: Any, text: str | list[str]) -> list:
     """Ids of `text` alone, or of each of a list: nothing added, and text that spells a special token stays text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    if not tokenizer.is_fast:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    # Without the places of tokens in the text, which transformers asks for: half the time of a short text.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    texts = [text] if isinstance(text, str) else text
+    ids = [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return ids[0] if isinstance(text, str) else ids
 
 
-def encode_document(tokenizer: Any, text: str, *, piece_size: int = MAX_PIECE) -> list[int]:
-    """`encode_text` of a text of any length, in pieces of about `piece_size` characters, each of whole lines.
+def encode_document(tokenizer: Any, text: str, *, piece_size: int = MAX_PIECE) -> np.ndarray:
+    """`encode_text` of a text of any length, in pieces of about `piece_size` characters: int32 [num_tokens].
 
-    A tokenizer joins no letter with the line break before it, so the ids are those of the whole.
+    The ids are those of the whole. Only what has no line or word to part it at for as long again is parted there.
     """
-    ids, start = [], 0
+    ids, start = [np.empty(0, dtype=np.int32)], 0
     while start < len(text):
-        match = LINE_START.search(text, start + piece_size)
-        end = match.end() if match else len(text)
+        nearest, farthest = start + max(1, piece_size), start + 2 * piece_size + 1000
+        match = PART.search(text, nearest, farthest)
+        end = match.start() if match else min(farthest, len(text))
         piece = text[start:end]
-        ids += encode_after(tokenizer, "\n", piece) if start else encode_text(tokenizer, piece)
+        found = encode_after(tokenizer, text[start - 1], piece) if start else encode_text(tokenizer, piece)
+        # A list takes ten times as much.
+        ids.append(np.array(found, dtype=np.int32))
         start = end
-    return ids
+    return np.concatenate(ids)
 
 
-def encode_texts(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+def encode_texts(tokenizer: Any, texts: Iterable[str]) -> Iterator[Sequence[int]]:
     """`encode_document` of each text. A fast tokenizer gets many at a time, which it spreads over the cores."""
     batch: list[str] = []
     for text in itertools.chain(texts, [None]):

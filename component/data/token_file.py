@@ -126,7 +126,7 @@ def write_token_file(
     digest = hashlib.sha256()
     with atomic_file(path, "wb") as file:
         for ids in documents:
-            row = np.asarray([*prefix, *ids, *suffix], dtype=np.int64)
+            row = np.concatenate([np.asarray(part, dtype=np.int64) for part in (prefix, ids, suffix)])
             if len(row) == 0:
                 continue
             bad = np.flatnonzero((row < 0) | (row >= vocab_size))

@@ -12,7 +12,7 @@ import argparse
 import gzip
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from longqlora.cli import require_folder, run_main
@@ -108,7 +108,7 @@ def main() -> None:
                     yield text.replace("\r\n", "\n")
                 bar.update(path.stat().st_size)
 
-    def documents() -> Iterator[list[int]]:
+    def documents() -> Iterator[Sequence[int]]:
         nonlocal num_dropped
         for ids in encode_texts(tokenizer, texts()):
             num_dropped += len(ids) < args.min_tokens

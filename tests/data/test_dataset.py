@@ -80,6 +80,14 @@ def test_special_tokens_that_are_missing_or_the_same(tokenizer, build):
         build(rows)
 
 
+@pytest.mark.parametrize("bound,value", [("ROWS_PER_BATCH", 3), ("BYTES_PER_BATCH", 1), ("BYTES_PER_BATCH", 1000)])
+def test_rows_are_the_same_however_many_are_encoded_at_once(build, tmp_path, monkeypatch, bound, value):
+    rows = texts_of(*documents_of(20), "", " ")
+    expected = build(rows)[0][:]
+    monkeypatch.setattr(dataset_module, bound, value)
+    assert build(rows, data_cache_dir=str(tmp_path / "other"))[0][:] == expected
+
+
 def test_conversations_take_the_template_asked_for(tokenizer, build):
     for name in TURN_TEMPLATES:
         ids, labels = encode_for_training(tokenizer, TURNS, template=name)
@@ -257,10 +265,12 @@ def test_bounds_of_packed_rows(lengths, split, bounds):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The rows that were tokenised."""
-    rows, original = [], dataset_module.encode
-    monkeypatch.setattr(dataset_module, "encode", lambda row, **given: rows.append(row) or original(row, **given))
-    return rows
+    """The texts that were tokenised."""
+    found, original = [], dataset_module.encode_documents
+    monkeypatch.setattr(
+        dataset_module, "encode_documents", lambda tokenizer, texts: found.extend(texts) or original(tokenizer, texts)
+    )
+    return found
 
 
 @pytest.mark.parametrize("packed", [False, True])

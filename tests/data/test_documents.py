@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from longqlora.data.documents import find_files, read_document, with_documents
-from longqlora.data.jsonl import check_data_file
+from longqlora.data.row import text_of_row
+from longqlora.data.source import open_source
 from longqlora.inference import generation
 from longqlora.inference.chat.session import ChatSession
 from longqlora.inference.generation import GenerationOptions
@@ -182,7 +183,7 @@ def test_extract_text(library, run_in_process):
     errors = [row for row in err.splitlines() if row.startswith("error: ")]
     assert len(errors) == 1 and errors[0].startswith("error: broken.pdf: ") and "Traceback" not in err
     assert os.listdir("new") == ["texts.jsonl"]
-    assert check_data_file("new/texts.jsonl", sft=False, flag="train_file") == 4
+    open_source("new/texts.jsonl", "train_file").check(text_of_row)
 
 
 def test_each_file_is_read_once(library, run_in_process):

@@ -132,12 +132,18 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer_and_template):
 LINES = "def f(x):\n\n    return x\n\ttabs \n \nÜber\n(1)\n\n\nend\n" * 40
 
 
+ONE_LINE = "Über uns, the fox 1 jumps  twice. 你好，我们 it's a_b\u3000end 7 days " * 40
+
+
+@pytest.mark.parametrize("text", [LINES, ONE_LINE, "x" * 5000])
 @pytest.mark.parametrize("piece_size", [0, 1, 7, 100, 10_000])
-def test_a_long_document_has_the_ids_of_the_whole(tokenizer, monkeypatch, piece_size):
-    whole, sizes = encode_text(tokenizer, LINES), []
+def test_a_long_document_has_the_ids_of_the_whole(tokenizer, monkeypatch, piece_size, text):
+    whole, sizes = encode_text(tokenizer, text), []
     monkeypatch.setattr(prompt, "encode_text", lambda _, text: sizes.append(len(text)) or encode_text(tokenizer, text))
-    assert encode_document(tokenizer, LINES, piece_size=piece_size) == whole
-    assert max(sizes) <= piece_size + 40 or piece_size == 10_000
+    ids = encode_document(tokenizer, text, piece_size=piece_size).tolist()
+    # What is all one word is cut in it.
+    assert ids == whole or (text[0] == "x" and tokenizer.decode(ids) == text)
+    assert max(sizes) <= (2 * piece_size + 1001 if text[0] == "x" else piece_size + 40) or piece_size == 10_000
 
 
 @pytest.mark.parametrize("limits", [(2**22, 256), (2**22, 3), (60, 256), (1, 1)])
@@ -145,7 +151,8 @@ def test_many_texts_at_a_time_have_the_ids_of_each(tokenizer, monkeypatch, limit
     monkeypatch.setattr(prompt, "MAX_PIECE", limits[0])
     monkeypatch.setattr(prompt, "MAX_BATCH", limits[1])
     texts = ["the fox", "", "</s> a <s>", LINES, *map(str, range(9)), LINES]
-    assert list(encode_texts(tokenizer, iter(texts))) == [encode_text(tokenizer, text) for text in texts]
+    found = [list(ids) for ids in encode_texts(tokenizer, iter(texts))]
+    assert found == [encode_text(tokenizer, text) for text in texts]
     assert list(encode_texts(tokenizer, [])) == []
 
 
@@ -257,6 +264,7 @@ def test_llama2_ids_are_those_of_the_whole_text(shared_data):
     turns = ("<<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST] Hello, you. ", "Bye [/INST] (waves) 7 ")
     expected = [token for turn in turns for token in llama(f"[INST] {turn}</s>").input_ids]
     assert encode_for_training(llama, messages, template="llama2")[0] == expected
-    assert encode_document(llama, LINES, piece_size=50) == encode_text(llama, LINES)
+    for text in (LINES, ONE_LINE):
+        assert encode_document(llama, text, piece_size=50).tolist() == encode_text(llama, text)
     ids = encode_conversation(llama, messages[1:2], template="vicuna_v1.1")
     assert llama.decode(ids[1:]) == f"{DEFAULT_SYSTEM}\nUSER: Hi there\nASSISTANT: "
