@@ -8,7 +8,6 @@ import torch
 import upstream
 import yaml
 from conftest import NUM_STEPS, REPO, ZERO2, sentences
-from datasets import Dataset
 from peft import PeftModel
 from training_process import contents, history_of, losses_of, same_weights, train
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -161,51 +160,3 @@ def test_memory_policies_train_as_the_plain_path_does(write_yaml):
         assert f"memory: layer function, tiles of 64 tokens, {kept}" in log
         assert said in log and "activation_checkpointing has no effect" in log.replace("gradient_", "activation_")
         assert record["mechanisms"]["layer_function"] and record["predicted_memory_gib"] >= 0
-
-
-QUESTION, ANSWER = {"role": "user", "content": "the fox"}, {"role": "assistant", "content": "jumps over"}
-# As their projects release them: the file, a row, and the form that the log names.
-RELEASED = {
-    "LongAlpaca-12k.json": ({"instruction": "a", "output": "b", "input": "", "file": "c d.pdf"}, "Alpaca"),
-    "alpaca_data.json": ({"instruction": "a", "input": "c", "output": "b"}, "Alpaca"),
-    "alpaca_with_text.parquet": ({"instruction": "a", "input": "", "output": "b", "text": "### a\n### b"}, "Alpaca"),
-    "llama_factory.json": (
-        {"instruction": "a", "input": "", "output": "b", "system": "S", "history": [["c", "d"]]},
-        "Alpaca",
-    ),
-    "LongAlign-10k.jsonl": ({"messages": [QUESTION, ANSWER], "length": 9}, "messages"),
-    "openai.jsonl": ({"messages": [{"role": "system", "content": "S"}, QUESTION, {**ANSWER, "weight": 1}]}, "messages"),
-    "no_robots.parquet": (
-        {"prompt": "the fox", "prompt_id": "x", "messages": [QUESTION, ANSWER], "category": "c"},
-        "messages",
-    ),
-    "sharegpt.json": (
-        {"id": "x", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-        "ShareGPT",
-    ),
-    "trl.jsonl": ({"prompt": "a", "completion": " b"}, "prompt/completion"),
-    "trl_messages.jsonl": ({"prompt": [QUESTION], "completion": [ANSWER]}, "prompt/completion"),
-    "chunkllama-long-dialog.jsonl": ({"inputs": ["a", "c"], "outputs": ["b", "d"]}, "ChunkLlama"),
-    "longqlora.jsonl": ({"input": "a", "output": "b"}, "input/output"),
-}
-
-
-def test_data_is_trained_on_as_it_is_released(write_yaml, tmp_path):
-    for name, (row, _) in RELEASED.items():
-        if name.endswith(".parquet"):
-            Dataset.from_list([row, row]).to_parquet(tmp_path / name)
-        else:
-            text = json.dumps([row, row]) if name.endswith(".json") else f"{json.dumps(row)}\n" * 2
-            (tmp_path / name).write_text(text)
-    sources = [str(tmp_path / f"*.{suffix}") for suffix in ("json", "jsonl", "parquet")]
-    changes = {"train_file": sources, "train_file_weights": [1, 0.5, 2], "max_steps": None, "num_train_epochs": 1}
-    lengths = {"model_max_length": 512, "max_seq_length": 512}
-    path, out = write_yaml(sft=True, pack=False, save_strategy="no", **changes, **lengths)
-    train(path)
-    log = (out / "train.log").read_text()
-    for name, (_, form) in RELEASED.items():
-        [line] = [line for line in log.splitlines() if f"train_file: {tmp_path / name}: 2 rows from 2" in line]
-        assert f"form {form}" in line
-    assert "train_file: 22 rows of 12 sources, 1 + 1 + 1 + 1 + 0.5" in log and len(losses_of(out)) == 11
-    record = json.loads((out / "run_record.json").read_text())
-    assert len(record["arguments"]["data"]["train_file"]) == 12 and len(record["data_sha256"]["train_file"]) == 64
