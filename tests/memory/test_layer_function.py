@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.ernie4_5 import modeling_ernie4_5
 
 from longqlora.attention import shift_short
-from longqlora.attention.binding import bind_attention
+from longqlora.attention.binding import bind_attention, set_attention
 from longqlora.memory import adapted_linear, layer_binding
 from longqlora.memory.adapted_linear import keep_mask
 from longqlora.memory.decoder_layer import KINDS, LINEARS, MODEL_TYPES, DecoderLayer, rotate
@@ -110,6 +110,7 @@ MODELS |= {
     "one key/value head": {"num_key_value_heads": 1},
     "as many as heads": {"num_key_value_heads": 4},
     "dual chunk attention": {"attention": "dca"},
+    "windows": {"model_type": "mistral", "attention": "full", "sliding_window": 8},
 }
 
 
@@ -146,6 +147,24 @@ def test_packed_rows_equal_a_mask(documents, attention, num_kv_heads, monkeypatc
     assert_equal(loss_and_gradients(model, inputs), expected, 1e-10)
     monkeypatch.setattr(layer_binding, "call_attention", lambda *args, **kwargs: pytest.fail("through autograd"))
     assert_layers_give(expected, model, inputs)
+
+
+def test_attention_hears_of_the_same_windows_as_in_the_plain_layers():
+    """flash-attn knows them from there alone."""
+    windows = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    model, seen = build("qwen2", "full", **windows), []
+
+    def record(module, query, key, value, attention_mask, **options):
+        seen.append({name: options[name] for name in ("sliding_window", "scaling", "dropout")})
+        return query.transpose(1, 2), None
+
+    set_attention(model.get_base_model(), "recording", record, lambda **options: None)
+    model(**batch())
+    expected = [seen.pop(0), seen.pop(0)]
+    assert [options["sliding_window"] for options in expected] == [8, None] and not seen
+    bind(model)
+    model(**batch())
+    assert seen == expected
 
 
 @pytest.mark.parametrize("hidden", [slice(9, 20), slice(0, 9), slice(-9, None)], ids=["hole", "left", "right"])
