@@ -20,6 +20,7 @@ from transformers.models.ernie4_5 import modeling_ernie4_5
 
 from longqlora.attention import shift_short
 from longqlora.attention.binding import bind_attention, set_attention
+from longqlora.attention.inplace_attention import CausalPattern
 from longqlora.memory import adapted_linear, layer_binding
 from longqlora.memory.adapted_linear import keep_mask
 from longqlora.memory.decoder_layer import KINDS, LINEARS, MODEL_TYPES, DecoderLayer, rotate
@@ -295,11 +296,20 @@ def test_each_type_passes_the_proof(model_type, kind):
     prove_layers(build(model_type, kind=kind), ActivationPolicy(tile_size=5))
 
 
-def test_the_proof_sees_layers_without_rope(monkeypatch):
-    """The fourth of SmolLM3's, as it comes."""
-    model = build("smollm3", num_hidden_layers=4, no_rope_layers=None)
+@pytest.mark.parametrize(
+    "model_type,layers",
+    [
+        # The fourth layer has no RoPE.
+        ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": None}),
+        ("qwen2", {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 2 + ["sliding_attention"],
+                   "use_sliding_window": True, "sliding_window": 8}),
+    ],
+)  # fmt: skip
+def test_the_proof_sees_all_kinds_of_layers(model_type, layers, monkeypatch):
+    model = build(model_type, "full", **layers)
     monkeypatch.setattr(DecoderLayer, "rotate", lambda self, *angles, out: rotate(*angles, out=out))
-    with pytest.raises(ValueError, match="layer_function does not suit smollm3: .*differs from the stock model"):
+    monkeypatch.setattr(layer_binding, "attention_pattern", lambda *_: CausalPattern(None, 4))
+    with pytest.raises(ValueError, match=f"layer_function does not suit {model_type}: .*differs from the stock model"):
         prove_layers(model, ActivationPolicy(tile_size=5))
 
 
