@@ -231,7 +231,8 @@ def models_page(found: dict[str, dict]) -> str:
     rows, others = [], []
     for model_type, row in found.items():
         if "no model" in row or all(row[attention] for attention in ATTENTIONS):
-            others.append((f"`{model_type}`", short(row.get("no model") or row["full"])))
+            reason = "no small model of it is known here" if "no model" in row else short(row["full"])
+            others.append((f"`{model_type}`", reason))
             continue
         cells = ["no" if row[attention] else "yes" for attention in ATTENTIONS]
         rope = "all" if {*row["rope"]} >= {*ROPE_TYPES} else ", ".join(row["rope"]) or "none"
