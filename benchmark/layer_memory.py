@@ -2,12 +2,13 @@
 
     python benchmark/layer_memory.py
     python benchmark/layer_memory.py --shapes 7b 70b --seq_len 16384 --output_file layer.json --plot layer.png
-    python benchmark/layer_memory.py --shapes 7b --model_types llama glm4 olmo2 --seq_len 2048 --tile_size 128
+    python benchmark/layer_memory.py --shapes 7b --model_types llama glm4 olmo2 --seq_len 1024 --tile_size 64
 
 A unit is one 16-bit vector of the hidden size per token (8 KiB at 7B). The layer is scaled down to --hidden_size,
 with the model's own ratios of MLP width, key/value heads and LoRA rank; NF4 base, dropout on, S2-Attn, bf16. Its input
 and the gradient that comes in are counted, as a training step holds them. Unpacked weights do not grow with the
-tokens: "per token" is the slope between half the length and the whole, "in all" the count at --seq_len.
+tokens: "per token" is the slope between half the length and the whole, "in all" the count at --seq_len. For several
+types that is checkpointing and the three policies that have a name.
 """
 
 import argparse
@@ -92,15 +93,15 @@ def live_bytes(config, rank: int, length: int, policy) -> int:
 
 
 def table(results: dict) -> str:
-    rows = [
-        [
-            name,
-            *(f"{sets[name]['units_per_token']:.2f} ({sets[name]['units_in_all']:>6.2f})" for sets in results.values()),
-        ]
-        for name in next(iter(results.values()))
-    ]
-    headers = ["units per token (in all)", *results]
-    return tabulate(rows, headers, tablefmt="plain", colalign=("left", *["right"] * len(results)))
+    """A row for each policy, or where there are more models than policies for each model."""
+    rows = {name: [f"{x['units_per_token']:.2f} ({x['units_in_all']:>6.2f})" for x in sets.values()]
+            for name, sets in results.items()}  # fmt: skip
+    headers = [name.rpartition("tokens, ")[2] for name in next(iter(results.values()))]
+    if len(rows) <= len(headers):
+        rows, headers = dict(zip(headers, zip(*rows.values(), strict=True), strict=True)), list(rows)
+    rows = [[name, *cells] for name, cells in rows.items()]
+    options = {"tablefmt": "plain", "colalign": ("left", *["right"] * len(headers))}
+    return tabulate(rows, ["units per token (in all)", *headers], **options)
 
 
 def plot(results: dict, path: Path) -> None:
@@ -130,12 +131,14 @@ def main() -> None:
 
     from longqlora.files import write_json
     from longqlora.memory.decoder_layer import MODEL_TYPES
-    from longqlora.memory.policy import CANDIDATES, CHECKPOINTED, STOCK
+    from longqlora.memory.policy import CANDIDATES, CHECKPOINTED, POLICIES, STOCK
 
     if unknown := set(args.model_types) - set(MODEL_TYPES):
         raise ValueError(f"--model_types: {', '.join(sorted(unknown))} not known; choose from {', '.join(MODEL_TYPES)}")
     on_cpu = {"tile_size": args.tile_size, "offload_activations": False, "optim": None}
-    sets = list(dict.fromkeys(replace(candidate, **on_cpu) for candidate in (STOCK, CHECKPOINTED, *CANDIDATES)))
+    several = (CHECKPOINTED, *POLICIES.values())
+    candidates = several if len(args.model_types) > 1 else (STOCK, CHECKPOINTED, *CANDIDATES)
+    sets = list(dict.fromkeys(replace(candidate, **on_cpu) for candidate in candidates))
     columns = {" ".join(c if len(args.model_types) > 1 else c[1:]): c for c in product(args.model_types, args.shapes)}
     results: dict = {name: {} for name in columns}
     for name, policy in tqdm(list(product(columns, sets)), desc="sets", leave=False):

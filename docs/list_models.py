@@ -41,8 +41,8 @@ MAMBA = {
 OWN = {
     "gpt_neox": {"head_dim": None},
     **dict.fromkeys(
-        ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash",
-         "minicpm3", "youtu"), LATENT,
+        ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa", "minicpm3",
+         "youtu"), LATENT,
     ),
     **dict.fromkeys(
         ("gemma4_text", "gemma4_unified_text", "gemma3n_text"),
@@ -50,7 +50,11 @@ OWN = {
          "global_head_dim": 32},
     ),
     "deepseek_v2": {**LATENT, "num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "granitemoehybrid": {**MAMBA, "num_local_experts": 0},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    # Layers of two attentions each.
+    "longcat_flash": {**LATENT, "num_layers": 1},
     "mistral": {"sliding_window": None},
     "phi": {},
 }  # fmt: skip
@@ -123,7 +127,8 @@ def tiny_config(model_type: str):
         del values["max_position_embeddings"]
     kinds = values.get("layer_types") or getattr(stock, "layer_types", None) or ["", ""]
     kinds = list(dict.fromkeys(kinds)) * (2 if len(set(kinds)) == 1 else 1)
-    values |= {"num_hidden_layers": len(kinds)} | ({"layer_types": kinds} if kinds[0] else {})
+    values |= {"layer_types": kinds} if kinds[0] else {}
+    values |= {} if "num_layers" in values else {"num_hidden_layers": len(kinds)}
     config = AutoConfig.for_model(model_type, **values)
     shrink(config)
     return config
@@ -216,7 +221,8 @@ def rope_methods(folder: Path) -> list[str]:
 
 def one_line(error: Exception) -> str:
     text = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:300]
+    # The folder has another name each time.
+    return re.sub(r"'/[^']*/model'", "the model", " ".join(text.split()))[:300]
 
 
 def models_page(found: dict[str, dict]) -> str:
@@ -226,7 +232,8 @@ def models_page(found: dict[str, dict]) -> str:
     rows, others = [], []
     for model_type, row in found.items():
         if "no model" in row or all(row[attention] for attention in ATTENTIONS):
-            others.append((f"`{model_type}`", short(row.get("no model") or row["full"])))
+            reason = "no small model of it is known here" if "no model" in row else short(row["full"])
+            others.append((f"`{model_type}`", reason))
             continue
         cells = ["no" if row[attention] else "yes" for attention in ATTENTIONS]
         rope = "all" if {*row["rope"]} >= {*ROPE_TYPES} else ", ".join(row["rope"]) or "none"

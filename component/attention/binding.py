@@ -243,8 +243,11 @@ def attention_pattern(module: torch.nn.Module, attention_mask: torch.Tensor | No
 
 def call_attention(module: torch.nn.Module, attention_mask, query, key, value, **kwargs) -> torch.Tensor:
     """The attention bound to `module`, as its own forward pass would call it; returns [B, S, H, D]."""
-    function = AttentionInterface()[attention_name(module.config)]
-    return function(module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **kwargs)[0]
+    function, config = AttentionInterface()[attention_name(module.config)], module.config
+    # To flash-attn it says the window, which others are told by the mask.
+    window = config.sliding_window if is_local(config, module.layer_idx) else None
+    options = {"dropout": 0.0, "scaling": module.scaling, "sliding_window": window, **kwargs}
+    return function(module, query, key, value, attention_mask, **options)[0]
 
 
 def check_attention(

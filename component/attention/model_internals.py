@@ -41,14 +41,19 @@ def stock_attention(config: PretrainedConfig) -> str:
     return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
 
 
+def takes_checkpointing(config: PretrainedConfig) -> bool:
+    return getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "supports_gradient_checkpointing", True)
+
+
 def attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     """Modules of the decoder that call the attention function; they have `layer_idx`."""
     return [module for module in model.get_decoder().modules() if hasattr(module, "layer_idx")]
 
 
 def rotary_embedding(model: PreTrainedModel) -> torch.nn.Module:
-    """The decoder's RoPE, called with position_ids, with `inv_freq` [R]; raises ValueError where there is none."""
+    """The decoder's RoPE, called with position_ids, with `inv_freq` [R]; ValueError where there is no such one."""
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if not isinstance(getattr(rotary, "inv_freq", None), torch.Tensor):
-        raise ValueError("it has no rotary position embeddings")
+        has = "no rotary position embeddings" if rotary is None else "other rotary position embeddings by kind of layer"
+        raise ValueError(f"it has {has}")
     return rotary

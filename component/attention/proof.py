@@ -34,7 +34,7 @@ LARGEST = {
     "intermediate_size_mlp": 32, "q_lora_rank": 16, "kv_lora_rank": 16,
     # As many experts as a token takes, so that rounding cannot change which.
     "num_experts": 2, "num_local_experts": 2, "n_routed_experts": 2, "moe_num_experts": 2, "num_experts_per_tok": 2,
-    "moe_k": 2, "n_group": 1, "topk_group": 1,
+    "moe_k": 2, "n_group": 1, "topk_group": 1, "zero_expert_num": 0,
     # Shorter than an input, so that a layer without its window shows.
     "sliding_window": 4,
     # The vocabulary is smaller than their ids.

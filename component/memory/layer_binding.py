@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longqlora.attention.binding import attention_pattern, call_attention
+from longqlora.attention.model_internals import is_local
 from longqlora.attention.proof import check_equal, outputs_and_gradients, refusing, tiny_copy, trial_inputs
 from longqlora.device import reuse_freed_memory
 from longqlora.memory.decoder_layer import DecoderLayer, reason_unsupported
@@ -106,10 +107,12 @@ def prove_layers(model: PreTrainedModel | PeftModel, policy: ActivationPolicy) -
     Trained are all weights, or, where `model` has an adapter, norms and the random LoRA matrices of another.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    # Both of SmolLM3's kinds of layers: with RoPE and without.
-    kinds = getattr(base.config, "no_rope_layers", None) or [1]
-    inputs, fix = trial_inputs(), "set layer_function: false"
-    small = tiny_copy(base, num_layers=max(2, *(kinds.index(kind) + 1 for kind in kinds)))
+    config, inputs, fix = base.config, trial_inputs(), "set layer_function: false"
+    # Each kind of layers: with RoPE and without (SmolLM3), with a window and without (Qwen2).
+    turned = getattr(config, "no_rope_layers", None)
+    kinds = [(turned and turned[index], is_local(config, index)) for index in range(config.num_hidden_layers)]
+    num_layers = max(kinds.index(kind) + 1 for kind in kinds)
+    small = tiny_copy(base, num_layers=min(max(2, num_layers), len(kinds)))
     small.set_attn_implementation("sdpa")
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), refusing(base, "layer_function", fix):
         small = (small if base is model else attach_random_adapter(small)).train()

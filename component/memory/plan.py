@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
+from longqlora.attention.model_internals import takes_checkpointing
 from longqlora.device import GIB, free_host_memory, is_out_of_memory, parse_size
 from longqlora.distributed import world_size
 from longqlora.memory.decoder_layer import reason_unsupported
@@ -35,6 +36,9 @@ def plan_memory(settings: Settings, config: PretrainedConfig) -> tuple["MemoryPl
         notices += [Notice(f"memory: auto can take {policy}: {peak:.2f} GiB") for policy, peak in offers.items()]
     policy = plan.fastest(policies)
     plan = replace(plan, policy=policy)
+    if policy.gradient_checkpointing and not takes_checkpointing(config):
+        text = f"{config.model_type} takes neither the layer function nor gradient checkpointing"
+        raise ValueError(f"memory: {text}; leave it out, with gradient_checkpointing: false")
     needed, free, peak = plan.estimate.host, plan.host_capacity, plan.estimate.peak
     if needed > free:
         raise ValueError(

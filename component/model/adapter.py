@@ -68,7 +68,10 @@ def refuse_without_adapter(module: torch.nn.Module, inputs: tuple) -> None:
 def target_module_names(model: PreTrainedModel, requested: str | None) -> list[str]:
     """The LoRA targets: the requested ones, each checked against the model, or all linear layers. Names that PEFT reads
     as the experts' fused weights are left out; requested, they are refused."""
-    available = sorted({name.split(".")[-1] for name in linear_layers(model)})
+    available = sorted({short_name(name) for name in linear_layers(model)})
+    if not available:
+        text = f"{model.config.model_type} has no torch.nn.Linear layers, which LoRA adapts"
+        raise ValueError(f"finetuning_type: {text}; use full, or another model")
     fused = fused_expert_names(model, available)
     if not requested:
         return [name for name in available if name not in fused]
@@ -88,13 +91,13 @@ def frozen_experts_notice(model: PreTrainedModel) -> list[str]:
     """A notice, where `model` has experts, that LoRA leaves them as they are."""
     if not any(parameter.ndim == 3 for parameter in model.parameters()):
         return []
-    names = sorted({name.split(".")[-1] for name in linear_layers(model)} - {*target_module_names(model, None)})
+    names = sorted({short_name(name) for name in linear_layers(model)} - {*target_module_names(model, None)})
     also = f", as do linear layers named {', '.join(names)}, which PEFT takes for them" if names else ""
     return [f"finetuning_type: experts of {model.config.model_type} are no linear layers and stay as they are{also}"]
 
 
 def trained_module_names(model: PreTrainedModel, *, embedding: bool | str, norm: bool) -> list[str]:
-    """Last name parts of the modules that are trained in full. A tied output embedding is left out: it
+    """Short names of the modules that are trained in full. A tied output embedding is left out: it
     follows the input embedding, as it does where LongLoRA trains that alone."""
     wanted = []
     if embedding:
@@ -104,7 +107,18 @@ def trained_module_names(model: PreTrainedModel, *, embedding: bool | str, norm:
     if norm:
         wanted += [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))]
     identities = {id(module) for module in wanted}
-    return sorted({name.split(".")[-1] for name, module in model.named_modules() if id(module) in identities})
+    names = sorted({short_name(name) for name, module in model.named_modules() if id(module) in identities})
+    if in_lists := [name for name in names if "." in name]:
+        text = f"{model.config.model_type} has {in_lists[0]!r} in a list of modules, which PEFT cannot train"
+        raise ValueError(f"train_norm: {text}; set it to false")
+    return names
+
+
+def short_name(name: str) -> str:
+    """The last part of a module's name; in a list (LongCat's norms) the one before too: PEFT would take the number for
+    that of a decoder layer."""
+    parts = name.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
 def trainable_table(model: torch.nn.Module) -> str:

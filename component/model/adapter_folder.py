@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from longqlora.cli import require_folder
 from longqlora.files import read_json
 from longqlora.model.base import embedding_names
-from longqlora.model.library_internals import lora_scale
+from longqlora.model.library_internals import lora_scale, lost_on_loading
 from longqlora.model.saved_folder import save_config
 from longqlora.model.weight_files import read_weights
 from longqlora.reading import COUNT, COUNTS, NONE, NUMBER, NUMBERS, SWITCH, TEXT, TEXTS, check_kinds, reading
@@ -146,6 +146,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     # PEFT also writes the untrained embeddings of a model whose output layer has LoRA matrices.
     faults = [(name, "has no place in the base model") for name in saved - expected - peft_model.state_dict().keys()]
     faults = sorted(faults) or sorted((name, "is missing from it") for name in expected - saved)
+    faults = faults or [(name, "is lost by PEFT on loading") for name in lost_on_loading(model, sorted(saved))]
     if faults:
         name, fault = faults[0]
         raise ValueError(f"{FLAG}: {name!r} in {str(folder)!r} {fault}; wrong base model or damaged adapter?")

@@ -156,7 +156,8 @@ def extend_rope(
             raise ValueError(f"rope_type: {rope_type} has no effect without a context to reach; give its length too")
         return f"context of {rope.context_length} tokens, RoPE unchanged"
     if "rope_theta" not in rope.rope_parameters:
-        raise ValueError(f"model_max_length: {config.model_type} has no single set of RoPE parameters to scale")
+        has = "no single set of RoPE parameters" if rope.rope_parameters else "no rotary position embeddings"
+        raise ValueError(f"model_max_length: {config.model_type} has {has} to scale")
     layers = config_of_full_layers(config)
     head_dim = getattr(layers, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotary_dim = int(head_dim * rope.rope_parameters.get("partial_rotary_factor", 1.0))

@@ -10,9 +10,15 @@ names what another version changed. loss_binding.py holds the one method of tran
   save_pretrained only, which needs the weights.
 """
 
+from collections import Counter
+
+import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -38,7 +44,8 @@ def save_under_own_names(model: PreTrainedModel, key_mapping: dict[str, str]) ->
 
 
 def names_in_files(model: PreTrainedModel, saved: set[str]) -> dict[str, str]:
-    """The weight names of `model` that differ in its files, which hold the names `saved`: name -> name in the files."""
+    """The weight names of `model` that differ in its files, which hold the names `saved`: name -> name in the files;
+    without those that are fused there."""
     names = {}
     for name, weight in model.state_dict().items():
         # Saved from the decoder alone, which transformers loads too.
@@ -48,13 +55,16 @@ def names_in_files(model: PreTrainedModel, saved: set[str]) -> dict[str, str]:
         elif name not in saved:
             others = [other for other in revert_weight_conversion(model, {name: weight}) if other in saved]
             names |= {name: others[0]} if len(others) == 1 else {}
-    return names
+    num_in = Counter(names.values())
+    return {name: other for name, other in names.items() if num_in[other] == 1}
 
 
 def fused_expert_names(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Those of `names` that PEFT takes for the experts' fused weights of this model type, as transformers 4 named them:
-    linear layers beside the experts (shared experts, dense layers) may have the same names."""
-    fused = []
+    """Those of `names` that PEFT takes for the experts' fused weights of this model type, as transformers 4 named them,
+    or would not load again: linear layers beside the experts (shared experts, dense layers) may have the same names."""
+    layers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in names]
+    lost = lost_on_loading(model, [f"base_model.model.{layer}.lora_A.weight" for layer in layers])
+    fused = {key.split(".")[-3] for key in lost}
     for name in names:
         lora = LoraConfig(target_modules=[name])
         try:
@@ -63,8 +73,16 @@ def fused_expert_names(model: PreTrainedModel, names: list[str]) -> list[str]:
             # One of two that are fused together.
             lora.target_modules = []
         if name not in lora.target_modules:
-            fused.append(name)
-    return fused
+            fused.add(name)
+    return [name for name in names if name in fused]
+
+
+def lost_on_loading(model: PreTrainedModel, keys: list[str]) -> list[str]:
+    """Those of an adapter's weights `keys` that PEFT loads under other names, as transformers renames checkpoints of
+    this type, and so does not load: a pattern may fit the model's own names too (Laguna's shared experts)."""
+    tensors = {key: torch.empty(1, 1, device="meta") for key in keys}
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+    return [key for key in keys if key not in loaded]
 
 
 def lora_scale(config: dict, module: str, rank: int) -> float:

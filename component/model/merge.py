@@ -100,6 +100,9 @@ def merge(
         weight = in_full(name, weights.read(source_of[name]))
         return merged_weight(name, weight, updates, dtype=dtype, in_nf4=name in in_nf4)
 
+    if fused := sorted(({*updates.lora} | {*updates.replacements}) & {*known} - {*source_of}):
+        text = f"{str(folder)!r} holds {fused[0]!r} fused with others, as {config.model_type} is saved"
+        raise ValueError(f"model_name_or_path: {text}, which cannot be merged; use the adapter as it is")
     headers = {name: in_full(name, weights.headers[source]) for name, source in source_of.items()}
     updates.check(headers)
     if is_tied:

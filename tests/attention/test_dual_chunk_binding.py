@@ -231,7 +231,7 @@ def test_a_config_of_qwen_1m_is_read_as_it_is():
 def test_what_it_cannot_do_is_refused_by_name():
     config = tiny_config("mistral", sliding_window=32)
     apply_context(config, DCA)
-    with pytest.raises(ValueError, match="sliding_window"):
+    with pytest.raises(ValueError, match="sliding-window layers"):
         bind_inference_attention(AutoModelForCausalLM.from_config(config))
     ours, _ = make_pair()
     with pytest.raises(ValueError, match="static"):

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.ernie4_5 import modeling_ernie4_5
 
 from longqlora.attention import shift_short
-from longqlora.attention.binding import bind_attention
+from longqlora.attention.binding import bind_attention, set_attention
+from longqlora.attention.inplace_attention import CausalPattern
 from longqlora.memory import adapted_linear, layer_binding
 from longqlora.memory.adapted_linear import keep_mask
 from longqlora.memory.decoder_layer import KINDS, LINEARS, MODEL_TYPES, DecoderLayer, rotate
@@ -110,6 +111,7 @@ MODELS |= {
     "one key/value head": {"num_key_value_heads": 1},
     "as many as heads": {"num_key_value_heads": 4},
     "dual chunk attention": {"attention": "dca"},
+    "windows": {"model_type": "mistral", "attention": "full", "sliding_window": 8},
 }
 
 
@@ -146,6 +148,24 @@ def test_packed_rows_equal_a_mask(documents, attention, num_kv_heads, monkeypatc
     assert_equal(loss_and_gradients(model, inputs), expected, 1e-10)
     monkeypatch.setattr(layer_binding, "call_attention", lambda *args, **kwargs: pytest.fail("through autograd"))
     assert_layers_give(expected, model, inputs)
+
+
+def test_attention_hears_of_the_same_windows_as_in_the_plain_layers():
+    """flash-attn knows them from there alone."""
+    windows = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    model, seen = build("qwen2", "full", **windows), []
+
+    def record(module, query, key, value, attention_mask, **options):
+        seen.append({name: options[name] for name in ("sliding_window", "scaling", "dropout")})
+        return query.transpose(1, 2), None
+
+    set_attention(model.get_base_model(), "recording", record, lambda **options: None)
+    model(**batch())
+    expected = [seen.pop(0), seen.pop(0)]
+    assert [options["sliding_window"] for options in expected] == [8, None] and not seen
+    bind(model)
+    model(**batch())
+    assert seen == expected
 
 
 @pytest.mark.parametrize("hidden", [slice(9, 20), slice(0, 9), slice(-9, None)], ids=["hole", "left", "right"])
@@ -276,11 +296,20 @@ def test_each_type_passes_the_proof(model_type, kind):
     prove_layers(build(model_type, kind=kind), ActivationPolicy(tile_size=5))
 
 
-def test_the_proof_sees_layers_without_rope(monkeypatch):
-    """The fourth of SmolLM3's, as it comes."""
-    model = build("smollm3", num_hidden_layers=4, no_rope_layers=None)
+@pytest.mark.parametrize(
+    "model_type,layers",
+    [
+        # The fourth layer has no RoPE.
+        ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": None}),
+        ("qwen2", {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 2 + ["sliding_attention"],
+                   "use_sliding_window": True, "sliding_window": 8}),
+    ],
+)  # fmt: skip
+def test_the_proof_sees_all_kinds_of_layers(model_type, layers, monkeypatch):
+    model = build(model_type, "full", **layers)
     monkeypatch.setattr(DecoderLayer, "rotate", lambda self, *angles, out: rotate(*angles, out=out))
-    with pytest.raises(ValueError, match="layer_function does not suit smollm3: .*differs from the stock model"):
+    monkeypatch.setattr(layer_binding, "attention_pattern", lambda *_: CausalPattern(None, 4))
+    with pytest.raises(ValueError, match=f"layer_function does not suit {model_type}: .*differs from the stock model"):
         prove_layers(model, ActivationPolicy(tile_size=5))
 
 

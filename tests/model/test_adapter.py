@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longqlora.inference.load import load_for_inference
-from longqlora.model.adapter import attach_adapter, trainable_table
+from longqlora.model.adapter import attach_adapter, target_module_names, trainable_table
 from longqlora.model.adapter_folder import save_adapter
 from longqlora.model.base import load_config, load_model
 from longqlora.model.context import ContextRequest
@@ -103,6 +103,8 @@ def test_what_is_trained(tmp_path, tiny_tokenizer, tiny_model_dir):
     }  # fmt: skip
     with pytest.raises(ValueError, match="target_modules: no linear layer named qq_proj"):
         with_adapter(tiny_model_dir, target_modules="q_proj,qq_proj")
+    with pytest.raises(ValueError, match="finetuning_type: gpt2 has no torch.nn.Linear layers, which LoRA adapts"):
+        target_module_names(AutoModelForCausalLM.from_config(tiny_config("gpt2")), None)
 
 
 def test_trainable_table_counts_numbers_not_bytes(tiny_model_dir):

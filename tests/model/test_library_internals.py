@@ -58,6 +58,12 @@ def experts_that_peft_fuses():
     return internals.fused_expert_names(meta_model("deepseek_v3"), names) == names[1:]
 
 
+def weights_that_peft_loses():
+    layers = ("self_attn.q_proj", "mlp.shared_experts.up_proj")
+    keys = [f"base_model.model.model.layers.1.{layer}.lora_A.weight" for layer in layers]
+    return internals.lost_on_loading(meta_model("laguna"), keys) == keys[1:]
+
+
 def lora_scales():
     config = {"lora_alpha": 16, "alpha_pattern": {"v_proj": 3}}
     scales = [internals.lora_scale(config, f"model.layers.0.self_attn.{name}", 4) for name in ("q_proj", "v_proj")]
@@ -77,6 +83,7 @@ RELIED_ON = {
     "transformers: config._attn_implementation, config._experts_implementation": kernels_are_dropped,
     "transformers: core_model_loading.revert_weight_conversion": experts_have_their_names_in_files,
     "PEFT: convert_peft_config_for_transformers": experts_that_peft_fuses,
+    "PEFT: convert_peft_adapter_state_dict_for_transformers": weights_that_peft_loses,
     "PEFT: get_pattern_key": lora_scales,
     "bitsandbytes: Linear4bit.support_avx512bf16_for_cpu": repacking_is_switched_off,
 }
