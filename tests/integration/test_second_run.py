@@ -82,6 +82,9 @@ REFUSED = {
     "no checkpoint": ((*OVERWRITE, "--resume_from_checkpoint", "!nowhere"), "nowhere"),
     "a damaged checkpoint": (GO_ON, "optimizer.pt", lambda out: cut(out / "checkpoint-4" / "optimizer.pt")),
     "a checkpoint without DeepSpeed": ((*GO_ON, "--deepspeed", ZERO2), "no folder of DeepSpeed's states"),
+    "another rank, resumed": ((*GO_ON, "--lora_rank", 8), "lora_rank"),
+    "another model, resumed": ((*GO_ON, "--model_name_or_path", "!wider"), "model_name_or_path"),
+    "a rank beyond all memory": ((*OVERWRITE, "--lora_rank", 10**18), "lora_rank"),
 }  # fmt: skip
 
 
@@ -106,9 +109,6 @@ FAILING = {
     "diverges before final": ((*DIVERGE, "--save_strategy", "no"), "diverged", {}),
     "a full disk": ((), "could not write checkpoint-2", FULL_DISK),
     "a full disk at final": (("--save_strategy", "no"), "could not write final", FULL_DISK),
-    "another rank, resumed": ((*GO_ON, "--lora_rank", 8), "lora_rank"),
-    "another model, resumed": ((*GO_ON, "--model_name_or_path", "!wider"), "model_name_or_path"),
-    "a rank beyond all memory": ((*OVERWRITE, "--lora_rank", 10**18), "lora_rank"),
 }
 
 
