@@ -193,8 +193,9 @@ class Figures:
                 place = next((known for known in names if flops < SAME_COST * known), flops)
                 names.setdefault(place, []).append(row.removeprefix(f"{panel}, "))
             for place, own in names.items():
-                text = " / ".join(dict.fromkeys(own))
-                axis.annotate(text, (place, 1.01), xycoords=("data", "axes fraction"), rotation=60, fontsize=7)
+                text = "\n".join(dict.fromkeys(own))
+                where = {"xycoords": ("data", "axes fraction"), "rotation": 60, "rotation_mode": "anchor"}
+                axis.annotate(text, (place, 1.02), **where, va="center", fontsize=7, linespacing=1.25)
             axis.set(xlabel="training FLOPs (10^12)", ylabel=f"perplexity at {max(self.lengths)} tokens", yscale="log")
             plain_numbers(axis)
 
