@@ -17,10 +17,10 @@ import numpy as np
 
 from longqlora.cli import require_file
 from longqlora.files import atomic_file, file_sha256, read_json, write_json
-from longqlora.reading import COUNT, COUNTS, NONE, TEXT, check_kinds
+from longqlora.reading import COUNTS, NONE, TEXT, check_kinds
 
 ID_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-SIDECAR_KINDS = {"dtype": (TEXT,), "num_tokens": (COUNT,), "sha256": (TEXT, NONE), "document_lengths": (COUNTS, NONE)}
+SIDECAR_KINDS = {"dtype": (TEXT,), "sha256": (TEXT, NONE), "document_lengths": (COUNTS, NONE)}
 SCAN_TOKENS = 2**22
 # Enough ids that a real uint16 text cannot have a zero at every second place.
 DTYPE_PROBE_TOKENS = 64

@@ -136,9 +136,6 @@ def end_token_ids(model, tokenizer) -> list[int]:
     """Ids that end an answer: those of the model's generation config and the tokenizer's EOS."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    if not all(token_id is None or isinstance(token_id, int) for token_id in ids):
-        name = f"generation_config.json of {model.config.name_or_path!r}"
-        raise ValueError(f"model_name_or_path: {name} has eos_token_id {configured!r:.100}, no token ids; correct it")
     return sorted({token_id for token_id in [*ids, tokenizer.eos_token_id] if token_id is not None})
 
 

@@ -16,11 +16,10 @@ from longqlora.model.base import check_vocabulary, default_dtype, is_slow_on_cpu
 from longqlora.model.context import context_length, copy_context, resolve_config, tokenizer_source
 from longqlora.model.context_request import ContextRequest
 from longqlora.model.weight_files import check_base
-from longqlora.reading import reading
+from longqlora.reading import COUNT, COUNTS, NONE, check_kinds
 from longqlora.run_record import software_versions
 
 FILES_THAT_DECIDE = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PACKAGES_THAT_DECIDE = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -63,9 +62,10 @@ def load_weights(
         print_notice(f"this CPU has no {str(dtype).removeprefix('torch.')} arithmetic; fp32 is many times faster")
     model = load_model(base, config, dtype=dtype, load_in_4bit=load_in_4bit, device=device_map or device, **trust)
     # Flags and options say how to generate; of the model's own settings only the ids that end an answer count.
-    with reading("model_name_or_path", base, "correct it", part="generation_config.json of "):
-        ids = {name: getattr(model.generation_config, name) for name in SPECIAL_IDS}
-        model.generation_config = GenerationConfig(**ids)
+    ends = {"eos_token_id": model.generation_config.eos_token_id}
+    place = f"model_name_or_path: generation_config.json of {base!r}"
+    check_kinds(ends, {"eos_token_id": (COUNT, COUNTS, NONE)}, place)
+    model.generation_config = GenerationConfig(**ends)
     attention = bind_inference_attention(model)
     if adapter:
         config.vocab_size = num_embeddings

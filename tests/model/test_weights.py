@@ -325,5 +325,5 @@ def test_quantised_weights_whose_kernels_may_come_from_the_hub_need_trust(method
 
 @pytest.mark.skipif(importlib.util.find_spec("optimum") is not None, reason="optimum, which is to be missing, is there")
 def test_a_package_that_quantised_weights_lack_is_named(spoiled):
-    with pytest.raises(ValueError, match="base.* cannot be loaded .*optimum"):
+    with pytest.raises(ValueError, match="base.* cannot be read .*optimum"):
         load_for_inference(str(spoiled(says(quantization_config={"quant_method": "gptq", "bits": 4}))))
