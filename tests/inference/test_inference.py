@@ -4,6 +4,7 @@ import copy
 import json
 import threading
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -125,12 +126,14 @@ def test_rows_of_a_batch_are_answered_as_alone(tiny_model_dir, tiny_tokenizer, a
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_a_model_that_is_spread_is_the_same_model(tiny_model_dir, tmp_path, monkeypatch, load_in_4bit):
-    """On a machine without GPUs all of it lands on the CPU, through accelerate's hooks all the same."""
+    """On a machine without GPUs transformers puts all of it on the CPU."""
     adapter = make_adapter(tiny_model_dir, tmp_path / "adapter", modules_to_save=["norm"])
     source, ids = read_source(None, str(adapter)), torch.arange(4, 60)[None]
     options = {"load_in_4bit": load_in_4bit, "dtype": torch.float32}
+    loading = Mock(side_effect=AutoModelForCausalLM.from_pretrained)
+    monkeypatch.setattr("longqlora.model.base.AutoModelForCausalLM.from_pretrained", loading)
     one, spread = (load_weights(source, **options, device_map=device_map).model for device_map in (None, "auto"))
-    assert spread.get_base_model().hf_device_map
+    assert [call.kwargs["device_map"] for call in loading.call_args_list] == [{"": torch.device("cpu")}, "auto"]
     with torch.inference_mode():
         torch.testing.assert_close(spread(ids).logits, one(ids).logits, rtol=0, atol=1e-6)
     torch.testing.assert_close(TokenScorer(spread)(ids)[0], TokenScorer(one)(ids)[0], rtol=0, atol=1e-5)

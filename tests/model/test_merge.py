@@ -130,7 +130,7 @@ FAULTS = {
     "cut off": (lambda file: file.write_bytes(file.read_bytes()[:999]), "cannot be read"),
 }
 # Those that loading refuses in words of its own.
-LOADING = {"unmatched lora": "has no place", "half a pair": "is missing from it", "shape": "does not fit"}
+LOADING = {"unmatched lora": "has no place", "half a pair": "is missing from it", "shape": "size mismatch"}
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
