@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from longqlora.attention.binding import bind_inference_attention
 from longqlora.attention.chunked_prefill import states_in_blocks
+from longqlora.attention.dual_chunk_binding import dual_chunk_sizes
 from longqlora.data.token_file import TokenFile, sidecar_path
 from longqlora.distributed import is_main_process
 from longqlora.evaluation.frame import ModelSource, Task
@@ -174,7 +175,7 @@ class Perplexity(Task):
 
     def use(self, loaded: LoadedModel) -> None:
         if self.flash_attn:
-            if not loaded.attention.startswith("dense causal"):
+            if dual_chunk_sizes(loaded.config):
                 raise ValueError("--flash_attn is for dense attention only; leave it out with --attention dca")
             loaded.model.set_attn_implementation("flash_attention_2")
             loaded.attention = "dense causal (flash-attn)"

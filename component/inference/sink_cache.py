@@ -26,7 +26,7 @@ from longqlora.attention.model_internals import has_sliding_window, rotary_embed
 from longqlora.attention.proof import refusing, tiny_copy
 from longqlora.attention.rotation import LLAMA_LAYOUT, query_rotation
 from longqlora.attention.sdpa import sum_dtype
-from longqlora.model.context import context_length, rope_of
+from longqlora.model.context import context_length, rope_that_follows_length
 
 DEFAULT_NUM_SINKS = 4
 MAX_BLOCK_SIZE = 1024
@@ -133,8 +133,7 @@ def check_streaming(config: PretrainedConfig, window: int | None, num_sinks: int
     """
     if getattr(config, DUAL_CHUNK_KEY, None):
         raise ValueError("--streaming: does not go with dual chunk attention; pass --attention full")
-    rope_type = rope_of(config).rope_parameters.get("rope_type")
-    if rope_type in ("dynamic", "longrope"):
+    if rope_type := rope_that_follows_length(config):
         raise ValueError(
             f"--streaming: {rope_type} RoPE rotates by other angles as the text grows, which kept keys cannot follow; "
             "use a model with another rope_type"

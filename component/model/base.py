@@ -275,7 +275,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        if not tokenizer.get_vocab():
+        if len(tokenizer) == 0:
             raise ValueError("it has no tokens")
         # What a damaged one fails at where it is used.
         tokenizer.decode(tokenizer(TRIAL_TEXT, padding=True)["input_ids"], skip_special_tokens=True)

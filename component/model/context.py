@@ -47,6 +47,12 @@ def rope_of(config: PretrainedConfig) -> Rope:
     return Rope(**{**values, "rope_parameters": parameters})
 
 
+def rope_that_follows_length(config: PretrainedConfig) -> str | None:
+    """The type of RoPE, where its angles depend on the length of the text that is read; None for others."""
+    rope_type = rope_of(config).rope_parameters.get("rope_type")
+    return rope_type if rope_type in ("dynamic", "longrope") else None
+
+
 def set_rope(config: PretrainedConfig, rope: Rope) -> None:
     """Let `config` say `rope`, as `rope_of` reads it."""
     by_kind = config.rope_parameters if SCALED_LAYERS in config.rope_parameters else None

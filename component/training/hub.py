@@ -22,11 +22,11 @@ def create_repository(training: Mapping[str, Any]) -> str | None:
     """
     if not training.get("push_to_hub"):
         return None
-    name, revision = training.get("hub_model_id") or Path(training["output_dir"]).resolve().name, hub_revision(training)
+    name = training.get("hub_model_id") or Path(training["output_dir"]).resolve().name
     try:
         hub, private = hub_of(training), training.get("hub_private_repo")
         name = hub.create_repo(name, private=private, exist_ok=True).repo_id
-        if revision:
+        if revision := training.get("hub_revision"):
             hub.create_branch(name, branch=revision, exist_ok=True)
     except Exception as error:
         # The hub's library raises types of its own and those of its HTTP client.
@@ -39,7 +39,7 @@ def create_repository(training: Mapping[str, Any]) -> str | None:
 
 def upload(folder: Path, name: str, training: Mapping[str, Any]) -> str:
     """Upload `folder` to the repository `name`; returns the address. Raises ValueError saying how to do it later."""
-    options = {"commit_message": f"Upload {folder.name}", "revision": hub_revision(training)}
+    options = {"commit_message": f"Upload {folder.name}", "revision": training.get("hub_revision")}
     try:
         hub = hub_of(training)
         return str(hub.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=NEVER_UPLOADED, **options))
@@ -52,7 +52,3 @@ def upload(folder: Path, name: str, training: Mapping[str, Any]) -> str:
 
 def hub_of(training: Mapping[str, Any]) -> "huggingface_hub.HfApi":
     return huggingface_hub.HfApi(token=training.get("hub_token"))
-
-
-def hub_revision(training: Mapping[str, Any]) -> str | None:
-    return training.get("hub_revision")

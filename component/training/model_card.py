@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PretrainedConfig
 
 from longqlora.attention.binding import describe_inference_attention
-from longqlora.model.context import context_length
+from longqlora.model.context import context_length, rope_of
 
 # Settings that are places on a machine: a card says their names.
 PLACES = ("model_name_or_path", "train_file", "eval_file", "deepspeed")
@@ -55,7 +55,7 @@ def make_model_card(
         model_name=name,
         eval_results=results,
     )
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope_of(config).rope_parameters
     factor = f" x{rope['factor']:g}" if rope.get("factor") else ""
     rows = {
         "base model": base if is_on_hub else shown_name(base),

@@ -55,7 +55,6 @@ LOG_KINDS = {
     "epoch": (NUMBER, NONE),
     **dict.fromkeys(("loss", "eval_loss", "train_runtime"), (NUMBER,)),
 }
-SCHEDULE_KINDS = {"last_epoch": (COUNT,), "_step_count": (COUNT,)}
 FLAG, FIX = "resume_from_checkpoint", "resume from another checkpoint, or start from the beginning"
 
 

@@ -111,8 +111,10 @@ def main() -> None:
     check_arguments(args)
     prompts = requested_prompts(args)
     source = source_from_arguments(args)
-    rope_type = (getattr(source.config, "rope_parameters", None) or {}).get("rope_type")
-    if args.batch_size > 1 and rope_type in ("dynamic", "longrope"):
+    # With it comes transformers, which --help and bad input do not wait for.
+    from longqlora.model.context import rope_that_follows_length
+
+    if args.batch_size > 1 and (rope_type := rope_that_follows_length(source.config)):
         raise ValueError(f"--batch_size: {rope_type} RoPE turns every row by the longest of its batch; leave it out")
     rows = fitted_prompts(args, source, prompts)
     loaded = load_from_arguments(args, source)

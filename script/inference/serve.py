@@ -41,7 +41,7 @@ def server_command(args: argparse.Namespace) -> list[str]:
     """The command line of the server. Raises ValueError for a model that it would compute otherwise than we do."""
     from longqlora.attention.dual_chunk_binding import dual_chunk_sizes
     from longqlora.model.base import load_tokenizer
-    from longqlora.model.context import context_length, resolve_config
+    from longqlora.model.context import context_length, resolve_config, rope_of
 
     name = args.model_name_or_path
     if (Path(name) / "adapter_config.json").is_file():
@@ -55,7 +55,7 @@ def server_command(args: argparse.Namespace) -> list[str]:
             f"--model_name_or_path: {name!r} reads with dual chunk attention, which the servers do not compute; use "
             "script/inference/web.py"
         )
-    is_dynamic = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
+    is_dynamic = rope_of(config).rope_parameters.get("rope_type") == "dynamic"
     server = args.server
     if server == "auto":
         server = "vllm" if importlib.util.find_spec("vllm") and not is_dynamic else "transformers"
