@@ -19,8 +19,9 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: $(STAMP)
 	$(VENV)/bin/python script/demo.py
 
+# A file of tests stays in one process, so that its fixtures are made once.
 test: $(EXTRAS)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(EXTRAS)
 	$(VENV)/bin/ruff check .

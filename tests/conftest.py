@@ -6,10 +6,12 @@ import io
 import json
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Tiny products: waking a second thread takes longer than they do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import yaml
@@ -146,10 +148,16 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def notices_are_printed_in_each_test():
+def what_a_test_sets_does_not_outlive_it():
+    """Notices that are printed once, variables that scripts set when they are called here, bars that one turns off."""
+    import datasets
+
     from longqlora.distributed import print_notice
 
     print_notice.cache_clear()
+    datasets.enable_progress_bars()
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

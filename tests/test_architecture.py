@@ -22,7 +22,7 @@ HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "deepspeed", "datasets",
 # Training and `import longqlora.x` work without them.
 EXTRA_MODULES = {"flash_attn", "lm_eval", "rouge_score", "pypdfium2", "markitdown", "gradio", "playwright"}
 # What a requirement is imported as, where that is not its name; None: a command, or what other packages import.
-MODULES = {"pyyaml": "yaml", **dict.fromkeys(("ruff", "protobuf", "sentencepiece"))}
+MODULES = {"pyyaml": "yaml", **dict.fromkeys(("ruff", "protobuf", "sentencepiece", "pytest-xdist"))}
 
 
 def name_of(path: Path) -> str:

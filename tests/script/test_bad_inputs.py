@@ -17,7 +17,11 @@ from model_folders import edit_json
 from longqlora.distributed import free_port
 
 ZERO2 = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}
-REMOVE = object()
+
+
+class REMOVE:
+    """In place of a value: the key is left out."""
+
 
 # A key, a bad value for it, and what the error says beside the two. "!x" is the file x of the fixture `folder`.
 VALUES = [
