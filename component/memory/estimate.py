@@ -15,7 +15,7 @@ from longqlora.attention.model_internals import config_of_full_layers
 from longqlora.device import GIB
 from longqlora.memory.decoder_layer import KINDS, LayerKind
 from longqlora.memory.policy import STOCK, ActivationPolicy
-from longqlora.model.loss import CHUNK_BYTES
+from longqlora.model.loss import num_chunk_rows
 from longqlora.settings.config import KEPT
 
 # 4 bits, an 8-bit scale for 64 weights, an fp32 scale for 256 scales (QLoRA, arXiv 2305.14314, section 3).
@@ -229,7 +229,7 @@ def layer_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> 
 def loss_memory(model: ModelShape, run: RunShape, policy: ActivationPolicy) -> float:
     """Hidden states behind the last layer and behind the norm, their gradients, and a chunk of logits."""
     c = run.tokens * model.hidden * run.activation_bytes
-    logits = min(CHUNK_BYTES, run.tokens * model.vocab * 4)
+    logits = min(num_chunk_rows(model.vocab), run.tokens) * model.vocab * 4
     # torch's own operation, used in fp32, holds its chunks out of sight.
     chunk = 2 * logits if run.activation_bytes == 2 else 0
     norm = 0 if policy.layer_function else (4 if run.activation_bytes == 2 else 2) * c
