@@ -2,7 +2,7 @@
 
     python benchmark/layer_memory.py
     python benchmark/layer_memory.py --shapes 7b 70b --seq_len 16384 --output_file layer.json --plot layer.png
-    python benchmark/layer_memory.py --shapes 7b --model_types llama glm4 olmo2 --seq_len 1024 --tile_size 64
+    python benchmark/layer_memory.py --shapes 7b --model_types llama glm4 olmo2
 
 A unit is one 16-bit vector of the hidden size per token (8 KiB at 7B). The layer is scaled down to --hidden_size,
 with the model's own ratios of MLP width, key/value heads and LoRA rank; NF4 base, dropout on, S2-Attn, bf16. Its input
