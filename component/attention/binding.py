@@ -18,6 +18,7 @@ from longqlora.attention import dual_chunk_binding as dca
 from longqlora.attention.dual_chunk import DualChunkSizes
 from longqlora.attention.inplace_attention import CausalPattern
 from longqlora.attention.model_internals import (
+    attends,
     attention_name,
     has_sliding_window,
     is_local,
@@ -272,14 +273,14 @@ def check_model_supports(
     """Raise ValueError for a model whose attention `method` cannot take the place of: it bypasses AttentionInterface,
     does more than SDPA, or has layers with windows: all of them, or, where not `may_have_windows`, any."""
     config, reason = model.config, None
-    windows = [is_local(config, index) for index in range(config.num_hidden_layers)]
+    windows = [is_local(config, index) for index in range(config.num_hidden_layers) if attends(config, index)]
     if not uses_attention_interface(model):
         reason = "does not use transformers' AttentionInterface"
     elif stock_attention(config) == "eager":
         reason = f"has attention that torch's SDPA does not compute (soft caps, sinks), and {method} neither"
     elif selects_keys(config):
         reason = f"has layers that choose the keys of each query (an indexer or dynamic mask), which {method} does not"
-    elif all(windows) or (any(windows) and not may_have_windows):
+    elif windows and (all(windows) or (any(windows) and not may_have_windows)):
         size = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
         has = f"has sliding-window layers{' alone' if all(windows) else ''} (of {size} tokens)"
         reason = f"{has}, for which {method} is not defined"

@@ -35,13 +35,20 @@ def check_heads(config: PretrainedConfig) -> None:
 def selects_keys(config: PretrainedConfig) -> bool:
     """Whether layers choose by their content the keys that a query sees: indexers (DeepSeek-V3.2, GLM-5, MiniMax-M3),
     Doge's dynamic mask."""
-    is_sparse = any("sparse" in kind for kind in getattr(config, "layer_types", None) or ())
+    choosing = {"indexed_attention", "compressed_sparse_attention", "minimax_m3_sparse"}
+    is_sparse = not choosing.isdisjoint(getattr(config, "layer_types", None) or ())
     return is_sparse or any(getattr(config, name, None) for name in ("index_topk", "keep_window_size"))
 
 
 def config_of_full_layers(config: PretrainedConfig) -> PretrainedConfig:
     """What holds for full-attention layers, where kinds of layers differ in more than the window (Gemma 4's heads)."""
     return config.per_layer_config["full_attention"] if getattr(config, "is_heterogeneous", False) else config
+
+
+def attends(config: PretrainedConfig, layer_idx: int) -> bool:
+    """Whether a layer has attention over tokens, where others are recurrent or convolutions."""
+    kinds = getattr(config, "layer_types", None)
+    return not kinds or kinds[layer_idx] not in ("linear_attention", "conv", "moe")
 
 
 def has_sliding_window(config: PretrainedConfig) -> bool:

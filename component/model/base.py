@@ -42,10 +42,12 @@ TEXT_NAMES = {
 
 # A model of more layers or experts would be built for minutes, on the meta device too.
 FEW = "a whole number from 1 to 2,000", lambda value: type(value) is int and 1 <= value <= 2000
+# None in Granite 4, 16,384 in Doge, whose experts are rows of one weight.
+EXPERTS = "a whole number from 0 to 20,000", lambda value: type(value) is int and 0 <= value <= 20000
 # What a config.json says, beyond what transformers checks of it.
 CONFIG_KINDS = {
     **dict.fromkeys(("hidden_size", "num_attention_heads", "vocab_size"), (POSITIVE,)), "num_hidden_layers": (FEW,),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (FEW, NONE)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (EXPERTS, NONE)),
     "head_dim": (POSITIVE, NONE), "quantization_config": (MAPPING, NONE),
 }  # fmt: skip
 TRIAL_TEXT = "Once upon a time."

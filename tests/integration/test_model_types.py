@@ -112,7 +112,7 @@ def dry_run(write_settings, run_in_process):
         ("gpt_oss", {"rope_type": "linear"}, "already scaled by 'yarn' .*leave rope_type out"),
         ("deepseek_v32", {}, "attention: deepseek_v32 has layers that choose the keys .*use attention: full"),
         ("doge", {"attention": "dca"}, "attention: doge has layers that choose the keys .*use attention: full"),
-        ("dots3_note_text", {}, "dots3_note_text has other numbers of heads in some layers, .*give another model"),
+        ("recurrent_gemma", {"rope_type": "ntk"}, "recurrent_gemma has sliding-window layers alone .*attention: full"),
         ("gemma3_text", {}, None),
         ("gemma3_text", {"attention": "dca"}, "has sliding-window layers .*use attention: s2 or full"),
         ("exaone4", {}, None),
