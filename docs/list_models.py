@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 from longqlora.cli import run_main
@@ -49,14 +50,32 @@ OWN = {
         {"vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 16,
          "global_head_dim": 32},
     ),
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": dict.fromkeys(
+            ("sliding_attention", "full_attention"),
+            {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+        ),
+    },
+    "dbrx": {
+        "d_model": 64, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32},
+    },
     "deepseek_v2": {**LATENT, "num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "granitemoehybrid": {**MAMBA, "num_local_experts": 0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     # Layers of two attentions each.
     "longcat_flash": {**LATENT, "num_layers": 1},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "mistral": {"sliding_window": None},
+    "moshi": {"ffn_dim": 32},
     "phi": {},
+    "phi4_multimodal": {
+        "vision_config": {"hidden_size": 16, "num_attention_heads": 2, "image_size": 56, "crop_size": 56},
+        "audio_config": {"hidden_size": 16, "num_attention_heads": 2, "nemo_conv_channels": 16},
+    },
+    "recurrent_gemma": {"layer_types": [""], "block_types": ["recurrent", "attention"]},
 }  # fmt: skip
 
 
@@ -125,7 +144,7 @@ def tiny_config(model_type: str):
     if rope_of(stock).original_length != getattr(stock, "max_position_embeddings", None):
         # RoPE that comes scaled goes with its length.
         del values["max_position_embeddings"]
-    kinds = values.get("layer_types") or getattr(stock, "layer_types", None) or ["", ""]
+    kinds = values.pop("layer_types", None) or getattr(stock, "layer_types", None) or ["", ""]
     kinds = list(dict.fromkeys(kinds)) * (2 if len(set(kinds)) == 1 else 1)
     values |= {"layer_types": kinds} if kinds[0] else {}
     values |= {} if "num_layers" in values else {"num_hidden_layers": len(kinds)}
@@ -208,8 +227,8 @@ def rope_methods(folder: Path) -> list[str]:
 
     found = []
     for rope_type in (*ROPE_TYPES, None):
-        config = load_config(str(folder))
         try:
+            config = load_config(str(folder))
             extend_rope(config, 4 * context_length(config), rope_type, 5e5 if rope_type == "theta" else None)
             with torch.no_grad():
                 logits = AutoModelForCausalLM.from_config(config)(torch.arange(4, 104)[None] % WORDS).logits
@@ -222,7 +241,7 @@ def rope_methods(folder: Path) -> list[str]:
 def one_line(error: Exception) -> str:
     text = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
     # The folder has another name each time.
-    return re.sub(r"'/[^']*/model'", "the model", " ".join(text.split()))[:300]
+    return textwrap.shorten(re.sub(r"'/[^']*/model'", "the model", text), 300, placeholder=" ...")
 
 
 def models_page(found: dict[str, dict]) -> str:
@@ -232,7 +251,7 @@ def models_page(found: dict[str, dict]) -> str:
     rows, others = [], []
     for model_type, row in found.items():
         if "no model" in row or all(row[attention] for attention in ATTENTIONS):
-            reason = "no small model of it is known here" if "no model" in row else short(row["full"])
+            reason = short(row.get("no model") or row["full"])
             others.append((f"`{model_type}`", reason))
             continue
         cells = ["no" if row[attention] else "yes" for attention in ATTENTIONS]
@@ -248,7 +267,7 @@ def models_page(found: dict[str, dict]) -> str:
 def short(reason: str) -> str:
     """The cause in `reason`, without setting, model type and advice."""
     cause = re.sub(r"^.*? does not suit [\w-]+: |^([a-z_]+: )+| \(of \d+ tokens\)|; [^;]*$", "", reason)
-    return re.sub(r"^[\w-]+ (?=has|does|uses)", "", cause)[:110]
+    return re.sub(r"^[\w-]+ (?=has|does|uses|takes)", "", cause)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ SIZES = {
          "nemotron"), {"head_dim": 16},
     ),
     **dict.fromkeys(("mixtral", "phimoe", "granitemoe", "olmoe"), {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "llama4_text": {
         "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["chunked_attention", "full_attention"],
     },

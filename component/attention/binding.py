@@ -18,9 +18,11 @@ from longqlora.attention import dual_chunk_binding as dca
 from longqlora.attention.dual_chunk import DualChunkSizes
 from longqlora.attention.inplace_attention import CausalPattern
 from longqlora.attention.model_internals import (
+    attends,
     attention_name,
     has_sliding_window,
     is_local,
+    selects_keys,
     stock_attention,
     uses_attention_interface,
 )
@@ -120,11 +122,12 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
 def bind_full_attention(model: PreTrainedModel, *, is_packed: bool, use_flash_attn: bool) -> None:
     """Full attention without a mask [B, 1, S, S], which stock attention takes for padded and packed rows.
 
-    Stock attention for a model with windows, and for padded rows where ours differs (sinks, a mask of its own).
+    Stock attention for a model with windows or chosen keys, and for padded rows where ours differs (sinks, own masks).
     """
     if use_flash_attn:
         return use_attention(model, "flash_attention_2")
-    is_ours = uses_attention_interface(model) and not has_sliding_window(model.config)
+    needs_mask = has_sliding_window(model.config) or selects_keys(model.config)
+    is_ours = uses_attention_interface(model) and not needs_mask
     bind = set_dense_attention if is_ours else unbind_attention
     if is_packed:
         prove_attention(model, "pack", bind, fix="set pack: false", is_packed=True)
@@ -151,7 +154,7 @@ def bind_inference_attention(model: PreTrainedModel, *, is_chunked: bool = False
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     sizes = dca.dual_chunk_sizes(model.config)
     if sizes is None:
-        bind = set_dense_attention if is_chunked else unbind_attention
+        bind = set_dense_attention if is_chunked and not selects_keys(model.config) else unbind_attention
         if is_chunked:
             prove_attention(model, "prefill_chunk_size", bind, fix="leave prefill_chunk_size out", reads_blocks=True)
         bind(model)
@@ -270,12 +273,14 @@ def check_model_supports(
     """Raise ValueError for a model whose attention `method` cannot take the place of: it bypasses AttentionInterface,
     does more than SDPA, or has layers with windows: all of them, or, where not `may_have_windows`, any."""
     config, reason = model.config, None
-    windows = [is_local(config, index) for index in range(config.num_hidden_layers)]
+    windows = [is_local(config, index) for index in range(config.num_hidden_layers) if attends(config, index)]
     if not uses_attention_interface(model):
         reason = "does not use transformers' AttentionInterface"
     elif stock_attention(config) == "eager":
         reason = f"has attention that torch's SDPA does not compute (soft caps, sinks), and {method} neither"
-    elif all(windows) or (any(windows) and not may_have_windows):
+    elif selects_keys(config):
+        reason = f"has layers that choose the keys of each query (an indexer or dynamic mask), which {method} does not"
+    elif windows and (all(windows) or (any(windows) and not may_have_windows)):
         size = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
         has = f"has sliding-window layers{' alone' if all(windows) else ''} (of {size} tokens)"
         reason = f"{has}, for which {method} is not defined"

@@ -25,9 +25,30 @@ def is_local(config: PretrainedConfig, layer_idx: int) -> bool:
     return "sliding" in kinds[layer_idx] or "chunked" in kinds[layer_idx]
 
 
+def check_heads(config: PretrainedConfig) -> None:
+    """Raise ValueError where layers differ in their number of heads (dots3's windows), which nothing here expects."""
+    if "num_attention_heads" in (getattr(config, "per_layer_attributes", None) or ()):
+        text = f"{config.model_type} has other numbers of heads in some layers, which is not supported"
+        raise ValueError(f"model_name_or_path: {text}; give another model")
+
+
+def selects_keys(config: PretrainedConfig) -> bool:
+    """Whether layers choose by their content the keys that a query sees: indexers (DeepSeek-V3.2, GLM-5, MiniMax-M3),
+    Doge's dynamic mask."""
+    choosing = {"indexed_attention", "compressed_sparse_attention", "minimax_m3_sparse"}
+    is_sparse = not choosing.isdisjoint(getattr(config, "layer_types", None) or ())
+    return is_sparse or any(getattr(config, name, None) for name in ("index_topk", "keep_window_size"))
+
+
 def config_of_full_layers(config: PretrainedConfig) -> PretrainedConfig:
     """What holds for full-attention layers, where kinds of layers differ in more than the window (Gemma 4's heads)."""
     return config.per_layer_config["full_attention"] if getattr(config, "is_heterogeneous", False) else config
+
+
+def attends(config: PretrainedConfig, layer_idx: int) -> bool:
+    """Whether a layer has attention over tokens, where others are recurrent or convolutions."""
+    kinds = getattr(config, "layer_types", None)
+    return not kinds or kinds[layer_idx] not in ("linear_attention", "conv", "moe")
 
 
 def has_sliding_window(config: PretrainedConfig) -> bool:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from longqlora.attention.model_internals import uses_attention_interface
+from longqlora.attention.model_internals import check_heads, uses_attention_interface
 from longqlora.device import is_out_of_memory
 
 Bind = Callable[[torch.nn.Module], None]
@@ -29,14 +29,15 @@ FIRST_DOCUMENT = 7
 
 # Of each attribute that a config has, the largest value; head dims and all that RoPE reads stay.
 LARGEST = {
-    "vocab_size": 64, "vocab_size_per_layer_input": 64, "intermediate_size": 32, "ffn_hidden_size": 32,
+    "vocab_size": 64, "vocab_size_per_layer_input": 64, "intermediate_size": 32, "ffn_hidden_size": 32, "ffn_dim": 32,
     "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "shared_intermediate_size": 16,
     "intermediate_size_mlp": 32, "q_lora_rank": 16, "kv_lora_rank": 16,
     # As many experts as a token takes, so that rounding cannot change which.
     "num_experts": 2, "num_local_experts": 2, "n_routed_experts": 2, "moe_num_experts": 2, "num_experts_per_tok": 2,
     "moe_k": 2, "n_group": 1, "topk_group": 1, "zero_expert_num": 0,
-    # Shorter than an input, so that a layer without its window shows.
-    "sliding_window": 4,
+    # Shorter than an input, so that a layer without its window or its choice of keys shows.
+    "sliding_window": 4, "index_topk": 4, "keep_window_size": 4, "index_block_size": 4, "index_topk_blocks": 2,
+    "index_kpool": 2,
     # The vocabulary is smaller than their ids.
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -142,6 +143,7 @@ def tiny_copy(model: PreTrainedModel, *, num_layers: int | None = None, drops: b
 
 def shrink(config: PretrainedConfig) -> None:
     """Make `config` that of a narrow model; the number of layers, head dim and RoPE stay."""
+    check_heads(config)
     num_heads = config.num_attention_heads
     config.num_attention_heads = min(NUM_HEADS, num_heads)
     config.hidden_size = config.hidden_size // num_heads * config.num_attention_heads
@@ -153,10 +155,20 @@ def shrink(config: PretrainedConfig) -> None:
     if getattr(config, "mamba_d_head", None) and not getattr(config, "mamba_d_ssm", None):
         # Mamba's heads make up a multiple of the width.
         config.mamba_n_heads = config.mamba_expand * config.hidden_size // config.mamba_d_head
-    for name, largest in LARGEST.items():
-        value = getattr(config, name, None)
-        if (isinstance(value, int) and value > largest) or (isinstance(value, list) and name.endswith("_token_id")):
-            setattr(config, name, largest)
+    parts = [part for key in config.sub_configs if (part := getattr(config, key, None)) is not None]
+    for part in (config, *parts):
+        for name, largest in LARGEST.items():
+            value = getattr(part, name, None)
+            if (isinstance(value, int) and value > largest) or (isinstance(value, list) and name.endswith("_token_id")):
+                setattr(part, name, largest)
+    for part in parts:
+        # Encoders of images and sound (Phi-4), which see nothing of a text.
+        for name in {"num_hidden_layers", "num_blocks"} & {*part.to_dict()}:
+            setattr(part, name, min(2, getattr(part, name)))
+        # DBRX's repeat sizes of the whole.
+        for name, value in {"kv_n_heads": "num_key_value_heads", "hidden_size": "hidden_size"}.items():
+            if config.model_type == "dbrx" and hasattr(part, name):
+                setattr(part, name, getattr(config, value))
 
 
 def randomise(model: PreTrainedModel) -> None:

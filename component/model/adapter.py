@@ -99,26 +99,30 @@ def frozen_experts_notice(model: PreTrainedModel) -> list[str]:
 def trained_module_names(model: PreTrainedModel, *, embedding: bool | str, norm: bool) -> list[str]:
     """Short names of the modules that are trained in full. A tied output embedding is left out: it
     follows the input embedding, as it does where LongLoRA trains that alone."""
-    wanted = []
+    wanted, outer = [], []
     if embedding:
         wanted.append(model.get_input_embeddings())
         if embedding != INPUT and not model.config.tie_word_embeddings:
             wanted.append(model.get_output_embeddings())
     if norm:
-        wanted += [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))]
-    identities = {id(module) for module in wanted}
-    names = sorted({short_name(name) for name, module in model.named_modules() if id(module) in identities})
-    if in_lists := [name for name in names if "." in name]:
+        norms = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))]
+        # A.X-K2 has norms around norms: PEFT cannot load one inside another, and matches names by how they end.
+        outer = [module for module in norms if any(part in norms for part in module.children())]
+        wanted += [module for module in norms if module not in outer]
+    identities, num_parts = {id(module) for module in wanted}, 2 if outer else 1
+    found = [name for name, module in model.named_modules() if id(module) in identities]
+    names = sorted({short_name(name, num_parts) for name in found})
+    if in_lists := [name for name in names if name.rpartition(".")[2].isdigit()]:
         text = f"{model.config.model_type} has {in_lists[0]!r} in a list of modules, which PEFT cannot train"
         raise ValueError(f"train_norm: {text}; set it to false")
     return names
 
 
-def short_name(name: str) -> str:
-    """The last part of a module's name; in a list (LongCat's norms) the one before too: PEFT would take the number for
+def short_name(name: str, num_parts: int = 1) -> str:
+    """The last parts of a module's name; in a list (LongCat's norms) the one before too: PEFT would take the number for
     that of a decoder layer."""
     parts = name.split(".")
-    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-num_parts:])
 
 
 def trainable_table(model: torch.nn.Module) -> str:

@@ -99,7 +99,9 @@ def adapter_vocabulary(folder: str | Path, model: PreTrainedModel) -> int:
     own, path = model.config.vocab_size, Path(folder) / "config.json"
     weights = read_adapter_weights(folder, device="meta") | read_extra_weights(folder, device="meta")
     ends = [(base_weight_name(name), name) for name, weight in weights.items() if weight.ndim]
-    rows = {name: len(weights[name]) for base, name in ends if base in embedding_names(model)}
+    # Moshi's input embedding has a row more than its vocabulary.
+    names, whole = embedding_names(model), model.state_dict()
+    rows = {name: own + len(weights[name]) - len(whole[base]) for base, name in ends if base in names}
     if path.is_file():
         values = read_json(path, FLAG)
         check_kinds(values, {"vocab_size": (COUNT,)}, f"{FLAG}: {str(path)!r}")

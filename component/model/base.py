@@ -23,7 +23,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from longqlora.attention.model_internals import stock_attention
+from longqlora.attention.model_internals import check_heads, config_of_full_layers, stock_attention
 from longqlora.device import cpu_has_bf16
 from longqlora.distributed import print_notice
 from longqlora.model.library_internals import drop_kernels, keep_4bit_weights_trainable, save_under_own_names
@@ -42,10 +42,12 @@ TEXT_NAMES = {
 
 # A model of more layers or experts would be built for minutes, on the meta device too.
 FEW = "a whole number from 1 to 2,000", lambda value: type(value) is int and 1 <= value <= 2000
+# None in Granite 4, 16,384 in Doge, whose experts are rows of one weight.
+EXPERTS = "a whole number from 0 to 20,000", lambda value: type(value) is int and 0 <= value <= 20000
 # What a config.json says, beyond what transformers checks of it.
 CONFIG_KINDS = {
     **dict.fromkeys(("hidden_size", "num_attention_heads", "vocab_size"), (POSITIVE,)), "num_hidden_layers": (FEW,),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (FEW, NONE)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (EXPERTS, NONE)),
     "head_dim": (POSITIVE, NONE), "quantization_config": (MAPPING, NONE),
 }  # fmt: skip
 TRIAL_TEXT = "Once upon a time."
@@ -88,7 +90,9 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
     with reading("model_name_or_path", name_or_path, "correct it, or give another model", part="config.json of "):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     config = text_config(config, name_or_path)
-    found = {name: getattr(config, name) for name in CONFIG_KINDS if hasattr(config, name)}
+    check_heads(config)
+    layers = config_of_full_layers(config)
+    found = {name: getattr(layers, name) for name in CONFIG_KINDS if hasattr(layers, name)}
     check_kinds(found, CONFIG_KINDS, f"model_name_or_path: config.json of {name_or_path!r}")
     if getattr(config, "max_position_embeddings", None) is None:
         raise ValueError(f"model_name_or_path: {config.model_type} says no max_position_embeddings in its config.json")

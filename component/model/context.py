@@ -55,11 +55,10 @@ def rope_that_follows_length(config: PretrainedConfig) -> str | None:
 
 def set_rope(config: PretrainedConfig, rope: Rope) -> None:
     """Let `config` say `rope`, as `rope_of` reads it."""
-    by_kind = config.rope_parameters if SCALED_LAYERS in config.rope_parameters else None
+    if SCALED_LAYERS in config.rope_parameters:
+        rope = replace(rope, rope_parameters={**config.rope_parameters, SCALED_LAYERS: rope.rope_parameters})
     for key in ROPE_KEYS:
         setattr(config, key, getattr(rope, key))
-    if by_kind:
-        config.rope_parameters = {**by_kind, SCALED_LAYERS: rope.rope_parameters}
 
 
 def context_length(config: PretrainedConfig) -> int:

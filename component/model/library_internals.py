@@ -32,9 +32,9 @@ def drop_kernels(config: PretrainedConfig) -> list[str]:
     return [name for name in named if "/" in name]
 
 
-def saved_names(model: PreTrainedModel) -> list[str]:
-    """The names under which transformers saves the weights of `model`, which may be on the meta device."""
-    return sorted(revert_weight_conversion(model, model.state_dict()))
+def saved_names(model: PreTrainedModel, weights: dict[str, torch.Tensor] | None = None) -> list[str]:
+    """The names under which transformers saves `weights` of `model`, by default all; they may be on the meta device."""
+    return sorted(revert_weight_conversion(model, model.state_dict() if weights is None else weights))
 
 
 def save_under_own_names(model: PreTrainedModel, key_mapping: dict[str, str]) -> None:

@@ -94,7 +94,7 @@ def merge(
         source_of[head] = stored
 
     def in_full(name: str, weight: torch.Tensor) -> torch.Tensor:
-        return grown(weight, num_embeddings) if name in (embedding, head) else weight
+        return grown(weight, num_embeddings) if name in (embedding, head) and len(weight) < num_embeddings else weight
 
     def merged(name: str) -> torch.Tensor:
         weight = in_full(name, weights.read(source_of[name]))

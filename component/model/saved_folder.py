@@ -39,7 +39,8 @@ def keys_of_other_readers(values: dict) -> dict:
     if is_gemma and is_by_layer_type:
         added["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     rope = (rope["full_attention"] or {}) if is_by_layer_type else rope
-    if "rope_theta" not in rope:
+    # Cohere Compass is no type of theirs, and its own config would take `rope_scaling` for all that there is.
+    if "rope_theta" not in rope or (is_by_layer_type and "mrope_section" in rope):
         return {}
     old_names = OLD_NAMES.get(values["model_type"], {})
     plain = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}

@@ -133,7 +133,8 @@ def check_weights(folder: Path, model: PreTrainedModel, config: PretrainedConfig
     weights = SavedWeights(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"model_name_or_path: {str(folder)!r} is an adapter; give it as adapter_name_or_path")
-    of_integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    integers = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    of_integers = {*integers, *(saved_names(model, integers) if integers else ())}
     # Of 8 bits and fewer are quantised ones.
     usable = {
         name: header

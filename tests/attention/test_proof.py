@@ -21,6 +21,9 @@ from longqlora.settings.config import AdapterConfig, AttentionConfig
 CHUNK, CPU = 24, torch.device("cpu")
 DCA = ContextRequest(64, None, None, "dca", pretraining_length=32, dca_chunk_size=CHUNK, dca_local_window=12)
 ALL_FULL = {"layer_types": ["full_attention"] * 2}
+CHOOSING = {
+    "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 2, "layer_types": ["minimax_m3_sparse"] * 2,
+}  # fmt: skip
 MAMBA = {"hidden_size": 512, "num_attention_heads": 8, "mamba_n_heads": 16, "mamba_d_head": 64}
 
 
@@ -47,8 +50,9 @@ def test_dual_chunk_attention_is_dense_up_to_the_chunk_size(model_type):
         assert_close(ours, stock, 1e-4)
 
 
-def test_full_attention_to_padded_rows_is_stock_where_ours_differs(monkeypatch):
-    model = make("gpt_oss", **ALL_FULL)
+@pytest.mark.parametrize("model_type,overrides", [("gpt_oss", ALL_FULL), ("minimax_m3_vl_text", CHOOSING)])
+def test_full_attention_to_padded_rows_is_stock_where_ours_differs(monkeypatch, model_type, overrides):
+    model = make(model_type, **overrides)
     monkeypatch.setattr(type(model), "_supports_sdpa", True)
     bind_attention(model, AttentionConfig("full"), 64)
     assert model.config._attn_implementation == "sdpa"
@@ -61,6 +65,7 @@ REFUSED = {
     "a convolution across documents": (
         "lfm2", {"layer_types": ["conv", "full_attention"]}, "pack", "differs from the stock model by .*set pack: false"
     ),
+    "a choice of keys": ("minimax_m3_vl_text", CHOOSING, "pack", "differs from the stock model by .*set pack: false"),
     "a mask of its own": ("falcon", {}, "pack", "differs from the stock model by .*set pack: false"),
 }  # fmt: skip
 
@@ -97,7 +102,10 @@ def test_a_few_large_heads_are_not_refused_for_rounding(num_heads):
     apply_policy(model, POLICIES["max_length"], CPU)
 
 
+ENCODER = {"hidden_size": 64, "num_attention_heads": 2, "nemo_conv_channels": 16, "image_size": 56}
 UNUSUAL = [
+    ("dbrx", {"d_model": 512, "attn_config": {"kv_n_heads": 8, "rope_theta": 1e4, "clip_qkv": 8.0}}),
+    ("phi4_multimodal", {"vision_config": {**ENCODER, "crop_size": 56}, "audio_config": ENCODER}),
     ("falcon", {"num_attention_heads": 16, "num_kv_heads": 8, "new_decoder_architecture": True}),
     ("falcon", {"num_attention_heads": 16, "multi_query": False, "alibi": True}),
     ("bamba", MAMBA),
@@ -111,7 +119,8 @@ def test_the_copy_of_a_model_is_small_and_computes(model_type, overrides):
     with torch.device("meta"):
         small = tiny_copy(AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides)))
     assert small(torch.arange(3, 9)[None], use_cache=False).logits.isfinite().all()
-    assert max(p.numel() for p in small.parameters()) < 2**20
+    sizes = [p.numel() for p in small.parameters()]
+    assert max(sizes) < 2**20 and sum(sizes) < 2**22
 
 
 def test_a_model_without_a_copy_is_refused_by_name(monkeypatch):

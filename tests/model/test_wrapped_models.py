@@ -86,3 +86,9 @@ def test_a_text_model_of_no_causal_class_is_refused(tmp_path):
     AutoConfig.for_model("qwen2_5_vl").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a qwen2_5_vl around a qwen2_5_vl_text, .* give a text model"):
         load_config(str(tmp_path))
+
+
+def test_other_numbers_of_heads_in_some_layers_are_refused(tmp_path):
+    AutoConfig.for_model("dots3_note_text", num_hidden_layers=4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_name_or_path: dots3_note_text has other numbers of heads in some"):
+        load_config(str(tmp_path))
