@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from longqlora.model.context_request import ContextRequest
 from longqlora.model.merge import merge
 from longqlora.model.saved_folder import save_tokenizer
 from longqlora.model.weight_files import check_base
+from longqlora.reading import reading, time_limit
 from longqlora.settings.reader import resolve_settings
 from longqlora.training.arguments import build_arguments
 from longqlora.training.checks import check_data, check_model, check_settings
@@ -250,6 +252,36 @@ def test_a_checkpoint_of_another_run_is_refused(changes, word, root, boundaries,
     config, _ = load_extended_config(settings)
     model, _ = check_model(settings, config, needs_weights=True)
     assert outcome(lambda: resume_point(settings, model), CHECKPOINT, word) != "ran"
+
+
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+@pytest.mark.parametrize(
+    "error", [Panic("x" * 9999), RecursionError(), KeyError("x"), OSError("x")], ids=lambda error: type(error).__name__
+)
+def test_what_a_library_raises_is_one_line(error):
+    with pytest.raises(ValueError, match="^flag: part of 'path' cannot be read .*; fix$") as raised:
+        with reading("flag", "path", "fix", part="part of "):
+            raise error
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, torch.OutOfMemoryError])
+def test_what_is_no_fault_of_a_file_passes(error):
+    with pytest.raises(error):
+        with reading("flag", "path", "fix"):
+            raise error
+
+
+def test_a_time_limit_ends_with_its_block():
+    with pytest.raises(ValueError, match="too long"), time_limit(0.01, "too long"):
+        while True:
+            pass
+    with time_limit(100, "too long"):
+        pass
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 
 def test_a_model_that_gives_no_probabilities_is_refused_when_it_samples(copied):
