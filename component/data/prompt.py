@@ -309,7 +309,7 @@ def generation_mask(tokenizer: Any, messages: list[dict], tools: list | None, id
         return None
     marked = rendered(tokenizer, messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
     num_added = len(ids) - len(marked["input_ids"])
-    if num_added < 0 or ids[num_added:] != marked["input_ids"] or ids[:num_added] != bos_ids(tokenizer)[:num_added]:
+    if [*bos_ids(tokenizer)[:num_added], *marked["input_ids"]] != ids:
         return None
     return [False] * num_added + [bool(mark) for mark in marked["assistant_masks"]]
 

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from transformers import ByT5Tokenizer
 
 from longqlora.data import prompt
 from longqlora.data.prompt import (
@@ -127,6 +128,12 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer_and_template):
     assert ids.count(tokenizer.bos_token_id) == 1
     assert learned(tokenizer, labels) == [form_of_answer(template).format("c </s><s> d")]
     assert tokenizer("a </s>").input_ids == before, "the tokenizer is left as it was"
+
+
+def test_a_tokenizer_written_in_python_keeps_it_as_text_too():
+    tokenizer = ByT5Tokenizer()
+    assert tokenizer.decode(encode_text(tokenizer, "a </s>")) == "a </s>" and not tokenizer.is_fast
+    assert tokenizer.eos_token_id not in encode_text(tokenizer, "a </s>")
 
 
 LINES = "def f(x):\n\n    return x\n\ttabs \n \nÜber\n(1)\n\n\nend\n" * 40

@@ -22,6 +22,8 @@ ALPACA_PROMPT = "Below is ...\n\n### Instruction:\nAdd the numbers.\n\n### Input
 ALPACA_TURNS = turns("Add the numbers.\n1 2", "3")
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tell the weather."}}]
 RESULT = {"role": "tool", "content": "wet"}
+NAMED_CALL = {**calls(), "tool_calls": [{"id": "c1", **calls("weather")["tool_calls"][0]}]}
+NAMED_RESULT = {**RESULT, "tool_call_id": "c1", "name": "weather"}
 ROWS = {
     "alpaca": (ALPACA, ALPACA_TURNS),
     "alpaca without input": ({"instruction": "Name it.", "input": "", "output": "Paris."}, turns("Name it.", "Paris.")),
@@ -75,6 +77,10 @@ ROWS = {
          "tools": TOOLS, "parallel_tool_calls": False},
         [*turns("Rain?", system="S"), calls("weather"), {**RESULT, "tool_call_id": "1"},
          {"role": "assistant", "content": "Yes"}],
+    ),
+    "OpenAI, a call by its id": (
+        {"messages": [*turns("Rain?"), NAMED_CALL, NAMED_RESULT, {"role": "assistant", "content": "Yes"}]},
+        [*turns("Rain?"), NAMED_CALL, NAMED_RESULT, {"role": "assistant", "content": "Yes"}],
     ),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, turns("q", "a")),
     "prompt and completion of messages": (

@@ -4,9 +4,11 @@ Boundaries are called as the scripts call them, in this process. The full fuzz o
 """
 
 import json
+import math
 import os
 import random
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -28,12 +30,14 @@ from longqlora.inference.batch import read_prompts
 from longqlora.inference.generation import GenerationOptions, encode_prompt, generate_text
 from longqlora.inference.load import load_for_inference
 from longqlora.memory.plan import plan_memory
-from longqlora.model.base import load_config, load_tokenizer
+from longqlora.model.adapter_folder import RANK
+from longqlora.model.base import FEW, load_config, load_tokenizer
 from longqlora.model.context import apply_context, load_extended_config
 from longqlora.model.context_request import ContextRequest
 from longqlora.model.merge import merge
 from longqlora.model.saved_folder import save_tokenizer
 from longqlora.model.weight_files import check_base
+from longqlora.reading import COUNT, COUNTS, NONE, NUMBER, NUMBERS, POSITIVE, ROWS, check_kinds, reading, time_limit
 from longqlora.settings.reader import resolve_settings
 from longqlora.training.arguments import build_arguments
 from longqlora.training.checks import check_data, check_model, check_settings
@@ -250,6 +254,54 @@ def test_a_checkpoint_of_another_run_is_refused(changes, word, root, boundaries,
     config, _ = load_extended_config(settings)
     model, _ = check_model(settings, config, needs_weights=True)
     assert outcome(lambda: resume_point(settings, model), CHECKPOINT, word) != "ran"
+
+
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+@pytest.mark.parametrize(
+    "error", [Panic("x" * 9999), RecursionError(), KeyError("x"), OSError("x")], ids=lambda error: type(error).__name__
+)
+def test_what_a_library_raises_is_one_line(error):
+    with pytest.raises(ValueError, match="^flag: part of 'path' cannot be read .*; fix$") as raised:
+        with reading("flag", "path", "fix", part="part of "):
+            raise error
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, torch.OutOfMemoryError])
+def test_what_is_no_fault_of_a_file_passes(error):
+    with pytest.raises(error):
+        with reading("flag", "path", "fix"):
+            raise error
+
+
+# What a value of a file may be: the largest and the smallest, and some beyond it.
+BOUNDS = [
+    (COUNT, [0, 2**63 - 1], [-1, 2**63, True, 1.0, "1"]), (POSITIVE, [1, 2**63 - 1], [0, 2**63, True]),
+    (NUMBER, [0, -1.5, 10**18], [math.nan, math.inf, 1e300, 10**400, True, "1"]), (FEW, [1, 2000], [0, 2001, 10**9]),
+    (RANK, [1, 2**16], [0, 2**16 + 1, 8.0]), (COUNTS, [[], [0]], [[-1], [2**63], 1]),
+    (NUMBERS, [{}, {"a": 0.5}], [{"a": math.nan}, [1]]), (ROWS, [[], [{}]], [{}, [1]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind,within,beyond", BOUNDS)
+def test_the_bounds_of_values(kind, within, beyond):
+    for value in within:
+        check_kinds({"x": value}, {"x": (kind, NONE)}, "place")
+    for value in beyond:
+        with pytest.raises(ValueError, match="^place: x is .*; correct it$"):
+            check_kinds({"x": value}, {"x": (kind, NONE)}, "place")
+
+
+def test_a_time_limit_ends_with_its_block():
+    with pytest.raises(ValueError, match="too long"), time_limit(0.01, "too long"):
+        while True:
+            pass
+    with time_limit(100, "too long"):
+        pass
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 
 def test_a_model_that_gives_no_probabilities_is_refused_when_it_samples(copied):

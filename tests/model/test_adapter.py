@@ -1,7 +1,6 @@
 """What is trained, that all of it is saved, and that stock PEFT reads it back. fp32, tolerance 1e-5 on logits."""
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
@@ -190,16 +189,21 @@ def test_upstream_files_that_are_refused(tmp_path, tiny_tokenizer, tiny_model_di
 
 
 def test_folders_that_are_no_adapters(tmp_path, tiny_tokenizer, tiny_model_dir):
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "nameless").mkdir()
-    (tmp_path / "broken" / "adapter_config.json").write_text("{")
-    (tmp_path / "nameless" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    texts = {
+        "broken": "{", "nameless": '{"peft_type": "LORA"}', "numbered": '{"base_model_name_or_path": 7}',
+        "huge": '{"r": 1000000000}',
+    }  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(text)
     other = save_tiny_model(tmp_path / "other", tiny_tokenizer, tiny_config(hidden_size=32, num_hidden_layers=1))
     for base, adapter, message in (
         (tiny_model_dir, tiny_model_dir, "adapter_config.json"),
         (tiny_model_dir, tmp_path / "nowhere", "no folder"),
         (tiny_model_dir, tmp_path / "broken", "not valid JSON"),
         (None, tmp_path / "nameless", "name the base model"),
+        (None, tmp_path / "numbered", "base_model_name_or_path is 7, not text or null"),
+        (tiny_model_dir, tmp_path / "huge", "r is 1000000000, not a whole number up to"),
         (other, make_adapter(tiny_model_dir, tmp_path / "adapter"), "hidden_size"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -131,6 +131,7 @@ FAULTS = {
     "RoPE base nan": (rope(rope_theta=float("nan")), ["rope_parameters.rope_theta", NO_NUMBER]),
     "RoPE factor in quotes": (rope(factor="2"), ["rope_parameters.factor", NO_NUMBER]),
     "RoPE factor below 0": (rope(factor=-2), ["rope_parameters.factor", NO_NUMBER]),
+    "RoPE factor beyond all lengths": (rope(factor=1e18), ["rope_parameters.factor", NO_NUMBER]),
     "original length in quotes": (says(**{LENGTH: "4096"}), [LENGTH, NO_NUMBER]),
     "chunks in a list": (says(dual_chunk_attention_config=[32, 8]), ["dual_chunk_attention_config", "correct it"]),
     "chunks in quotes": (

@@ -11,6 +11,7 @@ from training_process import fail, train
 from longqlora.settings.reader import resolve_settings
 from longqlora.training.arguments import build_arguments
 from longqlora.training.hub import NEVER_UPLOADED, create_repository, upload
+from longqlora.training.run import Run
 
 TRAINING = {"push_to_hub": True, "output_dir": "output/my-run", "hub_token": "hf_secret"}
 
@@ -44,6 +45,16 @@ def test_final_alone_is_uploaded_without_pickles(hub, tmp_path):
     (given,) = [call.kwargs for call in hub.upload_folder.call_args_list]
     assert given["folder_path"] == tmp_path / "final" and given["repo_id"] == "me/x" and given["revision"] == "v1"
     assert given["ignore_patterns"] == NEVER_UPLOADED and "*.bin" in NEVER_UPLOADED and "*.pt" in NEVER_UPLOADED
+
+
+@pytest.mark.parametrize("repository", ["me/x", None])
+def test_a_run_uploads_its_final_when_it_is_over(hub, tmp_path, repository):
+    settings, record = SimpleNamespace(training=TRAINING), {"first_dense_step": None}
+    run = Run(None, record, SimpleNamespace(path=tmp_path), None, 0.0, settings, repository)
+    state = SimpleNamespace(global_step=1, log_history=[])
+    run.finish(Mock(state=state, start_up_seconds=1.0, data_seconds=0.0), predicted_gib=1.0)
+    uploaded = [call.kwargs["folder_path"] for call in hub.upload_folder.call_args_list]
+    assert uploaded == ([tmp_path / "final"] if repository else [])
 
 
 def test_a_hub_that_refuses_is_one_line(hub, tmp_path):

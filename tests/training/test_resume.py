@@ -163,6 +163,20 @@ def test_json_of_another_form_is_named(interrupted, name, text):
         check_resumable(checkpoint, {"adapter": {"finetuning_type": "qlora"}}, world_size=1, data_sha256={})
 
 
+OTHER_STATES = [
+    ("optimizer.pt", [1]), ("optimizer.pt", {"state": {}, "param_groups": []}), ("scheduler.pt", {"last_epoch": "2"}),
+    ("scheduler.pt", {"last_epoch": 2, "base_lrs": ["x"]}), ("rng_state.pth", {"python": 1}), ("rng_state.pth", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,state", OTHER_STATES)
+def test_a_whole_file_that_holds_something_else_is_named(interrupted, name, state):
+    checkpoint = interrupted("plain")[1] / "checkpoint-2"
+    torch.save(state, checkpoint / name)
+    with pytest.raises(ValueError, match=f"^resume_from_checkpoint: .*{name}"):
+        check(checkpoint)
+
+
 CHANGED = {
     "nothing": ({}, []),
     "data": ({"train_file": "0" * 64}, ["train.jsonl", "the losses will differ"]),

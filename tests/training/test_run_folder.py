@@ -122,6 +122,15 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
             lock_output_dir(path)
 
 
+def test_a_folder_stays_where_it_cannot_be_renamed(tmp_path, monkeypatch):
+    (tmp_path / "final").mkdir()
+    write_json(tmp_path / "final" / "kept", 1)
+    monkeypatch.setattr(Path, "rename", Mock(side_effect=OSError("busy")))
+    with pytest.raises(OSError, match="busy"), atomic_folder(tmp_path / "final"):
+        pass
+    assert names_in(tmp_path) == ["final"] and names_in(tmp_path / "final") == ["kept"]
+
+
 # The size of a file that can be written stands in for the space on a disk.
 LIMIT = 10_000
 
