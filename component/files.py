@@ -60,12 +60,17 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; what stood there is removed only afterwards."""
+    """Rename `source` to `target`; what stood there is removed only afterwards, and comes back where that fails."""
     old = target.with_name(f".{target.name}.old")
     remove(old)
     if os.path.lexists(target):
         target.rename(old)
-    source.rename(target)
+    try:
+        source.rename(target)
+    except OSError:
+        if os.path.lexists(old):
+            old.rename(target)
+        raise
     remove(old)
 
 

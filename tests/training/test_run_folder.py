@@ -1,5 +1,6 @@
 """The output_dir of a run: what an earlier run left is kept until it is replaced, and no second run writes there."""
 
+import itertools
 import json
 import os
 import resource
@@ -122,10 +123,19 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
             lock_output_dir(path)
 
 
-def test_a_folder_stays_where_it_cannot_be_renamed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_folder_stays_where_it_cannot_be_renamed(tmp_path, monkeypatch, number):
+    """number: of the renaming that fails, the old folder's or the new one's."""
+    rename, calls = Path.rename, itertools.count(1)
+
+    def busy(path, target):
+        if next(calls) == number:
+            raise OSError("busy")
+        return rename(path, target)
+
     (tmp_path / "final").mkdir()
     write_json(tmp_path / "final" / "kept", 1)
-    monkeypatch.setattr(Path, "rename", Mock(side_effect=OSError("busy")))
+    monkeypatch.setattr(Path, "rename", busy)
     with pytest.raises(OSError, match="busy"), atomic_folder(tmp_path / "final"):
         pass
     assert names_in(tmp_path) == ["final"] and names_in(tmp_path / "final") == ["kept"]
