@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import yaml
 from conftest import REPO, save_tiny_model, sentences, tiny_config
 from damage import FILE_DAMAGES, mutated, outcome
 from model_folders import edit_json, edit_weights, make_adapter
@@ -26,6 +27,7 @@ from longqlora.data.prompt import CHAT_TEMPLATE, encode_document, encode_for_tra
 from longqlora.data.row import conversation_of_row, text_of_row
 from longqlora.data.source import open_source, sources_of
 from longqlora.data.token_file import open_token_file, write_token_file
+from longqlora.evaluation.comparison import read_comparison
 from longqlora.inference.batch import read_prompts
 from longqlora.inference.generation import GenerationOptions, encode_prompt, generate_text
 from longqlora.inference.load import load_for_inference
@@ -89,6 +91,9 @@ def root(tmp_path_factory, tiny_model_dir, tiny_tokenizer, write_yaml_in):
     path, output = write_yaml_in(root, "run", max_steps=2, train_embedding=False, model_name_or_path=str(model))
     train(path)
     shutil.copy(path, files / "run.yaml")
+    comparison = yaml.safe_load((REPO / "script" / "evaluate" / "compare-demo.yaml").read_text())
+    comparison |= {"base_model": str(model), "data_path": str(files / "ids.bin"), "lengths": [64], "sliding_window": 64}
+    (files / "compare.yaml").write_text(yaml.safe_dump(comparison))
     shutil.copytree(output / "checkpoint-2", root / "run-of-2" / "checkpoint-2")
     return root
 
@@ -143,6 +148,9 @@ class Boundaries:
     def rows(self, path: Path) -> None:
         source = open_source(str(path), "train_file", cache_dir=str(path.parent / "cache"))
         source.check(conversation_of_row if path.stem == "chat" else text_of_row)
+
+    def comparison(self, path: Path) -> None:
+        read_comparison(str(path), {}).make_trials()
 
     def prompts(self, path: Path) -> None:
         read_prompts(path, "--input_file")
@@ -349,7 +357,7 @@ FUZZED = [
     ("tokenizer", "model", "tokenizer_config.json"), ("checkpoint", "run-of-2/checkpoint-2", "trainer_state.json"),
     ("yaml", "files/run.yaml", "run.yaml"), ("rows", "files/chat.jsonl", "chat.jsonl"),
     ("model", "model", "generation_config.json"), ("model", "sharded", INDEX),
-    ("token_file", "files/ids.bin", "ids.bin.json"),
+    ("token_file", "files/ids.bin", "ids.bin.json"), ("comparison", "files/compare.yaml", "compare.yaml"),
 ]  # fmt: skip
 
 
