@@ -82,6 +82,15 @@ def test_a_text_model_in_4_bit(tmp_path, tiny_tokenizer):
     )
 
 
+def test_what_the_whole_config_says_holds_for_the_text_model(tmp_path):
+    text, vision, _ = WHOLE["mistral3"]
+    text = {**text, "tie_word_embeddings": True}
+    AutoConfig.for_model("mistral3", text_config=text, vision_config=vision, tie_word_embeddings=False).save_pretrained(
+        tmp_path
+    )
+    assert load_config(str(tmp_path)).tie_word_embeddings is False
+
+
 def test_a_text_model_of_no_causal_class_is_refused(tmp_path):
     AutoConfig.for_model("qwen2_5_vl").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a qwen2_5_vl around a qwen2_5_vl_text, .* give a text model"):
