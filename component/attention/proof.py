@@ -165,10 +165,11 @@ def shrink(config: PretrainedConfig) -> None:
         # Encoders of images and sound (Phi-4), which see nothing of a text.
         for name in {"num_hidden_layers", "num_blocks"} & {*part.to_dict()}:
             setattr(part, name, min(2, getattr(part, name)))
-        # DBRX's repeat sizes of the whole.
-        for name, value in {"kv_n_heads": "num_key_value_heads", "hidden_size": "hidden_size"}.items():
-            if config.model_type == "dbrx" and hasattr(part, name):
-                setattr(part, name, getattr(config, value))
+        if config.model_type == "dbrx":
+            # They repeat sizes of the whole.
+            sizes = {"kv_n_heads": config.num_key_value_heads, "hidden_size": config.hidden_size}
+            for name in sizes.keys() & {*part.to_dict()}:
+                setattr(part, name, sizes[name])
 
 
 def randomise(model: PreTrainedModel) -> None:

@@ -28,7 +28,7 @@ from longqlora.device import cpu_has_bf16
 from longqlora.distributed import print_notice
 from longqlora.model.library_internals import drop_kernels, keep_4bit_weights_trainable, save_under_own_names
 from longqlora.reading import COUNT, MAPPING, NONE, POSITIVE, TEXT, check_kinds, reading
-from longqlora.settings.config import Settings
+from longqlora.settings.config import Settings, at_least
 
 # Forms of quantised weights whose kernels come from installed packages; for others transformers may ask the hub.
 QUANTIZERS_WITHOUT_HUB = ("bitsandbytes", "gptq", "awq")
@@ -41,9 +41,9 @@ TEXT_NAMES = {
 }
 
 # A model of more layers or experts would be built for minutes, on the meta device too.
-FEW = "a whole number from 1 to 2,000", lambda value: type(value) is int and 1 <= value <= 2000
+FEW = at_least(1, 2000)
 # None in Granite 4, 16,384 in Doge, whose experts are rows of one weight.
-EXPERTS = "a whole number from 0 to 20,000", lambda value: type(value) is int and 0 <= value <= 20000
+EXPERTS = at_least(0, 20_000)
 # What a config.json says, beyond what transformers checks of it.
 CONFIG_KINDS = {
     **dict.fromkeys(("hidden_size", "num_attention_heads", "vocab_size"), (POSITIVE,)), "num_hidden_layers": (FEW,),
